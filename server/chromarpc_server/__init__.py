@@ -1,0 +1,1 @@
+"""The chromarpc server: domain, pipeline, engine and transport, composed in `app`."""

@@ -1,0 +1,170 @@
+"""Every error a client can be told of, as one tree.
+
+ChromaError
+├── InvalidParameter        INVALID_PARAMETER    a field is out of range, missing, too large, not for Chroma
+├── ModelNotFound           MODEL_NOT_FOUND      no model has this id
+├── LoraError
+│   ├── LoraNotFound        LORA_NOT_FOUND       no such adapter below the root (or outside it)
+│   ├── LoraInvalid         LORA_INVALID         not safetensors, truncated, hostile
+│   └── LoraIncompatible    LORA_INCOMPATIBLE    no key matches the model, or shapes differ
+├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
+├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
+├── QueueFull               QUEUE_FULL           the admission queue is at its bound
+├── OutOfMemory             OUT_OF_MEMORY        the device ran out of memory in this job
+├── Draining                DRAINING             the server is starting or stopping
+├── JobCancelled            CANCELLED            by the caller, or because it went away
+├── JobDeadlineExceeded     DEADLINE_EXCEEDED    the caller's deadline passed
+├── DeviceLost              DEVICE_LOST          the device cannot be used any more
+└── InternalError           INTERNAL             anything else; the error id is in the log too
+
+Messages are written for the client: they hold no server path, no token and no traceback. What gRPC status
+each one becomes is the transport's table (`transport/status.py`); a test proves that table total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+MAX_LISTED = 20
+"""How many keys or violations an error names; the rest is a count."""
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One thing wrong with one field of a request."""
+
+    field: str
+    """Dotted path with list indices, as in the request's JSON: `prompts.0.width`."""
+    description: str
+
+
+def first_named(names: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """The first `limit` names joined by commas, and a count of the rest: `a, b and 3 more`."""
+    listed = ", ".join(names[:limit])
+    rest = len(names) - limit
+    return f"{listed} and {rest} more" if rest > 0 else listed
+
+
+class ChromaError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        reason: stable machine-readable name, `google.rpc.ErrorInfo.reason` on the wire.
+        message: one or two sentences for the person who sent the request.
+        violations: the fields at fault, when the request is.
+        metadata: further facts for programs (`google.rpc.ErrorInfo.metadata`), small.
+        retry_after_s: when trying again makes sense, in seconds; None when it does not.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        violations: Sequence[FieldViolation] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        own = (FieldViolation(field, message),) if field is not None else ()
+        self.violations: tuple[FieldViolation, ...] = own + tuple(violations)
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+    def at(self, field: str) -> Self:
+        """The same error, blaming `field`: for layers that know the file but not the request."""
+        self.violations = (FieldViolation(field, self.message), *self.violations)
+        return self
+
+
+class InvalidParameter(ChromaError):
+    """A field is out of range, missing, too large, or cannot be honoured by Chroma."""
+
+    reason = "INVALID_PARAMETER"
+
+
+class ModelNotFound(ChromaError):
+    """No model is served under this id; `metadata["models"]` names those that are."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class LoraError(ChromaError):
+    """An adapter cannot be used."""
+
+
+class LoraNotFound(LoraError):
+    """No such file below the adapter root; the same answer for a path that leaves the root."""
+
+    reason = "LORA_NOT_FOUND"
+
+
+class LoraInvalid(LoraError):
+    """The file is not safetensors, is truncated, or lies about its contents."""
+
+    reason = "LORA_INVALID"
+
+
+class LoraIncompatible(LoraError):
+    """A well-formed file that does not fit this model: nothing matches, or shapes differ."""
+
+    reason = "LORA_INCOMPATIBLE"
+
+
+class WeightsMissing(ChromaError):
+    """The model is known and its files are not here; the message gives the command that fetches them."""
+
+    reason = "WEIGHTS_MISSING"
+
+
+class WeightsInvalid(ChromaError):
+    """The model's files are here and cannot be used: damaged, or of another architecture."""
+
+    reason = "WEIGHTS_INVALID"
+
+
+class QueueFull(ChromaError):
+    """The admission queue holds as many jobs as it may."""
+
+    reason = "QUEUE_FULL"
+
+
+class OutOfMemory(ChromaError):
+    """The device had too little memory for this job; the server keeps serving."""
+
+    reason = "OUT_OF_MEMORY"
+
+
+class Draining(ChromaError):
+    """The server takes no new work: it is starting or stopping."""
+
+    reason = "DRAINING"
+
+
+class JobCancelled(ChromaError):
+    """The job was cancelled, or its caller went away."""
+
+    reason = "CANCELLED"
+
+
+class JobDeadlineExceeded(ChromaError):
+    """The caller's deadline passed."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class DeviceLost(ChromaError):
+    """The device's context is poisoned; the process must be restarted."""
+
+    reason = "DEVICE_LOST"
+
+
+class InternalError(ChromaError):
+    """Something unforeseen; `metadata["error_id"]` is in the server's log too."""
+
+    reason = "INTERNAL"
