@@ -1,0 +1,85 @@
+"""A plan: a request with nothing left open. Made by `resolve`, never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
+
+
+@dataclass(frozen=True)
+class PlanWarning:
+    """Something the caller should know that does not stop the job."""
+
+    code: str
+    """Stable name, such as `SIZE_SNAPPED`."""
+    field: str
+    """Dotted path, such as `prompts.0.width`; may be empty."""
+    message: str
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """One image to draw."""
+
+    prompt: str = field(repr=False)
+    """After `[trigger]` was replaced."""
+    width: int
+    """Pixels, a multiple of the model's divisor."""
+    height: int
+    """Pixels, a multiple of the model's divisor."""
+    sample_steps: int
+    guidance_scale: float
+    seed: int
+
+    @property
+    def pixel_steps(self) -> int:
+        """Width × height × steps: what the work is roughly proportional to."""
+        return self.width * self.height * self.sample_steps
+
+
+@dataclass(frozen=True)
+class PlannedLora:
+    """One adapter, by its path below the adapter root."""
+
+    path: str
+    network_multiplier: float
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """How images are encoded."""
+
+    format: ImageFormat
+    quality: int
+    """1 to 100; without meaning for PNG."""
+
+
+@dataclass(frozen=True)
+class PlannedPreview:
+    """When previews are sent."""
+
+    every_n_steps: int
+    max_side_px: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the pictures, and how they are delivered."""
+
+    model: str
+    """Id that was asked for."""
+    served_model: str
+    """Id of the model that computes: another one where the server has an alias."""
+    profile: str
+    noise_draw: NoiseDraw
+    prompts: tuple[PlannedPrompt, ...]
+    loras: tuple[PlannedLora, ...]
+    output: PlannedOutput
+    preview: PlannedPreview | None
+    warnings: tuple[PlanWarning, ...]
+
+    @property
+    def pixel_steps(self) -> int:
+        """Width × height × steps over all prompts."""
+        return sum(prompt.pixel_steps for prompt in self.prompts)

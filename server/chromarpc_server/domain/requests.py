@@ -1,0 +1,96 @@
+"""A generation request as the client sent it: nothing checked, nothing filled in.
+
+`None` means "left out", which is not the same as zero or the empty string. The names are those of the
+reference's HTTP API (`protos/chromarpc/v1/generation_service.proto` documents each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ImageFormat(StrEnum):
+    """File formats of finished images; the value is the media type's second half."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def media_type(self) -> str:
+        """`image/png` and so on."""
+        return f"image/{self.value}"
+
+
+class NoiseDraw(StrEnum):
+    """How the initial noise is drawn from a seed; see docs/numerics.md."""
+
+    FLOAT32 = "float32"
+    LEGACY = "legacy"
+
+
+@dataclass(frozen=True)
+class LoraRequest:
+    """One adapter."""
+
+    path: str | None = None
+    transformer: str | None = None
+    network_multiplier: float | None = None
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One image."""
+
+    prompt: str | None = field(default=None, repr=False)
+    trigger_word: str | None = field(default=None, repr=False)
+    width: int | None = None
+    height: int | None = None
+    guidance_scale: float | None = None
+    sample_steps: int | None = None
+    neg: str | None = field(default=None, repr=False)
+    seed: int | None = None
+    sampler: str | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    resolution: str | None = None
+    ctrl_img: str | None = field(default=None, repr=False)
+    ctrl_img_1: str | None = field(default=None, repr=False)
+    ctrl_img_2: str | None = field(default=None, repr=False)
+    ctrl_img_3: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """How images are to be encoded."""
+
+    format: ImageFormat | None = None
+    quality: int | None = None
+
+
+@dataclass(frozen=True)
+class PreviewRequest:
+    """Whether previews are wanted."""
+
+    every_n_steps: int = 0
+    max_side_px: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request: a model, adapters and prompts."""
+
+    model: str | None = None
+    loras: tuple[LoraRequest, ...] = ()
+    hf_token: str | None = field(default=None, repr=False)
+    trigger_word: str | None = field(default=None, repr=False)
+    prompts: tuple[PromptRequest, ...] = ()
+    kv_cache: bool | None = None
+    match_target_res: bool | None = None
+    output: OutputRequest = OutputRequest()
+    preview: PreviewRequest = PreviewRequest()
+    profile: str | None = None
+    noise_draw: NoiseDraw | None = None
+    unknown_fields: tuple[str, ...] = ()
+    """Values this version does not know: numbers of protobuf fields or enum values, with their paths."""

@@ -1,0 +1,319 @@
+"""Request in, plan out: the one place where defaults are filled in and values are judged.
+
+Every violation of a request is collected before any is raised, so that a client sees them all at once.
+Ranges and names are the reference schema's (docs/api.md).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from chromarpc_server.domain.errors import (
+    MAX_LISTED,
+    FieldViolation,
+    InvalidParameter,
+    ModelNotFound,
+    first_named,
+)
+from chromarpc_server.domain.limits import Limits
+from chromarpc_server.domain.models import REGISTRY, ModelSpec
+from chromarpc_server.domain.plan import (
+    Plan,
+    PlannedLora,
+    PlannedOutput,
+    PlannedPreview,
+    PlannedPrompt,
+    PlanWarning,
+)
+from chromarpc_server.domain.requests import (
+    GenerationRequest,
+    ImageFormat,
+    LoraRequest,
+    NoiseDraw,
+    PromptRequest,
+)
+
+TRIGGER = "[trigger]"
+SAMPLERS = ("flowmatch",)
+"""ai-toolkit's name for the flow-match Euler sampler, the only one Chroma is sampled with."""
+MAX_LORA_PATH_BYTES = 4096
+DEFAULT_QUALITY = 95
+
+
+def draw_seed() -> int:
+    """A random seed, 0 to 2³² − 1."""
+    return secrets.randbelow(2**32)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What the server's settings say about requests."""
+
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: REGISTRY)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Requests for the key are computed by the model of the value."""
+    profiles: tuple[str, ...] = ("reference", "exact")
+    default_profile: str = "reference"
+    limits: Limits = Limits()
+
+
+@dataclass
+class _Findings:
+    """What was found so far while reading one request."""
+
+    violations: list[FieldViolation] = field(default_factory=list)
+    warnings: list[PlanWarning] = field(default_factory=list)
+
+    def refuse(self, path: str, description: str) -> None:
+        self.violations.append(FieldViolation(path, description))
+
+    def warn(self, code: str, path: str, message: str) -> None:
+        self.warnings.append(PlanWarning(code, path, message))
+
+    def in_range(self, path: str, value: float, low: float, high: float) -> None:
+        if not low <= value <= high:  # NaN fails both comparisons
+            self.refuse(path, f"must be between {low} and {high}, got {value}")
+
+    def raise_if_any(self) -> None:
+        if self.violations:
+            fields = first_named([violation.field for violation in self.violations])
+            raise InvalidParameter(f"invalid request: {fields}", violations=self.violations)
+
+
+def resolve(
+    request: GenerationRequest, serving: Serving, *, draw_seed: Callable[[], int] = draw_seed
+) -> Plan:
+    """Turns a request into a plan.
+
+    Args:
+        request: what the client sent.
+        serving: models, aliases, profiles and limits of this server.
+        draw_seed: gives the seed of a prompt whose seed is −1.
+
+    Raises:
+        InvalidParameter: with one violation for each field at fault.
+        ModelNotFound: no model has this id.
+    """
+    found = _Findings()
+    limits = serving.limits
+    if request.model is None:
+        found.refuse("model", "is required")
+        found.raise_if_any()
+    requested_id = request.model or ""
+    spec = serving.models.get(requested_id)
+    if spec is None:
+        served = sorted(serving.models)
+        raise ModelNotFound(
+            f"no model has the id {requested_id[:64]!r}; this server knows {first_named(served)}",
+            field="model",
+            metadata={"models": ",".join(served[:MAX_LISTED])},
+        )
+    served_id = serving.aliases.get(spec.id, spec.id)
+    divisor = serving.models[served_id].resolution_divisor
+    if served_id != spec.id:
+        found.warn("MODEL_ALIASED", "model", f"{spec.id} is served by {served_id} on this server")
+
+    profile = request.profile if request.profile is not None else serving.default_profile
+    if profile not in serving.profiles:
+        known = ", ".join(serving.profiles)
+        found.refuse("profile", f"no such numerics profile: {profile[:64]!r}; known are {known}")
+    for name in ("kv_cache", "match_target_res"):
+        if getattr(request, name):
+            found.refuse(name, "Chroma has no such option")
+    for path in request.unknown_fields[:MAX_LISTED]:
+        found.warn("UNKNOWN_FIELD", path, "this server's version of the API does not know it")
+    if request.hf_token:
+        found.warn(
+            "HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect"
+        )
+
+    rules = _Rules(spec, divisor, limits, request.trigger_word, draw_seed)
+    loras = _resolve_loras(request.loras, rules, found)
+    prompts = _resolve_prompts(request, rules, found)
+    output = _resolve_output(request, found)
+    preview = _resolve_preview(request, prompts, found)
+    _check_totals(prompts, limits, found)
+    found.raise_if_any()
+    return Plan(
+        model=spec.id,
+        served_model=served_id,
+        profile=profile,
+        noise_draw=request.noise_draw or NoiseDraw.FLOAT32,
+        prompts=tuple(prompts),
+        loras=tuple(loras),
+        output=output,
+        preview=preview,
+        warnings=tuple(found.warnings),
+    )
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What every prompt and adapter of one request is judged by."""
+
+    spec: ModelSpec
+    divisor: int
+    limits: Limits
+    trigger_word: str | None
+    draw_seed: Callable[[], int]
+
+
+def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: _Findings) -> list[PlannedLora]:
+    if len(loras) > rules.limits.max_loras:
+        found.refuse("loras", f"at most {rules.limits.max_loras} adapters, got {len(loras)}")
+        return []
+    planned = []
+    for index, lora in enumerate(loras):
+        at = f"loras.{index}"
+        if not lora.path:
+            found.refuse(f"{at}.path", "is required")
+        elif len(lora.path.encode()) > MAX_LORA_PATH_BYTES:
+            found.refuse(f"{at}.path", f"longer than {MAX_LORA_PATH_BYTES} bytes")
+        elif lora.path.lower().startswith(("http://", "https://")):
+            found.refuse(f"{at}.path", "this server reads adapters from its adapter root only, not from URLs")
+        if lora.transformer is not None:
+            found.refuse(f"{at}.transformer", "Chroma has one transformer, so this cannot be honoured")
+        multiplier = lora.network_multiplier
+        if multiplier is None:
+            multiplier = rules.spec.defaults.network_multiplier
+        found.in_range(f"{at}.network_multiplier", multiplier, -2.0, 2.0)
+        planned.append(PlannedLora(path=lora.path or "", network_multiplier=multiplier))
+    return planned
+
+
+def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: _Findings) -> list[PlannedPrompt]:
+    if not request.prompts:
+        found.refuse("prompts", "at least one is required")
+    if len(request.prompts) > rules.limits.max_prompts:
+        found.refuse("prompts", f"at most {rules.limits.max_prompts} prompts, got {len(request.prompts)}")
+        return []
+    if request.trigger_word and not any(TRIGGER in (prompt.prompt or "") for prompt in request.prompts):
+        found.warn(
+            "TRIGGER_WORD_UNUSED", "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect"
+        )
+    return [_resolve_prompt(prompt, index, rules, found) for index, prompt in enumerate(request.prompts)]
+
+
+def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: _Findings) -> PlannedPrompt:
+    at = f"prompts.{index}"
+    defaults = rules.spec.defaults
+    _refuse_foreign_options(prompt, at, found)
+    guidance_scale = defaults.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+    found.in_range(f"{at}.guidance_scale", guidance_scale, 0.0, 20.0)
+    sample_steps = defaults.sample_steps if prompt.sample_steps is None else prompt.sample_steps
+    found.in_range(f"{at}.sample_steps", sample_steps, 1, 150)
+    seed = defaults.seed + index if prompt.seed is None else prompt.seed
+    if seed < -1:
+        found.refuse(f"{at}.seed", f"must be -1 (draw one) or more, got {seed}")
+    return PlannedPrompt(
+        prompt=_replace_trigger(prompt, at, rules, found),
+        width=_snap(f"{at}.width", prompt.width, defaults.width, rules.divisor, found),
+        height=_snap(f"{at}.height", prompt.height, defaults.height, rules.divisor, found),
+        sample_steps=sample_steps,
+        guidance_scale=guidance_scale,
+        seed=rules.draw_seed() if seed == -1 else seed,
+    )
+
+
+def _snap(path: str, asked: int | None, default: int, divisor: int, found: _Findings) -> int:
+    size = default if asked is None else asked
+    found.in_range(path, size, 64, 4096)
+    snapped = size // divisor * divisor
+    if snapped != size:
+        found.warn("SIZE_SNAPPED", path, f"{size} was floored to {snapped}, a multiple of {divisor}")
+    return snapped
+
+
+def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: _Findings) -> str:
+    if prompt.prompt is None:
+        found.refuse(f"{at}.prompt", "is required; it may be empty")
+        return ""
+    trigger_word = prompt.trigger_word or rules.trigger_word
+    count = prompt.prompt.count(TRIGGER)
+    if prompt.trigger_word and not count:
+        found.warn(
+            "TRIGGER_WORD_UNUSED",
+            f"{at}.trigger_word",
+            f"the prompt does not contain {TRIGGER}, so it has no effect",
+        )
+    if count and not trigger_word:
+        found.warn(
+            "TRIGGER_NOT_REPLACED",
+            f"{at}.prompt",
+            f"contains {TRIGGER} and no trigger word is given, so it stays as written",
+        )
+    # Sized before it is built: a short prompt of many placeholders can become enormous.
+    size = len(prompt.prompt.encode())
+    if trigger_word:
+        size += count * (len(trigger_word.encode()) - len(TRIGGER))
+    if size > rules.limits.max_prompt_bytes:
+        found.refuse(
+            f"{at}.prompt",
+            f"at most {rules.limits.max_prompt_bytes} bytes after {TRIGGER} is replaced, would be {size}",
+        )
+        return ""
+    return prompt.prompt.replace(TRIGGER, trigger_word) if trigger_word else prompt.prompt
+
+
+def _refuse_foreign_options(prompt: PromptRequest, at: str, found: _Findings) -> None:
+    if prompt.neg:
+        found.warn(
+            "NEG_IGNORED", f"{at}.neg", "Chroma's unconditional text is always empty, so this has no effect"
+        )
+    if prompt.fps is not None:
+        found.in_range(f"{at}.fps", prompt.fps, 1, 120)
+        found.warn("FPS_IGNORED", f"{at}.fps", "an image has no frames a second, so this has no effect")
+    if prompt.sampler is not None and prompt.sampler not in SAMPLERS:
+        found.refuse(f"{at}.sampler", f"Chroma is sampled with {SAMPLERS[0]!r} only")
+    if prompt.num_frames is not None and prompt.num_frames != 1:
+        found.refuse(f"{at}.num_frames", f"Chroma draws single images, so only 1, got {prompt.num_frames}")
+    if prompt.resolution is not None and prompt.resolution != "Default":
+        found.refuse(f"{at}.resolution", "only 'Default' can be honoured")
+    for name in ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"):
+        if getattr(prompt, name) is not None:
+            found.refuse(f"{at}.{name}", "Chroma takes no control image")
+
+
+def _resolve_output(request: GenerationRequest, found: _Findings) -> PlannedOutput:
+    image_format = request.output.format or ImageFormat.PNG
+    quality = request.output.quality
+    if quality is not None:
+        if image_format is ImageFormat.PNG:
+            found.refuse("output.quality", "PNG is lossless and has no quality")
+        else:
+            found.in_range("output.quality", quality, 1, 100)
+    return PlannedOutput(format=image_format, quality=DEFAULT_QUALITY if quality is None else quality)
+
+
+def _resolve_preview(
+    request: GenerationRequest, prompts: Sequence[PlannedPrompt], found: _Findings
+) -> PlannedPreview | None:
+    every = request.preview.every_n_steps
+    found.in_range("preview.every_n_steps", every, 0, 150)
+    asked_side = request.preview.max_side_px
+    max_side_px = 256 if asked_side is None else asked_side
+    found.in_range("preview.max_side_px", max_side_px, 16, 512)
+    if every == 0:
+        if asked_side is not None:
+            found.warn(
+                "PREVIEW_OFF", "preview.max_side_px", "previews are off (every_n_steps is 0): no effect"
+            )
+        return None
+    if prompts and all(prompt.sample_steps <= every for prompt in prompts):
+        found.warn(
+            "PREVIEW_NEVER",
+            "preview.every_n_steps",
+            "no image has more steps than this, so no preview will come before the image itself",
+        )
+    return PlannedPreview(every_n_steps=every, max_side_px=max_side_px)
+
+
+def _check_totals(prompts: Sequence[PlannedPrompt], limits: Limits, found: _Findings) -> None:
+    pixels = sum(prompt.width * prompt.height for prompt in prompts)
+    if pixels > limits.max_pixels:
+        found.refuse("prompts", f"at most {limits.max_pixels} pixels in all, got {pixels}")
+    pixel_steps = sum(prompt.pixel_steps for prompt in prompts)
+    if pixel_steps > limits.max_pixel_steps:
+        found.refuse("prompts", f"at most {limits.max_pixel_steps} pixels × steps in all, got {pixel_steps}")
