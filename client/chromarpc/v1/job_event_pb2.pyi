@@ -79,7 +79,9 @@ class JobEvent(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Position in the job's log, counted from 1. Gaps mean that progress was coalesced for a slow reader."""
+    """Position in the job's log, counted from 1. Gaps mean that progress was coalesced for a slow reader.
+    A heartbeat is not in the log: it repeats the sequence of the event sent before it.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, by the server's clock."""

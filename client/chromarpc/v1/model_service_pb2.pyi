@@ -338,6 +338,7 @@ class Limits(_message.Message):
     MAX_PIXEL_STEPS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_PIXELS_FIELD_NUMBER: _builtins.int
     max_prompts: _builtins.int
     """Prompts in one request."""
     max_prompt_bytes: _builtins.int
@@ -350,6 +351,8 @@ class Limits(_message.Message):
     """Jobs waiting at once."""
     max_request_bytes: _builtins.int
     """Bytes of one request message."""
+    max_pixels: _builtins.int
+    """Width × height, summed over the request's prompts."""
     def __init__(
         self,
         *,
@@ -359,10 +362,11 @@ class Limits(_message.Message):
         max_pixel_steps: _builtins.int = ...,
         max_queued_jobs: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
+        max_pixels: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_request_bytes", b"max_request_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_request_bytes", b"max_request_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     IMAGE_FORMAT_UNSPECIFIED: _ImageFormat.ValueType  # 0
     """The default: PNG."""
     IMAGE_FORMAT_PNG: _ImageFormat.ValueType  # 1
-    """Lossless, with the plan in the file's text metadata."""
+    """Lossless."""
     IMAGE_FORMAT_JPEG: _ImageFormat.ValueType  # 2
     """Lossy; quality 95 unless told otherwise, as the reference writes it."""
     IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
@@ -38,7 +38,7 @@ class ImageFormat(_ImageFormat, metaclass=_ImageFormatEnumTypeWrapper):
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat.ValueType  # 0
 """The default: PNG."""
 IMAGE_FORMAT_PNG: ImageFormat.ValueType  # 1
-"""Lossless, with the plan in the file's text metadata."""
+"""Lossless."""
 IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 2
 """Lossy; quality 95 unless told otherwise, as the reference writes it."""
 IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
