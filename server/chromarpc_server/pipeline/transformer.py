@@ -249,9 +249,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * layer_norm(x) + shift
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
     """Rotary embedding, then attention. q, k, v (B, H, L, D) → (B, L, H · D)."""
     x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, attn_mask=mask)
     return x.transpose(1, 2).flatten(2)
@@ -354,9 +352,7 @@ class SingleBlock(nn.Module):
         self.linear2 = Linear(config.hidden_size + self.inner, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
 
-    def forward(
-        self, x: Tensor, mod: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x (B, L + N, C), modulation (B, 3, C) → x."""
         shift, scale, gate = mod.split(1, dim=1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split([3 * self.hidden_size, self.inner], dim=-1)

@@ -1,0 +1,112 @@
+"""`chromarpc-server`: serve (the default), verify, fetch."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
+
+from chromarpc_server import logs
+from chromarpc_server.domain.models import REGISTRY, HubSource
+from chromarpc_server.settings import LogFormat, ServerSettings
+
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments and not arguments[0].startswith("-") else "serve"
+    rest = arguments[1:] if arguments and command == arguments[0] else arguments
+    match command:
+        case "serve":
+            sys.exit(_serve(rest))
+        case "verify":
+            sys.exit(_verify(rest))
+        case "fetch":
+            sys.exit(_fetch(rest))
+        case _:
+            print(
+                f"chromarpc-server: no such command: {command}; try serve, verify or fetch", file=sys.stderr
+            )
+            sys.exit(EXIT_USAGE)
+
+
+def _serve(arguments: list[str]) -> int:
+    config, arguments = _take_config(arguments)
+    if config is not None:
+        if not config.is_file():
+            print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
+            return EXIT_USAGE
+        ServerSettings.model_config["toml_file"] = config
+    try:
+        settings = CliApp.run(ServerSettings, cli_args=arguments)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            message = problem["msg"].removeprefix("Value error, ")
+            print(f"chromarpc-server: {where + ': ' if problem['loc'] else ''}{message}", file=sys.stderr)
+        return EXIT_USAGE
+    except SettingsError as error:
+        print(f"chromarpc-server: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    logs.configure(settings.log_level.value, as_json=settings.log_format is LogFormat.JSON)
+    from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
+
+    return asyncio.run(serve(settings))
+
+
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=os.environ.get("CHROMARPC_CONFIG"))
+    known, rest = parser.parse_known_args(arguments)
+    return (Path(known.config) if known.config else None), rest
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chromarpc-server verify",
+        description="Checks this install against recorded outputs of the reference: a folder laid out like "
+        "tests/goldens. Exits 0 if every case that ran passed, 1 if one failed or nothing ran.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with recorded vectors")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        print(f"chromarpc-server verify: {options.folder}: no such folder", file=sys.stderr)
+        return EXIT_USAGE
+    from chromarpc_server.verify import verify  # noqa: PLC0415 - torch takes seconds; --help does not wait
+
+    return verify(options.folder, device=options.device, as_json=options.json, out=sys.stdout)
+
+
+def _fetch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chromarpc-server fetch",
+        description="Downloads a model's weights into the Hugging Face cache (HF_HOME), resuming what an "
+        "earlier try left. A token for gated files is taken from HF_TOKEN or `hf auth login`.",
+    )
+    fetchable = [spec.id for spec in REGISTRY.values() if isinstance(spec.source, HubSource)]
+    parser.add_argument("model", choices=fetchable, help="which model")
+    options = parser.parse_args(arguments)
+    from chromarpc_server.engine.model_files import fetch  # noqa: PLC0415 - slow imports
+
+    try:
+        fetch(REGISTRY[options.model])
+    except OSError as error:  # huggingface_hub's HTTP errors are OSErrors too
+        print(f"chromarpc-server fetch: {error}", file=sys.stderr)
+        print("Run the same command again to go on where it stopped.", file=sys.stderr)
+        return 1
+    print(f"{options.model} is ready: start the server with `chromarpc-server --preload {options.model}`")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

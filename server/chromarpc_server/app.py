@@ -1,0 +1,153 @@
+"""Composition: settings in, a serving process out. Everything is put together here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from importlib import metadata
+
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.engine import Engine
+from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
+from chromarpc_server.settings import ServerSettings
+from chromarpc_server.transport.generation import GenerationServicer
+from chromarpc_server.transport.models import ModelServicer
+from chromarpc_server.transport.server import Listening, listen
+
+log = logging.getLogger(__name__)
+
+EXIT_CANNOT_START = 1
+EXIT_DEVICE_LOST = 70
+
+
+class App:
+    """One server process: its engine, its port and its way to an orderly end."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Nothing is opened before `run`."""
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._exit_code = 0
+
+    def stop(self) -> None:
+        """Begins an orderly stop; `run` returns once it is done."""
+        self._stop.set()
+
+    def _device_lost(self) -> None:
+        self._exit_code = EXIT_DEVICE_LOST
+        self._stop.set()
+
+    async def run(self, started: asyncio.Future[int] | None = None) -> int:
+        """Serves until stopped. Returns the process's exit code.
+
+        Args:
+            started: is given the port once the server is SERVING.
+
+        Raises:
+            ChromaError: the device or a model to preload cannot be used.
+            OSError: the address cannot be bound.
+        """
+        settings = self._settings
+        serving = Serving(
+            aliases=settings.alias,
+            profiles=tuple(PROFILES),
+            default_profile=settings.profile,
+            limits=settings.limits.limits(),
+        )
+        model_files = ModelFiles(settings.model_folder)
+        engine = Engine(
+            choose_device(settings.device, settings.dtype.value, threads=settings.threads),
+            model_files=model_files,
+            adapter_root=AdapterRoot(settings.lora_root),
+            max_queued_jobs=serving.limits.max_queued_jobs,
+            max_checkpoints=settings.resident_checkpoints,
+            max_prepared=settings.resident_adapter_sets,
+            on_device_lost=self._device_lost,
+        )
+        models = ModelServicer(
+            engine,
+            serving,
+            model_files,
+            version=metadata.version("chromarpc"),
+            library_versions=library_versions(),
+            profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
+        )
+        device = await engine.start()
+        address = (
+            f"[{settings.host}]:{settings.port}"
+            if ":" in settings.host
+            else f"{settings.host}:{settings.port}"
+        )
+        listening = await listen(
+            address,
+            GenerationServicer(engine, serving),
+            models,
+            max_request_bytes=serving.limits.max_request_bytes,
+        )
+        try:
+            stopping = asyncio.create_task(self._stop.wait())
+            preloading = asyncio.create_task(self._preload(engine))
+            await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                await preloading
+                await listening.set_serving(True)
+                log.info(
+                    "server.serving",
+                    extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},
+                )
+                await self._announce(listening, model_files)
+                if started is not None:
+                    started.set_result(listening.port)
+                await stopping
+            preloading.cancel()
+            stopping.cancel()
+        finally:
+            await self._shut_down(engine, listening)
+        return self._exit_code
+
+    async def _preload(self, engine: Engine) -> None:
+        settings = self._settings
+        for model_id in settings.preload:
+            log.info("model.preloading", extra={"model": model_id})
+            await engine.preload(REGISTRY[settings.alias.get(model_id, model_id)], settings.profile)
+
+    async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
+        settings = self._settings
+        print(f"chromarpc-server listens on {settings.host}:{listening.port}", flush=True)
+        for spec in REGISTRY.values():
+            served = REGISTRY[settings.alias.get(spec.id, spec.id)]
+            here = await asyncio.to_thread(model_files.find, served) is not None
+            by = f" (served by {served.id})" if served is not spec else ""
+            state = "ready" if here else f"weights missing: chromarpc-server fetch {served.id}"
+            print(f"  {spec.id}{by}: {state}", flush=True)
+        root = settings.lora_root
+        print(f"  adapters: {root if root is not None else 'none served (set --lora-root DIR)'}", flush=True)
+
+    async def _shut_down(self, engine: Engine, listening: Listening) -> None:
+        log.info("server.stopping", extra={"grace_s": self._settings.grace_s})
+        await listening.set_serving(False)
+        await engine.drain(0 if self._exit_code else self._settings.grace_s)
+        # Every stream has had its last event by now; this waits for their bytes to leave.
+        await listening.server.stop(grace=5.0)
+        log.info("server.stopped", extra={"exit_code": self._exit_code})
+
+
+async def serve(settings: ServerSettings) -> int:
+    """Runs a server until SIGTERM or SIGINT. Returns the exit code."""
+    app = App(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # Windows has no loop signal handlers
+            loop.add_signal_handler(number, app.stop)
+    try:
+        return await app.run()
+    except (ChromaError, OSError) as error:
+        print(f"chromarpc-server cannot start: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START

@@ -1,0 +1,37 @@
+"""Finds adapter files below one folder, and nothing outside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chromarpc_server.domain.errors import LoraNotFound
+
+
+class AdapterRoot:
+    """The folder that requests' adapter paths are relative to."""
+
+    def __init__(self, root: Path | None) -> None:
+        """`root` None serves no adapters at all."""
+        self._root = root.resolve() if root is not None else None
+
+    def locate(self, path: str, field: str) -> Path:
+        """The file that `path` names, with every symbolic link followed.
+
+        Absolute paths, `..`, links that leave the root, folders and absent files all give the same answer,
+        so that a client cannot probe the server's disk.
+
+        Raises:
+            LoraNotFound: blaming `field`.
+        """
+        missing = LoraNotFound("no such adapter below the server's adapter root", field=field)
+        parts = path.replace("\\", "/").split("/")
+        if self._root is None or not path or "\0" in path or ".." in parts or Path(path).is_absolute():
+            raise missing
+        try:
+            file = (self._root / path).resolve(strict=True)
+            is_inside = file.is_relative_to(self._root) and file.is_file()
+        except (OSError, RuntimeError, ValueError):
+            raise missing from None
+        if not is_inside:
+            raise missing
+        return file

@@ -1,0 +1,378 @@
+"""The engine's front door: admits plans, runs them one at a time on the device thread, fills their logs.
+
+Lives on the event loop. The device thread and the image encoder are executors of one thread each; nothing here
+waits for them without yielding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from chromarpc_server.domain.errors import (
+    ChromaError,
+    DeviceLost,
+    Draining,
+    InternalError,
+    JobCancelled,
+    JobDeadlineExceeded,
+    QueueFull,
+)
+from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
+from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.images import (
+    RenderedImage,
+    RenderedPreview,
+    encode_image,
+    encode_preview,
+    split_chunks,
+)
+from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
+from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.engine.step_times import StepTimes
+from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone
+from chromarpc_server.pipeline import CheckpointFiles, DeviceChoice, DeviceDescription, describe_device
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing now."""
+
+    queued_jobs: int
+    running_jobs: int
+    cache: CacheSnapshot
+
+
+@dataclass
+class _Waiting:
+    """A job in the queue, with what its run needs."""
+
+    job: Job
+    files: CheckpointFiles
+    image_encoding_s: float = 0.0
+    images: int = 0
+    encodings: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Engine:
+    """Queue, device thread and model cache of one device."""
+
+    def __init__(
+        self,
+        choice: DeviceChoice,
+        *,
+        model_files: ModelFiles,
+        adapter_root: AdapterRoot,
+        max_queued_jobs: int,
+        max_checkpoints: int,
+        max_prepared: int,
+        on_device_lost: Callable[[], None],
+    ) -> None:
+        """Prepares everything and starts nothing; see `start`."""
+        self._choice = choice
+        self._model_files = model_files
+        self._adapter_root = adapter_root
+        self._max_queued_jobs = max_queued_jobs
+        self._max_checkpoints = max_checkpoints
+        self._max_prepared = max_prepared
+        self._on_device_lost = on_device_lost
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._image_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
+        self._queue: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._running: _Waiting | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._accepting = False
+        self._snapshot = CacheSnapshot()
+        self._step_times = StepTimes()
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._worker: DeviceWorker | None = None
+        self._description: DeviceDescription | None = None
+
+    async def start(self) -> DeviceDescription:
+        """Opens the device and begins to take jobs.
+
+        Raises:
+            ChromaError: the device cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        self._worker, self._description = await loop.run_in_executor(
+            self._device_thread, self._open_device, loop
+        )
+        self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
+        self._accepting = True
+        return self._description
+
+    async def preload(self, spec: ModelSpec, profile: str) -> None:
+        """Makes a model resident before any request asks for it.
+
+        Raises:
+            WeightsMissing, WeightsInvalid, OutOfMemory: it cannot be loaded.
+        """
+        if self._worker is None:
+            raise RuntimeError("preload before start")
+        files = await asyncio.to_thread(self._model_files.require, spec)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile)
+
+    @property
+    def description(self) -> DeviceDescription:
+        """The device, once started."""
+        if self._description is None:
+            raise RuntimeError("the engine was not started")
+        return self._description
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing now; answers at once."""
+        return EngineStatus(len(self._queue), int(self._running is not None), self._snapshot)
+
+    async def submit(self, plan: Plan, spec: ModelSpec, *, deadline_s: float | None) -> Job:
+        """Admits a plan as a job, whose log then fills by itself.
+
+        Args:
+            plan: what to run.
+            spec: the model that computes (`plan.served_model`).
+            deadline_s: seconds from now after which the caller stops waiting.
+
+        Raises:
+            LoraNotFound: an adapter is not below the adapter root.
+            WeightsMissing: the model's files are not on this machine.
+            QueueFull, Draining: no job is taken now.
+        """
+        self._refuse_if_closed()
+        adapter_files = tuple(
+            [
+                await asyncio.to_thread(self._adapter_root.locate, lora.path, f"loras.{index}.path")
+                for index, lora in enumerate(plan.loras)
+            ]
+        )
+        files = await asyncio.to_thread(self._model_files.require, spec)
+        self._refuse_if_closed()
+        deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
+        job = Job(plan, adapter_files, Cancellation(deadline_at))
+        job.log.append(Accepted(job.id, plan))
+        self._queue.append(_Waiting(job, files))
+        self._tell_positions()
+        self._arrived.set()
+        log.info(
+            "job.accepted",
+            extra={
+                "job_id": job.id,
+                "model": plan.served_model,
+                "profile": plan.profile,
+                "images": len(plan.prompts),
+                "adapters": len(plan.loras),
+                "pixel_steps": plan.pixel_steps,
+            },
+        )
+        return job
+
+    def cancel(self, job: Job, cause: ChromaError) -> None:
+        """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
+        if job.log.closed:
+            return
+        job.cancellation.cancel(cause)
+        for waiting in self._queue:
+            if waiting.job is job:
+                self._queue.remove(waiting)
+                self._end_early(job, cause)
+                self._tell_positions()
+                return
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no more jobs, lets the running one finish within `grace_s`, ends the others, stops the threads."""
+        self._accepting = False
+        stopping = Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
+        while self._queue:
+            self._end_early(self._queue.popleft().job, stopping)
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            if self._running is not None:
+                log.warning("job.grace_over", extra={"job_id": self._running.job.id, "grace_s": grace_s})
+                self._running.job.cancellation.cancel(stopping)
+            await self._idle.wait()
+        if self._finishing:
+            await asyncio.wait(self._finishing)
+        if self._dispatcher is not None:
+            self._dispatcher.cancel()
+        self._device_thread.shutdown(wait=False)
+        self._image_thread.shutdown(wait=False)
+
+    def _refuse_if_closed(self) -> None:
+        if not self._accepting:
+            raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
+        if len(self._queue) >= self._max_queued_jobs:
+            wait_s = self._wait_before(len(self._queue))
+            raise QueueFull(
+                f"{len(self._queue)} jobs are waiting already, and no more may",
+                retry_after_s=max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0,
+            )
+
+    def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
+        description = describe_device(self._choice)
+        cache = ModelCache(
+            self._choice,
+            max_checkpoints=self._max_checkpoints,
+            max_prepared=self._max_prepared,
+            publish=partial(loop.call_soon_threadsafe, self._take_snapshot),
+        )
+        return DeviceWorker(self._choice, description, cache), description
+
+    def _take_snapshot(self, snapshot: CacheSnapshot) -> None:
+        self._snapshot = snapshot
+
+    async def _dispatch(self, worker: DeviceWorker) -> None:
+        while True:
+            while not self._queue:
+                self._arrived.clear()
+                await self._arrived.wait()
+            waiting = self._queue.popleft()
+            self._running = waiting
+            self._idle.clear()
+            self._tell_positions()
+            try:
+                await self._run(worker, waiting)
+            finally:
+                self._running = None
+                self._idle.set()
+
+    async def _run(self, worker: DeviceWorker, waiting: _Waiting) -> None:
+        loop = asyncio.get_running_loop()
+        job = waiting.job
+        job.started_at = time.monotonic()
+
+        def emit(report: Report) -> None:
+            loop.call_soon_threadsafe(self._take, waiting, report)
+
+        try:
+            done = await loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
+        except ChromaError as error:
+            self._end_early(job, error)
+            if isinstance(error, DeviceLost):
+                self._on_device_lost()
+        except Exception:
+            self._end_early(job, self._unforeseen(job))
+        else:
+            # The next job starts while this one's last image is still being encoded.
+            finishing = asyncio.create_task(self._finish(waiting, done))
+            self._finishing.add(finishing)
+            finishing.add_done_callback(self._finishing.discard)
+
+    def _take(self, waiting: _Waiting, report: Report) -> None:
+        job = waiting.job
+        match report:
+            case RenderedImage() | RenderedPreview():
+                task = asyncio.create_task(self._encode(waiting, report))
+                waiting.encodings.add(task)
+                task.add_done_callback(waiting.encodings.discard)
+            case Step():
+                prompt = job.plan.prompts[report.prompt_index]
+                pixels = prompt.width * prompt.height
+                job.pixel_steps_done += pixels
+                self._step_times.observe(job.plan.served_model, job.plan.profile, pixels, report.duration_s)
+                job.log.append(report)
+            case _:
+                job.log.append(report)
+
+    async def _encode(self, waiting: _Waiting, report: RenderedImage | RenderedPreview) -> None:
+        loop = asyncio.get_running_loop()
+        job = waiting.job
+        started = time.monotonic()
+        try:
+            if isinstance(report, RenderedPreview):
+                job.log.append(await loop.run_in_executor(self._image_thread, encode_preview, report))
+                return
+            header, data = await loop.run_in_executor(
+                self._image_thread, encode_image, report, job.plan.output
+            )
+        except Exception:
+            error = self._unforeseen(job)
+            job.cancellation.cancel(error)
+            self._end_early(job, error)
+            return
+        waiting.image_encoding_s += time.monotonic() - started
+        waiting.images += 1
+        job.log.append(header)
+        for chunk in split_chunks(report.prompt_index, data):
+            job.log.append(chunk)
+
+    async def _finish(self, waiting: _Waiting, done: WorkDone) -> None:
+        job = waiting.job
+        # The device thread's reports were scheduled before its return, so every encoding has begun by now.
+        while waiting.encodings:
+            await asyncio.wait(waiting.encodings)
+        now = time.monotonic()
+        started_at = job.started_at if job.started_at is not None else now
+        timings = replace(
+            done.timings,
+            queued_s=started_at - job.admitted_at,
+            image_encoding_s=waiting.image_encoding_s,
+            total_s=now - job.admitted_at,
+        )
+        if job.log.closed:
+            return
+        job.log.append(Completed(timings, done.peak_memory_bytes, waiting.images))
+        log.info("job.completed", extra={"job_id": job.id, "images": waiting.images, **_rounded(timings)})
+
+    def _end_early(self, job: Job, error: ChromaError) -> None:
+        if job.log.closed:
+            return
+        fields: dict[str, object] = {"job_id": job.id, "reason": error.reason}
+        if job.cancellation.requested_at is not None:
+            fields["freed_after_ms"] = round(1000 * (time.monotonic() - job.cancellation.requested_at), 1)
+        if job.started_at is not None:
+            fields["ran_s"] = round(time.monotonic() - job.started_at, 3)
+        if isinstance(error, JobCancelled | JobDeadlineExceeded):
+            job.log.append(Cancelled(error))
+            log.info("job.cancelled", extra=fields)
+        else:
+            job.log.append(Failed(error))
+            log.warning("job.failed", extra=fields)
+
+    def _unforeseen(self, job: Job) -> InternalError:
+        error_id = uuid.uuid4().hex[:12]
+        log.exception("job.internal_error", extra={"job_id": job.id, "error_id": error_id})
+        return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
+
+    def _tell_positions(self) -> None:
+        for index, waiting in enumerate(self._queue):
+            position = index + 1
+            if waiting.job.position != position:
+                waiting.job.position = position
+                waiting.job.log.append(Queued(position, self._wait_before(index)))
+
+    def _wait_before(self, index: int) -> float | None:
+        """Seconds until the job at `index` of the queue starts; None while nothing was measured."""
+        ahead = ([self._running] if self._running is not None else []) + [
+            self._queue[place] for place in range(index)
+        ]
+        total = 0.0
+        for waiting in ahead:
+            plan = waiting.job.plan
+            left = plan.pixel_steps - waiting.job.pixel_steps_done
+            estimate = self._step_times.estimate_s(plan.served_model, plan.profile, left)
+            if estimate is None:
+                return None
+            total += estimate
+        return total
+
+
+def _rounded(timings: object) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in vars(timings).items()}

@@ -1,0 +1,91 @@
+"""Pixels to files: PNG, JPEG or WebP, and their split into chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from chromarpc_server.domain.events import ImageChunk, ImageHeader, Preview
+from chromarpc_server.domain.plan import PlannedOutput
+from chromarpc_server.domain.requests import ImageFormat
+
+CHUNK_BYTES = 1024 * 1024
+"""Default gRPC clients reject messages over 4 MiB; chunks stay well below."""
+PNG_COMPRESS_LEVEL = 4
+
+Pixels = npt.NDArray[np.uint8]
+"""(height, width, 3) uint8, RGB."""
+
+
+@dataclass(frozen=True)
+class RenderedImage:
+    """A finished image as pixels, on its way from the device thread to the encoder."""
+
+    prompt_index: int
+    seed: int
+    pixels: Pixels = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RenderedPreview:
+    """A preview as pixels, on its way from the device thread to the encoder."""
+
+    prompt_index: int
+    step: int
+    pixels: Pixels = field(repr=False)
+
+
+def encode_pixels(pixels: Pixels, output: PlannedOutput) -> bytes:
+    """The file's bytes; JPEG and WebP as Pillow writes them at the plan's quality."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    match output.format:
+        case ImageFormat.PNG:
+            image.save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL)
+        case ImageFormat.JPEG:
+            image.save(buffer, "JPEG", quality=output.quality)
+        case ImageFormat.WEBP:
+            image.save(buffer, "WEBP", quality=output.quality)
+    return buffer.getvalue()
+
+
+def encode_image(image: RenderedImage, output: PlannedOutput) -> tuple[ImageHeader, bytes]:
+    """A finished image's header and bytes."""
+    data = encode_pixels(image.pixels, output)
+    height, width, _ = image.pixels.shape
+    header = ImageHeader(
+        prompt_index=image.prompt_index,
+        media_type=output.format.media_type,
+        size_bytes=len(data),
+        width=width,
+        height=height,
+        sha256=hashlib.sha256(data).hexdigest(),
+        seed=image.seed,
+    )
+    return header, data
+
+
+def split_chunks(prompt_index: int, data: bytes) -> Iterator[ImageChunk]:
+    """The bytes in order, `CHUNK_BYTES` at a time."""
+    for offset in range(0, len(data), CHUNK_BYTES):
+        yield ImageChunk(prompt_index, offset, data[offset : offset + CHUNK_BYTES])
+
+
+def encode_preview(preview: RenderedPreview) -> Preview:
+    """A preview as a PNG: at these sizes smaller than a millisecond's work."""
+    output = PlannedOutput(format=ImageFormat.PNG, quality=100)
+    height, width, _ = preview.pixels.shape
+    return Preview(
+        prompt_index=preview.prompt_index,
+        step=preview.step,
+        media_type=ImageFormat.PNG.media_type,
+        width=width,
+        height=height,
+        data=encode_pixels(preview.pixels, output),
+    )

@@ -1,0 +1,57 @@
+"""A job: an admitted plan, its event log, and the one signal that goes back, the cancel flag."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chromarpc_server.domain.errors import ChromaError, JobDeadlineExceeded
+from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.job_log import JobLog
+
+
+class Cancellation:
+    """Set from any thread, read by the device thread between steps. The first cause wins."""
+
+    def __init__(self, deadline_at: float | None = None) -> None:
+        """`deadline_at`: `time.monotonic()` at which the caller stops waiting; None if it never does."""
+        self._deadline_at = deadline_at
+        self._cause: ChromaError | None = None
+        self.requested_at: float | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked the job to stop."""
+        return self._cause is not None
+
+    def cancel(self, cause: ChromaError) -> None:
+        """Asks the job to stop because of `cause`."""
+        if self._cause is None:
+            self.requested_at = time.monotonic()
+            self._cause = cause
+
+    def check(self) -> None:
+        """Raises the cause once the job is to stop, or JobDeadlineExceeded once the deadline has passed."""
+        if self._cause is None and self._deadline_at is not None and time.monotonic() >= self._deadline_at:
+            self.cancel(JobDeadlineExceeded("the deadline passed before the job was done"))
+        if self._cause is not None:
+            raise self._cause
+
+
+@dataclass
+class Job:
+    """One admitted request on its way through the engine."""
+
+    plan: Plan
+    adapter_files: tuple[Path, ...]
+    """Where each of the plan's adapters lies; never told to the client."""
+    cancellation: Cancellation
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    log: JobLog = field(default_factory=JobLog)
+    admitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    position: int = 0
+    """In the queue as last told to the client; 0 once it runs."""
+    pixel_steps_done: int = 0

@@ -1,0 +1,24 @@
+"""How long jobs will take, learned from the steps that were measured."""
+
+from __future__ import annotations
+
+
+class StepTimes:
+    """Seconds for each pixel × step, by (model, profile), as a moving average."""
+
+    _WEIGHT = 0.2
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    def observe(self, model: str, profile: str, pixel_steps: int, duration_s: float) -> None:
+        """Takes in one measured step of `pixel_steps` = width × height."""
+        key = (model, profile)
+        measured = duration_s / pixel_steps
+        before = self._seconds.get(key, measured)
+        self._seconds[key] = before + self._WEIGHT * (measured - before)
+
+    def estimate_s(self, model: str, profile: str, pixel_steps: int) -> float | None:
+        """Seconds that `pixel_steps` will probably take; None while nothing was measured."""
+        rate = self._seconds.get((model, profile))
+        return None if rate is None else rate * pixel_steps

@@ -1,0 +1,270 @@
+"""One job's work on the device thread: load, prepare, encode, denoise, decode.
+
+Everything that touches a tensor runs here, in one thread. What it has to say leaves as immutable events
+through `emit`; the only thing that comes back is the cancellation, read between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.events import (
+    AdapterReport,
+    Event,
+    Loading,
+    LoadingStage,
+    Prepared,
+    Step,
+    Timings,
+    TokenCount,
+)
+from chromarpc_server.domain.plan import Plan, PlannedPrompt, PlanWarning
+from chromarpc_server.engine.images import RenderedImage, RenderedPreview
+from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.model_cache import ModelCache
+from chromarpc_server.pipeline import (
+    Adapter,
+    Checkpoint,
+    CheckpointFiles,
+    DeviceChoice,
+    DeviceDescription,
+    LoadProgress,
+    Pipeline,
+    PromptEmbedding,
+    library_versions,
+    peak_memory_bytes,
+    reset_peak_memory,
+    synchronize,
+    translate_device_error,
+)
+
+Report = Event | RenderedImage | RenderedPreview
+Emit = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """What a finished job took on the device."""
+
+    timings: Timings
+    peak_memory_bytes: int
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage, filled in as the job goes along."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap to `stage`."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+
+class DeviceWorker:
+    """Runs jobs, one at a time, on the thread that owns the device."""
+
+    def __init__(self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache) -> None:
+        """`choice`: device and dtype to compute with; `cache`: what is resident there."""
+        self._choice = choice
+        self._description = description
+        self._cache = cache
+        self._versions = library_versions()
+
+    def load(self, model_id: str, files: CheckpointFiles, profile: str) -> None:
+        """Makes a model resident before any request asks for it."""
+        checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
+        self._cache.pipeline(checkpoint, (), profile, progress=_ignore, check=_never)
+
+    def run(self, job: Job, files: CheckpointFiles, emit: Emit) -> WorkDone:
+        """Does the whole job.
+
+        Raises:
+            ChromaError: whatever ended it early, cancellation included.
+        """
+        try:
+            return self._run(job.plan, job, files, job.cancellation, emit)
+        except ChromaError as error:
+            # A traceback holds the frames that hold the tensors, and the job outlives its run.
+            raise error.with_traceback(None) from None
+        except Exception as error:
+            translated = translate_device_error(error)
+            if translated is None:
+                raise
+            error.__traceback__ = None
+            self._cache.clear()
+            raise translated from None
+
+    def _run(
+        self, plan: Plan, job: Job, files: CheckpointFiles, cancellation: Cancellation, emit: Emit
+    ) -> WorkDone:
+        reset_peak_memory(self._choice.device)
+        clock = _Clock()
+        check = cancellation.check
+        check()
+        progress = _LoadingEvents(emit)
+        checkpoint = self._cache.checkpoint(plan.served_model, files, progress=progress, check=check)
+        adapters = self._cache.read_adapters(checkpoint, plan.loras, job.adapter_files, check=check)
+        pipeline = self._cache.pipeline(checkpoint, adapters, plan.profile, progress=progress, check=check)
+        clock.lap("loading_s")
+
+        tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
+        emit(self._prepared(plan, checkpoint, adapters, [(t.token_count, t.cut_count) for t in tokenized]))
+        remaining = _Remaining(plan)
+        for index, (prompt, tokens) in enumerate(zip(plan.prompts, tokenized, strict=True)):
+            check()
+            embedding = pipeline.encode(tokens)
+            synchronize(self._choice.device)
+            clock.lap("text_encoding_s")
+            check()
+            self._draw(pipeline, embedding, plan, prompt, index, remaining, check, clock, emit)
+        return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
+
+    def _draw(
+        self,
+        pipeline: Pipeline,
+        embedding: PromptEmbedding,
+        plan: Plan,
+        prompt: PlannedPrompt,
+        index: int,
+        remaining: _Remaining,
+        check: Callable[[], None],
+        clock: _Clock,
+        emit: Emit,
+    ) -> None:
+        started = time.monotonic()
+        latents = None
+        for done in pipeline.denoise(
+            embedding,
+            width=prompt.width,
+            height=prompt.height,
+            steps=prompt.sample_steps,
+            guidance_scale=prompt.guidance_scale,
+            seed=prompt.seed,
+            noise_draw=plan.noise_draw.value,
+        ):
+            synchronize(self._choice.device)
+            now = time.monotonic()
+            emit(
+                Step(
+                    prompt_index=index,
+                    step=done.index + 1,
+                    total_steps=done.total,
+                    sigma=done.sigma,
+                    timestep=done.timestep,
+                    duration_s=now - started,
+                    estimated_remaining_s=remaining.after(prompt, now - started),
+                    sigmas=done.sigmas if done.index == 0 else (),
+                )
+            )
+            step = done.index + 1
+            if plan.preview and step < done.total and step % plan.preview.every_n_steps == 0:
+                emit(RenderedPreview(index, step, pipeline.preview(done, plan.preview.max_side_px)))
+            latents = done.latents
+            check()
+            started = time.monotonic()
+        clock.lap("denoising_s")
+        if latents is None:
+            raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
+        pixels = pipeline.decode(latents)
+        clock.lap("decoding_s")
+        check()
+        emit(RenderedImage(index, prompt.seed, pixels))
+
+    def _prepared(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        adapters: tuple[tuple[Adapter, float], ...],
+        token_counts: list[tuple[int, int]],
+    ) -> Prepared:
+        warnings = [
+            PlanWarning(
+                "PROMPT_TRUNCATED",
+                f"prompts.{index}.prompt",
+                f"{cut} tokens were cut off: the model reads {used}, with the end mark",
+            )
+            for index, (used, cut) in enumerate(token_counts)
+            if cut
+        ]
+        reports = []
+        for index, (lora, (adapter, multiplier)) in enumerate(zip(plan.loras, adapters, strict=True)):
+            unused = (*adapter.unmatched, *adapter.unsupported)
+            if unused:
+                warnings.append(
+                    PlanWarning(
+                        "LORA_KEYS_UNMATCHED",
+                        f"loras.{index}.path",
+                        f"{len(unused)} of the file's {len(adapter.matched) + len(unused)} keys have no effect",
+                    )
+                )
+            reports.append(
+                AdapterReport(
+                    path=lora.path,
+                    sha256=adapter.sha256,
+                    format=adapter.format,
+                    network_multiplier=multiplier,
+                    rank=adapter.rank or 0,
+                    matched_keys=len(adapter.matched),
+                    unmatched_keys=unused,
+                    metadata=adapter.metadata,
+                )
+            )
+        return Prepared(
+            adapters=tuple(reports),
+            model_revision=checkpoint.revision,
+            token_counts=tuple(TokenCount(used, cut) for used, cut in token_counts),
+            versions=self._versions,
+            device=self._description.name,
+            warnings=tuple(warnings),
+        )
+
+
+class _LoadingEvents:
+    """Turns the pipeline's progress into events, a few for each stage rather than one for each tensor."""
+
+    _INTERVAL_S = 0.2
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._stage = ""
+        self._told_at = 0.0
+
+    def __call__(self, progress: LoadProgress) -> None:
+        now = time.monotonic()
+        finished = progress.done_bytes >= progress.total_bytes
+        if progress.stage == self._stage and not finished and now - self._told_at < self._INTERVAL_S:
+            return
+        self._stage, self._told_at = progress.stage, now
+        self._emit(Loading(LoadingStage(progress.stage), progress.done_bytes, progress.total_bytes))
+
+
+class _Remaining:
+    """How long the rest of a job will take, from its own steps so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._left = plan.pixel_steps
+        self._done = 0
+        self._seconds = 0.0
+
+    def after(self, prompt: PlannedPrompt, duration_s: float) -> float:
+        """Takes in one step and gives the seconds that are left."""
+        work = prompt.width * prompt.height
+        self._left -= work
+        self._done += work
+        self._seconds += duration_s
+        return self._seconds / self._done * self._left
+
+
+def _ignore(_: LoadProgress) -> None:
+    """Progress that nobody waits for."""
+
+
+def _never() -> None:
+    """A check that never stops anything."""

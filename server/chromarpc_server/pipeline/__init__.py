@@ -1,0 +1,50 @@
+"""Chroma's numerics: weights, adapters, text, denoising, pixels.
+
+The front door is `Checkpoint.load(…)`, `.prepare(adapters, profile, …)`, and the `Pipeline` that gives.
+Knows torch and the plan's values; knows no queue and no wire.
+"""
+
+from chromarpc_server.pipeline.adapters import Adapter, read_adapter
+from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline
+from chromarpc_server.pipeline.device import (
+    DeviceChoice,
+    DeviceDescription,
+    choose_device,
+    describe_device,
+    library_versions,
+    peak_memory_bytes,
+    release_memory,
+    reset_peak_memory,
+    synchronize,
+    translate_device_error,
+)
+from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile
+from chromarpc_server.pipeline.sampling import DenoiseStep
+from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
+from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
+
+__all__ = [
+    "PROFILES",
+    "Adapter",
+    "Check",
+    "Checkpoint",
+    "CheckpointFiles",
+    "DenoiseStep",
+    "DeviceChoice",
+    "DeviceDescription",
+    "LoadProgress",
+    "NumericsProfile",
+    "Pipeline",
+    "Progress",
+    "PromptEmbedding",
+    "TokenizedPrompt",
+    "choose_device",
+    "describe_device",
+    "library_versions",
+    "peak_memory_bytes",
+    "read_adapter",
+    "release_memory",
+    "reset_peak_memory",
+    "synchronize",
+    "translate_device_error",
+]

@@ -1,0 +1,368 @@
+"""From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
+
+A `Checkpoint` holds the master weights as they were stored. `prepare` merges adapters into them, before
+quantization as the reference does, and builds a `Pipeline`, on which nothing changes between calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from chromarpc_server.domain.errors import LoraIncompatible
+from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
+from chromarpc_server.pipeline.adapters import Adapter
+from chromarpc_server.pipeline.preview import LatentPreview
+from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.sampling import DenoiseStep
+from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt, Tokenizer
+from chromarpc_server.pipeline.transformer import (
+    ChromaConfig,
+    ChromaTransformer,
+    Linear,
+    dense_attention_mask,
+    rope_table,
+)
+from chromarpc_server.pipeline.weights import (
+    Check,
+    CheckpointFiles,
+    LoadProgress,
+    Progress,
+    ReadingProgress,
+    open_weights,
+    read_json,
+    require_same_keys,
+    shard_paths,
+)
+
+AdapterSet = Sequence[tuple[Adapter, float]]
+"""Adapters with their multipliers, in the order of application."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything that draws, with one adapter set merged. Immutable; calls share nothing but weights."""
+
+    transformer: ChromaTransformer = field(repr=False)
+    text_encoder: T5EncoderModel = field(repr=False)
+    autoencoder: AutoencoderKL = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    latent_preview: LatentPreview = field(repr=False)
+    profile: NumericsProfile
+    device: torch.device
+    dtype: torch.dtype
+    size_bytes: int
+    """Of the prepared transformer weights."""
+    empty: tuple[Tensor, Tensor] = field(repr=False)
+    """Embeddings and mask of the empty prompt: constants of the checkpoint."""
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """Tokenizes a prompt; needs no device."""
+        return self.tokenizer(prompt)
+
+    def encode(self, tokens: TokenizedPrompt) -> PromptEmbedding:
+        """Embeds a prompt, beside the unconditional text."""
+        embeds = text_encoder.encode(self.text_encoder, tokens.ids)
+        return PromptEmbedding(embeds, tokens.mask.to(self.device), *self.empty)
+
+    def denoise(
+        self,
+        embedding: PromptEmbedding,
+        *,
+        width: int,
+        height: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        noise_draw: str,
+    ) -> Iterator[DenoiseStep]:
+        """Draws one image's latents, yielding after every step.
+
+        Args:
+            embedding: from `encode`.
+            width: pixels, a multiple of 16.
+            height: pixels, a multiple of 16.
+            steps: Euler steps, 1 or more.
+            guidance_scale: classifier-free guidance; at 1 and below a single pass is made.
+            seed: of the initial noise.
+            noise_draw: `float32` or `legacy`.
+        """
+        noise = sampling.draw_noise(width, height, seed, self.dtype, noise_draw).to(self.device)
+        yield from denoise_from(
+            self.transformer, self.profile, embedding, noise, width, height, steps, guidance_scale
+        )
+
+    def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
+        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
+        image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
+        return autoencoder.to_pixels(image)
+
+    def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
+        """A small picture (height, width, 3) uint8 of what a step predicts."""
+        return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
+
+
+@torch.inference_mode()
+def denoise_from(
+    transformer: ChromaTransformer,
+    profile: NumericsProfile,
+    embedding: PromptEmbedding,
+    noise: Tensor,
+    width: int,
+    height: int,
+    steps: int,
+    guidance_scale: float,
+) -> Iterator[DenoiseStep]:
+    """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device."""
+    device = noise.device
+    grid = sampling.token_grid(width, height)
+    scheduler = sampling.make_scheduler(noise.shape[1], steps, device)
+    timesteps = sampling.seen_timesteps(scheduler, noise.dtype)
+    batched = transformer.modulations(timesteps) if profile.batch_modulations else None
+    conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
+    unconditional = None
+    if guidance_scale > sampling.GUIDANCE_THRESHOLD:
+        unconditional = _Text.of(
+            transformer, profile, embedding.empty_embeds, embedding.empty_mask, grid, noise
+        )
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        own = slice(index, index + 1)
+        modulations = batched[own] if batched is not None else transformer.modulations(timesteps[own])
+        run = lambda text: transformer(latents, text.embeds, modulations, text.rope, text.mask)  # noqa: E731
+        return run(conditional), None if unconditional is None else run(unconditional)
+
+    yield from sampling.denoise(noise, scheduler, guidance_scale, velocity)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text as the transformer takes it, padded and masked or cut, as the profile says."""
+
+    embeds: Tensor
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        transformer: ChromaTransformer,
+        profile: NumericsProfile,
+        embeds: Tensor,
+        mask: Tensor,
+        grid: tuple[int, int],
+        noise: Tensor,
+    ) -> _Text:
+        """`embeds` (1, L, context) and `mask` (1, L) for images of `grid` tokens."""
+        mask = mask.to(noise.device)
+        embeds = embeds.to(device=noise.device, dtype=noise.dtype)
+        attention_mask = None
+        if profile.slice_text:
+            embeds = embeds[:, : int(mask.sum()) + 1]
+        else:
+            attention_mask = dense_attention_mask(mask, grid[0] * grid[1])
+        rope = rope_table(transformer.config, embeds.shape[1], grid, noise.device)
+        return cls(embeds, rope, attention_mask)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's master weights as they were stored, and the parts that adapters leave alone."""
+
+    config: ChromaConfig
+    master: Mapping[str, Tensor] = field(repr=False)
+    """The transformer's parameters, in host memory."""
+    text_encoder: T5EncoderModel = field(repr=False)
+    autoencoder: AutoencoderKL = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    latent_preview: LatentPreview = field(repr=False)
+    device: torch.device
+    dtype: torch.dtype
+    revision: str
+    """Hash over names, shapes and values of the transformer's weights, hexadecimal."""
+    size_bytes: int
+    empty: tuple[Tensor, Tensor] = field(repr=False)
+
+    @property
+    def targets(self) -> dict[str, tuple[int, ...]]:
+        """What adapters can change: parameter name to shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self.master.items()}
+
+    @classmethod
+    def load(
+        cls,
+        files: CheckpointFiles,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+        check: Check,
+    ) -> Checkpoint:
+        """Reads everything once.
+
+        Args:
+            files: where it lies.
+            device: where text encoder and autoencoder are put, and pipelines will run.
+            dtype: what to compute in.
+            progress: told how far reading is.
+            check: called between tensors; raises to stop.
+
+        Raises:
+            WeightsInvalid: damaged files, or another model.
+        """
+        transformer_file = open_weights(files.transformer)
+        encoder_files = text_encoder.open_text_encoder(files.text_encoder)
+        vae_files = tuple(open_weights(path) for path in shard_paths(files.vae))
+        config = ChromaConfig.from_shapes(transformer_file.shapes, transformer_file.metadata)
+        with torch.device("meta"):
+            expected = ChromaTransformer(config).state_dict()
+        require_same_keys(expected, transformer_file.tensors, files.transformer.name)
+
+        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), progress, check)
+        master = dict(reading.read(transformer_file))
+        tokenizer = Tokenizer(files.tokenizer)
+        encoder = text_encoder.build_text_encoder(
+            text_encoder.text_encoder_config(files.text_encoder),
+            text_encoder.read_all(encoder_files, reading),
+            device=device,
+            dtype=dtype,
+            quantize=True,
+        )
+        vae = autoencoder.build_autoencoder(
+            read_json(files.vae / "config.json"),
+            text_encoder.read_all(vae_files, reading),
+            device=device,
+            dtype=dtype,
+        )
+        check()
+        empty = tokenizer("")
+        return cls(
+            config=config,
+            master=master,
+            text_encoder=encoder,
+            autoencoder=vae,
+            tokenizer=tokenizer,
+            latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
+            device=device,
+            dtype=dtype,
+            revision=content_hash(master),
+            size_bytes=sum(
+                tensor.numel() * tensor.element_size()
+                for tensors in (master.values(), encoder.parameters(), vae.parameters())
+                for tensor in tensors
+            ),
+            empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
+        )
+
+    def prepare(
+        self, adapters: AdapterSet, profile: NumericsProfile, *, progress: Progress, check: Check
+    ) -> Pipeline:
+        """Merges adapters, quantizes, and builds the pipeline.
+
+        Raises:
+            LoraIncompatible: merging gave values that are not finite.
+        """
+        transformer = prepare_transformer(
+            self.config,
+            self.master,
+            adapters,
+            profile,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=True,
+            progress=progress,
+            check=check,
+        )
+        return Pipeline(
+            transformer=transformer,
+            text_encoder=self.text_encoder,
+            autoencoder=self.autoencoder,
+            tokenizer=self.tokenizer,
+            latent_preview=self.latent_preview,
+            profile=profile,
+            device=self.device,
+            dtype=self.dtype,
+            size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in transformer.parameters()),
+            empty=self.empty,
+        )
+
+
+@torch.inference_mode()
+def prepare_transformer(
+    config: ChromaConfig,
+    master: Mapping[str, Tensor],
+    adapters: AdapterSet,
+    profile: NumericsProfile,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+    progress: Progress = lambda _: None,
+    check: Check = lambda: None,
+) -> ChromaTransformer:
+    """A transformer with adapters merged into its master weights and, as the reference does, then quantized.
+
+    Args:
+        config: sizes.
+        master: parameters by name, in the dtype they are stored in.
+        adapters: applied in order, each on what the ones before it left.
+        profile: says whether float8 weights are held as they are or dequantized.
+        device: where the result lies.
+        dtype: what the result computes in; a profile that dequantizes per call does so in the master's dtype.
+        quantize: whether linear weights go through float8.
+        progress: told how far preparing is.
+        check: called between tensors; raises to stop.
+
+    Raises:
+        LoraIncompatible: merging gave values that are not finite.
+    """
+    with torch.device("meta"):
+        model = ChromaTransformer(config)
+    linears = {
+        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)
+    }
+    stage = "merging" if adapters else "quantizing"
+    total = sum(tensor.numel() * tensor.element_size() for tensor in master.values())
+    done = 0
+    placed: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for name, tensor in master.items():
+        check()
+        weight = tensor.to(device)
+        for adapter, multiplier in adapters:
+            weight = adapter.apply(name, weight, multiplier)
+        if adapters and not torch.isfinite(weight).all():
+            raise LoraIncompatible(f"merging the adapters overflows {name}")
+        if quantize and name in linears:
+            q, scale = quantize_rows(weight)
+            if profile.dequantize_per_call and weight.dtype == dtype:
+                weight, scales[name] = q, scale
+            else:
+                weight = dequantize_rows(q, scale)
+        placed[name] = weight if name in scales else weight.to(dtype)
+        done += tensor.numel() * tensor.element_size()
+        progress(LoadProgress(stage, done, total))
+    model.requires_grad_(False)
+    model.load_state_dict(placed, assign=True)
+    for name, scale in scales.items():
+        linears[name].scale = scale
+    return model.eval().requires_grad_(False)
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over names, dtypes, shapes and values, whatever file they came from, hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""The device that computes: choosing, describing, measuring it, and making sense of its errors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from chromarpc_server.domain.errors import ChromaError, DeviceLost, OutOfMemory, WeightsInvalid
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """Where and in what to compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class DeviceDescription:
+    """A device as clients are told of it."""
+
+    id: str
+    name: str
+    memory_bytes: int
+    dtype: str
+
+
+def choose_device(device: str, dtype: str, *, threads: int | None = None) -> DeviceChoice:
+    """Reads the settings' words.
+
+    Args:
+        device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32` or `bfloat16`.
+        threads: CPU threads; torch's own choice if None.
+
+    Raises:
+        WeightsInvalid: no such device.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise WeightsInvalid(f"no such device: {device}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise WeightsInvalid(f"device {device} is not supported; use cpu or cuda")
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
+            raise WeightsInvalid(f"device {device} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    if dtype == "auto":
+        dtype = "float32" if chosen.type == "cpu" else "bfloat16"
+    return DeviceChoice(chosen, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+
+
+def describe_device(choice: DeviceChoice) -> DeviceDescription:
+    """Name and memory of the device."""
+    device = choice.device
+    dtype = str(choice.dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceDescription(str(device), properties.name, properties.total_memory, dtype)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DeviceDescription(str(device), _processor_name(), memory, dtype)
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def library_versions() -> Mapping[str, str]:
+    """Versions of everything that the numbers depend on."""
+    names = ("chromarpc", "diffusers", "safetensors", "tokenizers", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return {"python": platform.python_version(), "torch": torch.__version__, **found}
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins a new measurement of peak memory; a CPU's is the process's and cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use at once: the device's since the reset, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives cached, unused memory back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def translate_device_error(error: Exception) -> ChromaError | None:
+    """What an exception from torch means for the client; None where it is not the device's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemory("the device has too little memory for this job")
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        if "not enough memory" in text or "can't allocate memory" in text:
+            return OutOfMemory("the device has too little memory for this job")
+        if "CUDA error" in text or "cuDNN" in text and "EXECUTION_FAILED" in text:
+            return DeviceLost("the device failed and cannot be used any more")
+    return None

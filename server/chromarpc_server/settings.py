@@ -1,0 +1,176 @@
+"""Every setting of the server, typed, from flags, environment and file: one frozen object, built once.
+
+A flag wins over an environment variable (`CHROMARPC_…`), which wins over the file (`--config FILE`, TOML).
+An unknown or bad value stops the start.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from chromarpc_server.domain.limits import Limits
+from chromarpc_server.domain.models import REGISTRY
+
+_LIMITS = Limits()
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """Least severe level that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class ComputeDtype(StrEnum):
+    """What the model computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def _known_model(model_id: str) -> str:
+    if model_id not in REGISTRY:
+        raise ValueError(f"no such model: {model_id}; known are {', '.join(REGISTRY)}")
+    return model_id
+
+
+ModelId = Annotated[str, AfterValidator(_known_model)]
+
+
+class LimitSettings(BaseModel):
+    """What one request may ask for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_prompts: PositiveInt = Field(_LIMITS.max_prompts, description="prompts in one request")
+    max_prompt_bytes: PositiveInt = Field(
+        _LIMITS.max_prompt_bytes, description="UTF-8 bytes of one prompt after [trigger] is replaced"
+    )
+    max_loras: PositiveInt = Field(_LIMITS.max_loras, description="adapters in one request")
+    max_pixel_steps: PositiveInt = Field(
+        _LIMITS.max_pixel_steps, description="width × height × steps, summed over a request's prompts"
+    )
+    max_pixels: PositiveInt = Field(
+        _LIMITS.max_pixels, description="width × height, summed over a request's prompts"
+    )
+    max_queued_jobs: PositiveInt = Field(_LIMITS.max_queued_jobs, description="jobs waiting at once")
+    max_request_bytes: PositiveInt = Field(
+        _LIMITS.max_request_bytes, description="bytes of one request message"
+    )
+
+    def limits(self) -> Limits:
+        """The same as a domain value."""
+        return Limits(**self.model_dump())
+
+
+class ServerSettings(BaseSettings):
+    """Serves the Chroma text-to-image pipeline over gRPC.
+
+    Examples:
+    \b
+      chromarpc-server                                    serve what is here, on 127.0.0.1:50051
+      chromarpc-server --alias chroma=chroma-mini         run production requests on a laptop
+      chromarpc-server --lora-root ~/loras --preload chroma
+      chromarpc-server fetch chroma                       download the weights of Chroma1-Base
+      chromarpc-server verify DIR                         check this install against recorded vectors
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="CHROMARPC_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="chromarpc-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to bind; others can reach the server if not loopback")
+    port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one")
+    insecure: bool = Field(
+        False, description="allow binding a non-loopback address although traffic is not encrypted"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: ComputeDtype = Field(
+        ComputeDtype.AUTO, description="computation type; auto is float32 on a CPU, bfloat16 on a GPU"
+    )
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads of the computation; torch's choice if unset"
+    )
+    profile: str = Field(
+        "reference", description="numerics profile of requests that name none: reference or exact"
+    )
+    lora_root: Path | None = Field(
+        None, description="folder that requests' adapter paths are relative to; none are served if unset"
+    )
+    alias: dict[ModelId, ModelId] = Field(
+        default_factory=dict, description="MODEL=OTHER: serve requests for MODEL by OTHER; repeatable"
+    )
+    model_folder: dict[ModelId, Path] = Field(
+        default_factory=dict,
+        description="MODEL=DIR: folder with the model's transformer file, text_encoder_2/, tokenizer_2/ and "
+        "vae/; repeatable; the Hugging Face cache otherwise",
+    )
+    preload: list[ModelId] = Field(
+        default_factory=list, description="models to load before the server says SERVING; repeatable"
+    )
+    resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
+    resident_adapter_sets: PositiveInt = Field(2, description="prepared adapter sets kept on the device")
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
+    grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
+    log_level: LogLevel = Field(LogLevel.INFO, description="least severe level that is logged")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="text for people, json for machines")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.host not in LOOPBACK and not self.insecure:
+            raise ValueError(
+                f"--host {self.host} is not a loopback address and traffic is not encrypted: "
+                "put a TLS proxy in front, or say --insecure if the network is trusted"
+            )
+        if self.profile not in ("reference", "exact"):
+            raise ValueError(f"no such profile: {self.profile}; known are reference, exact")
+        if self.lora_root is not None and not self.lora_root.is_dir():
+            raise ValueError(f"--lora-root {self.lora_root} is not a folder")
+        for model_id, folder in self.model_folder.items():
+            if not folder.is_dir():
+                raise ValueError(f"--model-folder {model_id}={folder}: not a folder")
+        for source, target in self.alias.items():
+            if target in self.alias:
+                raise ValueError(f"--alias {source}={target}: {target} is an alias itself")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags (added by CliApp, first), then environment, then the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

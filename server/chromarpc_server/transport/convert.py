@@ -1,0 +1,286 @@
+"""Messages to domain values and back, field by field and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
+from google.protobuf import unknown_fields
+from google.protobuf.message import Message
+
+from chromarpc_server.domain import events
+from chromarpc_server.domain.errors import MAX_LISTED, ChromaError
+from chromarpc_server.domain.plan import Plan, PlannedOutput, PlanWarning
+from chromarpc_server.domain.requests import (
+    GenerationRequest,
+    ImageFormat,
+    LoraRequest,
+    NoiseDraw,
+    OutputRequest,
+    PreviewRequest,
+    PromptRequest,
+)
+from chromarpc_server.engine.job_log import LoggedEvent
+from chromarpc_server.transport.status import code_number, duration, listed, shorten
+
+_FORMATS = {
+    options_pb2.IMAGE_FORMAT_PNG: ImageFormat.PNG,
+    options_pb2.IMAGE_FORMAT_JPEG: ImageFormat.JPEG,
+    options_pb2.IMAGE_FORMAT_WEBP: ImageFormat.WEBP,
+}
+_FORMATS_BACK = {value: key for key, value in _FORMATS.items()}
+_DRAWS = {
+    options_pb2.NOISE_DRAW_FLOAT32: NoiseDraw.FLOAT32,
+    options_pb2.NOISE_DRAW_LEGACY: NoiseDraw.LEGACY,
+}
+_DRAWS_BACK = {value: key for key, value in _DRAWS.items()}
+_STAGES = {
+    events.LoadingStage.DOWNLOADING: job_event_pb2.LOADING_STAGE_DOWNLOADING,
+    events.LoadingStage.READING: job_event_pb2.LOADING_STAGE_READING,
+    events.LoadingStage.MERGING: job_event_pb2.LOADING_STAGE_MERGING,
+    events.LoadingStage.QUANTIZING: job_event_pb2.LOADING_STAGE_QUANTIZING,
+    events.LoadingStage.COMPILING: job_event_pb2.LOADING_STAGE_COMPILING,
+}
+MAX_UNKNOWN_FIELDS = 100
+MAX_UNMATCHED_BYTES = 200
+MAX_METADATA_BYTES = 2000
+
+
+def _optional(message: Message, *names: str) -> dict[str, object]:
+    """The fields of `names` that were set; what was left out stays out."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _unknown(message: Message, at: str) -> Iterator[str]:
+    for field in unknown_fields.UnknownFieldSet(message):
+        yield f"{at}field {field.field_number}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        name = f"{at}{descriptor.name}"
+        if descriptor.is_repeated:
+            for index, item in enumerate(value):
+                yield from _unknown(item, f"{name}.{index}.")
+        else:
+            yield from _unknown(value, f"{name}.")
+
+
+def generation_request(message: generation_service_pb2.GenerateRequest) -> GenerationRequest:
+    """The request as a domain value: nothing checked, nothing filled in."""
+    unknown = []
+    for path in _unknown(message, ""):
+        unknown.append(path)
+        if len(unknown) >= MAX_UNKNOWN_FIELDS:
+            break
+    image_format = message.output.format
+    if image_format and image_format not in _FORMATS:
+        unknown.append("output.format")
+    if message.noise_draw and message.noise_draw not in _DRAWS:
+        unknown.append("noise_draw")
+    return GenerationRequest(
+        **_optional(message, "model", "hf_token", "trigger_word", "kv_cache", "match_target_res", "profile"),  # type: ignore[arg-type]
+        loras=tuple(
+            LoraRequest(**_optional(lora, "path", "transformer", "network_multiplier"))  # type: ignore[arg-type]
+            for lora in message.loras
+        ),
+        prompts=tuple(_prompt(prompt) for prompt in message.prompts),
+        output=OutputRequest(
+            format=_FORMATS.get(image_format),
+            **_optional(message.output, "quality"),  # type: ignore[arg-type]
+        ),
+        preview=PreviewRequest(
+            every_n_steps=message.preview.every_n_steps,
+            **_optional(message.preview, "max_side_px"),  # type: ignore[arg-type]
+        ),
+        noise_draw=_DRAWS.get(message.noise_draw),
+        unknown_fields=tuple(unknown),
+    )
+
+
+def _prompt(message: generation_service_pb2.Prompt) -> PromptRequest:
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    return PromptRequest(**_optional(message, *names))  # type: ignore[arg-type]
+
+
+def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
+    """A logged event as its message."""
+    message = job_event_pb2.JobEvent(sequence=logged.sequence)
+    message.time.FromDatetime(logged.time)
+    event = logged.event
+    match event:
+        case events.Accepted():
+            message.accepted.CopyFrom(_accepted(event.job_id, event.plan))
+        case events.Queued():
+            message.queued.position = event.position
+            if event.estimated_wait_s is not None:
+                message.queued.estimated_wait.CopyFrom(duration(event.estimated_wait_s))
+        case events.Loading():
+            message.loading.stage = _STAGES[event.stage]
+            message.loading.fraction = event.fraction
+            message.loading.done_bytes = event.done_bytes
+            message.loading.total_bytes = event.total_bytes
+        case events.Prepared():
+            message.prepared.CopyFrom(_prepared(event))
+        case events.Step():
+            message.step.CopyFrom(_step(event))
+        case events.Preview():
+            message.preview.CopyFrom(
+                job_event_pb2.Preview(
+                    prompt_index=event.prompt_index,
+                    step=event.step,
+                    media_type=event.media_type,
+                    width=event.width,
+                    height=event.height,
+                    data=event.data,
+                )
+            )
+        case events.ImageHeader():
+            message.image_header.CopyFrom(
+                job_event_pb2.ImageHeader(
+                    prompt_index=event.prompt_index,
+                    media_type=event.media_type,
+                    size_bytes=event.size_bytes,
+                    width=event.width,
+                    height=event.height,
+                    sha256=event.sha256,
+                    seed=event.seed,
+                )
+            )
+        case events.ImageChunk():
+            message.image_chunk.prompt_index = event.prompt_index
+            message.image_chunk.offset_bytes = event.offset_bytes
+            message.image_chunk.data = event.data
+        case events.Completed():
+            message.completed.CopyFrom(_completed(event))
+        case events.Failed():
+            message.failed.CopyFrom(_failed(event.error))
+        case events.Cancelled():
+            message.cancelled.message = shorten(event.error.message)
+    return message
+
+
+def heartbeat(sequence: int) -> job_event_pb2.JobEvent:
+    """A sign of life, with the sequence of the event sent before it."""
+    message = job_event_pb2.JobEvent(sequence=sequence, heartbeat=job_event_pb2.Heartbeat())
+    message.time.GetCurrentTime()
+    return message
+
+
+def _warnings(warnings: tuple[PlanWarning, ...]) -> list[job_event_pb2.Warning]:
+    return [
+        job_event_pb2.Warning(code=warning.code, field=warning.field, message=shorten(warning.message))
+        for warning in warnings
+    ]
+
+
+def _output(output: PlannedOutput) -> options_pb2.OutputOptions:
+    message = options_pb2.OutputOptions(format=_FORMATS_BACK[output.format])
+    if output.format is not ImageFormat.PNG:
+        message.quality = output.quality
+    return message
+
+
+def _accepted(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
+    return job_event_pb2.Accepted(
+        job_id=job_id,
+        model=plan.model,
+        served_model=plan.served_model,
+        profile=plan.profile,
+        noise_draw=_DRAWS_BACK[plan.noise_draw],
+        prompts=[
+            job_event_pb2.PlannedPrompt(
+                prompt=prompt.prompt,
+                width=prompt.width,
+                height=prompt.height,
+                sample_steps=prompt.sample_steps,
+                guidance_scale=prompt.guidance_scale,
+                seed=prompt.seed,
+            )
+            for prompt in plan.prompts
+        ],
+        loras=[
+            job_event_pb2.PlannedLora(path=lora.path, network_multiplier=lora.network_multiplier)
+            for lora in plan.loras
+        ],
+        output=_output(plan.output),
+        warnings=_warnings(plan.warnings),
+    )
+
+
+def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
+    return job_event_pb2.Prepared(
+        adapters=[
+            job_event_pb2.AdapterReport(
+                path=adapter.path,
+                sha256=adapter.sha256,
+                format=adapter.format,
+                network_multiplier=adapter.network_multiplier,
+                rank=adapter.rank,
+                matched_key_count=adapter.matched_keys,
+                unmatched_key_count=len(adapter.unmatched_keys),
+                unmatched_keys=[
+                    shorten(key, MAX_UNMATCHED_BYTES) for key in adapter.unmatched_keys[:MAX_LISTED]
+                ],
+                metadata={
+                    shorten(key, MAX_UNMATCHED_BYTES): shorten(value, MAX_METADATA_BYTES)
+                    for key, value in list(adapter.metadata.items())[:MAX_LISTED]
+                },
+            )
+            for adapter in event.adapters
+        ],
+        model_revision=event.model_revision,
+        token_counts=[
+            job_event_pb2.TokenCount(used=count.used, cut=count.cut) for count in event.token_counts
+        ],
+        versions=dict(event.versions),
+        device=event.device,
+        warnings=_warnings(event.warnings),
+    )
+
+
+def _step(event: events.Step) -> job_event_pb2.Step:
+    message = job_event_pb2.Step(
+        prompt_index=event.prompt_index,
+        step=event.step,
+        total_steps=event.total_steps,
+        sigma=event.sigma,
+        timestep=event.timestep,
+        duration=duration(event.duration_s),
+        sigmas=event.sigmas,
+    )
+    if event.estimated_remaining_s is not None:
+        message.estimated_remaining.CopyFrom(duration(event.estimated_remaining_s))
+    return message
+
+
+def _completed(event: events.Completed) -> job_event_pb2.Completed:
+    timings = event.timings
+    return job_event_pb2.Completed(
+        timings=job_event_pb2.Timings(
+            queued=duration(timings.queued_s),
+            loading=duration(timings.loading_s),
+            text_encoding=duration(timings.text_encoding_s),
+            denoising=duration(timings.denoising_s),
+            decoding=duration(timings.decoding_s),
+            image_encoding=duration(timings.image_encoding_s),
+            total=duration(timings.total_s),
+        ),
+        peak_memory_bytes=event.peak_memory_bytes,
+        image_count=event.image_count,
+    )
+
+
+def _failed(error: ChromaError) -> job_event_pb2.Failed:
+    message = job_event_pb2.Failed(
+        code=code_number(error),
+        reason=error.reason,
+        message=shorten(error.message, 1000),
+        violations=[
+            job_event_pb2.FieldViolation(field=violation.field, description=violation.description)
+            for violation in listed(error.violations)
+        ],
+        metadata={key: shorten(value) for key, value in error.metadata.items()},
+    )
+    if error.retry_after_s is not None:
+        message.retry_after.CopyFrom(duration(error.retry_after_s))
+    return message

@@ -1,0 +1,118 @@
+"""`ModelService`: what this server serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import grpc
+from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
+
+from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, ModelSpec
+from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.engine import Engine
+from chromarpc_server.engine.model_files import ModelFiles, fetch_command
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Answers from snapshots; never waits for the device."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        serving: Serving,
+        model_files: ModelFiles,
+        *,
+        version: str,
+        library_versions: Mapping[str, str],
+        profile_descriptions: Mapping[str, str],
+    ) -> None:
+        """`serving`: what the settings say about requests."""
+        self._engine = engine
+        self._serving = serving
+        self._model_files = model_files
+        self._version = version
+        self._library_versions = library_versions
+        self._profile_descriptions = profile_descriptions
+
+    async def ListModels(  # type: ignore[override]  # noqa: N802
+        self,
+        request: model_service_pb2.ListModelsRequest,
+        context: grpc.aio.ServicerContext[
+            model_service_pb2.ListModelsRequest, model_service_pb2.ListModelsResponse
+        ],
+    ) -> model_service_pb2.ListModelsResponse:
+        """Lists the models, whether their weights are here, and what their options default to."""
+        specs = list(self._serving.models.values())
+        present = await asyncio.to_thread(
+            lambda: [self._model_files.find(self._served(spec)) is not None for spec in specs]
+        )
+        resident = self._engine.status().cache.resident_bytes
+        return model_service_pb2.ListModelsResponse(
+            models=[
+                self._model(spec, here, resident.get(self._served(spec).id))
+                for spec, here in zip(specs, present, strict=True)
+            ]
+        )
+
+    async def GetServerInfo(  # type: ignore[override]  # noqa: N802
+        self,
+        request: model_service_pb2.GetServerInfoRequest,
+        context: grpc.aio.ServicerContext[
+            model_service_pb2.GetServerInfoRequest, model_service_pb2.GetServerInfoResponse
+        ],
+    ) -> model_service_pb2.GetServerInfoResponse:
+        """Tells version, limits, numerics profiles and device."""
+        serving, device, status = self._serving, self._engine.description, self._engine.status()
+        return model_service_pb2.GetServerInfoResponse(
+            version=self._version,
+            library_versions=dict(self._library_versions),
+            device=model_service_pb2.Device(
+                id=device.id, name=device.name, memory_bytes=device.memory_bytes, dtype=device.dtype
+            ),
+            profiles=[
+                model_service_pb2.Profile(id=name, description=self._profile_descriptions[name])
+                for name in serving.profiles
+            ],
+            default_profile=serving.default_profile,
+            limits=model_service_pb2.Limits(
+                max_prompts=serving.limits.max_prompts,
+                max_prompt_bytes=serving.limits.max_prompt_bytes,
+                max_loras=serving.limits.max_loras,
+                max_pixel_steps=serving.limits.max_pixel_steps,
+                max_queued_jobs=serving.limits.max_queued_jobs,
+                max_request_bytes=serving.limits.max_request_bytes,
+                max_pixels=serving.limits.max_pixels,
+            ),
+            queue=model_service_pb2.QueueState(
+                queued_jobs=status.queued_jobs, running_jobs=status.running_jobs
+            ),
+        )
+
+    def _served(self, spec: ModelSpec) -> ModelSpec:
+        return self._serving.models[self._serving.aliases.get(spec.id, spec.id)]
+
+    def _model(self, spec: ModelSpec, present: bool, resident_bytes: int | None) -> model_service_pb2.Model:
+        served = self._served(spec)
+        defaults = spec.defaults
+        return model_service_pb2.Model(
+            id=spec.id,
+            description=spec.description,
+            base_checkpoint=served.base_checkpoint,
+            alias_of=served.id if served.id != spec.id else "",
+            resolution_divisor=served.resolution_divisor,
+            defaults=model_service_pb2.ModelDefaults(
+                width=defaults.width,
+                height=defaults.height,
+                sample_steps=defaults.sample_steps,
+                guidance_scale=defaults.guidance_scale,
+                seed=defaults.seed,
+                network_multiplier=defaults.network_multiplier,
+            ),
+            weights_present=present,
+            fetch_command="" if present else fetch_command(served),
+            resident=resident_bytes is not None,
+            resident_bytes=resident_bytes or 0,
+            ignored_options=IGNORED_OPTIONS,
+            refused_options=REFUSED_OPTIONS,
+        )

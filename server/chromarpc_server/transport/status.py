@@ -1,0 +1,127 @@
+"""Domain errors to gRPC statuses with `google.rpc` details: one total table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from chromarpc_server.domain.errors import (
+    MAX_LISTED,
+    ChromaError,
+    DeviceLost,
+    Draining,
+    FieldViolation,
+    InternalError,
+    InvalidParameter,
+    JobCancelled,
+    JobDeadlineExceeded,
+    LoraIncompatible,
+    LoraInvalid,
+    LoraNotFound,
+    ModelNotFound,
+    OutOfMemory,
+    QueueFull,
+    WeightsInvalid,
+    WeightsMissing,
+)
+
+DOMAIN = "chromarpc"
+DETAILS_KEY = "grpc-status-details-bin"
+MAX_DETAILS_BYTES = 4096
+"""Clients answer large trailing metadata with RESOURCE_EXHAUSTED; 12 KB of it is known to be too much."""
+MAX_TEXT = 400
+"""Characters of one description, so that twenty of them stay within `MAX_DETAILS_BYTES` once shortened."""
+
+CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
+    InvalidParameter: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    LoraNotFound: grpc.StatusCode.NOT_FOUND,
+    LoraInvalid: grpc.StatusCode.INVALID_ARGUMENT,
+    LoraIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
+    WeightsMissing: grpc.StatusCode.FAILED_PRECONDITION,
+    WeightsInvalid: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    JobCancelled: grpc.StatusCode.CANCELLED,
+    JobDeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    DeviceLost: grpc.StatusCode.INTERNAL,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+
+
+def code_of(error: ChromaError) -> grpc.StatusCode:
+    """The gRPC status code of an error."""
+    return CODES[type(error)]
+
+
+def code_number(error: ChromaError) -> int:
+    """The same as a number, as `google.rpc.Status.code` has it."""
+    number: int = code_of(error).value[0]
+    return number
+
+
+def shorten(text: str, limit: int = MAX_TEXT) -> str:
+    """The text, cut to `limit` characters with an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
+    """The first violations, and one that counts the rest."""
+    shown = [FieldViolation(shorten(v.field, 100), shorten(v.description)) for v in violations[:MAX_LISTED]]
+    rest = len(violations) - len(shown)
+    return [*shown, FieldViolation("", f"and {rest} more")] if rest > 0 else shown
+
+
+def rich_status(error: ChromaError) -> status_pb2.Status:
+    """The error as `google.rpc.Status`: ErrorInfo always, BadRequest and RetryInfo where they apply.
+
+    Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does.
+    """
+    violations = listed(error.violations)
+    while True:
+        status = _status(error, violations)
+        if status.ByteSize() <= MAX_DETAILS_BYTES or not violations:
+            return status
+        violations = violations[: len(violations) // 2]
+
+
+def _status(error: ChromaError, violations: list[FieldViolation]) -> status_pb2.Status:
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason,
+        domain=DOMAIN,
+        metadata={key: shorten(value) for key, value in error.metadata.items()},
+    )
+    details: list[Message] = [info]
+    if violations:
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                    for v in violations
+                ]
+            )
+        )
+    if error.retry_after_s is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s)))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code_number(error), message=shorten(error.message, 1000), details=packed)
+
+
+def trailing_metadata(error: ChromaError) -> tuple[tuple[str, bytes], ...]:
+    """What carries the details beside the status."""
+    return ((DETAILS_KEY, rich_status(error).SerializeToString()),)
+
+
+def duration(seconds: float) -> duration_pb2.Duration:
+    """Seconds as a protobuf duration."""
+    message = duration_pb2.Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
