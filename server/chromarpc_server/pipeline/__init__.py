@@ -4,6 +4,12 @@ The front door is `Checkpoint.load(…)`, `.prepare(adapters, profile, …)`, an
 Knows torch and the plan's values; knows no queue and no wire.
 """
 
+import logging
+
+for _noisy in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+    # diffusers imports torchao, which complains about kernels this package does not use.
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline
 from chromarpc_server.pipeline.device import (

@@ -121,12 +121,18 @@ def denoise_from(
     height: int,
     steps: int,
     guidance_scale: float,
+    *,
+    timestep_dtype: torch.dtype | None = None,
 ) -> Iterator[DenoiseStep]:
-    """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device."""
+    """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device.
+
+    `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless told
+    otherwise.
+    """
     device = noise.device
     grid = sampling.token_grid(width, height)
     scheduler = sampling.make_scheduler(noise.shape[1], steps, device)
-    timesteps = sampling.seen_timesteps(scheduler, noise.dtype)
+    timesteps = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype).to(noise.dtype) / 1000
     batched = transformer.modulations(timesteps) if profile.batch_modulations else None
     conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
     unconditional = None

@@ -130,8 +130,8 @@ Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 def seen_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtype) -> Tensor:
-    """Timesteps in 0…1 as the transformer sees them: rounded to the latents' dtype, then divided by 1000 in it."""
-    return scheduler.timesteps.to(dtype) / 1000
+    """Timesteps in 0…1000 as the transformer sees them: rounded to `dtype`, the latents' own. (S,)."""
+    return scheduler.timesteps.to(dtype)
 
 
 def denoise(
@@ -146,7 +146,7 @@ def denoise(
     """
     latents = noise
     sigmas = tuple(scheduler.sigmas.tolist())
-    seen = scheduler.timesteps.to(noise.dtype).tolist()
+    seen = seen_timesteps(scheduler, noise.dtype).tolist()
     for index, timestep in enumerate(scheduler.timesteps):
         conditional, unconditional = velocity(latents, index)
         guided = conditional

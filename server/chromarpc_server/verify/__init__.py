@@ -1,0 +1,49 @@
+"""Checks an install against recorded outputs of the reference.
+
+The folder is laid out like tests/goldens; subfolders and files may be absent, and whatever is there is read for
+its sizes, names and counts. A file that cannot be used is that case's failure, never a traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.pipeline.device import choose_device, describe_device
+from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases
+from chromarpc_server.verify.report import Outcome, Reporter, Result
+
+
+def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
+    """Runs every case that is there.
+
+    Args:
+        directory: folder with recorded vectors.
+        device: `cpu`, `cuda` or `cuda:N`, for the bf16 cases; float32 cases always run on the CPU.
+        as_json: print one JSON object instead of lines.
+        out: where to print.
+
+    Returns:
+        0 if at least one case ran and none failed, else 1.
+    """
+    reporter = Reporter(out, as_json=as_json)
+    try:
+        choice = choose_device(device, "bfloat16")
+    except ChromaError as error:
+        reporter.add(Result("device", Outcome.FAIL, note=error.message))
+        return reporter.finish({"torch": torch.__version__})
+    float32_cases.run(directory / float32_cases.GROUP, reporter)
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if folder.name != float32_cases.GROUP and any(
+            (folder / name).is_file() for name in ("pipeline.safetensors", "t5.safetensors")
+        ):
+            bfloat16_cases.run(folder, folder.name, choice.device, reporter)
+    base = directory / float32_cases.GROUP / "transformer_tiny.safetensors"
+    reporter.guarded("adapters", lambda: adapter_cases.run(directory / "adapters", base, reporter))
+    requests = directory / "requests" / "reference_requests.json"
+    if requests.is_file():
+        reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
+    return reporter.finish({"device": describe_device(choice).name, "torch": torch.__version__})
