@@ -1,0 +1,289 @@
+"""Every error of a call, as one tree.
+
+ChromarpcError
+├── StatusError                  the call ended with an error status
+│   ├── InvalidRequest           INVALID_ARGUMENT, OUT_OF_RANGE         `violations` name the fields
+│   │   └── LoraInvalid          LORA_INVALID                           not safetensors, truncated, hostile
+│   ├── NotFound                 NOT_FOUND
+│   │   ├── ModelNotFound        MODEL_NOT_FOUND                        no model has this id
+│   │   └── LoraNotFound         LORA_NOT_FOUND                         no such adapter on the server
+│   ├── FailedPrecondition       FAILED_PRECONDITION
+│   │   ├── LoraIncompatible     LORA_INCOMPATIBLE                      the adapter does not fit the model
+│   │   ├── WeightsMissing       WEIGHTS_MISSING                        the server lacks the model's files
+│   │   └── WeightsInvalid       WEIGHTS_INVALID                        it has them and cannot use them
+│   ├── ResourceExhausted        RESOURCE_EXHAUSTED
+│   │   ├── QueueFull            QUEUE_FULL                             `retry_after_s` says when to retry
+│   │   └── OutOfMemory          OUT_OF_MEMORY                          trying the same again will not help
+│   ├── ServerUnavailable        UNAVAILABLE                            nobody listens, or it broke off
+│   │   └── Draining             DRAINING                               the server is starting or stopping
+│   ├── DeadlineExceeded         DEADLINE_EXCEEDED                      `timeout_s` passed
+│   ├── Cancelled                CANCELLED                              by this side or by the server
+│   ├── AccessDenied             UNAUTHENTICATED, PERMISSION_DENIED     no token, or not the right one
+│   └── ServerError              INTERNAL, UNKNOWN and all other codes  an error id, if any, is in `metadata`
+│       └── DeviceLost           DEVICE_LOST                            the device is gone; it restarts
+└── ProtocolError                the stream broke its contract: bytes missing or changed, no last event
+
+A request that cannot even be sent (a width of 2**40) raises `InvalidRequest` too, before anything is sent.
+`CODE_ERRORS` and `REASON_ERRORS` are the whole table; only this module turns wire errors into these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
+
+DOMAIN: Final = "chromarpc"
+"""`google.rpc.ErrorInfo.domain` of this service; a proxy's own reasons are not ours to interpret."""
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One thing wrong with one field of a request."""
+
+    field: str
+    """Dotted path with list indices: `prompts.0.width`; empty where it is about no single field."""
+    description: str
+    """A sentence for people."""
+
+
+class ChromarpcError(Exception):
+    """Anything this package raises for a call.
+
+    Attributes:
+        message: one or two sentences for people.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ProtocolError(ChromarpcError):
+    """The server's stream broke its contract; what it sent so far is not to be trusted."""
+
+
+class StatusError(ChromarpcError):
+    """The call ended with an error status.
+
+    Attributes:
+        code: the gRPC status code.
+        reason: stable name such as `LORA_NOT_FOUND`; empty where the status carries none.
+        violations: the fields at fault, where the request is.
+        metadata: further facts for programs.
+        retry_after_s: when trying again makes sense, in seconds; None when the server gives no advice.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode,
+        reason: str = "",
+        violations: Sequence[FieldViolation] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.violations = tuple(violations)
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(StatusError):
+    """A field is out of range, missing, too large, or cannot be honoured; `violations` name it."""
+
+
+class LoraInvalid(InvalidRequest):
+    """The adapter's file is not safetensors, is truncated, or lies about its contents."""
+
+
+class NotFound(StatusError):
+    """What the request names does not exist on the server."""
+
+
+class ModelNotFound(NotFound):
+    """No model is served under this id."""
+
+
+class LoraNotFound(NotFound):
+    """No such adapter below the server's adapter root."""
+
+
+class FailedPrecondition(StatusError):
+    """The request is right and the server is in no state to serve it."""
+
+
+class LoraIncompatible(FailedPrecondition):
+    """The adapter is well formed and does not fit this model."""
+
+
+class WeightsMissing(FailedPrecondition):
+    """The model's files are not on the server; the message gives the command that fetches them."""
+
+
+class WeightsInvalid(FailedPrecondition):
+    """The model's files are damaged, or of another architecture."""
+
+
+class ResourceExhausted(StatusError):
+    """The server has no room for this request now, or at all."""
+
+
+class QueueFull(ResourceExhausted):
+    """The server's queue is at its bound; try again after `retry_after_s`."""
+
+
+class OutOfMemory(ResourceExhausted):
+    """The server's device had too little memory for this job."""
+
+
+class ServerUnavailable(StatusError):
+    """Nobody answers at the target, or the connection broke."""
+
+
+class Draining(ServerUnavailable):
+    """The server is starting or stopping and takes no work."""
+
+
+class DeadlineExceeded(StatusError):
+    """`timeout_s` passed; the server has stopped the job."""
+
+
+class Cancelled(StatusError):
+    """The call was cancelled, by this side or by the server."""
+
+
+class AccessDenied(StatusError):
+    """The server wants a token, or another one."""
+
+
+class ServerError(StatusError):
+    """The server, or something between, failed in a way it did not foresee."""
+
+
+class DeviceLost(ServerError):
+    """The server's device cannot be used any more; the server restarts."""
+
+
+CODE_ERRORS: Final[Mapping[grpc.StatusCode, type[StatusError]]] = {
+    grpc.StatusCode.OK: ServerError,  # an error that claims to be none
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNKNOWN: ServerError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: ServerError,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ABORTED: ServerError,
+    grpc.StatusCode.UNIMPLEMENTED: ServerError,
+    grpc.StatusCode.INTERNAL: ServerError,
+    grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.DATA_LOSS: ServerError,
+}
+"""What each status code becomes."""
+
+REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
+    "LORA_INVALID": LoraInvalid,
+    "MODEL_NOT_FOUND": ModelNotFound,
+    "LORA_NOT_FOUND": LoraNotFound,
+    "LORA_INCOMPATIBLE": LoraIncompatible,
+    "WEIGHTS_MISSING": WeightsMissing,
+    "WEIGHTS_INVALID": WeightsInvalid,
+    "QUEUE_FULL": QueueFull,
+    "OUT_OF_MEMORY": OutOfMemory,
+    "DRAINING": Draining,
+    "DEVICE_LOST": DeviceLost,
+}
+"""What a reason narrows it to, where the status code agrees."""
+
+_CODES_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def error_type(code: grpc.StatusCode, reason: str) -> type[StatusError]:
+    """The class for a status; the code rules, the reason refines."""
+    by_code = CODE_ERRORS[code]
+    by_reason = REASON_ERRORS.get(reason, by_code)
+    return by_reason if issubclass(by_reason, by_code) else by_code
+
+
+def status_code(number: int) -> grpc.StatusCode:
+    """The code of a number; UNKNOWN for one that does not exist."""
+    return _CODES_BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def invalid_request(path: str, description: str) -> InvalidRequest:
+    """A request that cannot be sent, blaming one field."""
+    return InvalidRequest(
+        f"{path}: {description}" if path else description,
+        code=grpc.StatusCode.INVALID_ARGUMENT,
+        reason="INVALID_PARAMETER",
+        violations=(FieldViolation(path, description),),
+    )
+
+
+def from_status(
+    code: grpc.StatusCode | None,
+    message: str | None,
+    trailing_metadata: Iterable[tuple[str, str | bytes]] | None,
+    *,
+    target: str,
+) -> StatusError:
+    """The error of a call's status and of the `google.rpc` details beside it.
+
+    Details that cannot be read are left out: an error must never hide behind a decoding error.
+    `target` is named where the server could not be reached.
+    """
+    code = code or grpc.StatusCode.UNKNOWN
+    message = message or ""
+    info = error_details_pb2.ErrorInfo()
+    violations: list[FieldViolation] = []
+    retry_after_s: float | None = None
+    for detail in _details(trailing_metadata):
+        try:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                found = error_details_pb2.ErrorInfo.FromString(detail.value)
+                info = found if found.domain == DOMAIN else info
+            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+                violations += [
+                    FieldViolation(violation.field, violation.description)
+                    for violation in error_details_pb2.BadRequest.FromString(detail.value).field_violations
+                ]
+            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+                retry_after_s = max(0.0, delay.seconds + delay.nanos / 1e9)
+        except DecodeError:
+            continue
+    kind = error_type(code, info.reason)
+    if kind is ServerUnavailable:
+        message = f"cannot reach {target}: {message or 'no reason given'}"
+    return kind(
+        message or f"the call ended with {code.name}",
+        code=code,
+        reason=info.reason,
+        violations=violations,
+        metadata=info.metadata,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _details(trailing_metadata: Iterable[tuple[str, str | bytes]] | None) -> Sequence[any_pb2.Any]:
+    for key, value in trailing_metadata or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return tuple(status_pb2.Status.FromString(value).details)
+            except DecodeError:
+                return ()
+    return ()
