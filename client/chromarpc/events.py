@@ -1,0 +1,243 @@
+"""What happens to a generation, as typed values: the order they come in, what each one carries.
+
+Accepted, Queued*, Loading*, Prepared, then for each prompt Step*, Preview*, ImageReady, and Completed last;
+Heartbeat whenever nothing else was said for a while. A generation that fails or is cancelled raises instead
+(see `chromarpc.errors`), so `Completed` is the only last event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from chromarpc.images import GeneratedImage
+
+ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
+"""How finished images are encoded."""
+NoiseDraw: TypeAlias = Literal["float32", "legacy"]
+"""What a seed means: today's draw, or that of torch up to 2.11 for LoRAs whose previews are older."""
+
+
+class LoadingStage(StrEnum):
+    """What is being done before denoising can start."""
+
+    UNKNOWN = "unknown"
+    """A stage that this version of the client does not know."""
+    DOWNLOADING = "downloading"
+    READING = "reading"
+    MERGING = "merging"
+    QUANTIZING = "quantizing"
+    COMPILING = "compiling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobWarning:
+    """Something to know that did not stop the job."""
+
+    code: str
+    """Stable name, such as `SIZE_SNAPPED`."""
+    field: str
+    """Dotted path of the field it is about, such as `prompts.0.width`; may be empty."""
+    message: str
+    """A sentence for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPrompt:
+    """One image to draw, with nothing left open."""
+
+    prompt: str
+    """After `[trigger]` was replaced."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    sample_steps: int
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLora:
+    """One adapter, with nothing left open."""
+
+    path: str
+    network_multiplier: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What an adapter file turned out to be."""
+
+    path: str
+    sha256: str
+    """Of the file, hexadecimal."""
+    format: str
+    """Name of the recognised format."""
+    network_multiplier: float
+    rank: int
+    """Of its low-rank pairs; the largest where they differ; 0 where it has none."""
+    matched_key_count: int
+    unmatched_key_count: int
+    unmatched_keys: tuple[str, ...]
+    """The first 20."""
+    metadata: Mapping[str, str]
+    """The file's own header (name, trainer, step), shortened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCount:
+    """How a prompt was tokenized."""
+
+    used: int
+    """Tokens the text encoder sees, with the end mark."""
+    cut: int
+    """Tokens cut off because they exceed the model's 512."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """How long each stage of a job took, in seconds."""
+
+    queued_s: float
+    loading_s: float
+    text_encoding_s: float
+    denoising_s: float
+    decoding_s: float
+    image_encoding_s: float
+    total_s: float
+    """From admission to the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Event:
+    sequence: int
+    """Position in the job's log, from 1; gaps mean that progress was left out for a slow reader."""
+    time: datetime
+    """When it happened, by the server's clock, in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted(_Event):
+    """The request as it will be run, every default filled in: always the first event."""
+
+    job_id: str
+    model: str
+    """Id that was asked for."""
+    served_model: str
+    """Id that serves it: another one where the server has an alias."""
+    profile: str
+    """Numerics profile."""
+    noise_draw: NoiseDraw
+    prompts: tuple[PlannedPrompt, ...]
+    loras: tuple[PlannedLora, ...]
+    output_format: ImageFormat
+    output_quality: int | None
+    """Of JPEG and WebP, 1 to 100; None for PNG."""
+    warnings: tuple[JobWarning, ...]
+    """Those known so far; more may come with `Prepared`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued(_Event):
+    """The job waits; again whenever its position changes."""
+
+    position: int
+    """1 is next."""
+    estimated_wait_s: float | None
+    """None while the server has measured nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(_Event):
+    """Weights or adapters are being made ready."""
+
+    stage: LoadingStage
+    fraction: float
+    """How much of the stage is done, 0 to 1."""
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(_Event):
+    """Everything is ready; denoising starts."""
+
+    adapters: tuple[AdapterReport, ...]
+    model_revision: str
+    """Content hash of the model's weights, hexadecimal."""
+    token_counts: tuple[TokenCount, ...]
+    """One for each prompt."""
+    versions: Mapping[str, str]
+    """Of everything that the numbers depend on: `torch`, `diffusers`, `transformers`, `chromarpc`."""
+    device: str
+    warnings: tuple[JobWarning, ...]
+    """Those that needed files or the tokenizer, such as `PROMPT_TRUNCATED`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(_Event):
+    """One denoising step is done."""
+
+    prompt_index: int
+    step: int
+    """From 1."""
+    total_steps: int
+    """Of this image."""
+    sigma: float
+    """Noise level the step started from."""
+    timestep: float
+    """As the transformer saw it, 0 to 1000."""
+    duration_s: float
+    estimated_remaining_s: float | None
+    """For the rest of the job, not of this image alone."""
+    sigmas: tuple[float, ...]
+    """The whole schedule, `total_steps` + 1 values, with the first step of an image; empty afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview(_Event):
+    """A small picture of what the model predicts the finished image to be."""
+
+    prompt_index: int
+    step: int
+    """The step after which it was taken, from 1."""
+    media_type: str
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    data: bytes
+    """The encoded picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReady(_Event):
+    """An image has arrived whole, its length and SHA-256 as announced."""
+
+    prompt_index: int
+    image: GeneratedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed(_Event):
+    """The job is done: the last event."""
+
+    timings: Timings
+    peak_memory_bytes: int
+    """Most device memory in use at once; host memory of the process where the device is a CPU."""
+    image_count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat(_Event):
+    """Nothing happened for a while; the job is alive. Repeats the sequence of the event before it."""
+
+
+Event: TypeAlias = (
+    Accepted | Queued | Loading | Prepared | Step | Preview | ImageReady | Completed | Heartbeat
+)
+"""Anything that `generate` yields."""

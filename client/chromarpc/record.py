@@ -1,0 +1,92 @@
+"""What a picture was drawn with, as it is kept in the picture's file.
+
+The record's `request` is a body for `chromarpc generate --json`; the rest says what it ran on, so that a
+picture that comes out differently can be explained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chromarpc.version import __version__
+
+if TYPE_CHECKING:
+    from chromarpc.images import GeneratedImage
+
+
+def run_record(image: GeneratedImage) -> dict[str, object]:
+    """The record of one image, as JSON values."""
+    plan, prepared = image.plan, image.prepared
+    record: dict[str, object] = {
+        "request": repeat_request(image),
+        "job_id": plan.job_id,
+        "prompt_index": image.prompt_index,
+        "accepted_at": plan.time.isoformat(),
+        "model": plan.model,
+        "served_model": plan.served_model,
+        "client_version": __version__,
+    }
+    if prepared is not None:
+        record |= {
+            "model_revision": prepared.model_revision,
+            "adapters": [
+                {
+                    "path": adapter.path,
+                    "sha256": adapter.sha256,
+                    "format": adapter.format,
+                    "rank": adapter.rank,
+                }
+                for adapter in prepared.adapters
+            ],
+            "versions": dict(prepared.versions),
+            "device": prepared.device,
+        }
+    if image.warnings:
+        record["warnings"] = [
+            {"code": w.code, "field": w.field, "message": w.message} for w in image.warnings
+        ]
+    return record
+
+
+def repeat_request(image: GeneratedImage) -> dict[str, object]:
+    """The request body that draws this one image again."""
+    plan, prompt = image.plan, image.prompt
+    output: dict[str, object] = {"format": f"IMAGE_FORMAT_{plan.output_format.upper()}"}
+    if plan.output_quality is not None:
+        output["quality"] = plan.output_quality
+    return {
+        "model": plan.model,
+        "loras": [{"path": lora.path, "network_multiplier": lora.network_multiplier} for lora in plan.loras],
+        "prompts": [
+            {
+                "prompt": prompt.prompt,
+                "width": prompt.width,
+                "height": prompt.height,
+                "sample_steps": prompt.sample_steps,
+                "guidance_scale": prompt.guidance_scale,
+                "seed": image.seed,
+            }
+        ],
+        "output": output,
+        "profile": plan.profile,
+        "noise_draw": f"NOISE_DRAW_{plan.noise_draw.upper()}",
+    }
+
+
+def parameters_line(image: GeneratedImage) -> str:
+    """Prompt and settings for people, in the form that image viewers know under `parameters`."""
+    plan, prompt = image.plan, image.prompt
+    facts = {
+        "Steps": prompt.sample_steps,
+        "Sampler": "flowmatch",
+        "CFG scale": f"{prompt.guidance_scale:g}",
+        "Seed": image.seed,
+        "Size": f"{image.width}x{image.height}",
+        "Model": plan.served_model,
+    }
+    if image.prepared is not None:
+        facts["Model hash"] = image.prepared.model_revision[:12]
+    for number, lora in enumerate(plan.loras):
+        facts[f"Lora {number}"] = f"{lora.path} x {lora.network_multiplier:g}"
+    facts["Version"] = f"chromarpc {__version__}"
+    return f"{prompt.prompt}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
