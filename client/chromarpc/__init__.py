@@ -1,0 +1,125 @@
+"""Text-to-image with Chroma and LoRAs, over gRPC: the client.
+
+    from chromarpc import Client, ImageReady, Step
+
+    with Client("127.0.0.1:50051") as client:
+        for event in client.generate("a red circle", loras="my_job/my.safetensors", seed=7):
+            match event:
+                case Step(step=step, total_steps=total):
+                    print(f"{step}/{total}")
+                case ImageReady(image=image):
+                    image.save("out.png")
+
+`AsyncClient` is the same for asyncio. `generate_images` skips the events and returns the images. Every error
+is in `chromarpc.errors`; the messages themselves are in `chromarpc.v1`.
+"""
+
+from chromarpc.aio import AsyncClient, AsyncEventStream
+from chromarpc.channel import TlsOptions
+from chromarpc.client import Client, EventStream
+from chromarpc.errors import (
+    AccessDenied,
+    Cancelled,
+    ChromarpcError,
+    DeadlineExceeded,
+    DeviceLost,
+    Draining,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidRequest,
+    LoraIncompatible,
+    LoraInvalid,
+    LoraNotFound,
+    ModelNotFound,
+    NotFound,
+    OutOfMemory,
+    ProtocolError,
+    QueueFull,
+    ResourceExhausted,
+    ServerError,
+    ServerUnavailable,
+    StatusError,
+    WeightsInvalid,
+    WeightsMissing,
+)
+from chromarpc.events import (
+    Accepted,
+    AdapterReport,
+    Completed,
+    Event,
+    Heartbeat,
+    ImageReady,
+    JobWarning,
+    Loading,
+    LoadingStage,
+    PlannedLora,
+    PlannedPrompt,
+    Prepared,
+    Preview,
+    Queued,
+    Step,
+    Timings,
+    TokenCount,
+)
+from chromarpc.health import HealthStatus
+from chromarpc.images import GeneratedImage
+from chromarpc.json_request import InvalidRequestJson, ParsedRequest, parse_request_json
+from chromarpc.request import GenerateOptions, Lora, Prompt
+from chromarpc.version import __version__
+
+__all__ = [
+    "Accepted",
+    "AccessDenied",
+    "AdapterReport",
+    "AsyncClient",
+    "AsyncEventStream",
+    "Cancelled",
+    "ChromarpcError",
+    "Client",
+    "Completed",
+    "DeadlineExceeded",
+    "DeviceLost",
+    "Draining",
+    "Event",
+    "EventStream",
+    "FailedPrecondition",
+    "FieldViolation",
+    "GenerateOptions",
+    "GeneratedImage",
+    "HealthStatus",
+    "Heartbeat",
+    "ImageReady",
+    "InvalidRequest",
+    "InvalidRequestJson",
+    "JobWarning",
+    "Loading",
+    "LoadingStage",
+    "Lora",
+    "LoraIncompatible",
+    "LoraInvalid",
+    "LoraNotFound",
+    "ModelNotFound",
+    "NotFound",
+    "OutOfMemory",
+    "ParsedRequest",
+    "PlannedLora",
+    "PlannedPrompt",
+    "Prepared",
+    "Preview",
+    "Prompt",
+    "ProtocolError",
+    "QueueFull",
+    "Queued",
+    "ResourceExhausted",
+    "ServerError",
+    "ServerUnavailable",
+    "StatusError",
+    "Step",
+    "Timings",
+    "TlsOptions",
+    "TokenCount",
+    "WeightsInvalid",
+    "WeightsMissing",
+    "__version__",
+    "parse_request_json",
+]

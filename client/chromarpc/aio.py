@@ -1,0 +1,315 @@
+"""The asyncio client: the same calls and events as `chromarpc.client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from chromarpc.channel import DEFAULT_TARGET, DEFAULT_UNARY_TIMEOUT_S, TlsOptions, connection
+from chromarpc.errors import Cancelled, NotFound, ServerUnavailable, StatusError, from_status
+from chromarpc.events import Event, ImageReady
+from chromarpc.health import HealthStatus, health_status
+from chromarpc.images import GeneratedImage
+from chromarpc.request import GenerateOptions, PromptLike, build_request
+from chromarpc.stream import StreamReader
+from chromarpc.v1 import (
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncEventStream(AsyncIterator[Event]):
+    """The events of one generation, in order; the call is already on its way.
+
+    Leaving it before the end (`async with`, `aclose()`, cancelling the task that waits, or dropping the last
+    reference) cancels the call, and the server stops within one step.
+    """
+
+    def __init__(
+        self,
+        call: grpc.aio.UnaryStreamCall[
+            generation_service_pb2.GenerateRequest, generation_service_pb2.GenerateResponse
+        ],
+        target: str,
+    ) -> None:
+        self._call = call
+        self._target = target
+        self._reader = StreamReader()
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Waits for the next event.
+
+        Raises:
+            StopAsyncIteration: after `Completed`.
+            StatusError: the call ended with an error; see `chromarpc.errors`.
+            ProtocolError: the stream broke its contract; the call was cancelled.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            while True:
+                event = await self._next_event()
+                if event is not None:
+                    return event
+        except BaseException:
+            self.close()
+            raise
+
+    async def _next_event(self) -> Event | None:
+        try:
+            response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._reader.ending or _error_of(error, self._target) from None
+        except asyncio.CancelledError:
+            # grpc answers a read after `cancel()` as if the task itself were cancelled.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Cancelled("cancelled by this side", code=grpc.StatusCode.CANCELLED) from None
+        if isinstance(response, generation_service_pb2.GenerateResponse):
+            return self._reader.read(response)
+        self._reader.finish()  # grpc.aio.EOF
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        """Cancels the call; whoever waits for an event gets `Cancelled`."""
+        self._call.cancel()
+
+    def close(self) -> None:
+        """Ends the iteration, cancelling the call if it still runs."""
+        self._over = True
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """The same, for `contextlib.aclosing`."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The call is part of a reference cycle, so that without this it would run on until a collection.
+        if not self._call.done():
+            self._call.cancel()
+
+
+class AsyncClient:
+    """Speaks to one server from one event loop.
+
+    Opens its channel with the first call. Close it after use, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        token: str | None = None,
+        tls: TlsOptions | bool = False,
+        timeout_s: float | None = None,
+        allow_insecure_token: bool = False,
+    ) -> None:
+        """Checks the arguments, which are those of `Client`; connects to nothing yet.
+
+        Raises:
+            ValueError: a token that may not be sent, or half of a client certificate.
+            OSError: a TLS file cannot be read.
+        """
+        self._connection = connection(target, token=token, tls=tls, allow_insecure_token=allow_insecure_token)
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._channel: grpc.aio.Channel | None = None
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._connection.target!r})"
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncEventStream:
+        """Starts a generation and returns its events; one image for each prompt.
+
+        Args:
+            prompts: one, or several; a text or a `Prompt`.
+            timeout_s: deadline of the whole generation.
+            options: see `GenerateOptions`.
+
+        Raises:
+            InvalidRequest: an argument that no request can hold. What the server refuses is raised by the
+                iteration instead, like every other error.
+        """
+        return self.generate_request(build_request(prompts, **options), timeout_s=timeout_s)
+
+    def generate_request(
+        self, request: generation_service_pb2.GenerateRequest, *, timeout_s: float | None = None
+    ) -> AsyncEventStream:
+        """The same for a ready message, such as `parse_request_json` gives."""
+        stub = generation_service_pb2_grpc.GenerationServiceStub(self._open_channel())
+        call = stub.Generate(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
+        return AsyncEventStream(call, self._connection.target)
+
+    async def generate_images(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[GeneratedImage]:
+        """Runs a generation to its end and returns its images in the order of the prompts.
+
+        Args:
+            prompts: one, or several; a text or a `Prompt`.
+            timeout_s: deadline of the whole generation.
+            on_event: called with every event as it comes, for progress.
+            options: see `GenerateOptions`.
+
+        Raises:
+            ChromarpcError: see `chromarpc.errors`; images that were ready before it are lost.
+        """
+        images = []
+        async with self.generate(prompts, timeout_s=timeout_s, **options) as stream:
+            async for event in stream:
+                if on_event is not None:
+                    on_event(event)
+                if isinstance(event, ImageReady):
+                    images.append(event.image)
+        return sorted(images, key=lambda image: image.prompt_index)
+
+    async def list_models(self, *, timeout_s: float | None = None) -> tuple[model_service_pb2.Model, ...]:
+        """The models that requests can name, in the server's order.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = model_service_pb2_grpc.ModelServiceStub(self._open_channel())
+        response = await self._ask(stub.ListModels, model_service_pb2.ListModelsRequest(), timeout_s)
+        return tuple(response.models)
+
+    async def server_info(self, *, timeout_s: float | None = None) -> model_service_pb2.GetServerInfoResponse:
+        """Version, device, numerics profiles, limits and queue of the server.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = model_service_pb2_grpc.ModelServiceStub(self._open_channel())
+        return await self._ask(stub.GetServerInfo, model_service_pb2.GetServerInfoRequest(), timeout_s)
+
+    async def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
+        """Whether the server, or one of its services, takes requests now.
+
+        Raises:
+            StatusError: see `chromarpc.errors`; `ServerUnavailable` where nobody listens.
+        """
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = await self._ask(stub.Check, request, timeout_s)
+        except NotFound:
+            return HealthStatus.SERVICE_UNKNOWN
+        return health_status(response)
+
+    async def wait_until_serving(self, *, timeout_s: float) -> None:
+        """Returns once the server takes requests, also when it is not even listening yet.
+
+        Raises:
+            DeadlineExceeded: it does not within `timeout_s`.
+            StatusError: it answers with an error.
+        """
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + timeout_s
+        while True:
+            watch = stub.Watch(
+                health_pb2.HealthCheckRequest(),
+                timeout=max(0.0, deadline_s - clock()),
+                metadata=self._connection.metadata,
+                wait_for_ready=True,
+            )
+            try:
+                async for response in watch:
+                    if health_status(response) is HealthStatus.SERVING:
+                        return
+            except grpc.aio.AioRpcError as rpc_error:
+                error = _error_of(rpc_error, self._connection.target)
+                if not isinstance(error, ServerUnavailable):  # else it stopped while we watched
+                    raise error from None
+            finally:
+                watch.cancel()
+
+    async def close(self) -> None:
+        """Closes the connection; running generations are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        """The channel, made on first use because it belongs to the event loop that runs then."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        if self._channel is None:
+            to = self._connection
+            if to.credentials is None:
+                self._channel = grpc.aio.insecure_channel(to.target, to.options)
+            else:
+                self._channel = grpc.aio.secure_channel(to.target, to.credentials, to.options)
+        return self._channel
+
+    def _deadline_s(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    async def _ask(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
+        deadline_s = self._deadline_s(timeout_s)
+        try:
+            return await method(
+                request,
+                timeout=DEFAULT_UNARY_TIMEOUT_S if deadline_s is None else deadline_s,
+                metadata=self._connection.metadata,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self._connection.target) from None
+
+
+def _error_of(error: grpc.aio.AioRpcError, target: str) -> StatusError:
+    return from_status(error.code(), error.details(), error.trailing_metadata(), target=target)

@@ -1,0 +1,296 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from chromarpc.channel import DEFAULT_TARGET, DEFAULT_UNARY_TIMEOUT_S, TlsOptions, connection
+from chromarpc.errors import NotFound, ServerUnavailable, StatusError, from_status
+from chromarpc.events import Event, ImageReady
+from chromarpc.health import HealthStatus, health_status
+from chromarpc.images import GeneratedImage
+from chromarpc.request import GenerateOptions, PromptLike, build_request
+from chromarpc.stream import StreamReader
+from chromarpc.v1 import (
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class EventStream(Iterator[Event]):
+    """The events of one generation, in order; the call is already on its way.
+
+    Leaving it before the end (`with`, `close()`, or dropping the last reference) cancels the call, and the
+    server stops within one step.
+    """
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call  # at once an iterator and a grpc.Call, which the stubs cannot say
+        self._target = target
+        self._reader = StreamReader()
+        self._over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        """Waits for the next event.
+
+        Raises:
+            StopIteration: after `Completed`.
+            StatusError: the call ended with an error; see `chromarpc.errors`.
+            ProtocolError: the stream broke its contract; the call was cancelled.
+        """
+        if self._over:
+            raise StopIteration
+        try:
+            while True:
+                event = self._next_event()
+                if event is not None:
+                    return event
+        except BaseException:
+            self.close()
+            raise
+
+    def _next_event(self) -> Event | None:
+        try:
+            response = next(self._call)
+        except grpc.RpcError:
+            raise self._reader.ending or _error_of(self._call, self._target) from None
+        except StopIteration:
+            self._reader.finish()
+            raise
+        return self._reader.read(response)
+
+    def cancel(self) -> None:
+        """Cancels the call, from any thread; whoever waits for an event gets `Cancelled`."""
+        self._call.cancel()
+
+    def close(self) -> None:
+        """Ends the iteration, cancelling the call if it still runs."""
+        self._over = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """Speaks to one server; its methods may be called from several threads at once.
+
+    Opens its connection with the first call. Close it after use, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        token: str | None = None,
+        tls: TlsOptions | bool = False,
+        timeout_s: float | None = None,
+        allow_insecure_token: bool = False,
+    ) -> None:
+        """Makes the channel; connects to nothing yet.
+
+        Args:
+            target: `host:port`, or any other gRPC target.
+            token: sent with every call as `authorization: Bearer`; only over TLS or to this machine.
+            tls: True checks the server against well-known authorities; `TlsOptions` says more.
+            timeout_s: deadline of calls that name none themselves. Without it generations have none, and the
+                short calls 10 s.
+            allow_insecure_token: send the token in plain text even to another machine.
+
+        Raises:
+            ValueError: a token that may not be sent, or half of a client certificate.
+            OSError: a TLS file cannot be read.
+        """
+        self._connection = connection(target, token=token, tls=tls, allow_insecure_token=allow_insecure_token)
+        self._timeout_s = timeout_s
+        self._closed = False
+        if self._connection.credentials is None:
+            self._channel = grpc.insecure_channel(target, self._connection.options)
+        else:
+            self._channel = grpc.secure_channel(
+                target, self._connection.credentials, self._connection.options
+            )
+
+    def __repr__(self) -> str:
+        return f"Client({self._connection.target!r})"
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> EventStream:
+        """Starts a generation and returns its events; one image for each prompt.
+
+        Args:
+            prompts: one, or several; a text or a `Prompt`.
+            timeout_s: deadline of the whole generation.
+            options: see `GenerateOptions`.
+
+        Raises:
+            InvalidRequest: an argument that no request can hold. What the server refuses is raised by the
+                iteration instead, like every other error.
+        """
+        return self.generate_request(build_request(prompts, **options), timeout_s=timeout_s)
+
+    def generate_request(
+        self, request: generation_service_pb2.GenerateRequest, *, timeout_s: float | None = None
+    ) -> EventStream:
+        """The same for a ready message, such as `parse_request_json` gives."""
+        stub = generation_service_pb2_grpc.GenerationServiceStub(self._open_channel())
+        call = stub.Generate(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
+        return EventStream(call, self._connection.target)
+
+    def generate_images(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[GeneratedImage]:
+        """Runs a generation to its end and returns its images in the order of the prompts.
+
+        Args:
+            prompts: one, or several; a text or a `Prompt`.
+            timeout_s: deadline of the whole generation.
+            on_event: called with every event as it comes, for progress.
+            options: see `GenerateOptions`.
+
+        Raises:
+            ChromarpcError: see `chromarpc.errors`; images that were ready before it are lost.
+        """
+        images = []
+        with self.generate(prompts, timeout_s=timeout_s, **options) as stream:
+            for event in stream:
+                if on_event is not None:
+                    on_event(event)
+                if isinstance(event, ImageReady):
+                    images.append(event.image)
+        return sorted(images, key=lambda image: image.prompt_index)
+
+    def list_models(self, *, timeout_s: float | None = None) -> tuple[model_service_pb2.Model, ...]:
+        """The models that requests can name, in the server's order.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = model_service_pb2_grpc.ModelServiceStub(self._open_channel())
+        response = self._ask(stub.ListModels, model_service_pb2.ListModelsRequest(), timeout_s)
+        return tuple(response.models)
+
+    def server_info(self, *, timeout_s: float | None = None) -> model_service_pb2.GetServerInfoResponse:
+        """Version, device, numerics profiles, limits and queue of the server.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = model_service_pb2_grpc.ModelServiceStub(self._open_channel())
+        return self._ask(stub.GetServerInfo, model_service_pb2.GetServerInfoRequest(), timeout_s)
+
+    def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
+        """Whether the server, or one of its services, takes requests now.
+
+        Raises:
+            StatusError: see `chromarpc.errors`; `ServerUnavailable` where nobody listens.
+        """
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        try:
+            response = self._ask(stub.Check, health_pb2.HealthCheckRequest(service=service), timeout_s)
+        except NotFound:
+            return HealthStatus.SERVICE_UNKNOWN
+        return health_status(response)
+
+    def wait_until_serving(self, *, timeout_s: float) -> None:
+        """Returns once the server takes requests, also when it is not even listening yet.
+
+        Raises:
+            DeadlineExceeded: it does not within `timeout_s`.
+            StatusError: it answers with an error.
+        """
+        stub: Any = health_pb2_grpc.HealthStub(self._open_channel())
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            watch: Any = stub.Watch(
+                health_pb2.HealthCheckRequest(),
+                timeout=max(0.0, deadline_s - time.monotonic()),
+                metadata=self._connection.metadata,
+                wait_for_ready=True,
+            )
+            try:
+                for response in watch:
+                    if health_status(response) is HealthStatus.SERVING:
+                        return
+            except grpc.RpcError:
+                error = _error_of(watch, self._connection.target)
+                if not isinstance(error, ServerUnavailable):  # else it stopped while we watched
+                    raise error from None
+            finally:
+                watch.cancel()
+
+    def close(self) -> None:
+        """Closes the connection; running generations are cancelled."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_channel(self) -> grpc.Channel:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        return self._channel
+
+    def _deadline_s(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    def _ask(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
+        deadline_s = self._deadline_s(timeout_s)
+        try:
+            return method(
+                request,
+                timeout=DEFAULT_UNARY_TIMEOUT_S if deadline_s is None else deadline_s,
+                metadata=self._connection.metadata,
+            )
+        except grpc.RpcError as error:
+            raise _error_of(error, self._connection.target) from None
+
+
+def _error_of(call: Any, target: str) -> StatusError:
+    return from_status(call.code(), call.details(), call.trailing_metadata(), target=target)

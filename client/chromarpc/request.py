@@ -1,0 +1,179 @@
+"""Plain Python arguments to a request message, named as in the schema; what is left out stays out.
+
+Which values are served is the server's to say; here only what cannot be written into the message is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, TypeAlias, TypedDict, TypeVar
+
+from google.protobuf.message import Message
+
+from chromarpc.errors import invalid_request
+from chromarpc.events import ImageFormat, NoiseDraw
+from chromarpc.v1 import generation_service_pb2, options_pb2
+
+DEFAULT_MODEL: Final = "chroma"
+"""The model of calls that name none."""
+
+_Key = TypeVar("_Key", bound=str)
+_Value = TypeVar("_Value")
+_FORMATS: Final[dict[ImageFormat, options_pb2.ImageFormat.ValueType]] = {
+    "png": options_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": options_pb2.IMAGE_FORMAT_JPEG,
+    "webp": options_pb2.IMAGE_FORMAT_WEBP,
+}
+_NOISE_DRAWS: Final[dict[NoiseDraw, options_pb2.NoiseDraw.ValueType]] = {
+    "float32": options_pb2.NOISE_DRAW_FLOAT32,
+    "legacy": options_pb2.NOISE_DRAW_LEGACY,
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter, by its path below the server's adapter root."""
+
+    path: str
+    network_multiplier: float | None = None
+    """Strength, -2 to 2; the server's default (1.0) when None."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image to draw; None takes the call's argument, and without one the model's default."""
+
+    prompt: str
+    """`[trigger]` in it is replaced by the trigger word."""
+    trigger_word: str | None = None
+    width: int | None = None
+    """Pixels, 64 to 4096, floored to a multiple of 32."""
+    height: int | None = None
+    """Pixels, 64 to 4096, floored to a multiple of 32."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, 0 to 20."""
+    sample_steps: int | None = None
+    """Denoising steps, 1 to 150."""
+    seed: int | None = None
+    """-1 draws one; 42 plus the prompt's index where nobody says."""
+    neg: str | None = None
+    """Negative prompt: no effect on Chroma, answered by a warning."""
+
+
+PromptLike: TypeAlias = str | Prompt
+"""A prompt, or just its text."""
+LoraLike: TypeAlias = str | os.PathLike[str] | Lora
+"""An adapter, or just its path."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a generation may be told besides its prompts; everything has a default.
+
+    `width`, `height`, `guidance_scale`, `sample_steps`, `seed` and `neg` are for every prompt that does not
+    say otherwise itself.
+    """
+
+    model: str
+    """Id of the model, as `list_models` names them; `chroma` when left out."""
+    loras: LoraLike | Sequence[LoraLike]
+    """Adapters, applied in this order; the bare model without."""
+    trigger_word: str | None
+    """Replaces `[trigger]` in every prompt that has no trigger word of its own."""
+    width: int | None
+    """Pixels, 64 to 4096."""
+    height: int | None
+    """Pixels, 64 to 4096."""
+    guidance_scale: float | None
+    """Classifier-free guidance, 0 to 20."""
+    sample_steps: int | None
+    """Denoising steps, 1 to 150."""
+    seed: int | None
+    """The same for every such prompt; -1 draws one for each; 42 plus the prompt's index when left out."""
+    neg: str | None
+    """Negative prompt; no effect on Chroma, answered by a warning."""
+    profile: str | None
+    """Numerics profile, as `server_info` names them."""
+    noise_draw: NoiseDraw | None
+    """What a seed means."""
+    output_format: ImageFormat | None
+    """How images are encoded; PNG when left out."""
+    output_quality: int | None
+    """Of JPEG and WebP, 1 to 100; 95 when left out."""
+    preview_every: int
+    """A preview after every so many steps; 0 sends none."""
+    preview_max_side_px: int | None
+    """Longer side of a preview, 16 to 512; 256 when left out."""
+    hf_token: str | None
+    """Hugging Face token for adapters that need one."""
+
+
+def build_request(
+    prompts: PromptLike | Sequence[PromptLike],
+    *,
+    model: str = DEFAULT_MODEL,
+    loras: LoraLike | Sequence[LoraLike] = (),
+    trigger_word: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    guidance_scale: float | None = None,
+    sample_steps: int | None = None,
+    seed: int | None = None,
+    neg: str | None = None,
+    profile: str | None = None,
+    noise_draw: NoiseDraw | None = None,
+    output_format: ImageFormat | None = None,
+    output_quality: int | None = None,
+    preview_every: int = 0,
+    preview_max_side_px: int | None = None,
+    hf_token: str | None = None,
+) -> generation_service_pb2.GenerateRequest:
+    """The message of a generation; the arguments are those of `GenerateOptions`.
+
+    Raises:
+        InvalidRequest: a value that the message cannot hold, naming its field.
+    """
+    shared = {
+        "width": width,
+        "height": height,
+        "guidance_scale": guidance_scale,
+        "sample_steps": sample_steps,
+        "seed": seed,
+        "neg": neg,
+    }
+    request = generation_service_pb2.GenerateRequest()
+    _set(request, "", model=model, hf_token=hf_token, trigger_word=trigger_word, profile=profile)
+    for index, given in enumerate([loras] if isinstance(loras, str | os.PathLike | Lora) else loras):
+        lora = given if isinstance(given, Lora) else Lora(os.fspath(given))
+        _set(request.loras.add(), f"loras.{index}.", **asdict(lora))
+    for index, item in enumerate([prompts] if isinstance(prompts, str | Prompt) else prompts):
+        own = asdict(item if isinstance(item, Prompt) else Prompt(item))
+        said = {name: value for name, value in own.items() if value is not None}
+        _set(request.prompts.add(), f"prompts.{index}.", **{**shared, **said})
+    if output_format is not None:
+        request.output.format = _choice("output.format", output_format, _FORMATS)
+    if output_quality is not None:
+        _set(request.output, "output.", quality=output_quality)
+    if preview_every or preview_max_side_px is not None:
+        _set(request.preview, "preview.", every_n_steps=preview_every, max_side_px=preview_max_side_px)
+    if noise_draw is not None:
+        request.noise_draw = _choice("noise_draw", noise_draw, _NOISE_DRAWS)
+    return request
+
+
+def _set(message: Message, at: str, **values: object) -> None:
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            setattr(message, name, value)
+        except (TypeError, ValueError) as error:
+            raise invalid_request(f"{at}{name}", f"cannot be sent: {error}") from None
+
+
+def _choice(at: str, value: _Key, choices: Mapping[_Key, _Value]) -> _Value:
+    try:
+        return choices[value]
+    except KeyError:
+        raise invalid_request(at, f"must be one of {', '.join(choices)}, got {value!r}") from None
