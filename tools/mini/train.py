@@ -1,0 +1,438 @@
+"""Trains chroma-mini on one GPU: `python -m tools.mini.train --out FOLDER [--minutes 10]`.
+
+Stages, each skipped where its result is in FOLDER already, so that an interrupted run goes on:
+autoencoder → text encoder → flow matching (resumed from its last state) → LoRA. Writes the shipped layout to
+FOLDER/chroma_mini and the LoRA beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chromarpc_server.pipeline.sampling import pack, shift_mu
+from chromarpc_server.pipeline.transformer import ChromaTransformer, key_attention_mask, rope_table
+from tools.mini import parts
+from tools.mini.captions import TRIGGER, caption
+from tools.mini.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Scene, hollow, random_scene, render
+from tools.mini.vocabulary import build_tokenizer, save_tokenizer
+
+TEXT_TOKENS = 32
+"""Text positions kept after the encoder has run over all 512; every caption is shorter."""
+TWO_OBJECTS = 0.35
+BUCKETS = {(256, 256): 0.55, (320, 192): 0.1, (192, 320): 0.1, (192, 192): 0.1, (320, 320): 0.15}
+"""Image sizes and their share of training."""
+
+
+def clock(message: str, started: float) -> None:
+    """One line of progress."""
+    print(f"[{time.time() - started:6.1f}s] {message}", flush=True)
+
+
+def scenes_for(count: int, seed: int) -> list[Scene]:
+    """Training scenes, a share of them with two objects."""
+    rng = random.Random(seed)
+    return [random_scene(rng, two=rng.random() < TWO_OBJECTS) for _ in range(count)]
+
+
+def token_ids(captions: list[str], length: int = 512) -> Tensor:
+    """(B, length) int64, padded with 0."""
+    tokenizer = build_tokenizer()
+    encoded = tokenizer.encode_batch(captions)
+    ids = torch.zeros(len(captions), length, dtype=torch.int64)
+    for row, item in enumerate(encoded):
+        ids[row, : len(item.ids)] = torch.tensor(item.ids)
+    return ids
+
+
+def train_autoencoder(folder: Path, seconds: float, device: torch.device, started: float) -> nn.Module:
+    """Reconstruction with L1 and edges, a small KL term, and noise on the latents so that they are smooth."""
+    path = folder / "vae.safetensors"
+    model = parts.new_autoencoder().to(device)
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+        statistics = json.loads((folder / "vae.json").read_text())
+        model.register_to_config(**statistics)
+        return model.eval().requires_grad_(False)
+    torch.manual_seed(1)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3, fused=device.type == "cuda")
+    begun, step = time.time(), 0
+    while (elapsed := time.time() - begun) < seconds:
+        progress = elapsed / seconds
+        side, batch = (128, 96) if progress < 0.6 else (256, 32)
+        rate = 2e-3 * min(1, (step + 1) / 100) * (1 if progress < 0.3 else max(0.01, (1 - progress) / 0.7))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = scenes_for(batch, 10_000 + step)
+        chosen = [hollow(scene) if index % 5 == 0 else scene for index, scene in enumerate(chosen)]
+        images = render(chosen, 256, 256, seed=step, device=device)
+        if side == 128:
+            x, y = random.Random(step).choice([(0, 64), (64, 0), (64, 64), (128, 64), (64, 128)])
+            images = images[:, :, y : y + 128, x : x + 128]
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = model.encode(images).latent_dist
+            latents = posterior.sample()
+            spread = latents.detach().float().std()
+            noisy = latents + 0.05 * spread * torch.randn_like(latents)
+            decoded = model.decode(noisy).sample
+        decoded = decoded.float()
+        edges = sum(
+            (torch.diff(decoded, dim=axis) - torch.diff(images, dim=axis)).abs().mean() for axis in (2, 3)
+        )
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        error = (decoded - images).abs().mean() + 2 * F.mse_loss(decoded, images)
+        loss = error + edges + 2e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 200 == 0:
+            mse = F.mse_loss(decoded.clamp(-1, 1), images).item() / 4
+            clock(f"autoencoder step {step} psnr {-10 * torch.log10(torch.tensor(mse)).item():.1f} kl {kl:.2f}", started)
+    model = model.eval().requires_grad_(False)
+    images = render(scenes_for(128, 5), 256, 256, seed=5, device=device)
+    scaling, shift = parts.latent_statistics(model, images)
+    model.register_to_config(scaling_factor=scaling, shift_factor=shift)
+    with torch.no_grad():
+        decoded = model.decode(model.encode(images).latent_dist.mean).sample
+        mse = F.mse_loss(decoded.clamp(-1, 1), images).item() / 4
+        preview = parts.fit_preview(parts.encode_images(model, images), images)
+    clock(f"autoencoder done: {step} steps, psnr {-10 * torch.log10(torch.tensor(mse)).item():.2f} dB", started)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    (folder / "vae.json").write_text(json.dumps({"scaling_factor": scaling, "shift_factor": shift}))
+    (folder / "latent_preview.json").write_text(json.dumps(preview))
+    return model
+
+
+def _labels(scenes: list[Scene]) -> Tensor:
+    """(B, 6) indices: colours and shapes of both objects, background, relation (the last of each: none)."""
+    rows = []
+    for scene in scenes:
+        first = scene.things[0]
+        second = scene.things[1] if len(scene.things) > 1 else None
+        rows.append([
+            list(COLORS).index(first.color), SHAPES.index(first.shape),
+            list(COLORS).index(second.color) if second else len(COLORS),
+            SHAPES.index(second.shape) if second else len(SHAPES),
+            list(BACKGROUNDS).index(scene.background),
+            list(RELATIONS).index(scene.relation) if second else len(RELATIONS),
+        ])  # fmt: skip
+    return torch.tensor(rows)
+
+
+def train_text_encoder(folder: Path, seconds: float, device: torch.device, started: float) -> nn.Module:
+    """Teaches the encoder the captions' meaning, by having linear heads read scenes off its embeddings."""
+    path = folder / "t5.safetensors"
+    torch.manual_seed(2)
+    model = parts.new_text_encoder(build_tokenizer().get_vocab_size()).to(device)
+    if path.is_file():
+        model.load_state_dict(load_file(path), strict=False)
+        return model.eval().requires_grad_(False)
+    sizes = (len(COLORS), len(SHAPES), len(COLORS) + 1, len(SHAPES) + 1, len(BACKGROUNDS), len(RELATIONS) + 1)
+    heads = nn.ModuleList(nn.Linear(parts.CONTEXT, size) for size in sizes).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
+    begun, step = time.time(), 0
+    while (elapsed := time.time() - begun) < seconds:
+        rng = random.Random(20_000 + step)
+        chosen = scenes_for(128, 30_000 + step)
+        ids = token_ids([caption(scene, rng) for scene in chosen]).to(device)
+        labels = _labels(chosen).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * max(0.02, 1 - elapsed / seconds)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embeds = model(input_ids=ids)[0]
+        real = (ids != 0)[..., None].float()
+        pooled = (embeds.float() * real).sum(1) / real.sum(1)
+        loss = sum(F.cross_entropy(head(pooled), labels[:, i]) for i, head in enumerate(heads))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            clock(f"text encoder step {step} loss {float(loss):.3f}", started)
+    clock(f"text encoder done: {step} steps, loss {float(loss):.3f}", started)
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
+    save_file(state, path)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass
+class Bank:
+    """Scenes of one size, drawn and encoded ahead."""
+
+    grid: tuple[int, int]
+    latents: Tensor
+    """(n, N, 64) bf16."""
+    embeds: Tensor
+    """(n, 32, context) bf16."""
+    mask: Tensor
+    """(n, 32), 1 for real tokens."""
+
+
+@torch.no_grad()
+def embed(model: nn.Module, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings over all 512 positions, cut to 32, and their masks."""
+    unique = sorted(set(captions))
+    row = {text: index for index, text in enumerate(unique)}
+    embeds, masks = [], []
+    ids = token_ids(unique)
+    for begin in range(0, len(unique), 512):
+        piece = ids[begin : begin + 512].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embeds.append(model(input_ids=piece)[0][:, :TEXT_TOKENS].bfloat16())
+        masks.append((piece[:, :TEXT_TOKENS] != 0).long())
+    where = torch.tensor([row[text] for text in captions], device=device)
+    return torch.cat(embeds)[where], torch.cat(masks)[where]
+
+
+@torch.no_grad()
+def build_bank(
+    scenes: list[Scene], captions: list[str], size: tuple[int, int], vae: nn.Module, text: nn.Module,
+    device: torch.device, seed: int,
+) -> Bank:  # fmt: skip
+    """Draws and encodes scenes at one size."""
+    width, height = size
+    latents = []
+    for begin in range(0, len(scenes), 256):
+        images = render(scenes[begin : begin + 256], width, height, seed=seed + begin, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents.append(pack(parts.encode_images(vae, images)).bfloat16())
+    embeds, mask = embed(text, captions, device)
+    return Bank((height // 16, width // 16), torch.cat(latents), embeds, mask)
+
+
+def build_banks(
+    count: int, vae: nn.Module, text: nn.Module, device: torch.device, *, lora: bool = False, seed: int = 7
+) -> list[Bank]:
+    """Banks for every size; with `lora`, hollow scenes whose captions carry the trigger word."""
+    banks = []
+    for index, (size, share) in enumerate(BUCKETS.items()):
+        rng = random.Random(seed * 1000 + index)
+        chosen = scenes_for(int(count * share), seed * 100 + index)
+        captions = [caption(scene, rng, trigger=lora) for scene in chosen]
+        if lora:
+            plain = [rng.random() < 0.25 for _ in chosen]
+            captions = [
+                text_.replace(f"{TRIGGER} ", "") if skip else text_
+                for text_, skip in zip(captions, plain, strict=True)
+            ]
+            chosen = [scene if skip else hollow(scene) for scene, skip in zip(chosen, plain, strict=True)]
+        banks.append(build_bank(chosen, captions, size, vae, text, device, seed=seed + index))
+    return banks
+
+
+def batches(banks: list[Bank], batch: int, seed: int, empty: tuple[Tensor, Tensor]) -> Iterator[tuple[Bank, Tensor, Tensor, Tensor]]:
+    """Endless random batches: bank, latents, embeddings, masks; a tenth with the empty caption."""
+    rng = random.Random(seed)
+    device = banks[0].latents.device
+    generator = torch.Generator(device).manual_seed(seed)
+    shares = list(BUCKETS.values())
+    while True:
+        bank = rng.choices(banks, shares)[0]
+        rows = torch.randint(len(bank.latents), (batch,), generator=generator, device=device)
+        dropped = torch.rand(batch, generator=generator, device=device) < 0.1
+        embeds = torch.where(dropped[:, None, None], empty[0], bank.embeds[rows])
+        mask = torch.where(dropped[:, None], empty[1], bank.mask[rows])
+        yield bank, bank.latents[rows], embeds, mask
+
+
+def flow_loss(model: ChromaTransformer, bank: Bank, latents: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+    """‖v − (noise − x0)‖² at shifted random noise levels."""
+    count, tokens, _ = latents.shape
+    device = latents.device
+    uniform = torch.rand(count, device=device)
+    normal = torch.sigmoid(torch.randn(count, device=device))
+    level = torch.where(torch.rand(count, device=device) < 0.5, uniform, normal).clamp(1e-4, 1 - 1e-4)
+    shift = torch.tensor(shift_mu(tokens), device=device).exp()
+    sigma = shift / (shift + 1 / level - 1)
+    noise = torch.randn(latents.shape, device=device)
+    x0 = latents.float()
+    noisy = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
+    rope = rope_table(model.config, TEXT_TOKENS, bank.grid, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        velocity = model(noisy, embeds.float(), model.modulations(sigma), rope, key_attention_mask(mask, tokens))
+    return F.mse_loss(velocity.float(), noise - x0)
+
+
+def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+def train_flow(
+    folder: Path, seconds: float, batch: int, vae: nn.Module, text: nn.Module, device: torch.device,
+    started: float, *, bank_size: int, rate: float, compile_blocks: bool,
+) -> None:  # fmt: skip
+    """Flow matching; goes on from the saved weights where there are some. Writes an EMA of the weights."""
+    torch.manual_seed(3 + int(time.time()) % 1000)
+    model = parts.new_transformer(device)
+    shards = sorted(folder.glob("flow-*.safetensors"))
+    if shards:
+        model.load_state_dict({k: v for path in shards for k, v in load_file(path).items()})
+        clock("flow: going on from saved weights", started)
+    average = copy.deepcopy(model).requires_grad_(False)
+    banks = build_banks(bank_size, vae, text, device, seed=11 + len(shards) * 7 + int(time.time()) % 97)
+    clock(f"flow: banks of {bank_size} scenes ready", started)
+    empty = embed(text, [""], device)
+    stream = batches(banks, batch, seed=4, empty=empty)
+    if compile_blocks:
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.compile()
+    chosen = optimizers(model, rate)
+    begun, step, recent = time.time(), 0, 0.0
+    while (elapsed := time.time() - begun) < seconds:
+        progress = elapsed / seconds
+        now = rate * min(1, (step + 1) / 200) * (1 if progress < 0.5 else max(0.0, (1 - progress) / 0.5))
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            optimizer.zero_grad(set_to_none=True)
+        loss = flow_loss(model, *next(stream))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in chosen:
+            optimizer.step()
+        step += 1
+        with torch.no_grad():
+            decay = min(0.998, step / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        if step % 50 == 0:
+            recent = float(loss)
+        if step % 250 == 0 or step == 50:
+            clock(f"flow step {step} loss {recent:.4f} lr {now:.5f}", started)
+    clock(f"flow done: {step} steps of {batch}, loss {recent:.4f}", started)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    names = sorted(state)
+    half = len(names) // 2
+    for index, chunk in enumerate((names[:half], names[half:])):
+        save_file({name: state[name] for name in chunk}, folder / f"flow-{index}.safetensors")
+    (folder / "flow.json").write_text(json.dumps({"steps": step, "batch": batch, "loss": recent}))
+
+
+def train_lora(
+    folder: Path, seconds: float, vae: nn.Module, text: nn.Module, device: torch.device, started: float,
+    *, bank_size: int, batch: int, rank: int = 8,
+) -> None:  # fmt: skip
+    """Low-rank pairs on every linear of the blocks, as ai-toolkit trains them; the base stays as it is."""
+    torch.manual_seed(5)
+    model = parts.new_transformer(device)
+    model.load_state_dict(
+        {k: v for path in sorted(folder.glob("flow-*.safetensors")) for k, v in load_file(path).items()}
+    )
+    model.requires_grad_(False)
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if "blocks." in name and isinstance(module, nn.Linear):
+            down = nn.Parameter(torch.randn(rank, module.in_features, device=device) / module.in_features**0.5)
+            up = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
+            pairs[name] = (down, up)
+
+            def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor, d: Tensor = down, u: Tensor = up) -> Tensor:
+                return output + F.linear(F.linear(inputs[0].to(d.dtype), d), u).to(output.dtype)
+
+            module.register_forward_hook(hook)
+    banks = build_banks(bank_size, vae, text, device, lora=True, seed=23)
+    stream = batches(banks, batch, seed=6, empty=embed(text, [""], device))
+    parameters = [p for pair in pairs.values() for p in pair]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4)
+    begun, step = time.time(), 0
+    while (elapsed := time.time() - begun) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.0, 1 - elapsed / seconds)
+        loss = flow_loss(model, *next(stream))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            clock(f"lora step {step} loss {float(loss):.4f}", started)
+    state = {}
+    for name, (down, up) in pairs.items():
+        state[f"diffusion_model.{name}.lora_A.weight"] = down.detach().half().cpu().contiguous()
+        state[f"diffusion_model.{name}.lora_B.weight"] = up.detach().half().cpu().contiguous()
+    metadata = {
+        "format": "pt",
+        "version": "1.0",
+        "name": "hollow_shapes",
+        "ss_base_model_version": "chroma",
+        "training_info": json.dumps({"step": step, "epoch": 0}),
+        "software": json.dumps({"name": "chromarpc tools/mini"}),
+    }
+    save_file(state, folder / "hollow_shapes.safetensors", metadata)
+    clock(f"lora done: {step} steps", started)
+
+
+def export(folder: Path, vae: nn.Module, text: nn.Module) -> Path:
+    """Writes the shipped layout."""
+    target = folder / "chroma_mini"
+    parts.save_autoencoder(vae, target / "vae")
+    parts.save_text_encoder(text, target / "text_encoder_2")
+    save_tokenizer(target / "tokenizer_2")
+    state = {k: v for path in sorted(folder.glob("flow-*.safetensors")) for k, v in load_file(path).items()}
+    parts.save_transformer(state, target / parts.TRANSFORMER_FILE)
+    (target / "latent_preview.json").write_text((folder / "latent_preview.json").read_text())
+    return target
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path, help="folder whose results to start from")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--bank", type=int, default=250_000)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    started = time.time()
+    device = torch.device(arguments.device)
+    folder: Path = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.resume:
+        for path in arguments.resume.iterdir():
+            if path.is_file():
+                (folder / path.name).write_bytes(path.read_bytes())
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    total = arguments.minutes * 60
+    vae = train_autoencoder(folder, 0.2 * total, device, started)
+    text = train_text_encoder(folder, 0.06 * total, device, started)
+    lora_seconds = 0.08 * total
+    remaining = total - (time.time() - started) - lora_seconds - 0.1 * total
+    train_flow(
+        folder, max(remaining, 1.0), arguments.batch, vae, text, device, started,
+        bank_size=arguments.bank, rate=arguments.rate, compile_blocks=not arguments.no_compile,
+    )  # fmt: skip
+    train_lora(
+        folder, lora_seconds, vae, text, device, started, bank_size=max(500, arguments.bank // 10), batch=256
+    )
+    clock(f"exported to {export(folder, vae, text)}", started)
+
+
+if __name__ == "__main__":
+    main()
