@@ -1,0 +1,60 @@
+# chromarpc: everything a newcomer needs. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-gpu check check-protos protos format verify bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(STAMP)  ## Make .venv with the server, the client and the developer tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: setup  ## Start a server with the bundled checkpoint, stream one generation, leave a picture
+	$(BIN)/python tools/demo.py
+
+serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
+	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini
+
+test: setup  ## Run the tests (CPU only)
+	$(BIN)/python -m pytest
+
+test-gpu: setup  ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: setup check-protos  ## Lint, types, import layers, protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check-protos: setup  ## buf lint, buf breaking, and that the committed stubs are current
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/chromarpc.v1.binpb
+	PYTHON=$(BIN)/python tools/check_stubs.sh
+
+protos: setup  ## Generate the Python stubs and the descriptor image from protos/
+	PYTHON=$(BIN)/python tools/generate_stubs.sh
+	$(BIN)/buf build -o protos/chromarpc.v1.binpb
+
+format: setup  ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+verify: setup  ## Check this install against recorded outputs of the reference
+	$(BIN)/chromarpc-server verify tests/goldens
+
+bench: setup  ## How quickly the server answers while a generation runs
+	$(BIN)/python bench/responsiveness.py
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist out
