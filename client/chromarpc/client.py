@@ -129,9 +129,7 @@ class Client:
         if self._connection.credentials is None:
             self._channel = grpc.insecure_channel(target, self._connection.options)
         else:
-            self._channel = grpc.secure_channel(
-                target, self._connection.credentials, self._connection.options
-            )
+            self._channel = grpc.secure_channel(target, self._connection.credentials, self._connection.options)
 
     def __repr__(self) -> str:
         return f"Client({self._connection.target!r})"

@@ -36,7 +36,7 @@ from typing import Final
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
+from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "chromarpc"
 """`google.rpc.ErrorInfo.domain` of this service; a proxy's own reasons are not ours to interpret."""
@@ -209,6 +209,11 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
 }
 """What a reason narrows it to, where the status code agrees."""
 
+_PLAIN_WORDS: Final[Mapping[str, str]] = {
+    "Deadline Exceeded": "the time limit passed before the server was done",
+    "Locally cancelled by application!": "cancelled by this side",
+}
+"""What grpc's own words mean, in whatever sentence it puts them, where this side ended the call."""
 _CODES_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -247,7 +252,7 @@ def from_status(
     `target` is named where the server could not be reached.
     """
     code = code or grpc.StatusCode.UNKNOWN
-    message = message or ""
+    message = next((plain for words, plain in _PLAIN_WORDS.items() if words in (message or "")), message or "")
     info = error_details_pb2.ErrorInfo()
     violations: list[FieldViolation] = []
     retry_after_s: float | None = None

@@ -237,7 +237,5 @@ class Heartbeat(_Event):
     """Nothing happened for a while; the job is alive. Repeats the sequence of the event before it."""
 
 
-Event: TypeAlias = (
-    Accepted | Queued | Loading | Prepared | Step | Preview | ImageReady | Completed | Heartbeat
-)
+Event: TypeAlias = Accepted | Queued | Loading | Prepared | Step | Preview | ImageReady | Completed | Heartbeat
 """Anything that `generate` yields."""

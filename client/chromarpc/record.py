@@ -42,9 +42,7 @@ def run_record(image: GeneratedImage) -> dict[str, object]:
             "device": prepared.device,
         }
     if image.warnings:
-        record["warnings"] = [
-            {"code": w.code, "field": w.field, "message": w.message} for w in image.warnings
-        ]
+        record["warnings"] = [{"code": w.code, "field": w.field, "message": w.message} for w in image.warnings]
     return record
 
 

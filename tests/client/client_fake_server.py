@@ -146,9 +146,7 @@ class Story:
 
     def chunk(self, data: bytes, offset_bytes: int = 0, prompt_index: int = 0) -> JobEvent:
         return self(
-            image_chunk=job_event_pb2.ImageChunk(
-                prompt_index=prompt_index, offset_bytes=offset_bytes, data=data
-            )
+            image_chunk=job_event_pb2.ImageChunk(prompt_index=prompt_index, offset_bytes=offset_bytes, data=data)
         )
 
     def image(self, data: bytes, prompt_index: int = 0, chunk_bytes: int = 50) -> Iterator[JobEvent]:
@@ -195,9 +193,7 @@ def detailed_status(
     retry_after_s: float | None = None,
 ) -> status_pb2.Status:
     """A status with `google.rpc` details, as the server writes it."""
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=reason, domain=domain, metadata=metadata or {})
-    ]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=domain, metadata=metadata or {})]
     if violations:
         fields = [
             error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations.items()

@@ -266,9 +266,7 @@ async def test_cancel_while_another_task_waits(server: FakeServer, async_client:
         await waiting
 
 
-async def test_a_deadline_ends_the_call(
-    server: FakeServer, client: Client, async_client: AsyncClient
-) -> None:
+async def test_a_deadline_ends_the_call(server: FakeServer, client: Client, async_client: AsyncClient) -> None:
     server.script = endless(server)
     with pytest.raises(DeadlineExceeded):
         client.generate_images("a", timeout_s=0.3)
@@ -344,9 +342,7 @@ def test_arguments_become_the_request(server: FakeServer, client: Client) -> Non
 
 
 def test_what_is_left_out_stays_out() -> None:
-    assert (
-        build_request("a") == parse_request_json('{"model": "chroma", "prompts": [{"prompt": "a"}]}').request
-    )
+    assert build_request("a") == parse_request_json('{"model": "chroma", "prompts": [{"prompt": "a"}]}').request
     assert not build_request("a").HasField("output")
     assert not build_request([]).prompts
 
@@ -457,9 +453,7 @@ def test_tls_options_are_checked(tmp_path: Path) -> None:
 # Pictures that can be repeated
 
 
-def test_a_saved_png_holds_its_pixels_and_its_record(
-    server: FakeServer, client: Client, tmp_path: Path
-) -> None:
+def test_a_saved_png_holds_its_pixels_and_its_record(server: FakeServer, client: Client, tmp_path: Path) -> None:
     (image,) = client.generate_images(
         "[trigger] a cät", trigger_word="sks", loras="j/l.safetensors", model="chroma"
     )

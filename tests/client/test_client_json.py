@@ -128,9 +128,7 @@ def test_whole_numbers_may_be_text_or_have_a_zero_fraction() -> None:
 
 
 def test_guidance_keeps_its_value() -> None:
-    assert (
-        parse_request_json('{"prompts": [{"guidance_scale": 3.7}]}').request.prompts[0].guidance_scale == 3.7
-    )
+    assert parse_request_json('{"prompts": [{"guidance_scale": 3.7}]}').request.prompts[0].guidance_scale == 3.7
 
 
 def test_unknown_keys_are_collected_with_their_paths() -> None:

@@ -1,0 +1,212 @@
+"""`chromarpc generate`: from options to saved pictures."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chromarpc.cli.connection import with_client
+from chromarpc.cli.event_json import error_line, event_line
+from chromarpc.cli.exits import UsageError
+from chromarpc.cli.files import ImageFiles, image_files, preview_folder, preview_name
+from chromarpc.cli.progress import Display, display
+from chromarpc.cli.request import parse_lora, read_json_request, request_format
+from chromarpc.client import Client, EventStream
+from chromarpc.errors import ChromarpcError
+from chromarpc.events import Event, ImageReady, Preview
+from chromarpc.images import write_file
+from chromarpc.request import build_request
+from chromarpc.v1 import generation_service_pb2
+
+DEFAULT_PREVIEW_EVERY = 5
+EXAMPLES = """\b
+Examples:
+  chromarpc generate "a red circle on a white background" -o circle.png
+  chromarpc generate "[trigger] a cat" --trigger-word sks --lora job/my.safetensors:0.8
+  chromarpc generate --json request.json --events
+  chromarpc generate --json circle.png -o again.png
+"""
+
+
+class Format(StrEnum):
+    """Values of `--format`."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+class NoiseDrawChoice(StrEnum):
+    """Values of `--noise-draw`."""
+
+    FLOAT32 = "float32"
+    LEGACY = "legacy"
+
+
+@with_client
+def generate(
+    client: Client,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw: one image for each.")
+    ] = None,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File to write, overwriting; .png (default out.png), .jpg or .webp. {index} and {seed} in "
+            "its name are filled in; several images get -0, -1, … without {index}.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model id; chroma when left out.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:MULTIPLIER]", help="LoRA below the server's root, such as job/my.safetensors:0.8."
+        ),
+    ] = None,
+    trigger_word: Annotated[str | None, typer.Option(help="Replaces [trigger] in the prompts.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, 64 to 4096.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, 64 to 4096.")] = None,
+    sample_steps: Annotated[
+        int | None, typer.Option("--steps", "--sample-steps", help="Denoising steps, 1 to 150.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance", "--guidance-scale", help="Classifier-free guidance, 0 to 20."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same for every prompt, -1 draws one; 42 plus the index when left out."),
+    ] = None,
+    neg: Annotated[str | None, typer.Option(help="Negative prompt; no effect on Chroma.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Numerics profile, see `chromarpc info`.")] = None,
+    noise_draw: Annotated[
+        NoiseDrawChoice | None, typer.Option(help="What a seed means; legacy is that of torch up to 2.11.")
+    ] = None,
+    image_format: Annotated[Format | None, typer.Option("--format", help="As -o's name says.")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100; 95.")] = None,
+    preview_dir: Annotated[
+        Path | None, typer.Option(help="Write previews here, as preview-INDEX-STEP.png; made if need be.")
+    ] = None,
+    preview_every: Annotated[
+        int | None,
+        typer.Option(help=f"Steps from one preview to the next; {DEFAULT_PREVIEW_EVERY}."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Send this JSON body (- is standard input) instead of prompts and options; or the body that "
+            "a PNG of this command holds, to draw it again.",
+        ),
+    ] = None,
+    events: Annotated[
+        bool, typer.Option("--events", help="Print every event on stdout, one JSON object a line.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Show no progress, only warnings and errors.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds after which the job is cancelled; none.")
+    ] = None,
+) -> None:
+    """Draw pictures and save them.
+
+    Saved PNGs hold what they were drawn with. Progress goes to stderr; the paths of saved files go to stdout
+    where that is no terminal.
+    """
+    options = {
+        "model": model,
+        "loras": [parse_lora(text) for text in lora] if lora else None,
+        "trigger_word": trigger_word,
+        "width": width,
+        "height": height,
+        "sample_steps": sample_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "neg": neg,
+        "profile": profile,
+        "noise_draw": noise_draw,
+        "output_format": image_format,
+        "output_quality": quality,
+        "preview_every": preview_every,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    request, files = _prepare(prompts or [], given, json_file, output, preview_dir)
+    with (
+        client.generate_request(request, timeout_s=timeout) as stream,
+        display(quiet=quiet or events) as shown,
+    ):
+        _run(stream, files, preview_dir, shown, events=events)
+
+
+_OPTION_NAMES = {
+    "loras": "--lora",
+    "sample_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "output_format": "--format",
+    "output_quality": "--quality",
+}
+
+
+def _prepare(
+    prompts: list[str],
+    options: dict[str, Any],
+    json_file: Path | None,
+    output: Path | None,
+    preview_dir: Path | None,
+) -> tuple[generation_service_pb2.GenerateRequest, ImageFiles]:
+    """The request, and the files that its images go to; everything is checked before anything is sent."""
+    if json_file is not None:
+        names = [_OPTION_NAMES.get(name, "--" + name.replace("_", "-")) for name in options]
+        unwanted = (["PROMPT"] if prompts else []) + names
+        if unwanted:
+            raise UsageError(f"--json sends a body as it is; leave out {', '.join(unwanted)}")
+        request = read_json_request(json_file)
+        files, _ = image_files(output, request_format(request), len(request.prompts))
+    else:
+        if not prompts:
+            raise UsageError("say what to draw: a PROMPT, or a request by --json")
+        if "preview_every" in options and preview_dir is None:
+            raise UsageError("--preview-every needs --preview-dir to write the previews to")
+        files, image_format = image_files(output, options.get("output_format"), len(prompts))
+        if preview_dir is not None:
+            options = {"preview_every": DEFAULT_PREVIEW_EVERY, **options}
+        request = build_request(prompts, **{**options, "output_format": image_format})
+    if preview_dir is not None:
+        preview_folder(preview_dir)
+    return request, files
+
+
+def _run(
+    stream: EventStream, files: ImageFiles, preview_dir: Path | None, shown: Display, *, events: bool
+) -> None:
+    on_screen = sys.stdout.isatty() and sys.stderr.isatty()  # then the display has told the paths already
+    try:
+        for event in stream:
+            path = _save(event, files, preview_dir)
+            shown.show(event, path)
+            if events:
+                typer.echo(event_line(event, path))
+            elif isinstance(event, ImageReady) and not on_screen:
+                typer.echo(str(path))
+    except ChromarpcError as error:
+        if events:
+            typer.echo(error_line(error))
+        raise
+
+
+def _save(event: Event, files: ImageFiles, preview_dir: Path | None) -> Path | None:
+    match event:
+        case ImageReady(image=image):
+            return image.save(files.path(image.prompt_index, image.seed))
+        case Preview() if preview_dir is not None:
+            name = preview_name(event.prompt_index, event.step, event.media_type)
+            return write_file(preview_dir / name, event.data)
+    return None

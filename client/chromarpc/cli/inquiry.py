@@ -1,0 +1,99 @@
+"""`chromarpc models`, `info` and `health`: short questions to a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, TypeAlias
+
+import typer
+
+from chromarpc.cli.connection import with_client
+from chromarpc.cli.event_json import message_json
+from chromarpc.cli.exits import ExitCode, printable
+from chromarpc.cli.progress import bytes_text
+from chromarpc.client import Client
+from chromarpc.health import HealthStatus
+from chromarpc.v1 import model_service_pb2
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, under the schema's names.")]
+
+
+@with_client
+def models(client: Client, *, as_json: AsJson = False) -> None:
+    """List the models that a server serves."""
+    found = client.list_models()
+    if as_json:
+        typer.echo(json.dumps({"models": [message_json(model) for model in found]}, indent=2))
+        return
+    id_width = max((len(model.id) for model in found), default=0)
+    for model in found:
+        for number, line in enumerate(_model_lines(model)):
+            typer.echo(printable(f"{'' if number else model.id:{id_width}}  {line}"))
+
+
+@with_client
+def info(client: Client, *, as_json: AsJson = False) -> None:
+    """Describe a server: device, limits, queue."""
+    found = client.server_info()
+    if as_json:
+        typer.echo(json.dumps(message_json(found), indent=2))
+        return
+    for line in _info_lines(found):
+        typer.echo(printable(line))
+
+
+@with_client
+def health(
+    client: Client,
+    *,
+    wait: Annotated[
+        float | None, typer.Option(min=0, help="Wait up to so many seconds until it takes requests.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether a server takes requests.
+
+    Exits with 0 if it does, with 3 if it does not or nobody answers, with 6 if --wait passed.
+    """
+    if wait is not None:
+        client.wait_until_serving(timeout_s=wait)
+    status = client.health()
+    typer.echo(json.dumps({"status": status}) if as_json else status)
+    if status is not HealthStatus.SERVING:
+        raise typer.Exit(ExitCode.UNAVAILABLE)
+
+
+def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
+    if model.alias_of:
+        yield f"served by {model.alias_of}"
+    elif model.resident:
+        yield f"in memory ({bytes_text(model.resident_bytes)})"
+    elif model.weights_present:
+        yield "ready"
+    else:
+        yield f"weights are missing; on the server, run: {model.fetch_command}"
+    if model.description:
+        yield model.description
+    if model.HasField("defaults"):
+        defaults = model.defaults
+        yield (
+            f"defaults: {defaults.width}x{defaults.height}, {defaults.sample_steps} steps, "
+            f"guidance {defaults.guidance_scale:g}, seed {defaults.seed}"
+        )
+
+
+def _info_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:
+    device, limits, queue = found.device, found.limits, found.queue
+    yield f"chromarpc  {found.version}"
+    for name, version in sorted(found.library_versions.items()):
+        yield f"  {name}: {version}"
+    yield f"device     {device.id} ({device.name}, {bytes_text(device.memory_bytes)}, {device.dtype})"
+    yield f"queue      {queue.running_jobs} running, {queue.queued_jobs} waiting"
+    yield "profiles"
+    for profile in found.profiles:
+        default = " (default)" if profile.id == found.default_profile else ""
+        yield f"  {profile.id}{default}: {profile.description}"
+    yield "limits"
+    for name, value in message_json(limits).items():
+        yield f"  {name}: {value}"
