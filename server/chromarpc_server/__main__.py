@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         case "fetch":
             sys.exit(_fetch(rest))
         case _:
-            print(
-                f"chromarpc-server: no such command: {command}; try serve, verify or fetch", file=sys.stderr
-            )
+            print(f"chromarpc-server: no such command: {command}; try serve, verify or fetch", file=sys.stderr)
             sys.exit(EXIT_USAGE)
 
 

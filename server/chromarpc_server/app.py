@@ -81,9 +81,7 @@ class App:
         )
         device = await engine.start()
         address = (
-            f"[{settings.host}]:{settings.port}"
-            if ":" in settings.host
-            else f"{settings.host}:{settings.port}"
+            f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
         )
         listening = await listen(
             address,

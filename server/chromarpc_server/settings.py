@@ -75,9 +75,7 @@ class LimitSettings(BaseModel):
         _LIMITS.max_pixels, description="width × height, summed over a request's prompts"
     )
     max_queued_jobs: PositiveInt = Field(_LIMITS.max_queued_jobs, description="jobs waiting at once")
-    max_request_bytes: PositiveInt = Field(
-        _LIMITS.max_request_bytes, description="bytes of one request message"
-    )
+    max_request_bytes: PositiveInt = Field(_LIMITS.max_request_bytes, description="bytes of one request message")
 
     def limits(self) -> Limits:
         """The same as a domain value."""
@@ -88,7 +86,6 @@ class ServerSettings(BaseSettings):
     """Serves the Chroma text-to-image pipeline over gRPC.
 
     Examples:
-    \b
       chromarpc-server                                    serve what is here, on 127.0.0.1:50051
       chromarpc-server --alias chroma=chroma-mini         run production requests on a laptop
       chromarpc-server --lora-root ~/loras --preload chroma

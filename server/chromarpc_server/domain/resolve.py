@@ -82,9 +82,7 @@ class _Findings:
             raise InvalidParameter(f"invalid request: {fields}", violations=self.violations)
 
 
-def resolve(
-    request: GenerationRequest, serving: Serving, *, draw_seed: Callable[[], int] = draw_seed
-) -> Plan:
+def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable[[], int] = draw_seed) -> Plan:
     """Turns a request into a plan.
 
     Args:
@@ -125,9 +123,7 @@ def resolve(
     for path in request.unknown_fields[:MAX_LISTED]:
         found.warn("UNKNOWN_FIELD", path, "this server's version of the API does not know it")
     if request.hf_token:
-        found.warn(
-            "HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect"
-        )
+        found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
 
     rules = _Rules(spec, divisor, limits, request.trigger_word, draw_seed)
     loras = _resolve_loras(request.loras, rules, found)
@@ -190,9 +186,7 @@ def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: _Findings
         found.refuse("prompts", f"at most {rules.limits.max_prompts} prompts, got {len(request.prompts)}")
         return []
     if request.trigger_word and not any(TRIGGER in (prompt.prompt or "") for prompt in request.prompts):
-        found.warn(
-            "TRIGGER_WORD_UNUSED", "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect"
-        )
+        found.warn("TRIGGER_WORD_UNUSED", "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect")
     return [_resolve_prompt(prompt, index, rules, found) for index, prompt in enumerate(request.prompts)]
 
 
@@ -297,9 +291,7 @@ def _resolve_preview(
     found.in_range("preview.max_side_px", max_side_px, 16, 512)
     if every == 0:
         if asked_side is not None:
-            found.warn(
-                "PREVIEW_OFF", "preview.max_side_px", "previews are off (every_n_steps is 0): no effect"
-            )
+            found.warn("PREVIEW_OFF", "preview.max_side_px", "previews are off (every_n_steps is 0): no effect")
         return None
     if prompts and all(prompt.sample_steps <= every for prompt in prompts):
         found.warn(

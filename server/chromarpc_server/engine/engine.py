@@ -1,4 +1,4 @@
-"""The engine's front door: admits plans, runs them one at a time on the device thread, fills their logs.
+"""The engine's front door: admits plans, runs them one at a time, fills their logs.
 
 Lives on the event loop. The device thread and the image encoder are executors of one thread each; nothing here
 waits for them without yielding.
@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from chromarpc_server.domain.errors import (
     ChromaError,
@@ -112,12 +111,11 @@ class Engine:
             ChromaError: the device cannot be used.
         """
         loop = asyncio.get_running_loop()
-        self._worker, self._description = await loop.run_in_executor(
-            self._device_thread, self._open_device, loop
-        )
-        self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
+        worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
+        self._worker, self._description = worker, description
+        self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
         self._accepting = True
-        return self._description
+        return description
 
     async def preload(self, spec: ModelSpec, profile: str) -> None:
         """Makes a model resident before any request asks for it.
@@ -196,7 +194,7 @@ class Engine:
                 return
 
     async def drain(self, grace_s: float) -> None:
-        """Takes no more jobs, lets the running one finish within `grace_s`, ends the others, stops the threads."""
+        """Takes no more jobs, lets the running one finish within `grace_s`, ends the others."""
         self._accepting = False
         stopping = Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
         while self._queue:
@@ -227,11 +225,15 @@ class Engine:
 
     def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
         description = describe_device(self._choice)
+
+        def publish(snapshot: CacheSnapshot) -> None:
+            loop.call_soon_threadsafe(self._take_snapshot, snapshot)
+
         cache = ModelCache(
             self._choice,
             max_checkpoints=self._max_checkpoints,
             max_prepared=self._max_prepared,
-            publish=partial(loop.call_soon_threadsafe, self._take_snapshot),
+            publish=publish,
         )
         return DeviceWorker(self._choice, description, cache), description
 
@@ -267,8 +269,8 @@ class Engine:
             self._end_early(job, error)
             if isinstance(error, DeviceLost):
                 self._on_device_lost()
-        except Exception:
-            self._end_early(job, self._unforeseen(job))
+        except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            self._end_early(job, self._unforeseen(job, error))
         else:
             # The next job starts while this one's last image is still being encoded.
             finishing = asyncio.create_task(self._finish(waiting, done))
@@ -299,13 +301,11 @@ class Engine:
             if isinstance(report, RenderedPreview):
                 job.log.append(await loop.run_in_executor(self._image_thread, encode_preview, report))
                 return
-            header, data = await loop.run_in_executor(
-                self._image_thread, encode_image, report, job.plan.output
-            )
-        except Exception:
-            error = self._unforeseen(job)
-            job.cancellation.cancel(error)
-            self._end_early(job, error)
+            header, data = await loop.run_in_executor(self._image_thread, encode_image, report, job.plan.output)
+        except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            failure = self._unforeseen(job, error)
+            job.cancellation.cancel(failure)
+            self._end_early(job, failure)
             return
         waiting.image_encoding_s += time.monotonic() - started
         waiting.images += 1
@@ -346,9 +346,9 @@ class Engine:
             job.log.append(Failed(error))
             log.warning("job.failed", extra=fields)
 
-    def _unforeseen(self, job: Job) -> InternalError:
+    def _unforeseen(self, job: Job, error: Exception) -> InternalError:
         error_id = uuid.uuid4().hex[:12]
-        log.exception("job.internal_error", extra={"job_id": job.id, "error_id": error_id})
+        log.error("job.internal_error", exc_info=error, extra={"job_id": job.id, "error_id": error_id})
         return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
 
     def _tell_positions(self) -> None:

@@ -66,9 +66,7 @@ class JobLog:
         limit = KEPT_UNREAD.get(kind)
         if limit is None:
             return
-        droppable = [
-            entry for entry in self._entries if type(entry.event) is kind and may_coalesce(entry.event)
-        ]
+        droppable = [entry for entry in self._entries if type(entry.event) is kind and may_coalesce(entry.event)]
         for entry in droppable[:-limit]:
             self._entries.remove(entry)
 

@@ -57,9 +57,7 @@ class ModelCache:
         self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
         self._prepared: OrderedDict[PreparedKey, Pipeline] = OrderedDict()
 
-    def checkpoint(
-        self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check
-    ) -> Checkpoint:
+    def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
         """The model's checkpoint, loaded if it is not resident.
 
         Raises:

@@ -117,13 +117,13 @@ class DeviceWorker:
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
         emit(self._prepared(plan, checkpoint, adapters, [(t.token_count, t.cut_count) for t in tokenized]))
         remaining = _Remaining(plan)
-        for index, (prompt, tokens) in enumerate(zip(plan.prompts, tokenized, strict=True)):
+        for index, tokens in enumerate(tokenized):
             check()
             embedding = pipeline.encode(tokens)
             synchronize(self._choice.device)
             clock.lap("text_encoding_s")
             check()
-            self._draw(pipeline, embedding, plan, prompt, index, remaining, check, clock, emit)
+            self._draw(pipeline, embedding, plan, index, remaining=remaining, check=check, clock=clock, emit=emit)
         return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
 
     def _draw(
@@ -131,13 +131,14 @@ class DeviceWorker:
         pipeline: Pipeline,
         embedding: PromptEmbedding,
         plan: Plan,
-        prompt: PlannedPrompt,
         index: int,
+        *,
         remaining: _Remaining,
         check: Callable[[], None],
         clock: _Clock,
         emit: Emit,
     ) -> None:
+        prompt = plan.prompts[index]
         started = time.monotonic()
         latents = None
         for done in pipeline.denoise(
@@ -165,14 +166,20 @@ class DeviceWorker:
             )
             step = done.index + 1
             if plan.preview and step < done.total and step % plan.preview.every_n_steps == 0:
-                emit(RenderedPreview(index, step, pipeline.preview(done, plan.preview.max_side_px)))
+                emit(
+                    RenderedPreview(
+                        index,
+                        step,
+                        pipeline.preview(done, prompt.width, prompt.height, plan.preview.max_side_px),
+                    )
+                )
             latents = done.latents
             check()
             started = time.monotonic()
         clock.lap("denoising_s")
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
-        pixels = pipeline.decode(latents)
+        pixels = pipeline.decode(latents, prompt.width, prompt.height)
         clock.lap("decoding_s")
         check()
         emit(RenderedImage(index, prompt.seed, pixels))
@@ -195,7 +202,7 @@ class DeviceWorker:
         ]
         reports = []
         for index, (lora, (adapter, multiplier)) in enumerate(zip(plan.loras, adapters, strict=True)):
-            unused = (*adapter.unmatched, *adapter.unsupported)
+            unused = adapter.unmatched
             if unused:
                 warnings.append(
                     PlanWarning(
@@ -210,7 +217,7 @@ class DeviceWorker:
                     sha256=adapter.sha256,
                     format=adapter.format,
                     network_multiplier=multiplier,
-                    rank=adapter.rank or 0,
+                    rank=adapter.rank,
                     matched_keys=len(adapter.matched),
                     unmatched_keys=unused,
                     metadata=adapter.metadata,

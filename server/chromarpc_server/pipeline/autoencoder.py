@@ -24,7 +24,7 @@ def build_autoencoder(
     require_same_keys(model.state_dict(), weights, "autoencoder")
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     model.load_state_dict(placed, assign=True)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

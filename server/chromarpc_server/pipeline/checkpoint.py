@@ -137,15 +137,17 @@ def denoise_from(
     conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
     unconditional = None
     if guidance_scale > sampling.GUIDANCE_THRESHOLD:
-        unconditional = _Text.of(
-            transformer, profile, embedding.empty_embeds, embedding.empty_mask, grid, noise
-        )
+        unconditional = _Text.of(transformer, profile, embedding.empty_embeds, embedding.empty_mask, grid, noise)
 
     def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         own = slice(index, index + 1)
         modulations = batched[own] if batched is not None else transformer.modulations(timesteps[own])
-        run = lambda text: transformer(latents, text.embeds, modulations, text.rope, text.mask)  # noqa: E731
-        return run(conditional), None if unconditional is None else run(unconditional)
+        first = transformer(latents, conditional.embeds, modulations, conditional.rope, conditional.mask)
+        if unconditional is None:
+            return first, None
+        return first, transformer(
+            latents, unconditional.embeds, modulations, unconditional.rope, unconditional.mask
+        )
 
     yield from sampling.denoise(noise, scheduler, guidance_scale, velocity)
 
@@ -333,9 +335,7 @@ def prepare_transformer(
     """
     with torch.device("meta"):
         model = ChromaTransformer(config)
-    linears = {
-        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)
-    }
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
     stage = "merging" if adapters else "quantizing"
     total = sum(tensor.numel() * tensor.element_size() for tensor in master.values())
     done = 0
@@ -370,5 +370,6 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        values: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+        digest.update(values)
     return digest.hexdigest()

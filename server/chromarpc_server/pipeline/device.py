@@ -131,6 +131,6 @@ def translate_device_error(error: Exception) -> ChromaError | None:
     if isinstance(error, RuntimeError):
         if "not enough memory" in text or "can't allocate memory" in text:
             return OutOfMemory("the device has too little memory for this job")
-        if "CUDA error" in text or "cuDNN" in text and "EXECUTION_FAILED" in text:
+        if "CUDA error" in text or ("cuDNN" in text and "EXECUTION_FAILED" in text):
             return DeviceLost("the device failed and cannot be used any more")
     return None

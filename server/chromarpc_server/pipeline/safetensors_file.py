@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,8 +96,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > MAX_HEADER_BYTES:
                 raise SafetensorsError(
-                    f"not a safetensors file: its header claims {header_bytes} bytes, "
-                    f"more than {MAX_HEADER_BYTES}"
+                    f"not a safetensors file: its header claims {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
                 )
             if header_bytes > size - 8:
                 raise SafetensorsError(
@@ -167,7 +167,7 @@ def _entry(name: str, described: object) -> tuple[TensorEntry, int, int]:
     return TensorEntry(dtype, tuple(shape), offsets[1] - offsets[0]), offsets[0], offsets[1]
 
 
-def _naturals(value: object) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
 
 

@@ -131,7 +131,8 @@ Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 def seen_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtype) -> Tensor:
     """Timesteps in 0…1000 as the transformer sees them: rounded to `dtype`, the latents' own. (S,)."""
-    return scheduler.timesteps.to(dtype)
+    timesteps: Tensor = scheduler.timesteps.to(dtype)
+    return timesteps
 
 
 def denoise(

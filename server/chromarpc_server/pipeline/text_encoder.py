@@ -16,9 +16,9 @@ from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.weights import (
     ReadingProgress,
-    SafetensorsFile,
     open_weights,
     read_json,
     require_same_keys,
@@ -125,9 +125,7 @@ def build_text_encoder(
 
 def text_encoder_config(folder: Path) -> T5Config:
     """Sizes of the encoder in a Hugging Face folder."""
-    return T5Config(
-        **{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"}
-    )
+    return T5Config(**{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"})
 
 
 def open_text_encoder(folder: Path) -> tuple[SafetensorsFile, ...]:

@@ -2,8 +2,8 @@
 
 One forward serves every numerics profile: the caller decides how text is padded or masked, how modulations are
 batched, and whether weights are held dequantized (see `profiles`). Where the reference relies on autocast,
-this module casts by hand, to the same effect: linears and attention in the weights' dtype, normalisations and
-the shift and scale after them in float32, the residual stream in the weights' dtype.
+this module casts by hand, to the same effect: linears and attention in the weights' dtype, normalisations
+and the shift and scale after them in float32, the residual stream in the weights' dtype.
 
 Shapes: B batch, N image tokens (h/16 · w/16), L text tokens, S steps, C hidden size, H heads, D head size.
 """
@@ -320,7 +320,7 @@ class DoubleBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """img (B, N, C), txt (B, L, C), modulations (B, 6, C) each → img, txt."""
+        """Img (B, N, C), txt (B, L, C), modulations (B, 6, C) each → img, txt."""
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = img_mod.split(1, dim=1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod.split(1, dim=1)
         img_q, img_k, img_v = self.img_attn.project(modulate(img, i_shift1, i_scale1))
@@ -353,13 +353,14 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
 
     def forward(self, x: Tensor, mod: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x (B, L + N, C), modulation (B, 3, C) → x."""
+        """X (B, L + N, C), modulation (B, 3, C) → x."""
         shift, scale, gate = mod.split(1, dim=1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split([3 * self.hidden_size, self.inner], dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         attention = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, rope, mask)
-        output = self.linear2(torch.cat((attention, F.gelu(mlp, approximate="tanh")), dim=2))
-        return x + gate * output
+        output: Tensor = self.linear2(torch.cat((attention, F.gelu(mlp, approximate="tanh")), dim=2))
+        gated: Tensor = x + gate * output
+        return gated
 
 
 class ApproximatorLayer(nn.Module):
@@ -402,7 +403,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.hidden_size, config.in_channels)
 
     def forward(self, x: Tensor, mod: Tensor) -> Tensor:
-        """x (B, N, C), modulation (B, 2, C) → (B, N, in_channels)."""
+        """X (B, N, C), modulation (B, 2, C) → (B, N, in_channels)."""
         shift, scale = mod.split(1, dim=1)
         return self.linear(modulate(x, shift, scale))  # type: ignore[no-any-return]
 

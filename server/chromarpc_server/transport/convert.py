@@ -52,7 +52,7 @@ def _optional(message: Message, *names: str) -> dict[str, object]:
 
 
 def _unknown(message: Message, at: str) -> Iterator[str]:
-    for field in unknown_fields.UnknownFieldSet(message):
+    for field in unknown_fields.UnknownFieldSet(message):  # type: ignore[attr-defined]
         yield f"{at}field {field.field_number}"
     for descriptor, value in message.ListFields():
         if descriptor.message_type is None:
@@ -218,9 +218,7 @@ def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
                 rank=adapter.rank,
                 matched_key_count=adapter.matched_keys,
                 unmatched_key_count=len(adapter.unmatched_keys),
-                unmatched_keys=[
-                    shorten(key, MAX_UNMATCHED_BYTES) for key in adapter.unmatched_keys[:MAX_LISTED]
-                ],
+                unmatched_keys=[shorten(key, MAX_UNMATCHED_BYTES) for key in adapter.unmatched_keys[:MAX_LISTED]],
                 metadata={
                     shorten(key, MAX_UNMATCHED_BYTES): shorten(value, MAX_METADATA_BYTES)
                     for key, value in list(adapter.metadata.items())[:MAX_LISTED]
@@ -229,9 +227,7 @@ def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
             for adapter in event.adapters
         ],
         model_revision=event.model_revision,
-        token_counts=[
-            job_event_pb2.TokenCount(used=count.used, cut=count.cut) for count in event.token_counts
-        ],
+        token_counts=[job_event_pb2.TokenCount(used=count.used, cut=count.cut) for count in event.token_counts],
         versions=dict(event.versions),
         device=event.device,
         warnings=_warnings(event.warnings),

@@ -30,7 +30,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self._engine = engine
         self._serving = serving
 
-    async def Generate(  # type: ignore[override]  # noqa: N802 - the stub's base class is sync and async at once
+    async def Generate(  # noqa: N802
         self, request: Request, context: Context
     ) -> AsyncIterator[Response]:
         """Queues one generation and streams its events until it ends."""

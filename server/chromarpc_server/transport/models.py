@@ -35,7 +35,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._library_versions = library_versions
         self._profile_descriptions = profile_descriptions
 
-    async def ListModels(  # type: ignore[override]  # noqa: N802
+    async def ListModels(  # noqa: N802
         self,
         request: model_service_pb2.ListModelsRequest,
         context: grpc.aio.ServicerContext[
@@ -55,7 +55,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             ]
         )
 
-    async def GetServerInfo(  # type: ignore[override]  # noqa: N802
+    async def GetServerInfo(  # noqa: N802
         self,
         request: model_service_pb2.GetServerInfoRequest,
         context: grpc.aio.ServicerContext[
@@ -84,9 +84,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 max_request_bytes=serving.limits.max_request_bytes,
                 max_pixels=serving.limits.max_pixels,
             ),
-            queue=model_service_pb2.QueueState(
-                queued_jobs=status.queued_jobs, running_jobs=status.running_jobs
-            ),
+            queue=model_service_pb2.QueueState(queued_jobs=status.queued_jobs, running_jobs=status.running_jobs),
         )
 
     def _served(self, spec: ModelSpec) -> ModelSpec:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,50 +53,54 @@ class UnforeseenErrors(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Wraps unary-unary and unary-stream handlers; leaves the others alone."""
+    ) -> Any:
+        """Wraps this package's handlers: coroutines for single answers, async generators for streams."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
             return handler
-        if handler.unary_unary is not None and asyncio.iscoroutinefunction(handler.unary_unary):
-            unary = handler.unary_unary
-
-            async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                try:
-                    return await unary(request, context)
-                except Exception as error:
-                    await _abort_unforeseen(context, method, error)
-
+        if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
             return grpc.unary_unary_rpc_method_handler(
-                answer, handler.request_deserializer, handler.response_serializer
+                _guarded_answer(handler.unary_unary, method),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
-        if handler.unary_stream is not None:
-            stream = handler.unary_stream
-
-            async def stream_answers(
-                request: Any, context: grpc.aio.ServicerContext[Any, Any]
-            ) -> AsyncIterator[Any]:
-                answers = stream(request, context)
-                try:
-                    async for response in answers:
-                        yield response
-                except Exception as error:
-                    await _abort_unforeseen(context, method, error)
-                finally:
-                    await answers.aclose()
-
+        if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
             return grpc.unary_stream_rpc_method_handler(
-                stream_answers, handler.request_deserializer, handler.response_serializer
+                _guarded_stream(handler.unary_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         return handler
 
 
-async def _abort_unforeseen(
-    context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception
-) -> None:
+def _guarded_answer(answer: Callable[..., Awaitable[Any]], method: str) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await answer(request, context)
+        except Exception as error:  # noqa: BLE001 - the last line of defence
+            await _abort_unforeseen(context, method, error)
+
+    return guarded
+
+
+def _guarded_stream(stream: Callable[..., AsyncGenerator[Any, None]], method: str) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        answers = stream(request, context)
+        try:
+            async for response in answers:
+                yield response
+        except Exception as error:  # noqa: BLE001 - the last line of defence
+            await _abort_unforeseen(context, method, error)
+        finally:
+            await answers.aclose()
+
+    return guarded
+
+
+async def _abort_unforeseen(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     error_id = uuid.uuid4().hex[:12]
@@ -115,9 +119,7 @@ class Listening:
 
     async def set_serving(self, serving: bool) -> None:
         """Tells health checkers whether requests are taken: for every service and for the server."""
-        status = (
-            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *SERVICE_NAMES):
             await self.health.set(name, status)
 
@@ -139,9 +141,7 @@ async def listen(
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection(
-        (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

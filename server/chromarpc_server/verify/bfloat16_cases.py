@@ -74,14 +74,10 @@ def _pipeline(folder: Path, group: str, device: torch.device, reporter: Reporter
             _image(folder, name, case, device, reporter)
 
 
-def _draw(
-    transformer: ChromaTransformer, profile: str, case: dict[str, Tensor], noise: Tensor
-) -> Tensor:
+def _draw(transformer: ChromaTransformer, profile: str, case: dict[str, Tensor], noise: Tensor) -> Tensor:
     """Latents after the last step, from the case's own noise."""
     width, height, steps, _ = (int(value) for value in case["args"])
-    embedding = PromptEmbedding(
-        case["prompt_embeds"], case["prompt_mask"], case["neg_embeds"], case["neg_mask"]
-    )
+    embedding = PromptEmbedding(case["prompt_embeds"], case["prompt_mask"], case["neg_embeds"], case["neg_mask"])
     *_, last = denoise_from(
         transformer, PROFILES[profile], embedding, noise, width, height, steps, float(case["guidance"])
     )
@@ -89,11 +85,13 @@ def _draw(
 
 
 def _prepared(
-    config: ChromaConfig, weights: Mapping[str, Tensor], profile: str, device: torch.device, dtype: torch.dtype
+    config: ChromaConfig,
+    weights: Mapping[str, Tensor],
+    profile: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> ChromaTransformer:
-    return prepare_transformer(
-        config, weights, (), PROFILES[profile], device=device, dtype=dtype, quantize=True
-    )
+    return prepare_transformer(config, weights, (), PROFILES[profile], device=device, dtype=dtype, quantize=True)
 
 
 def _exact(
@@ -142,7 +140,11 @@ def _ratio(name: str, found: Tensor, case: dict[str, Tensor]) -> Result:
 
 
 def _truth(
-    name: str, config: ChromaConfig, weights: Mapping[str, Tensor], case: dict[str, Tensor], reporter: Reporter
+    name: str,
+    config: ChromaConfig,
+    weights: Mapping[str, Tensor],
+    case: dict[str, Tensor],
+    reporter: Reporter,
 ) -> None:
     """Float32 arithmetic on dequantized weights, with the bf16 timestep that is part of the function."""
     cpu = torch.device("cpu")

@@ -96,7 +96,10 @@ def _schedule(path: Path, reporter: Reporter) -> None:
         name = f"{GROUP}/schedule/{expected['width']}x{expected['height']} {steps} steps"
         reporter.add(
             within(
-                name, torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), 1e-6
+                name,
+                torch.tensor(found, dtype=torch.float64),
+                torch.tensor(wanted, dtype=torch.float64),
+                1e-6,
             )
         )
 

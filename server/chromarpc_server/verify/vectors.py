@@ -44,9 +44,7 @@ class Vectors:
         """One case's tensors, without its number."""
         prefix = f"{case}."
         return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)
         }
 
     def under(self, prefix: str) -> dict[str, Tensor]:
@@ -71,9 +69,7 @@ class Vectors:
         self, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *, quantize: bool
     ) -> T5EncoderModel:
         """The encoder of these weights and this file's config."""
-        return build_text_encoder(
-            T5Config(**self.config), weights, device=device, dtype=dtype, quantize=quantize
-        )
+        return build_text_encoder(T5Config(**self.config), weights, device=device, dtype=dtype, quantize=quantize)
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder of this file."""

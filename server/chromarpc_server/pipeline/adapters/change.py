@@ -30,8 +30,8 @@ class Change(Protocol):
 class LowRank:
     """W' = W + (B @ A) · (alpha / rank) · multiplier, with the reference's order of roundings.
 
-    Everything is rounded to the weight's dtype on the way: delta = dtype(B @ A), W' = dtype(W + dtype(delta · s)),
-    with s taken as one double.
+    Everything is rounded to the weight's dtype on the way, with s taken as one double:
+    delta = dtype(B @ A), W' = dtype(W + dtype(delta · s)).
     """
 
     down: Tensor = field(repr=False)

@@ -1,6 +1,6 @@
 """Low-rank pairs under native module names, as ai-toolkit writes them.
 
-`diffusion_model.<module>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank) and, sometimes, `<module>.alpha`.
+`diffusion_model.<module>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank), sometimes `<module>.alpha`.
 """
 
 from __future__ import annotations

@@ -123,9 +123,7 @@ def _require_shapes(changes: Mapping[str, Change], targets: Mapping[str, tuple[i
         elif change.delta_shape() != tuple(targets[name]):
             wrong.append(f"{name} (is {change.delta_shape()}, should be {tuple(targets[name])})")
     if wrong:
-        raise LoraIncompatible(
-            f"shapes differ from this model's in {len(wrong)} modules: {first_named(wrong, 5)}"
-        )
+        raise LoraIncompatible(f"shapes differ from this model's in {len(wrong)} modules: {first_named(wrong, 5)}")
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
