@@ -72,7 +72,8 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
     elif model.weights_present:
         yield "ready"
     else:
-        yield f"weights are missing; on the server, run: {model.fetch_command}"
+        command = model.fetch_command  # a bundled model has none
+        yield "weights are missing" + (f"; on the server, run: {command}" if command else "")
     if model.description:
         yield model.description
     if model.HasField("defaults"):

@@ -136,13 +136,14 @@ class Bars:
                 self._wait(queue_text(event), None)
             case Loading():
                 amount = f"{bytes_text(event.done_bytes)} of {bytes_text(event.total_bytes)}"
-                self._wait(f"{event.stage}", event.fraction, amount if event.total_bytes else "")
+                self._wait(f"loading: {event.stage}", event.fraction, amount if event.total_bytes else "")
             case Prepared():
                 self._end_wait()
             case Step():
                 self._end_wait()
                 self._step(event)
             case ImageReady():
+                self._end_image(event.prompt_index)
                 self._print(image_text(event, path))
             case Completed():
                 self._end_wait()
@@ -166,6 +167,11 @@ class Bars:
         if self._before is not None:
             self._progress.remove_task(self._before)
             self._before = None
+
+    def _end_image(self, index: int) -> None:
+        # Its line stays; the bars of sixty-four images would fill the screen.
+        if index in self._images:
+            self._progress.remove_task(self._images.pop(index))
 
     def _step(self, event: Step) -> None:
         index = event.prompt_index
