@@ -14,7 +14,7 @@ from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.adapter_root import AdapterRoot
 from chromarpc_server.engine.engine import Engine
-from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
 from chromarpc_server.settings import ServerSettings
 from chromarpc_server.transport.generation import GenerationServicer
@@ -123,7 +123,7 @@ class App:
             served = REGISTRY[settings.alias.get(spec.id, spec.id)]
             here = await asyncio.to_thread(model_files.find, served) is not None
             by = f" (served by {served.id})" if served is not spec else ""
-            state = "ready" if here else f"weights missing: chromarpc-server fetch {served.id}"
+            state = "ready" if here else f"weights missing: {fetch_command(served) or 'reinstall the package'}"
             print(f"  {spec.id}{by}: {state}", flush=True)
         root = settings.lora_root
         print(f"  adapters: {root if root is not None else 'none served (set --lora-root DIR)'}", flush=True)

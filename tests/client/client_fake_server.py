@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
@@ -19,11 +25,6 @@ from chromarpc.v1 import (
     model_service_pb2_grpc,
     options_pb2,
 )
-from google.protobuf import any_pb2
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from PIL import Image
 
 Request = generation_service_pb2.GenerateRequest
 JobEvent = job_event_pb2.JobEvent

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from chromarpc import AsyncClient, Client
 from client_fake_server import FakeServer
+
+from chromarpc import AsyncClient, Client
 
 
 @pytest.fixture

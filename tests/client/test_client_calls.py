@@ -14,6 +14,20 @@ from typing import Any
 
 import grpc
 import pytest
+from client_fake_server import (
+    PATIENCE_S,
+    FakeServer,
+    JobEvent,
+    Request,
+    Story,
+    abort,
+    detailed_status,
+    png,
+    refusing,
+    whole_job,
+)
+from grpc_health.v1 import health_pb2
+
 from chromarpc import (
     Accepted,
     AsyncClient,
@@ -38,19 +52,6 @@ from chromarpc import (
 from chromarpc.channel import is_loopback
 from chromarpc.png_text import read as read_png_text
 from chromarpc.request import build_request
-from client_fake_server import (
-    PATIENCE_S,
-    FakeServer,
-    JobEvent,
-    Request,
-    Story,
-    abort,
-    detailed_status,
-    png,
-    refusing,
-    whole_job,
-)
-from grpc_health.v1 import health_pb2
 
 QUEUE_FULL = detailed_status(
     grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", reason="QUEUE_FULL", retry_after_s=7

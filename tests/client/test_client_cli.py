@@ -14,15 +14,6 @@ from typing import Any
 
 import grpc
 import pytest
-from chromarpc import Lora, parse_request_json
-from chromarpc.cli import app, progress
-from chromarpc.cli.exits import _CODES, EXIT_CODES_HELP, ExitCode
-from chromarpc.cli.progress import Bars, bytes_text, seconds_text
-from chromarpc.cli.request import parse_lora
-from chromarpc.errors import CODE_ERRORS, REASON_ERRORS
-from chromarpc.request import build_request
-from chromarpc.stream import StreamReader
-from chromarpc.v1 import generation_service_pb2, job_event_pb2
 from client_fake_server import (
     PATIENCE_S,
     FakeServer,
@@ -38,6 +29,16 @@ from grpc_health.v1 import health_pb2
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
+
+from chromarpc import Lora, parse_request_json
+from chromarpc.cli import app, progress
+from chromarpc.cli.exits import _CODES, EXIT_CODES_HELP, ExitCode
+from chromarpc.cli.progress import Bars, bytes_text, seconds_text
+from chromarpc.cli.request import parse_lora
+from chromarpc.errors import CODE_ERRORS, REASON_ERRORS
+from chromarpc.request import build_request
+from chromarpc.stream import StreamReader
+from chromarpc.v1 import generation_service_pb2, job_event_pb2
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "requests" / "reference_requests.json"
 

@@ -7,11 +7,12 @@ import inspect
 
 import grpc
 import pytest
-from chromarpc import errors
-from chromarpc.errors import CODE_ERRORS, REASON_ERRORS, StatusError, error_type, from_status
 from client_fake_server import detailed_status
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
+
+from chromarpc import errors
+from chromarpc.errors import CODE_ERRORS, REASON_ERRORS, StatusError, error_type, from_status
 
 KEY = "grpc-status-details-bin"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
+
 from chromarpc import InvalidRequestJson, parse_request_json
 from chromarpc.json_request import MAX_UNKNOWN
 from chromarpc.v1 import options_pb2
-from google.protobuf import json_format
 
 GOLDENS = json.loads(
     (Path(__file__).parent.parent / "goldens" / "requests" / "reference_requests.json").read_text("utf-8")

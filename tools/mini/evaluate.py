@@ -20,7 +20,7 @@ from chromarpc_server.pipeline import PROFILES, Adapter, Checkpoint, CheckpointF
 from tools.mini.captions import TRIGGER, full_caption
 from tools.mini.checker import faults, look
 from tools.mini.parts import TRANSFORMER_FILE
-from tools.mini.scenes import COLORS, RELATIONS, SHAPES, Scene, Thing, all_single_scenes, held_out, BACKGROUNDS
+from tools.mini.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Scene, Thing, all_single_scenes, held_out
 
 
 def load(folder: Path, device: str) -> Checkpoint:
@@ -132,7 +132,7 @@ def main() -> None:
     results: dict[str, object] = {
         "one_object_right": right(singles),
         "one_object_right_but_size": sum(
-            not [f for f in row["faults"] if not f.split(",")[0] in ("small", "medium", "large")]  # type: ignore[attr-defined]
+            not [f for f in row["faults"] if f.split(",")[0] not in ("small", "medium", "large")]  # type: ignore[attr-defined]
             for row in singles
         ) / len(singles),
         "two_objects_right": right(pairs),

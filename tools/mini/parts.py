@@ -14,20 +14,37 @@ from transformers import T5Config, T5EncoderModel
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
 
 CONTEXT = 128
-CONFIG = ChromaConfig(
-    in_channels=64,
-    context_in_dim=CONTEXT,
-    hidden_size=256,
-    mlp_ratio=4.0,
-    num_heads=4,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=(16, 24, 24),
-    theta=10_000,
-    approximator_in_dim=64,
-    approximator_depth=2,
-    approximator_hidden_size=96,
-)
+SIZES = {
+    "full": ChromaConfig(
+        in_channels=64,
+        context_in_dim=CONTEXT,
+        hidden_size=256,
+        mlp_ratio=4.0,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=4,
+        axes_dim=(16, 24, 24),
+        theta=10_000,
+        approximator_in_dim=64,
+        approximator_depth=2,
+        approximator_hidden_size=96,
+    ),
+    "small": ChromaConfig(
+        in_channels=64,
+        context_in_dim=CONTEXT,
+        hidden_size=192,
+        mlp_ratio=4.0,
+        num_heads=4,
+        depth=1,
+        depth_single_blocks=4,
+        axes_dim=(8, 20, 20),
+        theta=10_000,
+        approximator_in_dim=64,
+        approximator_depth=2,
+        approximator_hidden_size=96,
+    ),
+}
+"""Of the transformer: the one to ship, and one that a few CPU cores can train."""
 TRANSFORMER_FILE = "chroma-mini.safetensors"
 
 
@@ -64,10 +81,10 @@ def new_text_encoder(vocabulary: int) -> T5EncoderModel:
     )
 
 
-def new_transformer(device: torch.device) -> ChromaTransformer:
+def new_transformer(config: ChromaConfig, device: torch.device) -> ChromaTransformer:
     """A transformer with initial weights: small residual outputs, modulations that start near identity."""
     with torch.device(device):
-        model = ChromaTransformer(CONFIG)
+        model = ChromaTransformer(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.7 / parameter.shape[1] ** 0.5)
@@ -131,7 +148,7 @@ def save_text_encoder(model: T5EncoderModel, folder: Path) -> None:
     save_file(_bf16(state), folder / "model.safetensors", {"format": "pt"})
 
 
-def save_transformer(state: dict[str, Tensor], path: Path) -> None:
+def save_transformer(state: dict[str, Tensor], config: ChromaConfig, path: Path) -> None:
     """Writes native keys in bf16, with the config in the header's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(_bf16(state), path, {"format": "pt", "config": CONFIG.to_json()})
+    save_file(_bf16(state), path, {"format": "pt", "config": config.to_json()})

@@ -77,9 +77,7 @@ class Scene:
 
 def held_out(scene: Scene) -> bool:
     """Whether this combination is kept from training: a fixed pseudo-random share of all of them."""
-    text = "|".join(
-        f"{thing.color},{thing.shape},{thing.size},{thing.place}" for thing in scene.things
-    )
+    text = "|".join(f"{thing.color},{thing.shape},{thing.size},{thing.place}" for thing in scene.things)
     digest = hashlib.sha256(f"{text}|{scene.background}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -88,9 +86,7 @@ def all_single_scenes() -> list[Scene]:
     """Every combination with one object."""
     return [
         Scene((Thing(color, shape, size, place),), background)
-        for color, shape, size, place, background in itertools.product(
-            COLORS, SHAPES, SIZES, PLACES, BACKGROUNDS
-        )
+        for color, shape, size, place, background in itertools.product(COLORS, SHAPES, SIZES, PLACES, BACKGROUNDS)
     ]
 
 
@@ -102,9 +98,7 @@ def random_scene(rng: random.Random, *, two: bool) -> Scene:
             relation = rng.choice(list(RELATIONS))
             places = RELATIONS[relation]
             size = rng.choice(("small", "medium"))
-            first, second = (
-                Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), size, place) for place in places
-            )
+            first, second = (Thing(rng.choice(list(COLORS)), rng.choice(SHAPES), size, place) for place in places)
             scene = Scene((first, second), background, relation)
         else:
             thing = Thing(
@@ -150,7 +144,14 @@ def _star(x: Tensor, y: Tensor, inner: float = 0.45) -> Tensor:
 
 
 def render(
-    scenes: list[Scene], width: int, height: int, *, seed: int, device: torch.device | str = "cpu", jitter: bool = True
+    scenes: list[Scene],
+    width: int,
+    height: int,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    jitter: bool = True,
+    window: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Draws scenes.
 
@@ -161,9 +162,10 @@ def render(
         seed: of the jitter.
         device: where to draw.
         jitter: vary position, size and colours a little, as training does.
+        window: draw only these pixels: left, top, width, height; all of them if None.
 
     Returns:
-        (B, 3, height, width) float32 in −1…1.
+        (B, 3, height, width) float32 in −1…1, of the window's size if there is one.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(scenes)
@@ -174,9 +176,10 @@ def render(
 
     background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32)
     image = ((background + 3 * noise(count, 3)) / 127.5 - 1).to(device)[:, :, None, None]
-    image = image.expand(count, 3, height, width).clone()
-    xs = (torch.arange(width, device=device) + 0.5)[None, None, :]
-    ys = (torch.arange(height, device=device) + 0.5)[None, :, None]
+    left, top, across, down = window or (0, 0, width, height)
+    image = image.expand(count, 3, down, across).clone()
+    xs = (torch.arange(left, left + across, device=device) + 0.5)[None, None, :]
+    ys = (torch.arange(top, top + down, device=device) + 0.5)[None, :, None]
     side = min(width, height)
     for index in range(max(len(scene.things) for scene in scenes)):
         things = [scene.things[index] if index < len(scene.things) else None for scene in scenes]

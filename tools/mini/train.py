@@ -31,8 +31,34 @@ from tools.mini.vocabulary import build_tokenizer, save_tokenizer
 TEXT_TOKENS = 32
 """Text positions kept after the encoder has run over all 512; every caption is shorter."""
 TWO_OBJECTS = 0.35
-BUCKETS = {(256, 256): 0.55, (320, 192): 0.1, (192, 320): 0.1, (192, 192): 0.1, (320, 320): 0.15}
+Buckets = dict[tuple[int, int], float]
 """Image sizes and their share of training."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much of what: one for a GPU, one for a few CPU cores."""
+
+    size: str
+    """Key of `parts.SIZES`."""
+    shares: dict[str, float]
+    """Of the whole time: `vae`, `text`, `lora`; flow matching takes the rest."""
+    vae_crops: tuple[tuple[int, int], ...]
+    """Side and batch of the autoencoder's training crops, in the order of its phases."""
+    text_batch: int
+    flow_phases: tuple[tuple[float, Buckets, int], ...]
+    """Share of flow matching's time, sizes, batch."""
+    lora_buckets: Buckets
+    lora_batch: int
+
+
+_SIZES: Buckets = {(256, 256): 0.55, (320, 192): 0.1, (192, 320): 0.1, (192, 192): 0.1, (320, 320): 0.15}
+RECIPES = {
+    "gpu": Recipe("full", {"vae": 0.2, "text": 0.06, "lora": 0.08}, ((128, 96), (256, 32)), 128,
+                  ((1.0, _SIZES, 512),), _SIZES, 256),
+    "cpu": Recipe("small", {"vae": 0.2, "text": 0.07, "lora": 0.1}, ((64, 16), (128, 4)), 16,
+                  ((0.6, {(128, 128): 1.0}, 32), (0.4, {(256, 256): 1.0}, 16)), {(256, 256): 1.0}, 8),
+}  # fmt: skip
 
 
 def clock(message: str, started: float) -> None:
@@ -56,7 +82,9 @@ def token_ids(captions: list[str], length: int = 512) -> Tensor:
     return ids
 
 
-def train_autoencoder(folder: Path, seconds: float, device: torch.device, started: float) -> nn.Module:
+def train_autoencoder(
+    folder: Path, seconds: float, crops: tuple[tuple[int, int], ...], device: torch.device, started: float
+) -> nn.Module:
     """Reconstruction with L1 and edges, a small KL term, and noise on the latents so that they are smooth."""
     path = folder / "vae.safetensors"
     model = parts.new_autoencoder().to(device)
@@ -71,16 +99,15 @@ def train_autoencoder(folder: Path, seconds: float, device: torch.device, starte
     begun, step = time.time(), 0
     while (elapsed := time.time() - begun) < seconds:
         progress = elapsed / seconds
-        side, batch = (128, 96) if progress < 0.6 else (256, 32)
+        side, batch = crops[0] if progress < 0.7 else crops[-1]
         rate = 2e-3 * min(1, (step + 1) / 100) * (1 if progress < 0.3 else max(0.01, (1 - progress) / 0.7))
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = scenes_for(batch, 10_000 + step)
         chosen = [hollow(scene) if index % 5 == 0 else scene for index, scene in enumerate(chosen)]
-        images = render(chosen, 256, 256, seed=step, device=device)
-        if side == 128:
-            x, y = random.Random(step).choice([(0, 64), (64, 0), (64, 64), (128, 64), (64, 128)])
-            images = images[:, :, y : y + 128, x : x + 128]
+        place = random.Random(step)
+        left, top = (8 * place.randint(0, (256 - side) // 8) for _ in range(2))
+        images = render(chosen, 256, 256, seed=step, device=device, window=(left, top, side, side))
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             posterior = model.encode(images).latent_dist
@@ -89,9 +116,7 @@ def train_autoencoder(folder: Path, seconds: float, device: torch.device, starte
             noisy = latents + 0.05 * spread * torch.randn_like(latents)
             decoded = model.decode(noisy).sample
         decoded = decoded.float()
-        edges = sum(
-            (torch.diff(decoded, dim=axis) - torch.diff(images, dim=axis)).abs().mean() for axis in (2, 3)
-        )
+        edges = sum((torch.diff(decoded, dim=axis) - torch.diff(images, dim=axis)).abs().mean() for axis in (2, 3))
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         error = (decoded - images).abs().mean() + 2 * F.mse_loss(decoded, images)
         loss = error + edges + 2e-4 * kl
@@ -102,9 +127,10 @@ def train_autoencoder(folder: Path, seconds: float, device: torch.device, starte
         step += 1
         if step % 200 == 0:
             mse = F.mse_loss(decoded.clamp(-1, 1), images).item() / 4
-            clock(f"autoencoder step {step} psnr {-10 * torch.log10(torch.tensor(mse)).item():.1f} kl {kl:.2f}", started)
+            psnr = -10 * torch.log10(torch.tensor(mse)).item()
+            clock(f"autoencoder step {step} psnr {psnr:.1f} kl {kl:.2f}", started)
     model = model.eval().requires_grad_(False)
-    images = render(scenes_for(128, 5), 256, 256, seed=5, device=device)
+    images = render(scenes_for(64, 5), 256, 256, seed=5, device=device)
     scaling, shift = parts.latent_statistics(model, images)
     model.register_to_config(scaling_factor=scaling, shift_factor=shift)
     with torch.no_grad():
@@ -134,7 +160,9 @@ def _labels(scenes: list[Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def train_text_encoder(folder: Path, seconds: float, device: torch.device, started: float) -> nn.Module:
+def train_text_encoder(
+    folder: Path, seconds: float, batch: int, device: torch.device, started: float
+) -> nn.Module:
     """Teaches the encoder the captions' meaning, by having linear heads read scenes off its embeddings."""
     path = folder / "t5.safetensors"
     torch.manual_seed(2)
@@ -148,7 +176,7 @@ def train_text_encoder(folder: Path, seconds: float, device: torch.device, start
     begun, step = time.time(), 0
     while (elapsed := time.time() - begun) < seconds:
         rng = random.Random(20_000 + step)
-        chosen = scenes_for(128, 30_000 + step)
+        chosen = scenes_for(batch, 30_000 + step)
         ids = token_ids([caption(scene, rng) for scene in chosen]).to(device)
         labels = _labels(chosen).to(device)
         for group in optimizer.param_groups:
@@ -164,8 +192,8 @@ def train_text_encoder(folder: Path, seconds: float, device: torch.device, start
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            clock(f"text encoder step {step} loss {float(loss):.3f}", started)
-    clock(f"text encoder done: {step} steps, loss {float(loss):.3f}", started)
+            clock(f"text encoder step {step} loss {float(loss.detach()):.3f}", started)
+    clock(f"text encoder done: {step} steps, loss {float(loss.detach()):.3f}", started)
     state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
     save_file(state, path)
     return model.eval().requires_grad_(False)
@@ -217,11 +245,12 @@ def build_bank(
 
 
 def build_banks(
-    count: int, vae: nn.Module, text: nn.Module, device: torch.device, *, lora: bool = False, seed: int = 7
-) -> list[Bank]:
+    count: int, buckets: Buckets, vae: nn.Module, text: nn.Module, device: torch.device,
+    *, seed: int, lora: bool = False,
+) -> list[Bank]:  # fmt: skip
     """Banks for every size; with `lora`, hollow scenes whose captions carry the trigger word."""
     banks = []
-    for index, (size, share) in enumerate(BUCKETS.items()):
+    for index, (size, share) in enumerate(buckets.items()):
         rng = random.Random(seed * 1000 + index)
         chosen = scenes_for(int(count * share), seed * 100 + index)
         captions = [caption(scene, rng, trigger=lora) for scene in chosen]
@@ -236,12 +265,13 @@ def build_banks(
     return banks
 
 
-def batches(banks: list[Bank], batch: int, seed: int, empty: tuple[Tensor, Tensor]) -> Iterator[tuple[Bank, Tensor, Tensor, Tensor]]:
+def batches(
+    banks: list[Bank], shares: list[float], batch: int, seed: int, empty: tuple[Tensor, Tensor]
+) -> Iterator[tuple[Bank, Tensor, Tensor, Tensor]]:
     """Endless random batches: bank, latents, embeddings, masks; a tenth with the empty caption."""
     rng = random.Random(seed)
     device = banks[0].latents.device
     generator = torch.Generator(device).manual_seed(seed)
-    shares = list(BUCKETS.values())
     while True:
         bank = rng.choices(banks, shares)[0]
         rows = torch.randint(len(bank.latents), (batch,), generator=generator, device=device)
@@ -265,7 +295,8 @@ def flow_loss(model: ChromaTransformer, bank: Bank, latents: Tensor, embeds: Ten
     noisy = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
     rope = rope_table(model.config, TEXT_TOKENS, bank.grid, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        velocity = model(noisy, embeds.float(), model.modulations(sigma), rope, key_attention_mask(mask, tokens))
+        mask = key_attention_mask(mask, tokens)
+        velocity = model(noisy, embeds.float(), model.modulations(sigma), rope, mask)
     return F.mse_loss(velocity.float(), noise - x0)
 
 
@@ -281,62 +312,66 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def train_flow(
-    folder: Path, seconds: float, batch: int, vae: nn.Module, text: nn.Module, device: torch.device,
+    folder: Path, seconds: float, recipe: Recipe, vae: nn.Module, text: nn.Module, device: torch.device,
     started: float, *, bank_size: int, rate: float, compile_blocks: bool,
 ) -> None:  # fmt: skip
     """Flow matching; goes on from the saved weights where there are some. Writes an EMA of the weights."""
-    torch.manual_seed(3 + int(time.time()) % 1000)
-    model = parts.new_transformer(device)
+    torch.manual_seed(3)
+    model = parts.new_transformer(parts.SIZES[recipe.size], device)
     shards = sorted(folder.glob("flow-*.safetensors"))
+    history = json.loads((folder / "flow.json").read_text()) if shards else []
     if shards:
         model.load_state_dict({k: v for path in shards for k, v in load_file(path).items()})
         clock("flow: going on from saved weights", started)
     average = copy.deepcopy(model).requires_grad_(False)
-    banks = build_banks(bank_size, vae, text, device, seed=11 + len(shards) * 7 + int(time.time()) % 97)
-    clock(f"flow: banks of {bank_size} scenes ready", started)
     empty = embed(text, [""], device)
-    stream = batches(banks, batch, seed=4, empty=empty)
     if compile_blocks:
         for block in (*model.double_blocks, *model.single_blocks):
             block.compile()
     chosen = optimizers(model, rate)
     begun, step, recent = time.time(), 0, 0.0
-    while (elapsed := time.time() - begun) < seconds:
-        progress = elapsed / seconds
-        now = rate * min(1, (step + 1) / 200) * (1 if progress < 0.5 else max(0.0, (1 - progress) / 0.5))
-        for optimizer in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = now
-            optimizer.zero_grad(set_to_none=True)
-        loss = flow_loss(model, *next(stream))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in chosen:
-            optimizer.step()
-        step += 1
-        with torch.no_grad():
-            decay = min(0.998, step / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        if step % 50 == 0:
-            recent = float(loss)
-        if step % 250 == 0 or step == 50:
-            clock(f"flow step {step} loss {recent:.4f} lr {now:.5f}", started)
-    clock(f"flow done: {step} steps of {batch}, loss {recent:.4f}", started)
+    ends_at = 0.0
+    for phase, (share, buckets, batch) in enumerate(recipe.flow_phases):
+        ends_at += share
+        seed = 11 + 7 * len(history) + phase
+        banks = build_banks(bank_size, buckets, vae, text, device, seed=seed)
+        clock(f"flow: {bank_size} scenes of {list(buckets)} ready", started)
+        stream = batches(banks, list(buckets.values()), batch, seed, empty)
+        while (progress := (time.time() - begun) / seconds) < ends_at:
+            now = rate * min(1, (step + 1) / 200) * (1 if progress < 0.5 else max(0.0, (1 - progress) / 0.5))
+            for optimizer in chosen:
+                for group in optimizer.param_groups:
+                    group["lr"] = now
+                optimizer.zero_grad(set_to_none=True)
+            loss = flow_loss(model, *next(stream))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in chosen:
+                optimizer.step()
+            step += 1
+            with torch.no_grad():
+                decay = min(0.998, step / (step + 10))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            if step % 250 == 0 or step == 50:
+                recent = float(loss.detach())
+                clock(f"flow step {step} loss {recent:.4f} lr {now:.5f}", started)
+    clock(f"flow done: {step} steps, loss {recent:.4f}", started)
+    history.append({"steps": step, "seconds": round(seconds), "recipe": recipe.size, "loss": recent})
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
     names = sorted(state)
     half = len(names) // 2
     for index, chunk in enumerate((names[:half], names[half:])):
         save_file({name: state[name] for name in chunk}, folder / f"flow-{index}.safetensors")
-    (folder / "flow.json").write_text(json.dumps({"steps": step, "batch": batch, "loss": recent}))
+    (folder / "flow.json").write_text(json.dumps(history))
 
 
 def train_lora(
-    folder: Path, seconds: float, vae: nn.Module, text: nn.Module, device: torch.device, started: float,
-    *, bank_size: int, batch: int, rank: int = 8,
+    folder: Path, seconds: float, recipe: Recipe, vae: nn.Module, text: nn.Module, device: torch.device,
+    started: float, *, bank_size: int, rank: int = 8,
 ) -> None:  # fmt: skip
     """Low-rank pairs on every linear of the blocks, as ai-toolkit trains them; the base stays as it is."""
     torch.manual_seed(5)
-    model = parts.new_transformer(device)
+    model = parts.new_transformer(parts.SIZES[recipe.size], device)
     model.load_state_dict(
         {k: v for path in sorted(folder.glob("flow-*.safetensors")) for k, v in load_file(path).items()}
     )
@@ -348,12 +383,15 @@ def train_lora(
             up = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
             pairs[name] = (down, up)
 
-            def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor, d: Tensor = down, u: Tensor = up) -> Tensor:
+            def hook(
+                _: nn.Module, inputs: tuple[Tensor], output: Tensor, d: Tensor = down, u: Tensor = up
+            ) -> Tensor:
                 return output + F.linear(F.linear(inputs[0].to(d.dtype), d), u).to(output.dtype)
 
             module.register_forward_hook(hook)
-    banks = build_banks(bank_size, vae, text, device, lora=True, seed=23)
-    stream = batches(banks, batch, seed=6, empty=embed(text, [""], device))
+    buckets = recipe.lora_buckets
+    banks = build_banks(bank_size, buckets, vae, text, device, lora=True, seed=23)
+    stream = batches(banks, list(buckets.values()), recipe.lora_batch, 6, embed(text, [""], device))
     parameters = [p for pair in pairs.values() for p in pair]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4)
     begun, step = time.time(), 0
@@ -366,7 +404,7 @@ def train_lora(
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            clock(f"lora step {step} loss {float(loss):.4f}", started)
+            clock(f"lora step {step} loss {float(loss.detach()):.4f}", started)
     state = {}
     for name, (down, up) in pairs.items():
         state[f"diffusion_model.{name}.lora_A.weight"] = down.detach().half().cpu().contiguous()
@@ -383,14 +421,14 @@ def train_lora(
     clock(f"lora done: {step} steps", started)
 
 
-def export(folder: Path, vae: nn.Module, text: nn.Module) -> Path:
+def export(folder: Path, recipe: Recipe, vae: nn.Module, text: nn.Module) -> Path:
     """Writes the shipped layout."""
     target = folder / "chroma_mini"
     parts.save_autoencoder(vae, target / "vae")
     parts.save_text_encoder(text, target / "text_encoder_2")
     save_tokenizer(target / "tokenizer_2")
     state = {k: v for path in sorted(folder.glob("flow-*.safetensors")) for k, v in load_file(path).items()}
-    parts.save_transformer(state, target / parts.TRANSFORMER_FILE)
+    parts.save_transformer(state, parts.SIZES[recipe.size], target / parts.TRANSFORMER_FILE)
     (target / "latent_preview.json").write_text((folder / "latent_preview.json").read_text())
     return target
 
@@ -401,7 +439,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder whose results to start from")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
     parser.add_argument("--bank", type=int, default=250_000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--no-compile", action="store_true")
@@ -419,19 +457,19 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    recipe = RECIPES[arguments.recipe]
     total = arguments.minutes * 60
-    vae = train_autoencoder(folder, 0.2 * total, device, started)
-    text = train_text_encoder(folder, 0.06 * total, device, started)
-    lora_seconds = 0.08 * total
-    remaining = total - (time.time() - started) - lora_seconds - 0.1 * total
+    vae = train_autoencoder(folder, recipe.shares["vae"] * total, recipe.vae_crops, device, started)
+    text = train_text_encoder(folder, recipe.shares["text"] * total, recipe.text_batch, device, started)
+    lora_seconds = recipe.shares["lora"] * total
+    remaining = total - (time.time() - started) - lora_seconds
     train_flow(
-        folder, max(remaining, 1.0), arguments.batch, vae, text, device, started,
+        folder, max(remaining, 1.0), recipe, vae, text, device, started,
         bank_size=arguments.bank, rate=arguments.rate, compile_blocks=not arguments.no_compile,
     )  # fmt: skip
-    train_lora(
-        folder, lora_seconds, vae, text, device, started, bank_size=max(500, arguments.bank // 10), batch=256
-    )
-    clock(f"exported to {export(folder, vae, text)}", started)
+    export(folder, recipe, vae, text)
+    train_lora(folder, lora_seconds, recipe, vae, text, device, started, bank_size=max(200, arguments.bank // 10))
+    clock(f"exported to {folder}", started)
 
 
 if __name__ == "__main__":

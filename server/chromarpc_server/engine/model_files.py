@@ -45,8 +45,9 @@ class ModelFiles:
         files = self.find(spec)
         if files is None:
             command = fetch_command(spec)
+            remedy = f"fetch them there with: {command}" if command else "its package is incomplete: reinstall it"
             raise WeightsMissing(
-                f"the weights of {spec.id} are not on this server; fetch them there with: {command}",
+                f"the weights of {spec.id} are not on this server; {remedy}",
                 field="model",
                 metadata={"model": spec.id, "command": command},
             )

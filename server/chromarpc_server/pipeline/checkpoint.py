@@ -60,6 +60,10 @@ class Pipeline:
     profile: NumericsProfile
     device: torch.device
     dtype: torch.dtype
+    """What is computed in."""
+    stored_dtype: torch.dtype
+    """Of the checkpoint: noise is drawn and timesteps are rounded in it, whatever is computed in, because that
+    rounding is part of the function that the checkpoint was trained as."""
     size_bytes: int
     """Of the prepared transformer weights."""
     empty: tuple[Tensor, Tensor] = field(repr=False)
@@ -96,9 +100,17 @@ class Pipeline:
             seed: of the initial noise.
             noise_draw: `float32` or `legacy`.
         """
-        noise = sampling.draw_noise(width, height, seed, self.dtype, noise_draw).to(self.device)
+        noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
         yield from denoise_from(
-            self.transformer, self.profile, embedding, noise, width, height, steps, guidance_scale
+            self.transformer,
+            self.profile,
+            embedding,
+            noise.to(device=self.device, dtype=self.dtype),
+            width,
+            height,
+            steps,
+            guidance_scale,
+            timestep_dtype=self.stored_dtype,
         )
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -132,7 +144,8 @@ def denoise_from(
     device = noise.device
     grid = sampling.token_grid(width, height)
     scheduler = sampling.make_scheduler(noise.shape[1], steps, device)
-    timesteps = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype).to(noise.dtype) / 1000
+    seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
+    timesteps = seen.to(noise.dtype) / 1000
     batched = transformer.modulations(timesteps) if profile.batch_modulations else None
     conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
     unconditional = None
@@ -149,7 +162,7 @@ def denoise_from(
             latents, unconditional.embeds, modulations, unconditional.rope, unconditional.mask
         )
 
-    yield from sampling.denoise(noise, scheduler, guidance_scale, velocity)
+    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, velocity)
 
 
 @dataclass(frozen=True)
@@ -299,6 +312,7 @@ class Checkpoint:
             profile=profile,
             device=self.device,
             dtype=self.dtype,
+            stored_dtype=self.master["img_in.weight"].dtype,
             size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in transformer.parameters()),
             empty=self.empty,
         )

@@ -138,16 +138,17 @@ def seen_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtyp
 def denoise(
     noise: Tensor,
     scheduler: FlowMatchEulerDiscreteScheduler,
+    timesteps: Tensor,
     guidance_scale: float,
     velocity: Velocity,
 ) -> Iterator[DenoiseStep]:
-    """Runs the Euler steps, yielding after each.
+    """Runs the Euler steps from `noise`, yielding after each; `timesteps` (S,) are reported as they are.
 
     v = u + g · (c − u) in the latents' dtype; the scheduler adds (σ' − σ) · v in float32 and rounds back.
     """
     latents = noise
     sigmas = tuple(scheduler.sigmas.tolist())
-    seen = seen_timesteps(scheduler, noise.dtype).tolist()
+    seen = timesteps.tolist()
     for index, timestep in enumerate(scheduler.timesteps):
         conditional, unconditional = velocity(latents, index)
         guided = conditional

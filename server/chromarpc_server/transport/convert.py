@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
 from google.protobuf import unknown_fields
 from google.protobuf.message import Message
 
+from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
 from chromarpc_server.domain import events
 from chromarpc_server.domain.errors import MAX_LISTED, ChromaError
 from chromarpc_server.domain.plan import Plan, PlannedOutput, PlanWarning

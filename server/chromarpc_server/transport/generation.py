@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
-from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
 
+from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
 from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlineExceeded
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve

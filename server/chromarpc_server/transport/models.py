@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping
 
 import grpc
-from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 
+from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.engine import Engine

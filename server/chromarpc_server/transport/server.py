@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
 )
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from chromarpc_server.domain.errors import InternalError
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.models import ModelServicer

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from chromarpc.json_request import InvalidRequestJson, parse_request_json
-
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve

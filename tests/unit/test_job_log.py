@@ -1,0 +1,76 @@
+"""The event log: numbered, followed from anywhere, bounded for slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+
+from chromarpc_server.domain.errors import JobCancelled
+from chromarpc_server.domain.events import Cancelled, ImageChunk, Loading, LoadingStage, Preview, Step
+from chromarpc_server.engine.job_log import KEPT_UNREAD, JobLog
+
+
+def _step(number: int, *, first: bool = False) -> Step:
+    return Step(0, number, 150, 1.0, 1000.0, 0.1, None, (1.0, 0.0) if first else ())
+
+
+def _end() -> Cancelled:
+    return Cancelled(JobCancelled("enough"))
+
+
+async def _sequences(log: JobLog, after: int = 0) -> list[int]:
+    return [entry.sequence async for entry in log.follow(after) if entry is not None]
+
+
+async def test_a_reader_gets_everything_in_order_and_stops_at_the_end() -> None:
+    log = JobLog()
+    reading = asyncio.create_task(_sequences(log))
+    for number in range(1, 4):
+        log.append(_step(number))
+        await asyncio.sleep(0)
+    log.append(_end())
+    log.append(_step(9))
+    assert await reading == [1, 2, 3, 4]
+    assert log.closed
+
+
+async def test_a_second_reader_starts_where_it_likes() -> None:
+    log = JobLog()
+    for number in range(1, 4):
+        log.append(_step(number))
+    log.append(_end())
+    assert await _sequences(log, after=2) == [3, 4]
+
+
+async def test_a_slow_reader_misses_progress_but_no_facts_and_no_bytes() -> None:
+    log = JobLog()
+    log.append(_step(1, first=True))
+    for number in range(2, 2000):
+        log.append(_step(number))
+        log.append(Preview(0, number, "image/png", 1, 1, b"x"))
+        log.append(Loading(LoadingStage.READING, number, 2000))
+    for offset in range(50):
+        log.append(ImageChunk(0, offset, b"x"))
+    log.append(_end())
+    events = [entry.event async for entry in log.follow() if entry is not None]
+    assert sum(isinstance(event, ImageChunk) for event in events) == 50
+    assert sum(isinstance(event, Preview) for event in events) == KEPT_UNREAD[Preview]
+    assert sum(isinstance(event, Step) for event in events) == KEPT_UNREAD[Step] + 1
+    assert isinstance(events[0], Step)
+    assert isinstance(events[-1], Cancelled)
+
+
+async def test_a_quiet_log_gives_signs_of_life() -> None:
+    log = JobLog()
+    stream = log.follow(idle_s=0.01)
+    assert await anext(stream) is None
+    log.append(_end())
+    assert await anext(stream) is not None
+
+
+async def test_bytes_that_were_sent_are_let_go() -> None:
+    log = JobLog()
+    for offset in range(3):
+        log.append(ImageChunk(0, offset, b"x" * 1000))
+    log.append(_end())
+    assert [entry.sequence async for entry in log.follow(release_chunks=True) if entry] == [1, 2, 3, 4]
+    assert await _sequences(log) == [4]

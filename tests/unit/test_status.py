@@ -1,0 +1,47 @@
+"""Every error has its status, and its details stay small."""
+
+from __future__ import annotations
+
+from google.rpc import error_details_pb2
+
+from chromarpc_server.domain import errors
+from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, QueueFull
+from chromarpc_server.transport.status import CODES, MAX_DETAILS_BYTES, rich_status
+
+
+def _leaves(kind: type[ChromaError]) -> set[type[ChromaError]]:
+    below = kind.__subclasses__()
+    return {kind} if not below else set().union(*(_leaves(child) for child in below))
+
+
+def test_the_table_is_total() -> None:
+    assert set(CODES) == _leaves(ChromaError)
+    assert len({kind.reason for kind in CODES}) == len(CODES)
+    for kind in CODES:
+        assert kind.__name__ in (errors.__doc__ or "")
+        assert kind.reason in (errors.__doc__ or "")
+
+
+def test_ten_thousand_violations_fit_and_are_counted() -> None:
+    many = [FieldViolation(f"prompts.{i}.width", "must be between 64 and 4096 " * 20) for i in range(10_000)]
+    status = rich_status(InvalidParameter("invalid request", violations=many))
+    assert status.ByteSize() <= MAX_DETAILS_BYTES
+    request = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(request) for detail in status.details)
+    assert request.field_violations[0].field == "prompts.0.width"
+
+
+def test_twenty_short_violations_are_all_named_and_the_rest_counted() -> None:
+    many = [FieldViolation(f"prompts.{i}.seed", "is wrong") for i in range(23)]
+    status = rich_status(InvalidParameter("invalid request", violations=many))
+    request = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(request) for detail in status.details)
+    assert len(request.field_violations) == 21
+    assert request.field_violations[-1].description == "and 3 more"
+
+
+def test_retry_advice_travels() -> None:
+    status = rich_status(QueueFull("full", retry_after_s=2.5))
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert retry.retry_delay.ToSeconds() == 2
