@@ -54,7 +54,7 @@ verify: setup  ## Check this install against recorded outputs of the reference
 	$(BIN)/chromarpc-server verify tests/goldens
 
 bench: setup  ## How quickly the server answers while a generation runs
-	$(BIN)/python bench/responsiveness.py
+	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist out

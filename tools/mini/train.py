@@ -212,20 +212,23 @@ class Bank:
     """(n, 32), 1 for real tokens."""
 
 
+_EMBEDDED: dict[str, tuple[Tensor, Tensor]] = {}
+"""Captions that were embedded already: they come again in other sizes."""
+
+
 @torch.no_grad()
 def embed(model: nn.Module, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings over all 512 positions, cut to 32, and their masks."""
-    unique = sorted(set(captions))
-    row = {text: index for index, text in enumerate(unique)}
-    embeds, masks = [], []
+    unique = sorted(set(captions) - _EMBEDDED.keys())
     ids = token_ids(unique)
-    for begin in range(0, len(unique), 512):
-        piece = ids[begin : begin + 512].to(device)
+    for begin in range(0, len(unique), 256):
+        piece = ids[begin : begin + 256].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            embeds.append(model(input_ids=piece)[0][:, :TEXT_TOKENS].bfloat16())
-        masks.append((piece[:, :TEXT_TOKENS] != 0).long())
-    where = torch.tensor([row[text] for text in captions], device=device)
-    return torch.cat(embeds)[where], torch.cat(masks)[where]
+            embeds = model(input_ids=piece)[0][:, :TEXT_TOKENS].bfloat16()
+        masks = (piece[:, :TEXT_TOKENS] != 0).long()
+        _EMBEDDED.update(zip(unique[begin : begin + 256], zip(embeds, masks, strict=True), strict=True))
+    found = [_EMBEDDED[text] for text in captions]
+    return torch.stack([embeds for embeds, _ in found]), torch.stack([mask for _, mask in found])
 
 
 @torch.no_grad()
@@ -331,9 +334,9 @@ def train_flow(
     chosen = optimizers(model, rate)
     begun, step, recent = time.time(), 0, 0.0
     ends_at = 0.0
-    for phase, (share, buckets, batch) in enumerate(recipe.flow_phases):
+    for share, buckets, batch in recipe.flow_phases:
         ends_at += share
-        seed = 11 + 7 * len(history) + phase
+        seed = 11 + 7 * len(history)
         banks = build_banks(bank_size, buckets, vae, text, device, seed=seed)
         clock(f"flow: {bank_size} scenes of {list(buckets)} ready", started)
         stream = batches(banks, list(buckets.values()), batch, seed, empty)
