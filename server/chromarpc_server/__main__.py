@@ -14,7 +14,7 @@ from pydantic_settings import CliApp, SettingsError
 
 from chromarpc_server import logs
 from chromarpc_server.domain.models import REGISTRY, HubSource
-from chromarpc_server.settings import LogFormat, ServerSettings
+from chromarpc_server.settings import ServerSettings
 
 EXIT_USAGE = 2
 
@@ -54,7 +54,7 @@ def _serve(arguments: list[str]) -> int:
     except SettingsError as error:
         print(f"chromarpc-server: {error}", file=sys.stderr)
         return EXIT_USAGE
-    logs.configure(settings.log_level.value, as_json=settings.log_format is LogFormat.JSON)
+    logs.configure(settings.log_level, as_json=settings.log_format == "json")
     from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 
     return asyncio.run(serve(settings))

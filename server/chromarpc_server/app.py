@@ -63,7 +63,7 @@ class App:
         )
         model_files = ModelFiles(settings.model_folder)
         engine = Engine(
-            choose_device(settings.device, settings.dtype.value, threads=settings.threads),
+            choose_device(settings.device, settings.dtype, threads=settings.threads),
             model_files=model_files,
             adapter_root=AdapterRoot(settings.lora_root),
             max_queued_jobs=serving.limits.max_queued_jobs,

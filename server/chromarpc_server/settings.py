@@ -6,9 +6,8 @@ An unknown or bad value stops the start.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import (
@@ -25,28 +24,10 @@ _LIMITS = Limits()
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-class LogLevel(StrEnum):
-    """Least severe level that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class ComputeDtype(StrEnum):
-    """What the model computes in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+Dtype = Literal["auto", "float32", "bfloat16"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Profile = Literal["reference", "exact"]
 
 
 def _known_model(model_id: str) -> str:
@@ -91,6 +72,10 @@ class ServerSettings(BaseSettings):
       chromarpc-server --lora-root ~/loras --preload chroma
       chromarpc-server fetch chroma                       download the weights of Chroma1-Base
       chromarpc-server verify DIR                         check this install against recorded vectors
+      chromarpc-server --config server.toml               read settings from a file
+
+    Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
+    (lora_root). A flag wins over the environment, which wins over the file.
     """
 
     model_config = SettingsConfigDict(
@@ -111,15 +96,11 @@ class ServerSettings(BaseSettings):
         False, description="allow binding a non-loopback address although traffic is not encrypted"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: ComputeDtype = Field(
-        ComputeDtype.AUTO, description="computation type; auto is float32 on a CPU, bfloat16 on a GPU"
-    )
+    dtype: Dtype = Field("auto", description="computation type; auto is float32 on a CPU, bfloat16 on a GPU")
     threads: PositiveInt | None = Field(
         None, description="CPU threads of the computation; torch's choice if unset"
     )
-    profile: str = Field(
-        "reference", description="numerics profile of requests that name none: reference or exact"
-    )
+    profile: Profile = Field("reference", description="numerics profile of requests that name none")
     lora_root: Path | None = Field(
         None, description="folder that requests' adapter paths are relative to; none are served if unset"
     )
@@ -138,8 +119,8 @@ class ServerSettings(BaseSettings):
     resident_adapter_sets: PositiveInt = Field(2, description="prepared adapter sets kept on the device")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
-    log_level: LogLevel = Field(LogLevel.INFO, description="least severe level that is logged")
-    log_format: LogFormat = Field(LogFormat.TEXT, description="text for people, json for machines")
+    log_level: LogLevel = Field("info", description="least severe level that is logged")
+    log_format: LogFormat = Field("text", description="text for people, json for machines")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,8 +129,6 @@ class ServerSettings(BaseSettings):
                 f"--host {self.host} is not a loopback address and traffic is not encrypted: "
                 "put a TLS proxy in front, or say --insecure if the network is trusted"
             )
-        if self.profile not in ("reference", "exact"):
-            raise ValueError(f"no such profile: {self.profile}; known are reference, exact")
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")
         for model_id, folder in self.model_folder.items():
