@@ -190,7 +190,7 @@ class _Text:
         if profile.slice_text:
             embeds = embeds[:, : int(mask.sum()) + 1]
         else:
-            attention_mask = dense_attention_mask(mask, grid[0] * grid[1])
+            attention_mask = dense_attention_mask(mask, grid[0] * grid[1], transformer.config.num_heads)
         rope = rope_table(transformer.config, embeds.shape[1], grid, noise.device)
         return cls(embeds, rope, attention_mask)
 

@@ -172,19 +172,21 @@ def rope_table(
     return torch.cos(angle).float(), torch.sin(angle).float()
 
 
-def dense_attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
+def dense_attention_mask(text_mask: Tensor, image_tokens: int, heads: int) -> Tensor:
     """The reference's mask: rows and columns of text beyond real + 1 padding token are shut off.
 
     Args:
         text_mask: (1, L), 1 for real tokens. One sample: the reference's own construction mixes samples.
         image_tokens: N.
+        heads: H. The mask is repeated for each, as the reference does: which attention kernel torch picks may
+            depend on the mask's layout.
 
     Returns:
-        (1, 1, L + N, L + N) bool, True where attention is allowed.
+        (1, H, L + N, L + N) bool, True where attention is allowed.
     """
     kept = attended_text(text_mask)[0]
     both = torch.cat([kept, torch.ones(image_tokens, dtype=torch.bool, device=kept.device)])
-    return (both[:, None] & both[None, :])[None, None]
+    return (both[:, None] & both[None, :])[None, None].repeat(1, heads, 1, 1)
 
 
 def key_attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
@@ -228,7 +230,11 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, computed in float32 and returned in the input's dtype."""
+    """x / rms(x) · scale, accumulated in float32 and returned in the input's dtype.
+
+    On a GPU in bf16 it runs under autocast, because what autocast does with `rms_norm` is part of the
+    reference's sequence of operations and changed inside torch: bf16 up to 2.11, float32 from 2.12.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -236,6 +242,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) → the same."""
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                return F.rms_norm(x, self.scale.shape, self.scale, NORM_EPS).to(x.dtype)
         return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), NORM_EPS).to(x.dtype)
 
 

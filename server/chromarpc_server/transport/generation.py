@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
@@ -69,4 +68,3 @@ def _why_gone(context: Context) -> ChromaError:
 
 async def _abort(context: Context, error: ChromaError) -> None:
     await context.abort(code_of(error), error.message[:1000], trailing_metadata(error))
-    raise asyncio.CancelledError  # abort itself raises; this is for the type checker

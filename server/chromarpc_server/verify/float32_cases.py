@@ -77,7 +77,7 @@ def _forward(path: Path, reporter: Reporter) -> None:
         with torch.inference_mode():
             modulations = model.modulations(case["timestep"])
             variants = {
-                "masked": (text, dense_attention_mask(mask, rows * columns)),
+                "masked": (text, dense_attention_mask(mask, rows * columns, model.config.num_heads)),
                 "keys masked": (text, key_attention_mask(mask, rows * columns)),
                 "sliced": (text[:, :kept], None),
             }

@@ -1,4 +1,9 @@
-"""The common form of every adapter format: changes of named weights."""
+"""The common form of every adapter format: changes of named weights.
+
+A plain low-rank pair keeps the reference's order of roundings in the weight's own dtype. Every other change is
+computed in float32 and rounded to the weight's dtype once. A parser only names factors; nothing here is
+multiplied out before its shape was compared with the weight's.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
+
+EPSILON = torch.finfo(torch.float32).eps
+"""Keeps DoRA's division finite for a row of zeros; LyCORIS and OneTrainer add the same."""
+
 
 class Change(Protocol):
-    """A change of one weight."""
+    """A change of one weight, or of some of its rows."""
 
     @property
-    def rank(self) -> int:
-        """Rank of its low-rank pair; 0 where it has none."""
+    def shape(self) -> Shape:
+        """Shape of what it changes."""
         ...
 
-    def delta_shape(self) -> tuple[int, ...]:
-        """Shape of the weight it changes."""
+    @property
+    def rank(self) -> int | None:
+        """Rank of its low-rank factors; None where it has none."""
+        ...
+
+    def difference(self, device: torch.device) -> Tensor:
+        """What it adds at multiplier 1, float32, of `shape`."""
         ...
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
@@ -26,12 +41,20 @@ class Change(Protocol):
         ...
 
 
+def _float32(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device=device, dtype=torch.float32)
+
+
+def _add(weight: Tensor, difference: Tensor, multiplier: float) -> Tensor:
+    return (weight.float() + difference * multiplier).to(weight.dtype)
+
+
 @dataclass(frozen=True)
 class LowRank:
-    """W' = W + (B @ A) · (alpha / rank) · multiplier, with the reference's order of roundings.
+    """W' = W + (B @ A) · (alpha / rank) · multiplier.
 
-    Everything is rounded to the weight's dtype on the way, with s taken as one double:
-    delta = dtype(B @ A), W' = dtype(W + dtype(delta · s)).
+    Everything is rounded to the weight's dtype on the way, as the reference does, with s taken as one double:
+    delta = dtype(B @ A), W' = dtype(W + dtype(delta · s)). With a float32 weight all of it is float32.
     """
 
     down: Tensor = field(repr=False)
@@ -42,18 +65,225 @@ class LowRank:
     """The rank where the file names none."""
 
     @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return (self.up.shape[0], self.down.shape[1])
+
+    @property
     def rank(self) -> int:
         """Rows of A."""
         return self.down.shape[0]
 
-    def delta_shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return (self.up.shape[0], self.down.shape[1])
+    @property
+    def scale(self) -> float:
+        """Alpha / rank."""
+        return (self.alpha if self.alpha is not None else float(self.rank)) / self.rank
+
+    def difference(self, device: torch.device) -> Tensor:
+        """(B @ A) · scale, float32."""
+        return torch.matmul(_float32(self.up, device), _float32(self.down, device)) * self.scale
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
-        """(out, in) → the same; bit-identical to `weight` at multiplier 0."""
-        scale = (self.alpha if self.alpha is not None else float(self.rank)) / self.rank * multiplier
+        """(out, in) → the same."""
         up = self.up.to(device=weight.device, dtype=weight.dtype)
         down = self.down.to(device=weight.device, dtype=weight.dtype)
         delta = torch.matmul(up, down)
-        return weight + delta * scale
+        return weight + delta * (self.scale * multiplier)
+
+
+@dataclass(frozen=True)
+class Full:
+    """W' = W + D · multiplier: every element has its own difference."""
+
+    values: Tensor = field(repr=False)
+    """D, of the weight's shape."""
+    scale: float = 1.0
+    rank: None = None
+
+    @property
+    def shape(self) -> Shape:
+        """D's."""
+        return tuple(self.values.shape)
+
+    def difference(self, device: torch.device) -> Tensor:
+        """D · scale, float32."""
+        return _float32(self.values, device) * self.scale
+
+    def apply(self, weight: Tensor, multiplier: float) -> Tensor:
+        """Of any shape → the same."""
+        return _add(weight, self.difference(weight.device), multiplier)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix that a file gives whole, or as two thin ones."""
+
+    left: Tensor = field(repr=False)
+    """(rows, columns), or (rows, rank) where there is a `right`."""
+    right: Tensor | None = field(repr=False, default=None)
+    """(rank, columns)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the product."""
+        right = self.left if self.right is None else self.right
+        return (self.left.shape[0], right.shape[1])
+
+    @property
+    def rank(self) -> int | None:
+        """None where it is whole."""
+        return None if self.right is None else self.right.shape[0]
+
+    def matrix(self, device: torch.device) -> Tensor:
+        """The product, float32."""
+        left = _float32(self.left, device)
+        return left if self.right is None else torch.matmul(left, _float32(self.right, device))
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """LoKr: W' = W + (w1 ⊗ w2) · scale · multiplier."""
+
+    first: Factor
+    second: Factor
+    alpha: float | None
+    """Counts only where a factor is low-rank: trainers write 9999999999 into full-rank files."""
+
+    @property
+    def shape(self) -> Shape:
+        """Products of the factors' rows, and of their columns."""
+        rows, columns = self.first.shape
+        return (rows * self.second.shape[0], columns * self.second.shape[1])
+
+    @property
+    def rank(self) -> int | None:
+        """The second factor's where both are low-rank, as LyCORIS and ComfyUI take it."""
+        return self.first.rank if self.second.rank is None else self.second.rank
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank, or 1 where both factors are whole."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+    def difference(self, device: torch.device) -> Tensor:
+        """(w1 ⊗ w2) · scale, float32."""
+        return torch.kron(self.first.matrix(device), self.second.matrix(device)) * self.scale
+
+    def apply(self, weight: Tensor, multiplier: float) -> Tensor:
+        """(out, in) → the same."""
+        return _add(weight, self.difference(weight.device), multiplier)
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """LoHa: W' = W + ((w1a @ w1b) ∘ (w2a @ w2b)) · (alpha / rank) · multiplier."""
+
+    first: Factor
+    second: Factor
+    alpha: float | None
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return self.first.shape
+
+    @property
+    def rank(self) -> int | None:
+        """The first product's, as LyCORIS and ComfyUI take it."""
+        return self.first.rank
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+    def difference(self, device: torch.device) -> Tensor:
+        """The scaled product, float32."""
+        return self.first.matrix(device) * self.second.matrix(device) * self.scale
+
+    def apply(self, weight: Tensor, multiplier: float) -> Tensor:
+        """(out, in) → the same."""
+        return _add(weight, self.difference(weight.device), multiplier)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """DoRA: V = W + Δ, W' = V · m / (‖V‖ + ε) at multiplier 1 (Liu et al. 2024, eq. 5, as trainers compute it).
+
+    The norm is each output row's, or each input column's where the file's magnitude lies that way (older
+    LyCORIS). Between 0 and 1 and beyond, W' moves along the line from W: W + multiplier · (W'(1) − W).
+    """
+
+    change: Change
+    """Gives Δ."""
+    magnitude: Tensor = field(repr=False)
+    """m: (out, 1), or (1, in) for column norms."""
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return self.change.shape
+
+    @property
+    def rank(self) -> int | None:
+        """Δ's."""
+        return self.change.rank
+
+    def _decomposed(self, weight: Tensor) -> Tensor:
+        moved = weight + self.change.difference(weight.device)
+        along = 1 if self.magnitude.shape[1] == 1 else 0
+        norm = torch.linalg.vector_norm(moved, dim=along, keepdim=True)
+        return moved * (_float32(self.magnitude, weight.device) / (norm + EPSILON))
+
+    def difference(self, device: torch.device) -> Tensor:
+        """Not defined: it depends on the weight."""
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor, multiplier: float) -> Tensor:
+        """(out, in) → the same."""
+        base = weight.float()
+        changed = self._decomposed(base)
+        if multiplier != 1:
+            changed = base + (changed - base) * multiplier
+        return changed.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """A change of the rows from `start` up to `stop`."""
+
+    start: int
+    stop: int
+    change: Change
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Changes of disjoint rows of a fused weight: q, k, v (and mlp) trained apart.
+
+    Each part is merged into its own rows with its own rank, alpha and magnitude, exactly as if those rows were
+    a weight of their own; rows without a part keep their bits.
+    """
+
+    shape: Shape
+    """The whole weight's."""
+    parts: tuple[RowChange, ...]
+
+    @property
+    def rank(self) -> int | None:
+        """The largest of its parts'."""
+        return max((part.change.rank for part in self.parts if part.change.rank is not None), default=None)
+
+    def difference(self, device: torch.device) -> Tensor:
+        """The parts' differences, zero elsewhere, float32."""
+        whole = torch.zeros(self.shape, dtype=torch.float32, device=device)
+        for part in self.parts:
+            whole[part.start : part.stop] = part.change.difference(device)
+        return whole
+
+    def apply(self, weight: Tensor, multiplier: float) -> Tensor:
+        """The whole weight → the same shape."""
+        changed = weight.clone()
+        for part in self.parts:
+            changed[part.start : part.stop] = part.change.apply(weight[part.start : part.stop], multiplier)
+        return changed

@@ -1,10 +1,8 @@
-"""Adapter files to `Adapter`: a format is recognised by its keys, and its parser gives named changes.
-
-Adding a format is one module with `NAME`, `recognises` and `parse`, and its entry in `FORMATS`.
-"""
+"""Adapter files that nobody vouches for, to `Adapter`: what of the model they change, and how."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +10,23 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from chromarpc_server.domain.errors import LoraIncompatible, LoraInvalid, first_named
-from chromarpc_server.pipeline.adapters import low_rank_pairs
-from chromarpc_server.pipeline.adapters.change import Change, LowRank
-from chromarpc_server.pipeline.safetensors_file import SafetensorsError, all_finite, open_safetensors
+from chromarpc_server.domain.errors import LoraIncompatible, LoraInvalid
+from chromarpc_server.pipeline.adapters.build import Built, build_changes
+from chromarpc_server.pipeline.adapters.change import Change, Shape
+from chromarpc_server.pipeline.adapters.keys import SortedKeys, Unsupported, named, shown, sort_keys
+from chromarpc_server.pipeline.adapters.kinds import dora
+from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
+from chromarpc_server.pipeline.safetensors_file import (
+    SafetensorsError,
+    SafetensorsFile,
+    all_finite,
+    open_safetensors,
+)
 
 MAX_FILE_BYTES = 8 * 1024**3
-Parsed = tuple[dict[str, Change], list[str]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """One way in which trainers write adapters."""
-
-    name: str
-    recognises: Callable[[Iterable[str]], bool]
-    parse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[int, ...]]], Parsed]
-
-
-FORMATS = (Format(low_rank_pairs.NAME, low_rank_pairs.recognises, low_rank_pairs.parse),)
+MAX_METADATA_ENTRIES = 100
+MAX_METADATA_CHARACTERS = 16 * 1024
+"""Of one value of the header's metadata, kept to be shown; the rest is cut."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +34,53 @@ class Adapter:
     """A parsed adapter file; its tensors stay in host memory."""
 
     format: str
+    """Whose names and which kinds of change: `kohya LoRA`, `ai-toolkit LoKr`."""
     sha256: str
+    """Of the file's bytes, hexadecimal."""
     size_bytes: int
     matched: tuple[str, ...]
     """The file's keys that change something."""
     unmatched: tuple[str, ...]
     """The file's keys that change nothing in this model."""
+    unsupported: tuple[Unsupported, ...]
+    """Those of the unmatched keys whose purpose is known by name."""
     metadata: Mapping[str, str] = field(repr=False)
-    """The file's own header metadata."""
+    """The file's own header metadata, bounded in size."""
     changes: Mapping[str, Change] = field(repr=False)
     """By parameter name."""
 
     @property
+    def targets(self) -> frozenset[str]:
+        """Names of the parameters that it changes."""
+        return frozenset(self.changes)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks of its low-rank factors, ascending."""
+        return tuple(sorted({change.rank for change in self.changes.values() if change.rank is not None}))
+
+    @property
     def rank(self) -> int:
-        """The largest rank of its low-rank pairs; 0 where it has none."""
-        return max((change.rank for change in self.changes.values()), default=0)
+        """The largest rank of its low-rank factors; 0 where it has none."""
+        return max(self.ranks, default=0)
 
     def apply(self, name: str, weight: Tensor, multiplier: float) -> Tensor:
-        """The parameter's changed weight; `weight` itself where the adapter leaves it alone or is at 0."""
+        """The parameter's changed weight.
+
+        Args:
+            name: the parameter.
+            weight: its values on any device; they stay as they are.
+            multiplier: how much of the change; below zero turns it around.
+
+        Returns:
+            A tensor of the same shape, dtype and device: `weight` itself where the adapter leaves it alone or the
+            multiplier is 0, a new one otherwise.
+        """
         change = self.changes.get(name)
         return weight if change is None or multiplier == 0 else change.apply(weight, multiplier)
 
 
-def read_adapter(
-    path: Path, targets: Mapping[str, tuple[int, ...]], *, check: Callable[[], None] = lambda: None
-) -> Adapter:
+def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[], None] = lambda: None) -> Adapter:
     """Reads an adapter file that nobody vouches for.
 
     Args:
@@ -71,62 +89,80 @@ def read_adapter(
         check: called between pieces of work; may raise to stop.
 
     Raises:
-        LoraInvalid: not safetensors, truncated, hostile, or with values that are not finite.
-        LoraIncompatible: no key matches the model, or shapes differ.
+        LoraInvalid: not safetensors, truncated, hostile, half a pair, or with values that are not finite.
+        LoraIncompatible: no key matches the model, shapes differ, or two sets of keys change the same weight.
     """
     try:
         file = open_safetensors(path)
         if file.size_bytes > MAX_FILE_BYTES:
             raise LoraInvalid(f"the file has {file.size_bytes} bytes, more than {MAX_FILE_BYTES}")
-        matching = [known for known in FORMATS if known.recognises(file.tensors)]
-        if not matching:
-            raise LoraIncompatible(
-                f"none of the file's {len(file.tensors)} keys is in a format this server knows, for example: "
-                f"{first_named([key[:80] for key in file.tensors], 3)}"
-            )
-        tensors = {}
-        for name, tensor in file.read():
-            check()
-            tensors[name] = tensor
-        sha256 = file.sha256(check)
+        keys = sort_keys(file.tensors, targets)
+        if not keys.modules:
+            raise LoraIncompatible(_nothing_matches(file, keys))
+        wanted = {key for module in keys.modules for key in module.keys()}
+        _require_floats(file, wanted)
+        tensors, sha256 = file.load(wanted, check)
     except SafetensorsError as error:
         raise LoraInvalid(f"the file cannot be used: {error}") from None
     except OSError:
         raise LoraInvalid("the file cannot be read") from None
-    form = matching[0]
-    changes, used = form.parse(tensors, targets)
-    keys = set(used)
-    unmatched = tuple(name for name in file.tensors if name not in keys)
-    if not changes:
-        raise LoraIncompatible(
-            f"recognised as {form.name}, but none of its {len(file.tensors)} keys matches this model, "
-            f"for example: {first_named([key[:80] for key in unmatched], 3)}"
-        )
-    _require_shapes(changes, targets)
-    _require_finite({name: tensors[name] for name in used})
+    built = build_changes(keys.modules, tensors, targets, read_peft_scales(file.metadata))
+    _require_finite({key: tensors[key] for key in built.values})
+    used = set(built.used)
     return Adapter(
-        format=form.name,
+        format=_format(built),
         sha256=sha256,
         size_bytes=file.size_bytes,
-        matched=tuple(used),
-        unmatched=unmatched,
-        metadata=MappingProxyType(dict(file.metadata)),
-        changes=MappingProxyType(changes),
+        matched=tuple(key for key in file.tensors if key in used),
+        unmatched=tuple(key for key in file.tensors if key not in used),
+        unsupported=keys.unsupported,
+        metadata=MappingProxyType(_bounded(file.metadata)),
+        changes=MappingProxyType(dict(built.changes)),
     )
 
 
-def _require_shapes(changes: Mapping[str, Change], targets: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = []
-    for name, change in changes.items():
-        if isinstance(change, LowRank) and change.up.shape[1] != change.down.shape[0]:
-            wrong.append(f"{name} (ranks {change.up.shape[1]} and {change.down.shape[0]})")
-        elif change.delta_shape() != tuple(targets[name]):
-            wrong.append(f"{name} (is {change.delta_shape()}, should be {tuple(targets[name])})")
-    if wrong:
-        raise LoraIncompatible(f"shapes differ from this model's in {len(wrong)} modules: {first_named(wrong, 5)}")
+def _format(built: Built) -> str:
+    """The most frequent naming, then its kinds, most frequent first."""
+    naming = Counter(built.namings).most_common(1)[0][0]
+    kinds = [kind for kind, _ in Counter(built.kinds).most_common()]
+    if dora.NAME in kinds and set(kinds) == {dora.NAME, "LoRA"}:
+        kinds = [dora.NAME]
+    return f"{naming} {' + '.join(kinds)}"
+
+
+def _nothing_matches(file: SafetensorsFile, keys: SortedKeys) -> str:
+    examples = named([shown(key) for key in file.tensors], most=3)
+    total = len(file.tensors)
+    if keys.unsupported and sum(len(group.keys) for group in keys.unsupported) == total:
+        held = ", ".join(f"{group.name} ({len(group.keys)} keys)" for group in keys.unsupported)
+        return f"the file holds only what this server does not support: {held}; for example: {examples}"
+    if not total:
+        return "the file holds no tensors"
+    if not keys.kinds_seen:
+        return f"none of the file's {total} keys is in a format this server knows, for example: {examples}"
+    kinds = " + ".join(keys.kinds_seen)
+    return f"looks like {kinds}, but none of the file's {total} keys names a module of this model: {examples}"
+
+
+def _require_floats(file: SafetensorsFile, wanted: Iterable[str]) -> None:
+    bad = [shown(key) for key in wanted if not (file.tensors[key].is_floating_point or key.endswith(".alpha"))]
+    if bad:
+        raise LoraInvalid(f"values that are not floating-point numbers in {named(sorted(bad))}")
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    bad = [name for name, tensor in tensors.items() if not all_finite(tensor)]
+    bad = [shown(key) for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
-        raise LoraInvalid(f"values that are not finite in {first_named(bad, 5)}")
+        raise LoraInvalid(f"values that are not finite in {len(bad)} tensors: {named(bad)}")
+
+
+def _bounded(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key[:MAX_NAME_CHARACTERS]: value
+        if len(value) <= MAX_METADATA_CHARACTERS
+        else value[:MAX_METADATA_CHARACTERS] + "…"
+        for key, value in list(metadata.items())[:MAX_METADATA_ENTRIES]
+    }
+
+
+MAX_NAME_CHARACTERS = 200
