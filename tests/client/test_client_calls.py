@@ -57,7 +57,7 @@ QUEUE_FULL = detailed_status(
     grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", reason="QUEUE_FULL", retry_after_s=7
 )
 
-SECRET = "s3cret"  # noqa: S105 - the test is about not showing it
+SECRET = "s3cret"
 
 
 def endless(server: FakeServer) -> Any:

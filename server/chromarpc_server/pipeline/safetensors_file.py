@@ -18,8 +18,9 @@ import stat
 import struct
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,13 +125,13 @@ class SafetensorsFile:
                 ):
                     keep = name in wanted
                     held = torch.empty(entry.size_bytes, dtype=torch.uint8) if keep else spare
-                    space = memoryview(held.numpy())
+                    space: memoryview = held.numpy().data
                     done = 0
                     while done < entry.size_bytes:
                         check()
                         begin = done if keep else 0
                         piece = space[begin : begin + min(_READ_BYTES, entry.size_bytes - done)]
-                        if stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                        if stream.readinto(piece) != len(piece):
                             raise changed
                         digest.update(piece)
                         done += len(piece)
@@ -184,16 +185,13 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path, entries, metadata, size, header_bytes, hashlib.sha256(prefix + raw).digest())
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """Opens a regular file and nothing else; a pipe would keep its reader waiting for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SafetensorsError("not a regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise SafetensorsError("not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _parse(raw: bytes) -> dict[str, object]:

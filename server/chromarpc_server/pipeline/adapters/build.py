@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from chromarpc_server.domain.errors import LoraIncompatible, LoraInvalid
 from chromarpc_server.pipeline.adapters.change import Change, RowChange, Rows, Shape
 from chromarpc_server.pipeline.adapters.keys import ModuleKeys, named, shown
 from chromarpc_server.pipeline.adapters.kinds import KINDS, KindError, Module, dora
-from chromarpc_server.pipeline.adapters.kinds.kind import BIAS, WEIGHT
+from chromarpc_server.pipeline.adapters.kinds.kind import WEIGHT
 from chromarpc_server.pipeline.adapters.peft_metadata import PeftScales
 
 _KINDS = {kind.name: kind for kind in KINDS}
@@ -46,16 +48,16 @@ class _Misfits:
     """What is wrong, collected so that an error names all of it."""
 
     def __init__(self) -> None:
-        self.incomplete: list[str] = []
+        self.damaged: list[str] = []
         self.shapes: list[str] = []
 
     def add(self, stem: str, error: KindError) -> None:
-        (self.incomplete if error.incomplete else self.shapes).append(f"{shown(stem)}: {error}")
+        (self.damaged if error.damaged else self.shapes).append(f"{shown(stem)}: {error}")
 
     def require_none(self) -> None:
         """Raises what was collected."""
-        if self.incomplete:
-            raise LoraInvalid(f"{len(self.incomplete)} modules lack a part: {named(self.incomplete)}")
+        if self.damaged:
+            raise LoraInvalid(f"the file is damaged in {len(self.damaged)} modules: {named(self.damaged)}")
         if self.shapes:
             raise LoraIncompatible(f"shapes do not fit in {len(self.shapes)} modules: {named(self.shapes)}")
 
@@ -91,13 +93,16 @@ def build_changes(
             except KindError as error:
                 misfits.add(module.stem, error)
                 continue
+            built.used += keys.values()
             built.values += keys.values()
             built.kinds.append(kind_name)
             built.namings.append(module.place.naming)
-        built.used += module.keys()
-        if module.magnitude is not None:
-            built.values.append(module.magnitude)
-            built.kinds.append(dora.NAME)
+            if module.magnitude is not None and WEIGHT in changes:
+                built.used.append(module.magnitude)
+                built.values.append(module.magnitude)
+                built.kinds.append(dora.NAME)
+        if module.alpha is not None:
+            built.used.append(module.alpha)
     misfits.require_none()
     built.changes = {name: _join(name, those, targets) for name, those in pieces.items()}
     return built
@@ -110,33 +115,28 @@ def _changes(
     targets: Mapping[str, Shape],
     scales: PeftScales,
 ) -> Mapping[str, Change]:
+    def alpha(rank: int | None) -> float | None:
+        if rank is None:
+            return None
+        return scales.alpha_of(module.stem, rank) if module.alpha is None else _alpha(tensors[module.alpha])
+
     weight = module.place.parameter(WEIGHT, targets)
     shape = module.place.shape(weight, targets) if weight is not None else ()
     parts = {part: tensors[key] for part, key in module.by_kind[kind_name].items()}
-    alpha = _alpha(tensors[module.alpha]) if module.alpha is not None else None
-    changes = dict(_KINDS[kind_name].build(Module(parts, alpha, shape)))
-    change = changes.get(WEIGHT)
-    if change is None:
+    changes = _KINDS[kind_name].build(Module(parts, alpha, shape))
+    if module.magnitude is None or WEIGHT not in changes:
         return changes
-    if module.alpha is None and change.rank is not None:
-        alpha = scales.alpha_of(module.stem, change.rank)
-        changes = dict(_KINDS[kind_name].build(Module(parts, alpha, shape)))
-        change = changes[WEIGHT]
-    if change.rank is not None and alpha is not None and not _is_finite(alpha):
-        raise LoraInvalid(f"alpha is {alpha} in {shown(module.stem)}")
-    if module.magnitude is not None:
-        changes[WEIGHT] = dora.decompose(change, tensors[module.magnitude])
-    return changes
+    return {**changes, WEIGHT: dora.decompose(changes[WEIGHT], tensors[module.magnitude])}
 
 
 def _alpha(tensor: Tensor) -> float:
+    """An alpha that counts; one that does not is never looked at, and may be anything."""
     if tensor.numel() != 1:
         raise KindError(f"alpha is of shape {tuple(tensor.shape)}")
-    return float(tensor.to(torch.float64))
-
-
-def _is_finite(number: float) -> bool:
-    return number - number == 0
+    alpha = float(tensor.to(torch.float64))
+    if not math.isfinite(alpha):
+        raise KindError(f"alpha is {alpha}", damaged=True)
+    return alpha
 
 
 def _fit(module: ModuleKeys, what: str, change: Change, targets: Mapping[str, Shape]) -> str:
@@ -160,12 +160,9 @@ def _join(name: str, pieces: Sequence[_Piece], targets: Mapping[str, Shape]) -> 
         return pieces[0].change
     whole = (0, targets[name][0])
     spans = sorted(((piece.rows or whole), piece.stem) for piece in pieces)
-    for (first, one), (second, other) in zip(spans, spans[1:], strict=False):
+    for (first, one), (second, other) in pairwise(spans):
         if second[0] < first[1]:
             raise LoraIncompatible(f"{shown(one)} and {shown(other)} change the same rows of {name}")
     ordered = sorted(pieces, key=lambda piece: piece.rows or whole)
     parts = (RowChange(*(piece.rows or whole), piece.change) for piece in ordered)
     return Rows(tuple(targets[name]), tuple(parts))
-
-
-__all__ = ["BIAS", "Built", "build_changes"]

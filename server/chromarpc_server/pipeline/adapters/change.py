@@ -32,12 +32,16 @@ class Change(Protocol):
         """Rank of its low-rank factors; None where it has none."""
         ...
 
-    def difference(self, device: torch.device) -> Tensor:
-        """What it adds at multiplier 1, float32, of `shape`."""
-        ...
-
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
         """The changed weight, in the weight's dtype and on its device; `weight` stays as it is."""
+        ...
+
+
+class Additive(Change, Protocol):
+    """A change that adds the same whatever the weight is."""
+
+    def difference(self, device: torch.device) -> Tensor:
+        """What it adds at multiplier 1, float32, of `shape`."""
         ...
 
 
@@ -98,12 +102,16 @@ class Full:
     values: Tensor = field(repr=False)
     """D, of the weight's shape."""
     scale: float = 1.0
-    rank: None = None
 
     @property
     def shape(self) -> Shape:
         """D's."""
         return tuple(self.values.shape)
+
+    @property
+    def rank(self) -> None:
+        """It has none."""
+        return
 
     def difference(self, device: torch.device) -> Tensor:
         """D · scale, float32."""
@@ -214,7 +222,7 @@ class Decomposed:
     LyCORIS). Between 0 and 1 and beyond, W' moves along the line from W: W + multiplier · (W'(1) − W).
     """
 
-    change: Change
+    change: Additive
     """Gives Δ."""
     magnitude: Tensor = field(repr=False)
     """m: (out, 1), or (1, in) for column norms."""
@@ -232,12 +240,8 @@ class Decomposed:
     def _decomposed(self, weight: Tensor) -> Tensor:
         moved = weight + self.change.difference(weight.device)
         along = 1 if self.magnitude.shape[1] == 1 else 0
-        norm = torch.linalg.vector_norm(moved, dim=along, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(moved, dim=along, keepdim=True)
         return moved * (_float32(self.magnitude, weight.device) / (norm + EPSILON))
-
-    def difference(self, device: torch.device) -> Tensor:
-        """Not defined: it depends on the weight."""
-        raise NotImplementedError
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
         """(out, in) → the same."""
@@ -265,21 +269,19 @@ class Rows:
     a weight of their own; rows without a part keep their bits.
     """
 
-    shape: Shape
-    """The whole weight's."""
+    whole: Shape
+    """The whole weight's shape."""
     parts: tuple[RowChange, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The whole weight's."""
+        return self.whole
 
     @property
     def rank(self) -> int | None:
         """The largest of its parts'."""
         return max((part.change.rank for part in self.parts if part.change.rank is not None), default=None)
-
-    def difference(self, device: torch.device) -> Tensor:
-        """The parts' differences, zero elsewhere, float32."""
-        whole = torch.zeros(self.shape, dtype=torch.float32, device=device)
-        for part in self.parts:
-            whole[part.start : part.stop] = part.change.difference(device)
-        return whole
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
         """The whole weight → the same shape."""

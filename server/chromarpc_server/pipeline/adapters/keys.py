@@ -45,7 +45,7 @@ class ModuleKeys:
     alpha: str | None
     magnitude: str | None
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """All of them."""
         keys = [key for parts in self.by_kind.values() for key in parts.values()]
         return keys + [key for key in (self.alpha, self.magnitude) if key is not None]

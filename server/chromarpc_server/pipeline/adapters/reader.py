@@ -25,6 +25,7 @@ from chromarpc_server.pipeline.safetensors_file import (
 
 MAX_FILE_BYTES = 8 * 1024**3
 MAX_METADATA_ENTRIES = 100
+MAX_METADATA_NAME = 200
 MAX_METADATA_CHARACTERS = 16 * 1024
 """Of one value of the header's metadata, kept to be shown; the rest is cut."""
 
@@ -99,7 +100,7 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
         keys = sort_keys(file.tensors, targets)
         if not keys.modules:
             raise LoraIncompatible(_nothing_matches(file, keys))
-        wanted = {key for module in keys.modules for key in module.keys()}
+        wanted = {key for module in keys.modules for key in module.all_keys()}
         _require_floats(file, wanted)
         tensors, sha256 = file.load(wanted, check)
     except SafetensorsError as error:
@@ -158,11 +159,10 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _bounded(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
-        key[:MAX_NAME_CHARACTERS]: value
-        if len(value) <= MAX_METADATA_CHARACTERS
-        else value[:MAX_METADATA_CHARACTERS] + "…"
+        _cut(key, MAX_METADATA_NAME): _cut(value, MAX_METADATA_CHARACTERS)
         for key, value in list(metadata.items())[:MAX_METADATA_ENTRIES]
     }
 
 
-MAX_NAME_CHARACTERS = 200
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"

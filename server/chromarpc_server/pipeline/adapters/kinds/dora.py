@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from chromarpc_server.pipeline.adapters.change import Change, Decomposed
+from chromarpc_server.pipeline.adapters.change import Additive, Decomposed
 from chromarpc_server.pipeline.adapters.kinds.kind import KindError
 
 NAME = "DoRA"
@@ -21,12 +21,14 @@ SUFFIXES = (
 )
 
 
-def decompose(change: Change, magnitude: Tensor) -> Change:
+def decompose(change: Additive, magnitude: Tensor) -> Decomposed:
     """The change with its magnitude: (out,) or (out, 1) for row norms, (1, in) for column norms.
 
     Raises:
         KindError: the magnitude is of another shape.
     """
+    if len(change.shape) != 2:
+        raise KindError(f"has a DoRA magnitude and changes {change.shape}")
     rows, columns = change.shape
     if tuple(magnitude.shape) in ((rows,), (rows, 1)):
         return Decomposed(change, magnitude.reshape(rows, 1))

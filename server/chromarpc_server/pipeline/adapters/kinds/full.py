@@ -1,16 +1,16 @@
-"""Full differences, as LyCORIS' `full` and ComfyUI's extraction write them: `diff` of a weight, `diff_b` of a bias."""
+"""Full differences, as LyCORIS and ComfyUI write them: `diff` of a weight, `diff_b` of a bias."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from chromarpc_server.pipeline.adapters.change import Change, Full
+from chromarpc_server.pipeline.adapters.change import Additive, Full
 from chromarpc_server.pipeline.adapters.kinds.kind import BIAS, WEIGHT, Kind, Module
 
 _NAMES = {"diff": WEIGHT, "diff_b": BIAS}
 
 
-def _build(module: Module) -> Mapping[str, Change]:
+def _build(module: Module) -> Mapping[str, Additive]:
     return {_NAMES[part]: Full(tensor) for part, tensor in module.parts.items()}
 
 

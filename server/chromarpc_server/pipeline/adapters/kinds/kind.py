@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from chromarpc_server.pipeline.adapters.change import Change, Factor, Shape
+from chromarpc_server.pipeline.adapters.change import Additive, Factor, Shape
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -15,10 +15,10 @@ WEIGHT, BIAS = "weight", "bias"
 class KindError(ValueError):
     """A module's parts do not make a change."""
 
-    def __init__(self, message: str, *, incomplete: bool = False) -> None:
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
         super().__init__(message)
-        self.incomplete = incomplete
-        """A part is missing, rather than of a shape that does not fit."""
+        self.damaged = damaged
+        """No model would take it, as with half a pair, rather than this one with its shapes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Module:
 
     parts: Mapping[str, Tensor]
     """By part, of one kind only."""
-    alpha: float | None
+    alpha: Callable[[int | None], float | None]
+    """From the rank that counts to the file's alpha; None where there is no rank or the file has no alpha."""
     shape: Shape
     """Of the weight, or of the rows of it, that the module stands for."""
 
@@ -39,7 +40,7 @@ class Module:
         """
         tensor = self.parts.get(part)
         if tensor is None:
-            raise KindError(f"has no {part}", incomplete=True)
+            raise KindError(f"has no {part}", damaged=True)
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise KindError(f"{part} is of shape {tuple(tensor.shape)}")
         return tensor
@@ -73,5 +74,5 @@ class Kind:
     name: str
     suffixes: Mapping[str, str]
     """How a key ends → which part it is. A part may have several spellings."""
-    build: Callable[[Module], Mapping[str, Change]]
+    build: Callable[[Module], Mapping[str, Additive]]
     """From parts to changes, by what they change: `weight` or `bias`. Raises KindError."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from chromarpc_server.pipeline.adapters.change import Change, Full, LowRank
+from chromarpc_server.pipeline.adapters.change import Additive, Full, LowRank
 from chromarpc_server.pipeline.adapters.kinds.kind import BIAS, WEIGHT, Kind, KindError, Module
 
 _DOWN, _UP, _UP_BIAS = "lora_A", "lora_B", "the bias of lora_B"
 
 
-def _build(module: Module) -> Mapping[str, Change]:
+def _build(module: Module) -> Mapping[str, Additive]:
     down = module.matrix(_DOWN)
     if _UP not in module.parts and tuple(down.shape) == module.shape:
         return {WEIGHT: Full(down)}
     up = module.matrix(_UP)
     if up.shape[1] != down.shape[0]:
         raise KindError(f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} differ in rank")
-    pair = LowRank(down, up, module.alpha)
+    pair = LowRank(down, up, module.alpha(down.shape[0]))
     if _UP_BIAS not in module.parts:
         return {WEIGHT: pair}
     return {WEIGHT: pair, BIAS: Full(module.parts[_UP_BIAS], scale=pair.scale)}
