@@ -12,22 +12,18 @@ from dataclasses import dataclass, field
 
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import (
-    AdapterReport,
     Event,
     Loading,
     LoadingStage,
-    Prepared,
     Step,
     Timings,
-    TokenCount,
 )
-from chromarpc_server.domain.plan import Plan, PlannedPrompt, PlanWarning
+from chromarpc_server.domain.plan import Plan, PlannedPrompt
 from chromarpc_server.engine.images import RenderedImage, RenderedPreview
 from chromarpc_server.engine.job import Cancellation, Job
 from chromarpc_server.engine.model_cache import ModelCache
+from chromarpc_server.engine.prepared import prepared_event
 from chromarpc_server.pipeline import (
-    Adapter,
-    Checkpoint,
     CheckpointFiles,
     DeviceChoice,
     DeviceDescription,
@@ -115,7 +111,16 @@ class DeviceWorker:
         clock.lap("loading_s")
 
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
-        emit(self._prepared(plan, checkpoint, adapters, [(t.token_count, t.cut_count) for t in tokenized]))
+        emit(
+            prepared_event(
+                plan,
+                adapters,
+                tokenized,
+                model_revision=checkpoint.revision,
+                versions=self._versions,
+                device=self._description.name,
+            )
+        )
         remaining = _Remaining(plan)
         for index, tokens in enumerate(tokenized):
             check()
@@ -183,54 +188,6 @@ class DeviceWorker:
         clock.lap("decoding_s")
         check()
         emit(RenderedImage(index, prompt.seed, pixels))
-
-    def _prepared(
-        self,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        adapters: tuple[tuple[Adapter, float], ...],
-        token_counts: list[tuple[int, int]],
-    ) -> Prepared:
-        warnings = [
-            PlanWarning(
-                "PROMPT_TRUNCATED",
-                f"prompts.{index}.prompt",
-                f"{cut} tokens were cut off: the model reads {used}, with the end mark",
-            )
-            for index, (used, cut) in enumerate(token_counts)
-            if cut
-        ]
-        reports = []
-        for index, (lora, (adapter, multiplier)) in enumerate(zip(plan.loras, adapters, strict=True)):
-            unused = adapter.unmatched
-            if unused:
-                warnings.append(
-                    PlanWarning(
-                        "LORA_KEYS_UNMATCHED",
-                        f"loras.{index}.path",
-                        f"{len(unused)} of the file's {len(adapter.matched) + len(unused)} keys have no effect",
-                    )
-                )
-            reports.append(
-                AdapterReport(
-                    path=lora.path,
-                    sha256=adapter.sha256,
-                    format=adapter.format,
-                    network_multiplier=multiplier,
-                    rank=adapter.rank,
-                    matched_keys=len(adapter.matched),
-                    unmatched_keys=unused,
-                    metadata=adapter.metadata,
-                )
-            )
-        return Prepared(
-            adapters=tuple(reports),
-            model_revision=checkpoint.revision,
-            token_counts=tuple(TokenCount(used, cut) for used, cut in token_counts),
-            versions=self._versions,
-            device=self._description.name,
-            warnings=tuple(warnings),
-        )
 
 
 class _LoadingEvents:

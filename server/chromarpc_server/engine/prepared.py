@@ -1,0 +1,68 @@
+"""What is told once adapters are read and prompts tokenized: the `prepared` event and its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount
+from chromarpc_server.domain.plan import Plan, PlanWarning
+from chromarpc_server.pipeline import Adapter, TokenizedPrompt
+
+
+def prepared_event(
+    plan: Plan,
+    adapters: Sequence[tuple[Adapter, float]],
+    tokenized: Sequence[TokenizedPrompt],
+    *,
+    model_revision: str,
+    versions: Mapping[str, str],
+    device: str,
+) -> Prepared:
+    """The event, with everything about files and tokens that the plan could not know."""
+    return Prepared(
+        adapters=tuple(
+            AdapterReport(
+                path=lora.path,
+                sha256=adapter.sha256,
+                format=adapter.format,
+                network_multiplier=multiplier,
+                rank=adapter.rank,
+                matched_keys=len(adapter.matched),
+                unmatched_keys=adapter.unmatched,
+                metadata=adapter.metadata,
+            )
+            for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
+        ),
+        model_revision=model_revision,
+        token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
+        versions=versions,
+        device=device,
+        warnings=(*_prompt_warnings(tokenized), *_adapter_warnings(adapters)),
+    )
+
+
+def _prompt_warnings(tokenized: Sequence[TokenizedPrompt]) -> Iterator[PlanWarning]:
+    for index, tokens in enumerate(tokenized):
+        if tokens.cut_count:
+            yield PlanWarning(
+                "PROMPT_TRUNCATED",
+                f"prompts.{index}.prompt",
+                f"{tokens.cut_count} tokens were cut off: the model reads {tokens.token_count}, with the end mark",
+            )
+
+
+def _adapter_warnings(adapters: Sequence[tuple[Adapter, float]]) -> Iterator[PlanWarning]:
+    for index, (adapter, _) in enumerate(adapters):
+        field = f"loras.{index}.path"
+        for part in adapter.unsupported:
+            yield PlanWarning(
+                "LORA_PART_UNSUPPORTED",
+                field,
+                f"{len(part.keys)} keys are {part.name}, which this server does not apply",
+            )
+        unmatched = len(adapter.unmatched)
+        if unmatched:
+            total = len(adapter.matched) + unmatched
+            yield PlanWarning(
+                "LORA_KEYS_UNMATCHED", field, f"{unmatched} of the file's {total} keys have no effect"
+            )
