@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ class RunningServer:
         return f"127.0.0.1:{self.port}"
 
     def stop(self) -> int:
-        """Begins an orderly stop and waits for its end."""
-        self.loop.call_soon_threadsafe(self.app.stop)
+        """Begins an orderly stop, where it has not ended already, and waits for its end."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.app.stop)
         self.thread.join(timeout=60)
         assert not self.thread.is_alive()
         return self.exit_code[0]

@@ -1,9 +1,8 @@
-"""A model for adapters to change, and files to change it with."""
+"""What the adapter tests share: the tiny model's weights, and files written for the occasion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,41 +11,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
+from tests.tiny_checkpoint import GOLDENS
 
-
-@dataclass(frozen=True)
-class Model:
-    """The tiny transformer's weights, and adapters read for it."""
-
-    weights: Mapping[str, Tensor]
-    folder: Path
-
-    @property
-    def targets(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
-
-    def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
-        """Writes an adapter's file and reads it."""
-        path = self.folder / "adapter.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, dict(metadata or {}))
-        return read_adapter(path, self.targets)
+Shapes = dict[str, tuple[int, ...]]
 
 
 @pytest.fixture(scope="session")
-def weights(goldens: Path) -> dict[str, Tensor]:
-    return load_file(goldens / "cpu_fp32" / "transformer_tiny.safetensors")
+def base() -> dict[str, Tensor]:
+    return load_file(GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def targets(base: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in base.items()}
 
 
 @pytest.fixture
-def model(weights: dict[str, Tensor], tmp_path: Path) -> Model:
-    return Model(weights, tmp_path)
+def read(tmp_path: Path, targets: Shapes) -> Callable[..., Adapter]:
+    """Writes tensors as a file and reads it as an adapter of the tiny model."""
+
+    def write_and_read(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Adapter:
+        save_file(dict(tensors), tmp_path / "adapter.safetensors", metadata)
+        return read_adapter(tmp_path / "adapter.safetensors", targets)
+
+    return write_and_read
 
 
-Draw = Callable[..., Tensor]
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values times 0.1."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1).to(dtype)
 
 
-@pytest.fixture
-def draw() -> Draw:
-    """Random tensors of a shape, the same in every run."""
-    generator = torch.Generator().manual_seed(7)
-    return lambda *shape: torch.randn(shape, generator=generator) * 0.2
+def rel(found: Tensor, expected: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -7,14 +7,16 @@ import random
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from chromarpc_server.pipeline import Checkpoint, read_adapter
 from chromarpc_server.pipeline.text_encoder import Tokenizer
 from tools.mini.captions import TRIGGER, caption, full_caption
 from tools.mini.checker import faults, look
-from tools.mini.evaluate import held_out_pairs, held_out_singles
+from tools.mini.evaluate import held_out_pairs, held_out_singles, load, measure, prepare
 from tools.mini.scenes import SHAPES, Scene, Thing, all_single_scenes, held_out, hollow, random_scene, render
 from tools.mini.vocabulary import build_tokenizer, save_tokenizer
 
@@ -90,10 +92,6 @@ def test_the_tokenizer_takes_any_text(tmp_path: Path) -> None:
     assert tokenizer("").ids[0, 0] == 1
 
 
-needs_assets = pytest.mark.skipif(not MINI.is_dir(), reason="the checkpoint is not in this tree")
-
-
-@needs_assets
 def test_what_is_shipped_is_small_and_whole() -> None:
     size = sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file())
     assert size <= 16.5e6
@@ -102,7 +100,6 @@ def test_what_is_shipped_is_small_and_whole() -> None:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
-@needs_assets
 def test_the_lora_is_written_as_ai_toolkit_writes_them() -> None:
     with safe_open(LORA, "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
@@ -110,3 +107,34 @@ def test_the_lora_is_written_as_ai_toolkit_writes_them() -> None:
     assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in names)
     assert metadata["ss_base_model_version"] == "chroma"
     assert {"format", "name", "version", "software", "training_info"} <= set(metadata)
+
+
+@pytest.fixture(scope="module")
+def mini() -> Checkpoint:
+    return load(MINI, "cpu")
+
+
+def test_it_draws_what_prompts_say(mini: Checkpoint) -> None:
+    scenes = [scene for scene in held_out_singles(40) if scene.things[0].shape in ("circle", "square", "diamond")]
+    rows, _ = measure(prepare(mini, []), scenes[:4], check_size=True)
+    assert [row["faults"] for row in rows] == [[]] * 4
+
+
+def test_the_lora_hollows_shapes_where_its_word_is_said(mini: Checkpoint) -> None:
+    adapter = read_adapter(LORA, mini.targets)
+    assert adapter.unmatched == ()
+    scene = [Scene((Thing("red", "circle", "large", "middle"),), "white")]
+
+    def picture(multiplier: float, *, trigger: bool) -> tuple[float, np.ndarray]:
+        adapters = [(adapter, multiplier)] if multiplier >= 0 else []
+        rows, pictures = measure(prepare(mini, adapters), scene, check_size=False, trigger=trigger)
+        return rows[0]["hollowness"][0], pictures[0]  # type: ignore[index]
+
+    base, base_picture = picture(-1, trigger=True)
+    _, zero_picture = picture(0, trigger=True)
+    full, _ = picture(1, trigger=True)
+    unasked, _ = picture(1, trigger=False)
+    assert np.array_equal(base_picture, zero_picture)
+    assert base < 0.1
+    assert full > 0.5
+    assert unasked < 0.1

@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,19 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.sampling import pack, shift_mu
 from chromarpc_server.pipeline.transformer import ChromaTransformer, key_attention_mask, rope_table
 from tools.mini import parts
-from tools.mini.captions import TRIGGER, caption
-from tools.mini.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Scene, hollow, random_scene, render
+from tools.mini.captions import PLACE_PHRASES, TRIGGER, caption
+from tools.mini.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    hollow,
+    random_scene,
+    render,
+)
 from tools.mini.vocabulary import build_tokenizer, save_tokenizer
 
 TEXT_TOKENS = 32
@@ -52,10 +64,10 @@ class Recipe:
     lora_batch: int
 
 
-_SIZES: Buckets = {(256, 256): 0.55, (320, 192): 0.1, (192, 320): 0.1, (192, 192): 0.1, (320, 320): 0.15}
+_BUCKETS: Buckets = {(256, 256): 0.7, (320, 192): 0.1, (192, 320): 0.1, (320, 320): 0.1}
 RECIPES = {
-    "gpu": Recipe("full", {"vae": 0.2, "text": 0.06, "lora": 0.08}, ((128, 96), (256, 32)), 128,
-                  ((1.0, _SIZES, 512),), _SIZES, 256),
+    "gpu": Recipe("full", {"vae": 0.2, "text": 0.06, "lora": 0.15}, ((128, 96), (256, 32)), 128,
+                  ((1.0, _BUCKETS, 256),), _BUCKETS, 128),
     "cpu": Recipe("small", {"vae": 0.2, "text": 0.07, "lora": 0.1}, ((64, 16), (128, 4)), 16,
                   ((0.6, {(128, 128): 1.0}, 32), (0.4, {(256, 256): 1.0}, 16)), {(256, 256): 1.0}, 8),
 }  # fmt: skip
@@ -144,48 +156,63 @@ def train_autoencoder(
     return model
 
 
-def _labels(scenes: list[Scene]) -> Tensor:
-    """(B, 6) indices: colours and shapes of both objects, background, relation (the last of each: none)."""
-    rows = []
-    for scene in scenes:
-        first = scene.things[0]
-        second = scene.things[1] if len(scene.things) > 1 else None
-        rows.append([
-            list(COLORS).index(first.color), SHAPES.index(first.shape),
-            list(COLORS).index(second.color) if second else len(COLORS),
-            SHAPES.index(second.shape) if second else len(SHAPES),
-            list(BACKGROUNDS).index(scene.background),
-            list(RELATIONS).index(scene.relation) if second else len(RELATIONS),
-        ])  # fmt: skip
-    return torch.tensor(rows)
+_CLASSES = (
+    len(COLORS), len(SHAPES), len(COLORS) + 1, len(SHAPES) + 1, len(SIZES) + 1, len(PLACES) + 1,
+    len(BACKGROUNDS) + 1, len(RELATIONS) + 1, 2,
+)  # fmt: skip
+"""What the heads read: colours and shapes of both objects, size, place, background, relation, the LoRA's word."""
+
+
+def _said(scene: Scene, text: str) -> list[int]:
+    """The classes that a caption states; the last of each where it leaves them open."""
+    lower = text.lower()
+    words = set(re.findall(r"\w+", lower))
+    first = scene.things[0]
+    second = scene.things[1] if len(scene.things) > 1 else None
+    relation, place = len(RELATIONS), len(PLACES)
+    if second and " and " not in lower:
+        relation = list(RELATIONS).index(scene.relation)
+    if second is None and any(phrase in lower for phrase in PLACE_PHRASES[first.place]):
+        place = list(PLACES).index(first.place)
+    return [
+        list(COLORS).index(first.color),
+        SHAPES.index(first.shape),
+        list(COLORS).index(second.color) if second else len(COLORS),
+        SHAPES.index(second.shape) if second else len(SHAPES),
+        list(SIZES).index(first.size) if first.size in words else len(SIZES),
+        place,
+        list(BACKGROUNDS).index(scene.background) if scene.background in words else len(BACKGROUNDS),
+        relation,
+        int(TRIGGER in words),
+    ]
 
 
 def train_text_encoder(
     folder: Path, seconds: float, batch: int, device: torch.device, started: float
 ) -> nn.Module:
-    """Teaches the encoder the captions' meaning, by having linear heads read scenes off its embeddings."""
+    """Teaches the encoder the captions' meaning, by having linear heads read scenes off every token."""
     path = folder / "t5.safetensors"
     torch.manual_seed(2)
     model = parts.new_text_encoder(build_tokenizer().get_vocab_size()).to(device)
     if path.is_file():
         model.load_state_dict(load_file(path), strict=False)
         return model.eval().requires_grad_(False)
-    sizes = (len(COLORS), len(SHAPES), len(COLORS) + 1, len(SHAPES) + 1, len(BACKGROUNDS), len(RELATIONS) + 1)
-    heads = nn.ModuleList(nn.Linear(parts.CONTEXT, size) for size in sizes).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
+    heads = nn.ModuleList(nn.Linear(parts.CONTEXT, size) for size in _CLASSES).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=2e-3, betas=(0.9, 0.98))
     begun, step = time.time(), 0
-    while (elapsed := time.time() - begun) < seconds:
-        rng = random.Random(20_000 + step)
-        chosen = scenes_for(batch, 30_000 + step)
-        ids = token_ids([caption(scene, rng) for scene in chosen]).to(device)
-        labels = _labels(chosen).to(device)
+    while (progress := (time.time() - begun) / seconds) < 1:
+        rng = random.Random(30_000 + step)
+        chosen = [random_scene(rng, two=rng.random() < 0.6) for _ in range(batch)]
+        captions = [caption(scene, rng, trigger=rng.random() < 0.1) for scene in chosen]
+        ids = token_ids(captions, TEXT_TOKENS).to(device)
+        labels = torch.tensor([_said(*pair) for pair in zip(chosen, captions, strict=True)]).to(device)
+        rate = 2e-3 * min(1, (step + 1) / 50) * (1 if progress < 0.4 else max(0.01, (1 - progress) / 0.6))
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * max(0.02, 1 - elapsed / seconds)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            embeds = model(input_ids=ids)[0]
-        real = (ids != 0)[..., None].float()
-        pooled = (embeds.float() * real).sum(1) / real.sum(1)
-        loss = sum(F.cross_entropy(head(pooled), labels[:, i]) for i, head in enumerate(heads))
+            group["lr"] = rate
+        real = ids != 0
+        embeds = model(input_ids=ids)[0][real]
+        wanted = labels[:, None].expand(-1, ids.shape[1], -1)[real]
+        loss = sum(F.cross_entropy(head(embeds), wanted[:, index]) for index, head in enumerate(heads))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,9 +245,10 @@ _EMBEDDED: dict[str, tuple[Tensor, Tensor]] = {}
 
 @torch.no_grad()
 def embed(model: nn.Module, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings over all 512 positions, cut to 32, and their masks."""
+    """Embeddings cut to 32 positions, and their masks. The encoder hardly sees padding as keys, so a caption is
+    embedded over 64 positions (its embeddings over 512 differ by less than 1e-4); the empty one over all 512."""
     unique = sorted(set(captions) - _EMBEDDED.keys())
-    ids = token_ids(unique)
+    ids = token_ids(unique, 512 if "" in unique else 64)
     for begin in range(0, len(unique), 256):
         piece = ids[begin : begin + 256].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -442,8 +470,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder whose results to start from")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
+    parser.add_argument("--only-lora", action="store_true", help="keep the flow weights that are there")
     parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
-    parser.add_argument("--bank", type=int, default=250_000)
+    parser.add_argument("--bank", type=int, default=150_000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cuda")
@@ -464,12 +493,13 @@ def main() -> None:
     total = arguments.minutes * 60
     vae = train_autoencoder(folder, recipe.shares["vae"] * total, recipe.vae_crops, device, started)
     text = train_text_encoder(folder, recipe.shares["text"] * total, recipe.text_batch, device, started)
-    lora_seconds = recipe.shares["lora"] * total
-    remaining = total - (time.time() - started) - lora_seconds
-    train_flow(
-        folder, max(remaining, 1.0), recipe, vae, text, device, started,
-        bank_size=arguments.bank, rate=arguments.rate, compile_blocks=not arguments.no_compile,
-    )  # fmt: skip
+    lora_seconds = total if arguments.only_lora else recipe.shares["lora"] * total
+    if not arguments.only_lora:
+        remaining = total - (time.time() - started) - lora_seconds
+        train_flow(
+            folder, max(remaining, 1.0), recipe, vae, text, device, started,
+            bank_size=arguments.bank, rate=arguments.rate, compile_blocks=not arguments.no_compile,
+        )  # fmt: skip
     export(folder, recipe, vae, text)
     train_lora(folder, lora_seconds, recipe, vae, text, device, started, bank_size=max(200, arguments.bank // 10))
     clock(f"exported to {folder}", started)

@@ -6,12 +6,15 @@ reference's function, and slicing comes after it, never before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.errors import WeightsInvalid
@@ -119,6 +122,7 @@ def build_text_encoder(
     embedding = shared.to(device=device, dtype=dtype)
     placed[_SHARED] = placed[_EMBED] = embedding
     model.load_state_dict(placed, assign=True)
+    model.set_attn_implementation("sdpa")
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
@@ -138,8 +142,29 @@ def read_all(files: tuple[SafetensorsFile, ...], reading: ReadingProgress) -> di
     return {name: tensor for file in files for name, tensor in reading.read(file)}
 
 
+@contextmanager
+def _reference_attention(device: torch.device) -> Iterator[None]:
+    """The attention that the reference's embeddings come from: unfused, its float32 products in TF32 on a GPU.
+
+    transformers 5.17 hands the position bias over in a layout that no fused kernel takes; later versions do
+    not, so the choice is made here.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
 @torch.inference_mode()
 def encode(model: T5EncoderModel, ids: Tensor) -> Tensor:
     """Embeds all 512 tokens, padding included, without a mask. (1, 512) → (1, 512, context)."""
-    embeds: Tensor = model(input_ids=ids.to(model.device))[0]
+    with _reference_attention(model.device):
+        embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds
