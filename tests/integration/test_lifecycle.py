@@ -108,35 +108,42 @@ def test_cancelling_a_waiting_job_leaves_the_running_one_alone(serve: Serve, log
         assert type(list(running)[-1]).__name__ == "Completed"
 
 
+async def _first_position(stream: Any) -> int:
+    async for event in stream:
+        if isinstance(event, chromarpc.Queued):
+            position: int = event.position
+            return position
+    raise AssertionError("the stream ended before the job was queued")
+
+
 def test_the_queue_is_served_in_order_and_tells_positions(serve: Serve) -> None:
     server = serve()
 
     async def go() -> list[list[int]]:
         async with chromarpc.AsyncClient(server.target) as client:
-            first = client.generate("a", **{**LONG, "sample_steps": 20})
+            first = client.generate("a", **LONG)
             await anext(aiter(first))
-            others = [client.generate(f"{n}", **SMALL) for n in range(2)]
-            for other in others:
-                await anext(aiter(other))
+            others, found = [], []
+            for number in range(2):
+                others.append(client.generate(f"{number}", **SMALL))
+                found.append([await _first_position(others[-1])])
+            first.cancel()
 
-            async def positions(stream: Any) -> list[int]:
-                return [event.position async for event in stream if isinstance(event, chromarpc.Queued)]
+            async def follow(stream: Any, positions: list[int]) -> None:
+                positions += [event.position async for event in stream if isinstance(event, chromarpc.Queued)]
 
-            found = await asyncio.gather(*(positions(other) for other in others))
-            async for _ in first:
-                pass
-            return list(found)
+            await asyncio.gather(*(follow(*pair) for pair in zip(others, found, strict=True)))
+            return found
 
     one, two = asyncio.run(go())
-    assert one[-1] == 1
-    assert two[0] == 2
-    assert two[-1] == 1
+    assert one == [1]
+    assert two == [2, 1]
 
 
 def test_stopping_lets_the_running_job_finish_and_refuses_new_ones(serve: Serve) -> None:
     server = serve(grace_s=60)
     with chromarpc.Client(server.target) as client:
-        running = client.generate("a", **{**LONG, "sample_steps": 30})
+        running = client.generate("a", **{**LONG, "sample_steps": 60})
         _until_step(running)
         server.loop.call_soon_threadsafe(server.app.stop)
         deadline = time.monotonic() + 20
