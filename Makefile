@@ -53,8 +53,9 @@ format: setup  ## Format and fix what can be fixed
 verify: setup  ## Check this install against recorded outputs of the reference
 	$(BIN)/chromarpc-server verify tests/goldens
 
-bench: setup  ## How quickly the server answers while a generation runs
+bench: setup  ## Responsiveness while a generation runs, and adapter switching
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
+	PYTHONPATH=. $(BIN)/python bench/switching.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist out

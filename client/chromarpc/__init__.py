@@ -39,6 +39,9 @@ from chromarpc.errors import (
     ServerError,
     ServerUnavailable,
     StatusError,
+    UploadNotFound,
+    UploadOutOfOrder,
+    UploadsFull,
     WeightsInvalid,
     WeightsMissing,
 )
@@ -60,6 +63,8 @@ from chromarpc.events import (
     Step,
     Timings,
     TokenCount,
+    WeightsReport,
+    WeightsSource,
 )
 from chromarpc.health import HealthStatus
 from chromarpc.images import GeneratedImage
@@ -118,8 +123,13 @@ __all__ = [
     "Timings",
     "TlsOptions",
     "TokenCount",
+    "UploadNotFound",
+    "UploadOutOfOrder",
+    "UploadsFull",
     "WeightsInvalid",
     "WeightsMissing",
+    "WeightsReport",
+    "WeightsSource",
     "__version__",
     "parse_request_json",
 ]

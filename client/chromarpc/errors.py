@@ -6,13 +6,16 @@ ChromarpcError
 │   │   └── LoraInvalid          LORA_INVALID                           not safetensors, truncated, hostile
 │   ├── NotFound                 NOT_FOUND
 │   │   ├── ModelNotFound        MODEL_NOT_FOUND                        no model has this id
-│   │   └── LoraNotFound         LORA_NOT_FOUND                         no such adapter on the server
+│   │   ├── LoraNotFound         LORA_NOT_FOUND                         no such adapter on the server
+│   │   └── UploadNotFound       UPLOAD_NOT_FOUND                       the upload was dropped
 │   ├── FailedPrecondition       FAILED_PRECONDITION
 │   │   ├── LoraIncompatible     LORA_INCOMPATIBLE                      the adapter does not fit the model
+│   │   ├── UploadOutOfOrder     UPLOAD_OUT_OF_ORDER                    the bytes do not go on where it is
 │   │   ├── WeightsMissing       WEIGHTS_MISSING                        the server lacks the model's files
 │   │   └── WeightsInvalid       WEIGHTS_INVALID                        it has them and cannot use them
 │   ├── ResourceExhausted        RESOURCE_EXHAUSTED
 │   │   ├── QueueFull            QUEUE_FULL                             `retry_after_s` says when to retry
+│   │   ├── UploadsFull          UPLOADS_FULL                           the server keeps no more uploads
 │   │   └── OutOfMemory          OUT_OF_MEMORY                          trying the same again will not help
 │   ├── ServerUnavailable        UNAVAILABLE                            nobody listens, or it broke off
 │   │   └── Draining             DRAINING                               the server is starting or stopping
@@ -118,12 +121,20 @@ class LoraNotFound(NotFound):
     """No such adapter below the server's adapter root."""
 
 
+class UploadNotFound(NotFound):
+    """The server knows no such upload; it may have dropped it because no bytes came for too long."""
+
+
 class FailedPrecondition(StatusError):
     """The request is right and the server is in no state to serve it."""
 
 
 class LoraIncompatible(FailedPrecondition):
     """The adapter is well formed and does not fit this model."""
+
+
+class UploadOutOfOrder(FailedPrecondition):
+    """The bytes do not go on where the upload is; `metadata["expected_offset"]` says where that is."""
 
 
 class WeightsMissing(FailedPrecondition):
@@ -140,6 +151,10 @@ class ResourceExhausted(StatusError):
 
 class QueueFull(ResourceExhausted):
     """The server's queue is at its bound; try again after `retry_after_s`."""
+
+
+class UploadsFull(ResourceExhausted):
+    """The server keeps no more uploads: delete some, or try again once unfinished ones are over."""
 
 
 class OutOfMemory(ResourceExhausted):
@@ -200,6 +215,9 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "MODEL_NOT_FOUND": ModelNotFound,
     "LORA_NOT_FOUND": LoraNotFound,
     "LORA_INCOMPATIBLE": LoraIncompatible,
+    "UPLOAD_NOT_FOUND": UploadNotFound,
+    "UPLOAD_OUT_OF_ORDER": UploadOutOfOrder,
+    "UPLOADS_FULL": UploadsFull,
     "WEIGHTS_MISSING": WeightsMissing,
     "WEIGHTS_INVALID": WeightsInvalid,
     "QUEUE_FULL": QueueFull,

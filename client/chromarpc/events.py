@@ -162,6 +162,33 @@ class Loading(_Event):
     total_bytes: int
 
 
+class WeightsSource(StrEnum):
+    """Where a job's weights came from."""
+
+    RESIDENT = "resident"
+    """They were in memory with these adapters merged."""
+    SWITCHED = "switched"
+    """Weights in memory were switched to these adapters in place."""
+    BUILT = "built"
+    """They were made anew from the checkpoint."""
+    UNKNOWN = "unknown"
+    """Another one, of a newer or an older server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What it took to have the weights with the job's adapters merged."""
+
+    source: WeightsSource
+    rewritten_tensor_count: int
+    """Of the transformer; 0 where the set was in memory."""
+    duration_s: float
+    resident_set_count: int
+    """Adapter sets in memory now."""
+    resident_bytes: int
+    """Their size together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared(_Event):
     """Everything is ready; denoising starts."""
@@ -174,6 +201,7 @@ class Prepared(_Event):
     versions: Mapping[str, str]
     """Of everything that the numbers depend on: `torch`, `diffusers`, `transformers`, `chromarpc`."""
     device: str
+    weights: WeightsReport
     warnings: tuple[JobWarning, ...]
     """Those that needed files or the tokenizer, such as `PROMPT_TRUNCATED`."""
 

@@ -38,6 +38,11 @@ _STAGES: Final = {
     job_event_pb2.LOADING_STAGE_QUANTIZING: events.LoadingStage.QUANTIZING,
     job_event_pb2.LOADING_STAGE_COMPILING: events.LoadingStage.COMPILING,
 }
+_WEIGHTS_SOURCES: Final = {
+    job_event_pb2.WEIGHTS_SOURCE_RESIDENT: events.WeightsSource.RESIDENT,
+    job_event_pb2.WEIGHTS_SOURCE_SWITCHED: events.WeightsSource.SWITCHED,
+    job_event_pb2.WEIGHTS_SOURCE_BUILT: events.WeightsSource.BUILT,
+}
 
 
 class StreamReader:
@@ -286,6 +291,13 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
         token_counts=tuple(events.TokenCount(used=t.used, cut=t.cut) for t in message.token_counts),
         versions=dict(message.versions),
         device=message.device,
+        weights=events.WeightsReport(
+            source=_WEIGHTS_SOURCES.get(message.weights.source, events.WeightsSource.UNKNOWN),
+            rewritten_tensor_count=message.weights.rewritten_tensor_count,
+            duration_s=message.weights.duration.ToTimedelta().total_seconds(),
+            resident_set_count=message.weights.resident_set_count,
+            resident_bytes=message.weights.resident_bytes,
+        ),
         warnings=_warnings(message.warnings),
     )
 

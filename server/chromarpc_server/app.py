@@ -12,12 +12,13 @@ from importlib import metadata
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
-from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
 from chromarpc_server.settings import ServerSettings
 from chromarpc_server.transport.generation import GenerationServicer
+from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.server import Listening, listen
 
@@ -62,13 +63,14 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
+        library = AdapterLibrary(settings.lora_root, settings.data_dir, settings.upload_limits())
+        await asyncio.to_thread(library.clean)
         engine = Engine(
             choose_device(settings.device, settings.dtype, threads=settings.threads),
             model_files=model_files,
-            adapter_root=AdapterRoot(settings.lora_root),
+            adapter_root=library,
             max_queued_jobs=serving.limits.max_queued_jobs,
-            max_checkpoints=settings.resident_checkpoints,
-            max_prepared=settings.resident_adapter_sets,
+            budgets=settings.budgets(),
             on_device_lost=self._device_lost,
         )
         models = ModelServicer(
@@ -87,6 +89,7 @@ class App:
             address,
             GenerationServicer(engine, serving),
             models,
+            LoraServicer(library, serving, model_files),
             max_request_bytes=serving.limits.max_request_bytes,
         )
         try:

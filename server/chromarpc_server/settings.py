@@ -6,10 +6,12 @@ An unknown or bad value stops the start.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,8 +21,12 @@ from pydantic_settings import (
 
 from chromarpc_server.domain.limits import Limits
 from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.engine.adapter_library import UploadLimits
+from chromarpc_server.engine.model_cache import Budgets
+from chromarpc_server.pipeline import MasterPlace
 
 _LIMITS = Limits()
+_UPLOADS = UploadLimits()
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -37,6 +43,18 @@ def _known_model(model_id: str) -> str:
 
 
 ModelId = Annotated[str, AfterValidator(_known_model)]
+
+
+def default_data_dir() -> Path:
+    """Where this platform keeps a user's data of chromarpc."""
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return base / "chromarpc"
 
 
 class LimitSettings(BaseModel):
@@ -104,6 +122,19 @@ class ServerSettings(BaseSettings):
     lora_root: Path | None = Field(
         None, description="folder that requests' adapter paths are relative to; none are served if unset"
     )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="folder that uploaded adapters are kept in; by default the platform's for this user's data",
+    )
+    max_upload_bytes: ByteSize = Field(
+        ByteSize(_UPLOADS.max_file_bytes), description="bytes of one uploaded adapter; 0 takes no uploads"
+    )
+    max_uploads_bytes: ByteSize = Field(
+        ByteSize(_UPLOADS.max_total_bytes), description="bytes of uploaded adapters together"
+    )
+    upload_expiry_s: float = Field(
+        _UPLOADS.expiry_s, gt=0, description="seconds without bytes after which an upload is dropped"
+    )
     alias: dict[ModelId, ModelId] = Field(
         default_factory=dict, description="MODEL=OTHER: serve requests for MODEL by OTHER; repeatable"
     )
@@ -116,11 +147,35 @@ class ServerSettings(BaseSettings):
         default_factory=list, description="models to load before the server says SERVING; repeatable"
     )
     resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
-    resident_adapter_sets: PositiveInt = Field(2, description="prepared adapter sets kept on the device")
+    prepared_bytes: ByteSize | None = Field(
+        None,
+        description="memory for prepared adapter sets, such as 40GB; one is always kept; by default what the "
+        "device has to spare, 256 MiB on a CPU",
+    )
+    adapter_cache_bytes: ByteSize = Field(
+        ByteSize(2 * 1024**3), description="host memory for parsed adapters, such as 2GiB"
+    )
+    master_place: MasterPlace = Field(
+        "auto", description="where master weights stay on a GPU: device, host (pinned), or what fits"
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
+
+    def budgets(self) -> Budgets:
+        """How much may be resident."""
+        return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, self.master_place)
+
+    def upload_limits(self) -> UploadLimits:
+        """What uploads may take."""
+        return UploadLimits(
+            max_file_bytes=self.max_upload_bytes,
+            max_total_bytes=self.max_uploads_bytes,
+            # A message must hold the chunk and the fields beside it.
+            max_chunk_bytes=max(1, min(_UPLOADS.max_chunk_bytes, self.limits.max_request_bytes - 1024)),
+            expiry_s=self.upload_expiry_s,
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -34,13 +34,13 @@ def _files(folder: Path) -> CheckpointFiles:
 
 
 def _load(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    return Checkpoint.load(_files(folder), device=CPU, dtype=dtype, progress=lambda _: None, check=lambda: None)
+    return Checkpoint.load(_files(folder), device=CPU, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_checkpoint: Path) -> Pipeline:
     checkpoint = _load(tiny_checkpoint)
-    return checkpoint.prepare((), PROFILES["reference"], progress=lambda _: None, check=lambda: None)
+    return checkpoint.prepare((), PROFILES["reference"])
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +78,14 @@ def test_two_runs_that_interleave_are_the_runs_alone(pipeline: Pipeline) -> None
 def test_bfloat16_and_float32_draw_the_same_picture_but_for_rounding(tiny_checkpoint: Path) -> None:
     latents = []
     for dtype in (torch.float32, torch.bfloat16):
-        prepared = _load(tiny_checkpoint, dtype).prepare(
-            (), PROFILES["reference"], progress=lambda _: None, check=lambda: None
-        )
+        prepared = _load(tiny_checkpoint, dtype).prepare((), PROFILES["reference"])
         latents.append(_draw(prepared, "a", 1)[-1].float())
     assert float((latents[0] - latents[1]).norm() / latents[0].norm()) < 0.05
 
 
 def test_exact_and_reference_agree_in_float32(tiny_checkpoint: Path) -> None:
     checkpoint = _load(tiny_checkpoint)
-    one, other = (
-        _draw(checkpoint.prepare((), profile, progress=lambda _: None, check=lambda: None), "a b", 5)[-1]
-        for profile in PROFILES.values()
-    )
+    one, other = (_draw(checkpoint.prepare((), profile), "a b", 5)[-1] for profile in PROFILES.values())
     assert float((one - other).norm() / one.norm()) < 1e-5
 
 

@@ -40,7 +40,7 @@ def load(folder: Path, device: str) -> Checkpoint:
 
 def prepare(checkpoint: Checkpoint, adapters: list[tuple[Adapter, float]]) -> Pipeline:
     """A pipeline in the default profile."""
-    return checkpoint.prepare(adapters, PROFILES["reference"], progress=lambda _: None, check=lambda: None)
+    return checkpoint.prepare(adapters, PROFILES["reference"])
 
 
 def draw(pipeline: Pipeline, prompt: str, seed: int, size: tuple[int, int] = (256, 256)) -> np.ndarray:

@@ -74,6 +74,10 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
     else:
         command = model.fetch_command  # a bundled model has none
         yield "weights are missing" + (f"; on the server, run: {command}" if command else "")
+    for held in model.resident_sets:
+        adapters = [f"{adapter.sha256[:12]} x {adapter.network_multiplier:g}" for adapter in held.adapters]
+        merged = " + ".join(adapters) or "no adapters"
+        yield f"prepared: {merged}, {held.profile} ({bytes_text(held.size_bytes)})"
     if model.description:
         yield model.description
     if model.HasField("defaults"):

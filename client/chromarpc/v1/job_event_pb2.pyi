@@ -58,6 +58,34 @@ LOADING_STAGE_COMPILING: LoadingStage.ValueType  # 5
 """Kernels are being compiled."""
 Global___LoadingStage: _TypeAlias = LoadingStage  # noqa: Y015
 
+class _WeightsSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WeightsSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightsSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WEIGHTS_SOURCE_UNSPECIFIED: _WeightsSource.ValueType  # 0
+    """Not told."""
+    WEIGHTS_SOURCE_RESIDENT: _WeightsSource.ValueType  # 1
+    """They were in memory with these adapters merged."""
+    WEIGHTS_SOURCE_SWITCHED: _WeightsSource.ValueType  # 2
+    """Weights in memory were switched to these adapters in place."""
+    WEIGHTS_SOURCE_BUILT: _WeightsSource.ValueType  # 3
+    """They were made anew from the checkpoint."""
+
+class WeightsSource(_WeightsSource, metaclass=_WeightsSourceEnumTypeWrapper):
+    """Where a job's weights came from."""
+
+WEIGHTS_SOURCE_UNSPECIFIED: WeightsSource.ValueType  # 0
+"""Not told."""
+WEIGHTS_SOURCE_RESIDENT: WeightsSource.ValueType  # 1
+"""They were in memory with these adapters merged."""
+WEIGHTS_SOURCE_SWITCHED: WeightsSource.ValueType  # 2
+"""Weights in memory were switched to these adapters in place."""
+WEIGHTS_SOURCE_BUILT: WeightsSource.ValueType  # 3
+"""They were made anew from the checkpoint."""
+Global___WeightsSource: _TypeAlias = WeightsSource  # noqa: Y015
+
 @_typing.final
 class JobEvent(_message.Message):
     """One thing that happened to a job."""
@@ -520,6 +548,7 @@ class Prepared(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Content hash of the model's weights, hexadecimal."""
     device: _builtins.str
@@ -540,6 +569,10 @@ class Prepared(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Warning]:
         """Warnings that needed files or the tokenizer, such as `PROMPT_TRUNCATED`."""
 
+    @_builtins.property
+    def weights(self) -> Global___WeightsReport:
+        """What it took to have the weights with these adapters merged."""
+
     def __init__(
         self,
         *,
@@ -549,14 +582,55 @@ class Prepared(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         device: _builtins.str = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
+        weights: Global___WeightsReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "model_revision", b"model_revision", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "model_revision", b"model_revision", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Prepared: _TypeAlias = Prepared  # noqa: Y015
+
+@_typing.final
+class WeightsReport(_message.Message):
+    """What it took to have the weights with a job's adapters merged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    REWRITTEN_TENSOR_COUNT_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    RESIDENT_SET_COUNT_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    source: Global___WeightsSource.ValueType
+    """Where they came from."""
+    rewritten_tensor_count: _builtins.int
+    """Tensors of the transformer that were written; 0 where the set was in memory."""
+    resident_set_count: _builtins.int
+    """Adapter sets in memory now."""
+    resident_bytes: _builtins.int
+    """Their size together."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it took."""
+
+    def __init__(
+        self,
+        *,
+        source: Global___WeightsSource.ValueType = ...,
+        rewritten_tensor_count: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        resident_set_count: _builtins.int = ...,
+        resident_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "resident_bytes", b"resident_bytes", "resident_set_count", b"resident_set_count", "rewritten_tensor_count", b"rewritten_tensor_count", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsReport: _TypeAlias = WeightsReport  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):

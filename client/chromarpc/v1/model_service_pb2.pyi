@@ -42,22 +42,124 @@ class ListModelsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
         """In the order of the registry."""
+
+    @_builtins.property
+    def cache(self) -> Global___CacheStatistics:
+        """What the cache of prepared weights did since the server started."""
 
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
+        cache: Global___CacheStatistics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "models", b"models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class CacheStatistics(_message.Message):
+    """What the cache of prepared weights did since the server started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIT_COUNT_FIELD_NUMBER: _builtins.int
+    SWITCH_COUNT_FIELD_NUMBER: _builtins.int
+    BUILD_COUNT_FIELD_NUMBER: _builtins.int
+    EVICTION_COUNT_FIELD_NUMBER: _builtins.int
+    ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    hit_count: _builtins.int
+    """Jobs whose adapter set was in memory."""
+    switch_count: _builtins.int
+    """Jobs for which weights in memory were switched in place."""
+    build_count: _builtins.int
+    """Jobs for which weights were made anew."""
+    eviction_count: _builtins.int
+    """Adapter sets that made room for others."""
+    adapter_bytes: _builtins.int
+    """Host memory that parsed adapters take."""
+    def __init__(
+        self,
+        *,
+        hit_count: _builtins.int = ...,
+        switch_count: _builtins.int = ...,
+        build_count: _builtins.int = ...,
+        eviction_count: _builtins.int = ...,
+        adapter_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes", b"adapter_bytes", "build_count", b"build_count", "eviction_count", b"eviction_count", "hit_count", b"hit_count", "switch_count", b"switch_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheStatistics: _TypeAlias = CacheStatistics  # noqa: Y015
+
+@_typing.final
+class ResidentSet(_message.Message):
+    """A model's weights in memory with a set of adapters merged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Numerics profile."""
+    size_bytes: _builtins.int
+    """Bytes of memory."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentAdapter]:
+        """The adapters, in the order of application; none for the bare base."""
+
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___ResidentAdapter] | None = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "profile", b"profile", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidentSet: _TypeAlias = ResidentSet  # noqa: Y015
+
+@_typing.final
+class ResidentAdapter(_message.Message):
+    """An adapter of a resident set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    NETWORK_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """Content of the file, hexadecimal."""
+    network_multiplier: _builtins.float
+    """Strength."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        network_multiplier: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["network_multiplier", b"network_multiplier", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidentAdapter: _TypeAlias = ResidentAdapter  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -77,6 +179,7 @@ class Model(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     IGNORED_OPTIONS_FIELD_NUMBER: _builtins.int
     REFUSED_OPTIONS_FIELD_NUMBER: _builtins.int
+    RESIDENT_SETS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -107,6 +210,10 @@ class Model(_message.Message):
     def refused_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Options that are refused unless left at the value that means nothing."""
 
+    @_builtins.property
+    def resident_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentSet]:
+        """Adapter sets that are merged in memory, least recently used first."""
+
     def __init__(
         self,
         *,
@@ -122,10 +229,11 @@ class Model(_message.Message):
         resident_bytes: _builtins.int = ...,
         ignored_options: _abc.Iterable[_builtins.str] | None = ...,
         refused_options: _abc.Iterable[_builtins.str] | None = ...,
+        resident_sets: _abc.Iterable[Global___ResidentSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

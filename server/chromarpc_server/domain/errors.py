@@ -5,8 +5,13 @@ ChromaError
 ├── ModelNotFound           MODEL_NOT_FOUND      no model has this id
 ├── LoraError
 │   ├── LoraNotFound        LORA_NOT_FOUND       no such adapter below the root (or outside it)
+│   ├── LoraForbidden       LORA_FORBIDDEN       the adapter's host wants another token, or refuses
+│   ├── LoraDownloadFailed  LORA_DOWNLOAD_FAILED the adapter's host cannot be reached, fails, or is too slow
 │   ├── LoraInvalid         LORA_INVALID         not safetensors, truncated, hostile
 │   └── LoraIncompatible    LORA_INCOMPATIBLE    no key matches the model, or shapes differ
+├── UploadNotFound          UPLOAD_NOT_FOUND     no such upload, or it was dropped
+├── UploadOutOfOrder        UPLOAD_OUT_OF_ORDER  the bytes do not go on where the upload is
+├── UploadsFull             UPLOADS_FULL         the server keeps no more uploads
 ├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
 ├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
 ├── QueueFull               QUEUE_FULL           the admission queue is at its bound
@@ -104,6 +109,18 @@ class LoraNotFound(LoraError):
     reason = "LORA_NOT_FOUND"
 
 
+class LoraForbidden(LoraError):
+    """The host that a URL names gives the adapter to nobody, or not without a token, or not for this one."""
+
+    reason = "LORA_FORBIDDEN"
+
+
+class LoraDownloadFailed(LoraError):
+    """The host that a URL names cannot be reached, breaks off, answers with an error, or is too slow."""
+
+    reason = "LORA_DOWNLOAD_FAILED"
+
+
 class LoraInvalid(LoraError):
     """The file is not safetensors, is truncated, or lies about its contents."""
 
@@ -114,6 +131,24 @@ class LoraIncompatible(LoraError):
     """A well-formed file that does not fit this model: nothing matches, or shapes differ."""
 
     reason = "LORA_INCOMPATIBLE"
+
+
+class UploadNotFound(ChromaError):
+    """No upload has this id; it may have been dropped because no bytes came for too long."""
+
+    reason = "UPLOAD_NOT_FOUND"
+
+
+class UploadOutOfOrder(ChromaError):
+    """The bytes do not go on where the upload is; `metadata["expected_offset"]` says where that is."""
+
+    reason = "UPLOAD_OUT_OF_ORDER"
+
+
+class UploadsFull(ChromaError):
+    """As many bytes, or as many unfinished uploads, as the server keeps."""
+
+    reason = "UPLOADS_FULL"
 
 
 class WeightsMissing(ChromaError):

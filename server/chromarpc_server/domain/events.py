@@ -72,6 +72,28 @@ class TokenCount:
     cut: int
 
 
+class WeightsSource(StrEnum):
+    """Where a job's weights came from."""
+
+    RESIDENT = "resident"
+    SWITCHED = "switched"
+    BUILT = "built"
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What it took to have the weights with the job's adapters merged."""
+
+    source: WeightsSource
+    rewritten_tensors: int
+    """Of the transformer; 0 where the set was resident."""
+    duration_s: float
+    resident_sets: int
+    """Sets in memory now."""
+    resident_bytes: int
+    """Their size together."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything is ready; denoising starts."""
@@ -81,6 +103,7 @@ class Prepared:
     token_counts: tuple[TokenCount, ...]
     versions: Mapping[str, str]
     device: str
+    weights: WeightsReport
     warnings: tuple[PlanWarning, ...]
 
 

@@ -27,6 +27,7 @@ from chromarpc_server.domain.errors import (
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_root import AdapterRoot
 from chromarpc_server.engine.images import (
     RenderedImage,
@@ -36,7 +37,7 @@ from chromarpc_server.engine.images import (
     split_chunks,
 )
 from chromarpc_server.engine.job import Cancellation, Job
-from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
+from chromarpc_server.engine.model_cache import Budgets, CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
 from chromarpc_server.engine.step_times import StepTimes
 from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone
@@ -45,6 +46,8 @@ from chromarpc_server.pipeline import CheckpointFiles, DeviceChoice, DeviceDescr
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_DRAIN_S = 5.0
+MAX_OVERTAKEN = 4
+"""How many later jobs may run before a waiting one because their weights are resident."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,7 @@ class Engine:
         model_files: ModelFiles,
         adapter_root: AdapterRoot,
         max_queued_jobs: int,
-        max_checkpoints: int,
-        max_prepared: int,
+        budgets: Budgets,
         on_device_lost: Callable[[], None],
     ) -> None:
         """Prepares everything and starts nothing; see `start`."""
@@ -86,8 +88,7 @@ class Engine:
         self._model_files = model_files
         self._adapter_root = adapter_root
         self._max_queued_jobs = max_queued_jobs
-        self._max_checkpoints = max_checkpoints
-        self._max_prepared = max_prepared
+        self._budgets = budgets
         self._on_device_lost = on_device_lost
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._image_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
@@ -156,7 +157,7 @@ class Engine:
         self._refuse_if_closed()
         adapter_files = tuple(
             [
-                await asyncio.to_thread(self._adapter_root.locate, lora.path, f"loras.{index}.path")
+                await asyncio.to_thread(self._look_at, lora.path, f"loras.{index}.path")
                 for index, lora in enumerate(plan.loras)
             ]
         )
@@ -213,6 +214,9 @@ class Engine:
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
 
+    def _look_at(self, path: str, field: str) -> AdapterFile:
+        return AdapterFile.of(self._adapter_root.locate(path, field), field)
+
     def _refuse_if_closed(self) -> None:
         if not self._accepting:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
@@ -229,12 +233,7 @@ class Engine:
         def publish(snapshot: CacheSnapshot) -> None:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
 
-        cache = ModelCache(
-            self._choice,
-            max_checkpoints=self._max_checkpoints,
-            max_prepared=self._max_prepared,
-            publish=publish,
-        )
+        cache = ModelCache(self._choice, self._budgets, publish=publish)
         return DeviceWorker(self._choice, description, cache), description
 
     def _take_snapshot(self, snapshot: CacheSnapshot) -> None:
@@ -245,7 +244,7 @@ class Engine:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
-            waiting = self._queue.popleft()
+            waiting = self._take_next()
             self._running = waiting
             self._idle.clear()
             self._tell_positions()
@@ -254,6 +253,21 @@ class Engine:
             finally:
                 self._running = None
                 self._idle.set()
+
+    def _take_next(self) -> _Waiting:
+        """The first job whose weights are resident, unless it overtakes one that was overtaken too often."""
+        chosen = 0
+        for index, waiting in enumerate(self._queue):
+            if self._snapshot.holds(waiting.job.set_key):
+                chosen = index
+                break
+            if waiting.job.overtaken >= MAX_OVERTAKEN:
+                break
+        for index in range(chosen):
+            self._queue[index].job.overtaken += 1
+        waiting = self._queue[chosen]
+        del self._queue[chosen]
+        return waiting
 
     async def _run(self, worker: DeviceWorker, waiting: _Waiting) -> None:
         loop = asyncio.get_running_loop()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from chromarpc_server.domain.errors import ChromaError, JobDeadlineExceeded
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.job_log import JobLog
+from chromarpc_server.engine.model_cache import SetKey
 
 
 class Cancellation:
@@ -45,7 +46,7 @@ class Job:
     """One admitted request on its way through the engine."""
 
     plan: Plan
-    adapter_files: tuple[Path, ...]
+    adapter_files: tuple[AdapterFile, ...]
     """Where each of the plan's adapters lies; never told to the client."""
     cancellation: Cancellation
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -55,3 +56,10 @@ class Job:
     position: int = 0
     """In the queue as last told to the client; 0 once it runs."""
     pixel_steps_done: int = 0
+    overtaken: int = 0
+    """How many jobs that came later ran first, because their weights were resident."""
+
+    @property
+    def set_key(self) -> SetKey:
+        """The prepared set it needs."""
+        return SetKey.of(self.plan.served_model, self.plan.profile, self.adapter_files, self.plan.loras)

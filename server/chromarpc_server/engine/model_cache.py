@@ -1,19 +1,21 @@
-"""What is resident on the device: loaded checkpoints, and pipelines prepared from them.
+"""What is resident on the device: checkpoints, and transformers with adapter sets merged.
 
-Lives on the device thread. Keyed by content: a checkpoint by its model, a prepared pipeline by (checkpoint
-revision, ordered adapters by sha256 with their multipliers, profile). The event loop sees snapshots only.
+Lives on the device thread. A job whose set is resident runs at once; any other one gets a transformer of its own
+while the budget allows, and else the least recently used one, switched in place. The event loop sees snapshots.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, OutOfMemory
+from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.plan import PlannedLora
+from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
@@ -21,41 +23,118 @@ from chromarpc_server.pipeline import (
     CheckpointFiles,
     DeviceChoice,
     LoadProgress,
+    MasterPlace,
     Pipeline,
-    read_adapter,
+    PreparedTransformer,
+    SwitchReport,
+    free_memory_bytes,
     release_memory,
+    translate_device_error,
 )
 
 Progress = Callable[[LoadProgress], None]
 Check = Callable[[], None]
-PreparedKey = tuple[str, tuple[tuple[str, float], ...], str]
+
+CPU_BUDGET_BYTES = 256 * 1024**2
+"""Of prepared sets on a CPU, where no budget was set."""
+FREE_SHARE = 0.25
+"""Of a prepared set's size, kept free beside it for activations on a GPU, where no budget was set."""
+FREE_BYTES = 6 * 1024**3
+"""Kept free in any case on a GPU, where no budget was set."""
+
+
+@dataclass(frozen=True)
+class SetKey:
+    """A prepared set as jobs ask for it, before any file was read."""
+
+    model_id: str
+    profile: str
+    adapters: tuple[tuple[AdapterFile, float], ...]
+
+    @classmethod
+    def of(cls, model_id: str, profile: str, files: Sequence[AdapterFile], loras: Sequence[PlannedLora]) -> SetKey:
+        """Adapters at multiplier 0 change nothing, so they make no set of their own."""
+        pairs = ((file, lora.network_multiplier) for file, lora in zip(files, loras, strict=True))
+        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0))
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """One prepared set, as clients are told of it."""
+
+    key: SetKey
+    adapters: tuple[tuple[str, float], ...]
+    """sha256 and multiplier."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheCounters:
+    """Since the server started."""
+
+    hits: int = 0
+    """Jobs whose set was resident."""
+    switches: int = 0
+    """Jobs for which a resident transformer was switched in place."""
+    builds: int = 0
+    """Jobs for which a transformer was built."""
+    evictions: int = 0
+    """Sets that made room, by being switched or dropped."""
 
 
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """What is resident: model id to bytes."""
+    """What is resident."""
 
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Model id to bytes, prepared sets included."""
+    sets: tuple[ResidentSet, ...] = ()
+    counters: CacheCounters = CacheCounters()
+    adapter_bytes: int = 0
+    """Of parsed adapters in host memory."""
+
+    def holds(self, key: SetKey) -> bool:
+        """Whether a job with this key would run at once."""
+        return any(held.key == key for held in self.sets)
+
+
+@dataclass
+class _Slot:
+    """A transformer, and the set that is merged into it; None while that is not certain."""
+
+    transformer: PreparedTransformer
+    checkpoint: Checkpoint
+    key: SetKey | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How much may be resident."""
+
+    max_checkpoints: int = 2
+    prepared_bytes: int | None = None
+    """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
+    adapter_bytes: int = 2 * 1024**3
+    """Of parsed adapters in host memory."""
+    master_place: MasterPlace = "auto"
 
 
 class ModelCache:
-    """Least recently used out first, by count; what a running job uses is never evicted."""
+    """Least recently used out first. What the running job uses stays: only a job's own call evicts."""
 
     def __init__(
-        self,
-        device: DeviceChoice,
-        *,
-        max_checkpoints: int,
-        max_prepared: int,
-        publish: Callable[[CacheSnapshot], None],
+        self, device: DeviceChoice, budgets: Budgets, *, publish: Callable[[CacheSnapshot], None]
     ) -> None:
         """`publish` is told of every change, on the device thread."""
         self._device = device
-        self._max_checkpoints = max_checkpoints
-        self._max_prepared = max_prepared
+        self._budgets = budgets
         self._publish = publish
         self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
-        self._prepared: OrderedDict[PreparedKey, Pipeline] = OrderedDict()
+        self._slots: list[_Slot] = []
+        """Least recently used first."""
+        self._adapters = AdapterCache(budgets.adapter_bytes)
+        self._counters = CacheCounters()
 
     def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
         """The model's checkpoint, loaded if it is not resident.
@@ -68,24 +147,29 @@ class ModelCache:
         if found is not None:
             self._checkpoints.move_to_end(model_id)
             return found
-        while len(self._checkpoints) >= self._max_checkpoints:
-            self._evict_checkpoint(next(iter(self._checkpoints)))
+        while len(self._checkpoints) >= self._budgets.max_checkpoints:
+            self._evict_checkpoint()
         loaded = Checkpoint.load(
-            files, device=self._device.device, dtype=self._device.dtype, progress=progress, check=check
+            files,
+            device=self._device.device,
+            dtype=self._device.dtype,
+            master_place=self._budgets.master_place,
+            progress=progress,
+            check=check,
         )
         self._checkpoints[model_id] = loaded
         self._tell()
         return loaded
 
     def read_adapters(
-        self, checkpoint: Checkpoint, loras: Sequence[PlannedLora], paths: Sequence[Path], *, check: Check
+        self, checkpoint: Checkpoint, loras: Sequence[PlannedLora], files: Sequence[AdapterFile], *, check: Check
     ) -> tuple[tuple[Adapter, float], ...]:
-        """Reads a job's adapters, in order, blaming the right one when a file cannot be used."""
+        """A job's adapters, in order, blaming the right one when a file cannot be used."""
         adapters: list[tuple[Adapter, float]] = []
-        for index, (lora, path) in enumerate(zip(loras, paths, strict=True)):
+        for index, (lora, file) in enumerate(zip(loras, files, strict=True)):
             check()
             try:
-                adapter = read_adapter(path, checkpoint.targets)
+                adapter = self._adapters.read(file, checkpoint.revision, checkpoint.targets, check=check)
             except ChromaError as error:
                 raise error.at(f"loras.{index}.path") from None
             adapters.append((adapter, lora.network_multiplier))
@@ -95,45 +179,123 @@ class ModelCache:
         self,
         checkpoint: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
-        profile: str,
+        key: SetKey,
         *,
         progress: Progress,
         check: Check,
-    ) -> Pipeline:
-        """The checkpoint with these adapters merged, prepared if it is not resident.
+    ) -> tuple[Pipeline, WeightsReport]:
+        """The checkpoint with these adapters merged. Good until the next call.
 
         Raises:
             LoraIncompatible: an adapter does not fit.
             OutOfMemory: the prepared weights do not fit.
         """
-        key = (
-            checkpoint.revision,
-            tuple((adapter.sha256, multiplier) for adapter, multiplier in adapters),
-            profile,
-        )
-        found = self._prepared.get(key)
-        if found is not None:
-            self._prepared.move_to_end(key)
-            return found
-        while len(self._prepared) >= self._max_prepared:
-            self._prepared.popitem(last=False)
-            self._free()
-        prepared = checkpoint.prepare(adapters, PROFILES[profile], progress=progress, check=check)
-        self._prepared[key] = prepared
+        started = time.monotonic()
+        slot = next((slot for slot in self._slots if slot.key == key), None)
+        if slot is not None:
+            self._slots.remove(slot)
+            self._slots.append(slot)
+            source, switched = WeightsSource.RESIDENT, SwitchReport(0)
+            self._counters = replace(self._counters, hits=self._counters.hits + 1)
+        else:
+            slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
         self._tell()
-        return prepared
+        report = WeightsReport(
+            source=source,
+            rewritten_tensors=switched.rewritten_tensors,
+            duration_s=time.monotonic() - started,
+            resident_sets=len(self._slots),
+            resident_bytes=self._prepared_bytes(),
+        )
+        return checkpoint.pipeline(slot.transformer), report
 
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
-        self._prepared.clear()
+        self._slots.clear()
         self._checkpoints.clear()
+        self._adapters.clear()
         self._free()
         self._tell()
 
-    def _evict_checkpoint(self, model_id: str) -> None:
-        revision = self._checkpoints.pop(model_id).revision
-        for key in [key for key in self._prepared if key[0] == revision]:
-            del self._prepared[key]
+    def _make(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        key: SetKey,
+        progress: Progress,
+        check: Check,
+    ) -> tuple[_Slot, WeightsSource, SwitchReport]:
+        alike = [
+            slot
+            for slot in self._slots
+            if slot.checkpoint is checkpoint and slot.transformer.profile.name == key.profile
+        ]
+        broken = next((slot for slot in alike if slot.key is None), None)
+        if broken is None and (not alike or self._may_grow(checkpoint, key.profile)):
+            fresh = self._allocate(checkpoint, key.profile)
+            try:
+                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
+            except Exception as error:
+                if not alike or not isinstance(translate_device_error(error), OutOfMemory):
+                    raise
+                # There was less room than it seemed: switch what is there instead.
+                self._slots.remove(fresh)
+                del fresh
+                error.__traceback__ = None
+                self._free()
+        slot = broken or alike[0]
+        if slot.key is not None:
+            self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
+        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, progress, check)
+
+    def _switch(
+        self,
+        slot: _Slot,
+        adapters: Sequence[tuple[Adapter, float]],
+        key: SetKey,
+        progress: Progress,
+        check: Check,
+    ) -> SwitchReport:
+        built = not slot.transformer.size_bytes
+        slot.key = None
+        report = slot.transformer.switch(adapters, progress=progress, check=check)
+        slot.key = key
+        slot.adapters = tuple((adapter.sha256, multiplier) for adapter, multiplier in adapters if multiplier != 0)
+        self._slots.remove(slot)
+        self._slots.append(slot)
+        counters = self._counters
+        if built:
+            self._counters = replace(counters, builds=counters.builds + 1)
+        else:
+            self._counters = replace(counters, switches=counters.switches + 1)
+        return report
+
+    def _allocate(self, checkpoint: Checkpoint, profile: str) -> _Slot:
+        slot = _Slot(checkpoint.allocate(PROFILES[profile]), checkpoint)
+        while self._slots and not self._may_grow(checkpoint, profile):
+            self._slots.pop(0)
+            self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
+            self._free()
+        self._slots.append(slot)
+        return slot
+
+    def _may_grow(self, checkpoint: Checkpoint, profile: str) -> bool:
+        """Whether one more set of this kind fits beside those that are there."""
+        needed = checkpoint.prepared_bytes(PROFILES[profile])
+        budget = self._budgets.prepared_bytes
+        if budget is None and self._device.device.type == "cuda":
+            reserve = max(FREE_BYTES, FREE_SHARE * needed)
+            return free_memory_bytes(self._device.device) >= needed + reserve
+        return self._prepared_bytes() + needed <= (CPU_BUDGET_BYTES if budget is None else budget)
+
+    def _prepared_bytes(self) -> int:
+        return sum(slot.transformer.size_bytes for slot in self._slots)
+
+    def _evict_checkpoint(self) -> None:
+        _, evicted = self._checkpoints.popitem(last=False)
+        gone = [slot for slot in self._slots if slot.checkpoint is evicted]
+        self._slots = [slot for slot in self._slots if slot.checkpoint is not evicted]
+        self._counters = replace(self._counters, evictions=self._counters.evictions + len(gone))
         self._free()
         self._tell()
 
@@ -143,8 +305,13 @@ class ModelCache:
 
     def _tell(self) -> None:
         resident = {model_id: checkpoint.size_bytes for model_id, checkpoint in self._checkpoints.items()}
-        for (revision, _, _), pipeline in self._prepared.items():
+        for slot in self._slots:
             for model_id, checkpoint in self._checkpoints.items():
-                if checkpoint.revision == revision:
-                    resident[model_id] += pipeline.size_bytes
-        self._publish(CacheSnapshot(resident))
+                if checkpoint is slot.checkpoint:
+                    resident[model_id] += slot.transformer.size_bytes
+        sets = tuple(
+            ResidentSet(slot.key, slot.adapters, slot.transformer.size_bytes)
+            for slot in self._slots
+            if slot.key is not None
+        )
+        self._publish(CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes))

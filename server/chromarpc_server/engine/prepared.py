@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount
+from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount, WeightsReport
 from chromarpc_server.domain.plan import Plan, PlanWarning
 from chromarpc_server.pipeline import Adapter, TokenizedPrompt
 
@@ -17,6 +17,7 @@ def prepared_event(
     model_revision: str,
     versions: Mapping[str, str],
     device: str,
+    weights: WeightsReport,
 ) -> Prepared:
     """The event, with everything about files and tokens that the plan could not know."""
     return Prepared(
@@ -37,6 +38,7 @@ def prepared_event(
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
         device=device,
+        weights=weights,
         warnings=(*_prompt_warnings(tokenized), *_adapter_warnings(adapters)),
     )
 

@@ -21,7 +21,7 @@ from chromarpc_server.domain.events import (
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
 from chromarpc_server.engine.images import RenderedImage, RenderedPreview
 from chromarpc_server.engine.job import Cancellation, Job
-from chromarpc_server.engine.model_cache import ModelCache
+from chromarpc_server.engine.model_cache import ModelCache, SetKey
 from chromarpc_server.engine.prepared import prepared_event
 from chromarpc_server.pipeline import (
     CheckpointFiles,
@@ -76,7 +76,8 @@ class DeviceWorker:
     def load(self, model_id: str, files: CheckpointFiles, profile: str) -> None:
         """Makes a model resident before any request asks for it."""
         checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
-        self._cache.pipeline(checkpoint, (), profile, progress=_ignore, check=_never)
+        key = SetKey(model_id, profile, ())
+        self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
 
     def run(self, job: Job, files: CheckpointFiles, emit: Emit) -> WorkDone:
         """Does the whole job.
@@ -107,7 +108,7 @@ class DeviceWorker:
         progress = _LoadingEvents(emit)
         checkpoint = self._cache.checkpoint(plan.served_model, files, progress=progress, check=check)
         adapters = self._cache.read_adapters(checkpoint, plan.loras, job.adapter_files, check=check)
-        pipeline = self._cache.pipeline(checkpoint, adapters, plan.profile, progress=progress, check=check)
+        pipeline, weights = self._cache.pipeline(checkpoint, adapters, job.set_key, progress=progress, check=check)
         clock.lap("loading_s")
 
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
@@ -119,6 +120,7 @@ class DeviceWorker:
                 model_revision=checkpoint.revision,
                 versions=self._versions,
                 device=self._description.name,
+                weights=weights,
             )
         )
         remaining = _Remaining(plan)

@@ -1,6 +1,7 @@
 """Chroma's numerics: weights, adapters, text, denoising, pixels.
 
-The front door is `Checkpoint.load(…)`, `.prepare(adapters, profile, …)`, and the `Pipeline` that gives.
+The front door is `Checkpoint.load(…)`, `.allocate(profile)`, whose result switches adapters, and `.pipeline(…)`,
+whose result draws.
 Knows torch and the plan's values; knows no queue and no wire.
 """
 
@@ -17,6 +18,7 @@ from chromarpc_server.pipeline.device import (
     DeviceDescription,
     choose_device,
     describe_device,
+    free_memory_bytes,
     library_versions,
     peak_memory_bytes,
     release_memory,
@@ -24,14 +26,16 @@ from chromarpc_server.pipeline.device import (
     synchronize,
     translate_device_error,
 )
+from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
-from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
+from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, MasterPlace, Progress
 
 __all__ = [
     "PROFILES",
     "Adapter",
+    "AdapterSet",
     "Check",
     "Checkpoint",
     "CheckpointFiles",
@@ -39,13 +43,17 @@ __all__ = [
     "DeviceChoice",
     "DeviceDescription",
     "LoadProgress",
+    "MasterPlace",
     "NumericsProfile",
     "Pipeline",
+    "PreparedTransformer",
     "Progress",
     "PromptEmbedding",
+    "SwitchReport",
     "TokenizedPrompt",
     "choose_device",
     "describe_device",
+    "free_memory_bytes",
     "library_versions",
     "peak_memory_bytes",
     "read_adapter",

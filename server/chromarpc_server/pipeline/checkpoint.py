@@ -1,13 +1,13 @@
 """From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
 
-A `Checkpoint` holds the master weights as they were stored. `prepare` merges adapters into them, before
-quantization as the reference does, and builds a `Pipeline`, on which nothing changes between calls.
+A `Checkpoint` holds the master weights as they were stored. A `PreparedTransformer` of it has adapters merged,
+before quantization as the reference does. A `Pipeline` draws with one, and nothing on it changes between calls.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,25 +17,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from chromarpc_server.domain.errors import LoraIncompatible
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
-from chromarpc_server.pipeline.adapters import Adapter
+from chromarpc_server.pipeline.device import free_memory_bytes
+from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
-from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt, Tokenizer
 from chromarpc_server.pipeline.transformer import (
     ChromaConfig,
     ChromaTransformer,
-    Linear,
     dense_attention_mask,
     rope_table,
 )
 from chromarpc_server.pipeline.weights import (
     Check,
     CheckpointFiles,
-    LoadProgress,
+    MasterPlace,
     Progress,
     ReadingProgress,
     open_weights,
@@ -43,9 +41,6 @@ from chromarpc_server.pipeline.weights import (
     require_same_keys,
     shard_paths,
 )
-
-AdapterSet = Sequence[tuple[Adapter, float]]
-"""Adapters with their multipliers, in the order of application."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,6 @@ class Pipeline:
     stored_dtype: torch.dtype
     """Of the checkpoint: noise is drawn and timesteps are rounded in it, whatever is computed in, because that
     rounding is part of the function that the checkpoint was trained as."""
-    size_bytes: int
-    """Of the prepared transformer weights."""
     empty: tuple[Tensor, Tensor] = field(repr=False)
     """Embeddings and mask of the empty prompt: constants of the checkpoint."""
 
@@ -201,7 +194,7 @@ class Checkpoint:
 
     config: ChromaConfig
     master: Mapping[str, Tensor] = field(repr=False)
-    """The transformer's parameters, in host memory."""
+    """The transformer's parameters, on the device or in (pinned) host memory."""
     text_encoder: T5EncoderModel = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
@@ -225,8 +218,9 @@ class Checkpoint:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        progress: Progress,
-        check: Check,
+        master_place: MasterPlace = "auto",
+        progress: Progress = lambda _: None,
+        check: Check = lambda: None,
     ) -> Checkpoint:
         """Reads everything once.
 
@@ -234,6 +228,7 @@ class Checkpoint:
             files: where it lies.
             device: where text encoder and autoencoder are put, and pipelines will run.
             dtype: what to compute in.
+            master_place: where the master weights stay; `auto` is the device where they fit twice beside the rest.
             progress: told how far reading is.
             check: called between tensors; raises to stop.
 
@@ -266,16 +261,17 @@ class Checkpoint:
         )
         check()
         empty = tokenizer("")
+        revision = content_hash(master)
         return cls(
             config=config,
-            master=master,
+            master=_place(master, device, master_place, check),
             text_encoder=encoder,
             autoencoder=vae,
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
             device=device,
             dtype=dtype,
-            revision=content_hash(master),
+            revision=revision,
             size_bytes=sum(
                 tensor.numel() * tensor.element_size()
                 for tensors in (master.values(), encoder.parameters(), vae.parameters())
@@ -284,98 +280,57 @@ class Checkpoint:
             empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
         )
 
-    def prepare(
-        self, adapters: AdapterSet, profile: NumericsProfile, *, progress: Progress, check: Check
-    ) -> Pipeline:
-        """Merges adapters, quantizes, and builds the pipeline.
+    def allocate(self, profile: NumericsProfile) -> PreparedTransformer:
+        """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it."""
+        return PreparedTransformer(self.config, self.master, profile, device=self.device, dtype=self.dtype)
 
-        Raises:
-            LoraIncompatible: merging gave values that are not finite.
-        """
-        transformer = prepare_transformer(
-            self.config,
-            self.master,
-            adapters,
-            profile,
-            device=self.device,
-            dtype=self.dtype,
-            quantize=True,
-            progress=progress,
-            check=check,
+    def prepared_bytes(self, profile: NumericsProfile) -> int:
+        """Size of a transformer prepared in this profile."""
+        stored = self.master["img_in.weight"].dtype
+        quantized = profile.dequantize_per_call and stored == self.dtype
+        return sum(
+            tensor.numel() * (1 if quantized and tensor.ndim > 1 else self.dtype.itemsize)
+            for tensor in self.master.values()
         )
+
+    def pipeline(self, prepared: PreparedTransformer) -> Pipeline:
+        """Everything that draws, with a transformer of this checkpoint as it is now."""
         return Pipeline(
-            transformer=transformer,
+            transformer=prepared.model,
             text_encoder=self.text_encoder,
             autoencoder=self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
-            profile=profile,
+            profile=prepared.profile,
             device=self.device,
             dtype=self.dtype,
             stored_dtype=self.master["img_in.weight"].dtype,
-            size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in transformer.parameters()),
             empty=self.empty,
         )
 
+    def prepare(self, adapters: AdapterSet, profile: NumericsProfile) -> Pipeline:
+        """A pipeline for whoever keeps it: merges adapters and quantizes, once.
 
-@torch.inference_mode()
-def prepare_transformer(
-    config: ChromaConfig,
-    master: Mapping[str, Tensor],
-    adapters: AdapterSet,
-    profile: NumericsProfile,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: bool,
-    progress: Progress = lambda _: None,
-    check: Check = lambda: None,
-) -> ChromaTransformer:
-    """A transformer with adapters merged into its master weights and, as the reference does, then quantized.
+        Raises:
+            LoraIncompatible: merging gave values that are not finite.
+        """
+        prepared = self.allocate(profile)
+        prepared.switch(adapters)
+        return self.pipeline(prepared)
 
-    Args:
-        config: sizes.
-        master: parameters by name, in the dtype they are stored in.
-        adapters: applied in order, each on what the ones before it left.
-        profile: says whether float8 weights are held as they are or dequantized.
-        device: where the result lies.
-        dtype: what the result computes in; a profile that dequantizes per call does so in the master's dtype.
-        quantize: whether linear weights go through float8.
-        progress: told how far preparing is.
-        check: called between tensors; raises to stop.
 
-    Raises:
-        LoraIncompatible: merging gave values that are not finite.
-    """
-    with torch.device("meta"):
-        model = ChromaTransformer(config)
-    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
-    stage = "merging" if adapters else "quantizing"
-    total = sum(tensor.numel() * tensor.element_size() for tensor in master.values())
-    done = 0
-    placed: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
+def _place(master: dict[str, Tensor], device: torch.device, place: MasterPlace, check: Check) -> dict[str, Tensor]:
+    """Moves master weights to where switching reads them from, one tensor at a time."""
+    if device.type != "cuda":
+        return master
+    size = sum(tensor.nbytes for tensor in master.values())
+    if place == "auto":
+        # Room for the master, one transformer prepared from it, and a third of that for activations.
+        place = "device" if free_memory_bytes(device) >= 2.3 * size else "host"
     for name, tensor in master.items():
         check()
-        weight = tensor.to(device)
-        for adapter, multiplier in adapters:
-            weight = adapter.apply(name, weight, multiplier)
-        if adapters and not torch.isfinite(weight).all():
-            raise LoraIncompatible(f"merging the adapters overflows {name}")
-        if quantize and name in linears:
-            q, scale = quantize_rows(weight)
-            if profile.dequantize_per_call and weight.dtype == dtype:
-                weight, scales[name] = q, scale
-            else:
-                weight = dequantize_rows(q, scale)
-        placed[name] = weight if name in scales else weight.to(dtype)
-        done += tensor.numel() * tensor.element_size()
-        progress(LoadProgress(stage, done, total))
-    model.requires_grad_(False)
-    model.load_state_dict(placed, assign=True)
-    for name, scale in scales.items():
-        linears[name].scale = scale
-    return model.eval().requires_grad_(False)
+        master[name] = tensor.to(device) if place == "device" else tensor.pin_memory()
+    return master
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

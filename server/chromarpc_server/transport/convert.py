@@ -207,6 +207,11 @@ def _accepted(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
     )
 
 
+_WEIGHTS_SOURCES = {
+    source: job_event_pb2.WeightsSource.Value(f"WEIGHTS_SOURCE_{source.name}") for source in events.WeightsSource
+}
+
+
 def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
     return job_event_pb2.Prepared(
         adapters=[
@@ -230,6 +235,13 @@ def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
         token_counts=[job_event_pb2.TokenCount(used=count.used, cut=count.cut) for count in event.token_counts],
         versions=dict(event.versions),
         device=event.device,
+        weights=job_event_pb2.WeightsReport(
+            source=_WEIGHTS_SOURCES[event.weights.source],
+            rewritten_tensor_count=event.weights.rewritten_tensors,
+            duration=duration(event.weights.duration_s),
+            resident_set_count=event.weights.resident_sets,
+            resident_bytes=event.weights.resident_bytes,
+        ),
         warnings=_warnings(event.warnings),
     )
 

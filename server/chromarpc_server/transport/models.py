@@ -11,6 +11,7 @@ from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.engine import Engine
+from chromarpc_server.engine.model_cache import CacheSnapshot
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 
 
@@ -47,12 +48,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         present = await asyncio.to_thread(
             lambda: [self._model_files.find(self._served(spec)) is not None for spec in specs]
         )
-        resident = self._engine.status().cache.resident_bytes
+        cache = self._engine.status().cache
         return model_service_pb2.ListModelsResponse(
-            models=[
-                self._model(spec, here, resident.get(self._served(spec).id))
-                for spec, here in zip(specs, present, strict=True)
-            ]
+            models=[self._model(spec, here, cache) for spec, here in zip(specs, present, strict=True)],
+            cache=model_service_pb2.CacheStatistics(
+                hit_count=cache.counters.hits,
+                switch_count=cache.counters.switches,
+                build_count=cache.counters.builds,
+                eviction_count=cache.counters.evictions,
+                adapter_bytes=cache.adapter_bytes,
+            ),
         )
 
     async def GetServerInfo(  # noqa: N802
@@ -90,8 +95,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     def _served(self, spec: ModelSpec) -> ModelSpec:
         return self._serving.models[self._serving.aliases.get(spec.id, spec.id)]
 
-    def _model(self, spec: ModelSpec, present: bool, resident_bytes: int | None) -> model_service_pb2.Model:
+    def _model(self, spec: ModelSpec, present: bool, cache: CacheSnapshot) -> model_service_pb2.Model:
         served = self._served(spec)
+        resident_bytes = cache.resident_bytes.get(served.id)
         defaults = spec.defaults
         return model_service_pb2.Model(
             id=spec.id,
@@ -113,4 +119,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             resident_bytes=resident_bytes or 0,
             ignored_options=IGNORED_OPTIONS,
             refused_options=REFUSED_OPTIONS,
+            resident_sets=[
+                model_service_pb2.ResidentSet(
+                    profile=held.key.profile,
+                    adapters=[
+                        model_service_pb2.ResidentAdapter(sha256=sha256, network_multiplier=multiplier)
+                        for sha256, multiplier in held.adapters
+                    ],
+                    size_bytes=held.size_bytes,
+                )
+                for held in cache.sets
+                if held.key.model_id == served.id
+            ],
         )

@@ -16,11 +16,14 @@ from grpc_reflection.v1alpha import reflection
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
+    lora_service_pb2,
+    lora_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
 )
 from chromarpc_server.domain.errors import InternalError
 from chromarpc_server.transport.generation import GenerationServicer
+from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.status import code_of, trailing_metadata
 
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 SERVICE_NAMES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    lora_service_pb2.DESCRIPTOR.services_by_name["LoraService"].full_name,
 )
 
 
@@ -128,6 +132,7 @@ async def listen(
     address: str,
     generation: GenerationServicer,
     models: ModelServicer,
+    loras: LoraServicer,
     *,
     max_request_bytes: int,
 ) -> Listening:
@@ -139,6 +144,7 @@ async def listen(
     server = grpc.aio.server(interceptors=(UnforeseenErrors(),), options=channel_options(max_request_bytes))
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
+    lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
-from chromarpc_server.pipeline.checkpoint import denoise_from, prepare_transformer
+from chromarpc_server.pipeline.checkpoint import denoise_from
+from chromarpc_server.pipeline.prepared import prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer

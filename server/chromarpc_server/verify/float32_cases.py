@@ -10,7 +10,8 @@ import torch
 
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.adapters import read_adapter
-from chromarpc_server.pipeline.checkpoint import denoise_from, prepare_transformer
+from chromarpc_server.pipeline.checkpoint import denoise_from
+from chromarpc_server.pipeline.prepared import prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding

@@ -2,10 +2,21 @@
 
 `module_names` knows what modules are called, `kinds` what a change of one is made of, `keys` sorts a file's keys
 by both, `change` is the common form with its arithmetic, `reader` puts them together for files that nobody
-vouches for.
+vouches for, `strength` measures what came out.
 """
 
-from chromarpc_server.pipeline.adapters.keys import Unsupported
-from chromarpc_server.pipeline.adapters.reader import Adapter, read_adapter
+from chromarpc_server.pipeline.adapters.keys import Unsupported, shown
+from chromarpc_server.pipeline.adapters.reader import Adapter, read_adapter, require_adapter_file
+from chromarpc_server.pipeline.adapters.strength import alphas_of, has_magnitude, squared_norm, value_count
 
-__all__ = ["Adapter", "Unsupported", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "Unsupported",
+    "alphas_of",
+    "has_magnitude",
+    "read_adapter",
+    "require_adapter_file",
+    "shown",
+    "squared_norm",
+    "value_count",
+]

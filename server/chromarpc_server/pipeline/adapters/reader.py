@@ -45,6 +45,10 @@ class Adapter:
     """The file's keys that change nothing in this model."""
     unsupported: tuple[Unsupported, ...]
     """Those of the unmatched keys whose purpose is known by name."""
+    dtypes: tuple[str, ...]
+    """Distinct types of the values that enter the result, as the format names them: `BF16`."""
+    unused_alphas: tuple[str, ...]
+    """Keys of alphas that are not finite numbers and do not count, as in full-rank files."""
     metadata: Mapping[str, str] = field(repr=False)
     """The file's own header metadata, bounded in size."""
     changes: Mapping[str, Change] = field(repr=False)
@@ -117,9 +121,30 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
         matched=tuple(key for key in file.tensors if key in used),
         unmatched=tuple(key for key in file.tensors if key not in used),
         unsupported=keys.unsupported,
+        dtypes=tuple(sorted({file.tensors[key].dtype for key in built.values})),
+        unused_alphas=tuple(
+            module.alpha
+            for module in keys.modules
+            if module.alpha is not None and not all_finite(tensors[module.alpha])
+        ),
         metadata=MappingProxyType(_bounded(file.metadata)),
         changes=MappingProxyType(dict(built.changes)),
     )
+
+
+def require_adapter_file(path: Path) -> None:
+    """Checks from its header alone that a file is an adapter's, whatever model it is for.
+
+    Raises:
+        LoraInvalid: not safetensors, truncated, hostile, or without any key of a known format.
+    """
+    try:
+        file = open_safetensors(path)
+    except SafetensorsError as error:
+        raise LoraInvalid(f"the file cannot be used: {error}") from None
+    keys = sort_keys(file.tensors, {})
+    if not keys.kinds_seen:
+        raise LoraInvalid(_nothing_matches(file, keys))
 
 
 def _format(built: Built) -> str:

@@ -1,0 +1,79 @@
+"""Parsed adapters in host memory, so that a switch reads no file twice.
+
+Keyed by what the file system says of a file, not by its name alone: a file that was written anew is read anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from chromarpc_server.domain.errors import LoraNotFound
+from chromarpc_server.pipeline import Adapter, read_adapter
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file as it was when a job was admitted."""
+
+    path: Path
+    size_bytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path, field: str) -> AdapterFile:
+        """Looks at the file.
+
+        Raises:
+            LoraNotFound: blaming `field`; it went away.
+        """
+        try:
+            status = path.stat()
+        except OSError:
+            raise LoraNotFound("no such adapter below the server's adapter root", field=field) from None
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class AdapterCache:
+    """Least recently used out first, within a budget of bytes."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        """`budget_bytes`: of parsed tensors together; one adapter larger than that is read every time."""
+        self._budget_bytes = budget_bytes
+        self._held: OrderedDict[tuple[str, AdapterFile], Adapter] = OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files whose parsed tensors are held."""
+        return sum(adapter.size_bytes for adapter in self._held.values())
+
+    def read(
+        self,
+        file: AdapterFile,
+        revision: str,
+        targets: Mapping[str, tuple[int, ...]],
+        *,
+        check: Callable[[], None],
+    ) -> Adapter:
+        """The adapter, parsed for the checkpoint of this revision.
+
+        Raises:
+            LoraInvalid, LoraIncompatible: see `read_adapter`.
+        """
+        key = (revision, file)
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+            return found
+        adapter = read_adapter(file.path, targets, check=check)
+        self._held[key] = adapter
+        while self._held and self.size_bytes > self._budget_bytes:
+            self._held.popitem(last=False)
+        return adapter
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._held.clear()
