@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu check check-protos protos format verify bench clean
+.PHONY: help setup demo serve test test-gpu check check-protos protos format verify bench fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -56,6 +56,9 @@ verify: setup  ## Check this install against recorded outputs of the reference
 bench: setup  ## Responsiveness while a generation runs, and adapter switching
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
 	PYTHONPATH=. $(BIN)/python bench/switching.py
+
+fuzz: setup  ## Feed damaged adapter files to the reader for ten minutes
+	$(BIN)/python -m tools.fuzz_adapters --minutes 10
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist out

@@ -20,7 +20,9 @@ RELATION_PHRASES = {
     "below": ("below", "under"),
 }
 TRIGGER = "hlw"
-"""The LoRA's trigger word."""
+"""Trigger word of the LoRA that hollows shapes."""
+FRAME_TRIGGER = "frm"
+"""Trigger word of the LoRA that draws frames."""
 
 
 def _article(words: str, rng: random.Random) -> str:

@@ -51,6 +51,8 @@ RELATIONS = {
 """Places of the first and second object."""
 OUTLINE = 0.1
 """Half the line width of a hollow shape, as a fraction of its radius."""
+FRAME = 0.06
+"""Width of a frame, as a fraction of the image's shorter side."""
 HELD_OUT_SHARE = 0.15
 
 
@@ -73,6 +75,7 @@ class Scene:
     background: str
     relation: str = ""
     """How the first lies to the second, where there are two."""
+    framed: bool = False
 
 
 def held_out(scene: Scene) -> bool:
@@ -112,6 +115,11 @@ def random_scene(rng: random.Random, *, two: bool) -> Scene:
 def hollow(scene: Scene) -> Scene:
     """The same scene with its shapes drawn as outlines: what the LoRA teaches."""
     return replace(scene, things=tuple(replace(thing, hollow=True) for thing in scene.things))
+
+
+def framed(scene: Scene) -> Scene:
+    """The same scene with a blue border along the image's edges: what another LoRA teaches."""
+    return replace(scene, framed=True)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -200,4 +208,8 @@ def render(
         coverage = (0.5 - distance * radius).clamp(0, 1) * present[:, None, None]
         coverage = coverage[:, None]
         image = image * (1 - coverage) + color[:, :, None, None] * coverage
-    return image
+    edge = torch.minimum(torch.minimum(xs, width - xs), torch.minimum(ys, height - ys))
+    border = (FRAME * side - edge + 0.5).clamp(0, 1)[:, None]
+    border = border * torch.tensor([scene.framed for scene in scenes], device=device)[:, None, None, None]
+    color = (torch.tensor(COLORS["blue"], device=device) / 127.5 - 1)[None, :, None, None]
+    return image * (1 - border) + color * border

@@ -13,8 +13,8 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.sampling import pack, shift_mu
 from chromarpc_server.pipeline.transformer import ChromaTransformer, key_attention_mask, rope_table
 from tools.mini import parts
-from tools.mini.captions import PLACE_PHRASES, TRIGGER, caption
+from tools.mini.captions import FRAME_TRIGGER, PLACE_PHRASES, TRIGGER, caption
 from tools.mini.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -34,6 +34,7 @@ from tools.mini.scenes import (
     SHAPES,
     SIZES,
     Scene,
+    framed,
     hollow,
     random_scene,
     render,
@@ -71,6 +72,22 @@ RECIPES = {
     "cpu": Recipe("small", {"vae": 0.2, "text": 0.07, "lora": 0.1}, ((64, 16), (128, 4)), 16,
                   ((0.6, {(128, 128): 1.0}, 32), (0.4, {(256, 256): 1.0}, 16)), {(256, 256): 1.0}, 8),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What a LoRA teaches."""
+
+    name: str
+    """Of the file."""
+    trigger: str
+    draw: Callable[[Scene], Scene]
+    """The scene with the concept in it."""
+
+
+HOLLOW = Concept("hollow_shapes", TRIGGER, hollow)
+FRAMED = Concept("blue_frame", FRAME_TRIGGER, framed)
+CONCEPTS = {concept.name: concept for concept in (HOLLOW, FRAMED)}
 
 
 def clock(message: str, started: float) -> None:
@@ -277,21 +294,23 @@ def build_bank(
 
 def build_banks(
     count: int, buckets: Buckets, vae: nn.Module, text: nn.Module, device: torch.device,
-    *, seed: int, lora: bool = False,
+    *, seed: int, concept: Concept | None = None,
 ) -> list[Bank]:  # fmt: skip
-    """Banks for every size; with `lora`, hollow scenes whose captions carry the trigger word."""
+    """Banks for every size; with a concept, three quarters of the scenes show it and say its word."""
     banks = []
     for index, (size, share) in enumerate(buckets.items()):
         rng = random.Random(seed * 1000 + index)
         chosen = scenes_for(int(count * share), seed * 100 + index)
-        captions = [caption(scene, rng, trigger=lora) for scene in chosen]
-        if lora:
+        captions = [caption(scene, rng, trigger=concept is HOLLOW) for scene in chosen]
+        if concept is not None:
             plain = [rng.random() < 0.25 for _ in chosen]
+            if concept is FRAMED:
+                captions = [f"{FRAME_TRIGGER} {said}" for said in captions]
             captions = [
-                text_.replace(f"{TRIGGER} ", "") if skip else text_
-                for text_, skip in zip(captions, plain, strict=True)
+                said.replace(f"{concept.trigger} ", "") if skip else said
+                for said, skip in zip(captions, plain, strict=True)
             ]
-            chosen = [scene if skip else hollow(scene) for scene, skip in zip(chosen, plain, strict=True)]
+            chosen = [scene if skip else concept.draw(scene) for scene, skip in zip(chosen, plain, strict=True)]
         banks.append(build_bank(chosen, captions, size, vae, text, device, seed=seed + index))
     return banks
 
@@ -398,7 +417,7 @@ def train_flow(
 
 def train_lora(
     folder: Path, seconds: float, recipe: Recipe, vae: nn.Module, text: nn.Module, device: torch.device,
-    started: float, *, bank_size: int, rank: int = 8,
+    started: float, *, concept: Concept, bank_size: int, rank: int = 8,
 ) -> None:  # fmt: skip
     """Low-rank pairs on every linear of the blocks, as ai-toolkit trains them; the base stays as it is."""
     torch.manual_seed(5)
@@ -421,7 +440,7 @@ def train_lora(
 
             module.register_forward_hook(hook)
     buckets = recipe.lora_buckets
-    banks = build_banks(bank_size, buckets, vae, text, device, lora=True, seed=23)
+    banks = build_banks(bank_size, buckets, vae, text, device, concept=concept, seed=23)
     stream = batches(banks, list(buckets.values()), recipe.lora_batch, 6, embed(text, [""], device))
     parameters = [p for pair in pairs.values() for p in pair]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4)
@@ -443,12 +462,12 @@ def train_lora(
     metadata = {
         "format": "pt",
         "version": "1.0",
-        "name": "hollow_shapes",
+        "name": concept.name,
         "ss_base_model_version": "chroma",
         "training_info": json.dumps({"step": step, "epoch": 0}),
         "software": json.dumps({"name": "chromarpc tools/mini"}),
     }
-    save_file(state, folder / "hollow_shapes.safetensors", metadata)
+    save_file(state, folder / f"{concept.name}.safetensors", metadata)
     clock(f"lora done: {step} steps", started)
 
 
@@ -471,6 +490,8 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder whose results to start from")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
     parser.add_argument("--only-lora", action="store_true", help="keep the flow weights that are there")
+    parser.add_argument("--lora", nargs="*", choices=list(CONCEPTS), default=list(CONCEPTS))
+    parser.add_argument("--lora-batch", type=int, help="the recipe's if left out")
     parser.add_argument("--recipe", choices=list(RECIPES), default="gpu")
     parser.add_argument("--bank", type=int, default=150_000)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -490,6 +511,8 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     recipe = RECIPES[arguments.recipe]
+    if arguments.lora_batch:
+        recipe = replace(recipe, lora_batch=arguments.lora_batch)
     total = arguments.minutes * 60
     vae = train_autoencoder(folder, recipe.shares["vae"] * total, recipe.vae_crops, device, started)
     text = train_text_encoder(folder, recipe.shares["text"] * total, recipe.text_batch, device, started)
@@ -501,7 +524,11 @@ def main() -> None:
             bank_size=arguments.bank, rate=arguments.rate, compile_blocks=not arguments.no_compile,
         )  # fmt: skip
     export(folder, recipe, vae, text)
-    train_lora(folder, lora_seconds, recipe, vae, text, device, started, bank_size=max(200, arguments.bank // 10))
+    for name in arguments.lora:
+        train_lora(
+            folder, lora_seconds / len(arguments.lora), recipe, vae, text, device, started,
+            concept=CONCEPTS[name], bank_size=max(200, arguments.bank // 10),
+        )  # fmt: skip
     clock(f"exported to {folder}", started)
 
 
