@@ -77,13 +77,14 @@ def start_server(**settings: Any) -> RunningServer:
 
 
 @pytest.fixture
-def serve(tiny_checkpoint: Path) -> Iterator[Callable[..., RunningServer]]:
+def serve(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Starts servers over the tiny checkpoint; stops what the test leaves running."""
     servers: list[RunningServer] = []
 
     def start(**settings: Any) -> RunningServer:
         settings.setdefault("model_folder", {"chroma-mini": tiny_checkpoint})
         settings.setdefault("grace_s", 0)
+        settings.setdefault("data_dir", tmp_path / "data")
         servers.append(start_server(**settings))
         return servers[-1]
 
@@ -99,10 +100,16 @@ def lora_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_checkpoint: Path, lora_root: Path) -> Iterator[RunningServer]:
+def server(
+    tiny_checkpoint: Path, lora_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     """One server for tests that leave it as it was."""
     running = start_server(
-        model_folder={"chroma-mini": tiny_checkpoint}, lora_root=lora_root, grace_s=0, preload=["chroma-mini"]
+        model_folder={"chroma-mini": tiny_checkpoint},
+        lora_root=lora_root,
+        data_dir=tmp_path_factory.mktemp("data"),
+        grace_s=0,
+        preload=["chroma-mini"],
     )
     yield running
     running.stop()

@@ -27,6 +27,8 @@ from chromarpc.errors import (
     FailedPrecondition,
     FieldViolation,
     InvalidRequest,
+    LoraDownloadFailed,
+    LoraForbidden,
     LoraIncompatible,
     LoraInvalid,
     LoraNotFound,
@@ -69,6 +71,7 @@ from chromarpc.events import (
 from chromarpc.health import HealthStatus
 from chromarpc.images import GeneratedImage
 from chromarpc.json_request import InvalidRequestJson, ParsedRequest, parse_request_json
+from chromarpc.loras import BlockStrength, LoraInspection, LoraList, LoraSource, StoredLora, UnsupportedKeys
 from chromarpc.request import GenerateOptions, Lora, Prompt
 from chromarpc.version import __version__
 
@@ -78,6 +81,7 @@ __all__ = [
     "AdapterReport",
     "AsyncClient",
     "AsyncEventStream",
+    "BlockStrength",
     "Cancelled",
     "ChromarpcError",
     "Client",
@@ -100,9 +104,14 @@ __all__ = [
     "Loading",
     "LoadingStage",
     "Lora",
+    "LoraDownloadFailed",
+    "LoraForbidden",
     "LoraIncompatible",
+    "LoraInspection",
     "LoraInvalid",
+    "LoraList",
     "LoraNotFound",
+    "LoraSource",
     "ModelNotFound",
     "NotFound",
     "OutOfMemory",
@@ -120,9 +129,11 @@ __all__ = [
     "ServerUnavailable",
     "StatusError",
     "Step",
+    "StoredLora",
     "Timings",
     "TlsOptions",
     "TokenCount",
+    "UnsupportedKeys",
     "UploadNotFound",
     "UploadOutOfOrder",
     "UploadsFull",

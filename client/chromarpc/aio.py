@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -16,11 +18,23 @@ from chromarpc.errors import Cancelled, NotFound, ServerUnavailable, StatusError
 from chromarpc.events import Event, ImageReady
 from chromarpc.health import HealthStatus, health_status
 from chromarpc.images import GeneratedImage
+from chromarpc.loras import (
+    INSPECT_TIMEOUT_S,
+    LoraInspection,
+    LoraList,
+    StoredLora,
+    list_request,
+    lora_inspection,
+    lora_list,
+)
 from chromarpc.request import GenerateOptions, PromptLike, build_request
 from chromarpc.stream import StreamReader
+from chromarpc.upload import Call, Uploaded, UploadProgress, Wait, advance, upload_steps
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
+    lora_service_pb2,
+    lora_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
 )
@@ -219,6 +233,108 @@ class AsyncClient:
         """
         stub = model_service_pb2_grpc.ModelServiceStub(self._open_channel())
         return await self._ask(stub.GetServerInfo, model_service_pb2.GetServerInfoRequest(), timeout_s)
+
+    async def list_loras(self, *, timeout_s: float | None = None) -> LoraList:
+        """The adapters that requests can name.
+
+        Args:
+            timeout_s: deadline of each of its calls, one for 1000 adapters.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
+        pages: list[lora_service_pb2.ListLorasResponse] = []
+        request = list_request(None)
+        while request is not None:
+            pages.append(await self._ask(stub.ListLoras, request, timeout_s))
+            request = list_request(pages[-1])
+        return lora_list(pages)
+
+    async def inspect_lora(
+        self, path: str, *, model: str | None = None, timeout_s: float | None = None
+    ) -> LoraInspection:
+        """What an adapter is, and how strongly it changes a model.
+
+        Args:
+            path: as `StoredLora.path` and requests have it.
+            model: the model it is for, whose weights the server must have; `chroma` when left out.
+            timeout_s: deadline, 120 s where nobody says.
+
+        Raises:
+            LoraNotFound: there is no such adapter.
+            LoraInvalid, LoraIncompatible: it cannot be used.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
+        request = lora_service_pb2.InspectLoraRequest(path=path, model=model)
+        deadline_s = self._deadline_s(timeout_s)
+        response = await self._ask(
+            stub.InspectLora, request, INSPECT_TIMEOUT_S if deadline_s is None else deadline_s
+        )
+        return lora_inspection(response.inspection)
+
+    async def upload_lora(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        filename: str | None = None,
+        progress: UploadProgress | None = None,
+        timeout_s: float | None = None,
+    ) -> StoredLora:
+        """Uploads an adapter file, unless the server has its bytes already.
+
+        A connection that breaks is tried again, and the upload goes on where it was.
+
+        Args:
+            path: the file.
+            filename: what the server shall call it; the file's own name when left out.
+            progress: called with the bytes that the server has, and the bytes of the file.
+            timeout_s: deadline of each of its calls.
+
+        Raises:
+            LoraInvalid: the file is no adapter.
+            UploadsFull: the server keeps no more.
+            OSError: the file cannot be read.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
+        deadline_s = self._deadline_s(timeout_s)
+        with await asyncio.to_thread(Path(path).open, "rb") as file:
+            steps = upload_steps(file, filename or Path(path).name, progress)
+            answer: object = None
+            while True:
+                step = await asyncio.to_thread(advance, steps, answer)
+                match step:
+                    case Uploaded():
+                        return step.lora
+                    case Wait():
+                        await asyncio.sleep(step.delay_s)
+                        answer = None
+                    case Call():
+                        try:
+                            answer = await self._ask(
+                                getattr(stub, step.method),
+                                step.request,
+                                step.timeout_s if deadline_s is None else deadline_s,
+                            )
+                        except StatusError as error:
+                            answer = error
+
+    async def delete_lora(self, path: str, *, timeout_s: float | None = None) -> None:
+        """Deletes an uploaded adapter.
+
+        Args:
+            path: `sha256:…`, as `StoredLora.path` has it.
+            timeout_s: deadline.
+
+        Raises:
+            LoraNotFound: there is no such upload.
+            InvalidRequest: the adapter is the server's own.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
+        await self._ask(stub.DeleteLora, lora_service_pb2.DeleteLoraRequest(path=path), timeout_s)
 
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> HealthStatus:
         """Whether the server, or one of its services, takes requests now.

@@ -10,6 +10,8 @@ ChromarpcError
 │   │   └── UploadNotFound       UPLOAD_NOT_FOUND                       the upload was dropped
 │   ├── FailedPrecondition       FAILED_PRECONDITION
 │   │   ├── LoraIncompatible     LORA_INCOMPATIBLE                      the adapter does not fit the model
+│   │   ├── LoraForbidden        LORA_FORBIDDEN                         its host wants a token, or another one
+│   │   ├── LoraDownloadFailed   LORA_DOWNLOAD_FAILED                   its host did not give it
 │   │   ├── UploadOutOfOrder     UPLOAD_OUT_OF_ORDER                    the bytes do not go on where it is
 │   │   ├── WeightsMissing       WEIGHTS_MISSING                        the server lacks the model's files
 │   │   └── WeightsInvalid       WEIGHTS_INVALID                        it has them and cannot use them
@@ -137,6 +139,14 @@ class UploadOutOfOrder(FailedPrecondition):
     """The bytes do not go on where the upload is; `metadata["expected_offset"]` says where that is."""
 
 
+class LoraForbidden(FailedPrecondition):
+    """The host that the adapter's URL names gives it to nobody, or not without a token, or not for this one."""
+
+
+class LoraDownloadFailed(FailedPrecondition):
+    """The host that the adapter's URL names cannot be reached, breaks off, fails, or is too slow."""
+
+
 class WeightsMissing(FailedPrecondition):
     """The model's files are not on the server; the message gives the command that fetches them."""
 
@@ -215,6 +225,8 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "MODEL_NOT_FOUND": ModelNotFound,
     "LORA_NOT_FOUND": LoraNotFound,
     "LORA_INCOMPATIBLE": LoraIncompatible,
+    "LORA_FORBIDDEN": LoraForbidden,
+    "LORA_DOWNLOAD_FAILED": LoraDownloadFailed,
     "UPLOAD_NOT_FOUND": UploadNotFound,
     "UPLOAD_OUT_OF_ORDER": UploadOutOfOrder,
     "UPLOADS_FULL": UploadsFull,

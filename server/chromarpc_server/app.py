@@ -12,7 +12,9 @@ from importlib import metadata
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.adapter_download import AdapterDownloads
 from chromarpc_server.engine.adapter_library import AdapterLibrary
+from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
@@ -63,12 +65,20 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
-        library = AdapterLibrary(settings.lora_root, settings.data_dir, settings.upload_limits())
+        downloaded = settings.data_dir / "downloads"
+        library = AdapterLibrary(
+            settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=downloaded
+        )
+        downloads = (
+            AdapterDownloads(downloaded, settings.download_limits(), allowed_hosts=settings.lora_hosts)
+            if settings.lora_urls
+            else None
+        )
         await asyncio.to_thread(library.clean)
         engine = Engine(
             choose_device(settings.device, settings.dtype, threads=settings.threads),
             model_files=model_files,
-            adapter_root=library,
+            adapters=AdapterSources(library, downloads),
             max_queued_jobs=serving.limits.max_queued_jobs,
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,

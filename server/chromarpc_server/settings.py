@@ -19,14 +19,15 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from chromarpc_server.domain.limits import Limits
+from chromarpc_server.domain.limits import Limits, UploadLimits
 from chromarpc_server.domain.models import REGISTRY
-from chromarpc_server.engine.adapter_library import UploadLimits
+from chromarpc_server.engine.adapter_download import DownloadLimits
 from chromarpc_server.engine.model_cache import Budgets
 from chromarpc_server.pipeline import MasterPlace
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
+_DOWNLOADS = DownloadLimits()
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -135,6 +136,19 @@ class ServerSettings(BaseSettings):
     upload_expiry_s: float = Field(
         _UPLOADS.expiry_s, gt=0, description="seconds without bytes after which an upload is dropped"
     )
+    lora_urls: bool = Field(True, description="fetch adapters that requests name by a public http(s) URL")
+    lora_hosts: list[str] = Field(
+        default_factory=list,
+        description="hosts to fetch adapters from, such as huggingface.co or *.example.org; repeatable; any "
+        "public one if unset",
+    )
+    max_download_bytes: ByteSize = Field(
+        ByteSize(_DOWNLOADS.file_bytes), description="bytes of one fetched adapter"
+    )
+    download_cache_bytes: ByteSize = Field(
+        ByteSize(_DOWNLOADS.cache_bytes), description="disk for fetched adapters, below the data folder"
+    )
+    download_timeout_s: float = Field(_DOWNLOADS.total_s, gt=0, description="seconds that one download may take")
     alias: dict[ModelId, ModelId] = Field(
         default_factory=dict, description="MODEL=OTHER: serve requests for MODEL by OTHER; repeatable"
     )
@@ -166,6 +180,14 @@ class ServerSettings(BaseSettings):
     def budgets(self) -> Budgets:
         """How much may be resident."""
         return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, self.master_place)
+
+    def download_limits(self) -> DownloadLimits:
+        """What downloads may take."""
+        return DownloadLimits(
+            file_bytes=self.max_download_bytes,
+            cache_bytes=self.download_cache_bytes,
+            total_s=self.download_timeout_s,
+        )
 
     def upload_limits(self) -> UploadLimits:
         """What uploads may take."""

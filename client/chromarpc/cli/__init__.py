@@ -1,6 +1,7 @@
 """The `chromarpc` command: generates pictures, and asks a server what it serves.
 
-`generate.py` runs a generation; `inquiry.py` holds the short questions; `connection.py` their common options.
+`generate.py` runs a generation; `inquiry.py` holds the short questions; `loras.py` looks
+after adapters; `connection.py` their common options.
 Every error ends in `exits.py`, which alone knows sentences and exit codes.
 """
 
@@ -14,6 +15,7 @@ import typer
 from chromarpc.cli.exits import EXIT_CODES_HELP
 from chromarpc.cli.generate import EXAMPLES, generate
 from chromarpc.cli.inquiry import health, info, models
+from chromarpc.cli.loras import lora_app
 from chromarpc.version import __version__
 
 app = typer.Typer(
@@ -29,6 +31,7 @@ app.command(epilog=f"{EXAMPLES}\n\n{EXIT_CODES_HELP}")(generate)
 app.command()(models)
 app.command()(info)
 app.command()(health)
+app.add_typer(lora_app, name="lora")
 
 
 def _print_version(wanted: bool) -> None:

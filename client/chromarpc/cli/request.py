@@ -22,9 +22,12 @@ _FORMATS: dict[int, ImageFormat] = {
 
 
 def parse_lora(text: str) -> Lora:
-    """`PATH` or `PATH:MULTIPLIER`; what follows the last colon is a multiplier only if it is a number."""
+    """`PATH` or `PATH:MULTIPLIER`; what follows the last colon is a multiplier only if it is a number.
+
+    The hash of `sha256:HASH` never is, not even one that could be read as a number.
+    """
     path, separator, multiplier = text.rpartition(":")
-    if separator and path:
+    if separator and path and path != "sha256":
         try:
             return Lora(path, float(multiplier))
         except ValueError:

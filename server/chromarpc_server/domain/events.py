@@ -46,8 +46,8 @@ class Loading:
 
     @property
     def fraction(self) -> float:
-        """How much of the stage is done, 0 to 1."""
-        return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 1.0
+        """How much of the stage is done, 0 to 1; 0 where nobody knows how much there is."""
+        return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 0.0
 
 
 @dataclass(frozen=True)

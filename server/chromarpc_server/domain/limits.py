@@ -19,3 +19,18 @@ class Limits:
     """Width × height, summed over the prompts: bounds what a job's finished images can weigh."""
     max_queued_jobs: int = 32
     max_request_bytes: int = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """What uploads of adapters may take."""
+
+    max_file_bytes: int = 4 * 1024**3
+    """Of one adapter; 0 takes none."""
+    max_total_bytes: int = 32 * 1024**3
+    """Of uploaded adapters, and of what unfinished uploads will become."""
+    max_chunk_bytes: int = 1024**2
+    max_open: int = 8
+    """Unfinished uploads."""
+    expiry_s: float = 3600.0
+    """Without bytes, after which an unfinished upload is dropped."""

@@ -40,10 +40,15 @@ class PlannedPrompt:
 
 @dataclass(frozen=True)
 class PlannedLora:
-    """One adapter, by its path below the adapter root."""
+    """One adapter: a path below the adapter root, `sha256:` and a hash, or an http(s) URL."""
 
     path: str
     network_multiplier: float
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it has to be fetched."""
+        return self.path.lower().startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)

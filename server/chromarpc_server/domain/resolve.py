@@ -122,11 +122,10 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
             found.refuse(name, "Chroma has no such option")
     for path in request.unknown_fields[:MAX_LISTED]:
         found.warn("UNKNOWN_FIELD", path, "this server's version of the API does not know it")
-    if request.hf_token:
-        found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
-
     rules = _Rules(spec, divisor, limits, request.trigger_word, draw_seed)
     loras = _resolve_loras(request.loras, rules, found)
+    if request.hf_token and not any(lora.is_url for lora in loras):
+        found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
     prompts = _resolve_prompts(request, rules, found)
     output = _resolve_output(request, found)
     preview = _resolve_preview(request, prompts, found)
@@ -167,8 +166,6 @@ def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: _Findings
             found.refuse(f"{at}.path", "is required")
         elif len(lora.path.encode()) > MAX_LORA_PATH_BYTES:
             found.refuse(f"{at}.path", f"longer than {MAX_LORA_PATH_BYTES} bytes")
-        elif lora.path.lower().startswith(("http://", "https://")):
-            found.refuse(f"{at}.path", "this server reads adapters from its adapter root only, not from URLs")
         if lora.transformer is not None:
             found.refuse(f"{at}.transformer", "Chroma has one transformer, so this cannot be honoured")
         multiplier = lora.network_multiplier

@@ -27,8 +27,7 @@ from chromarpc_server.domain.errors import (
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
-from chromarpc_server.engine.adapter_cache import AdapterFile
-from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
 from chromarpc_server.engine.images import (
     RenderedImage,
     RenderedPreview,
@@ -65,6 +64,9 @@ class _Waiting:
 
     job: Job
     files: CheckpointFiles
+    adapters: FoundAdapters
+    fetching: asyncio.Task[None] | None = None
+    """Its downloads; it joins the queue once they are done."""
     image_encoding_s: float = 0.0
     images: int = 0
     encodings: set[asyncio.Task[None]] = field(default_factory=set)
@@ -78,7 +80,7 @@ class Engine:
         choice: DeviceChoice,
         *,
         model_files: ModelFiles,
-        adapter_root: AdapterRoot,
+        adapters: AdapterSources,
         max_queued_jobs: int,
         budgets: Budgets,
         on_device_lost: Callable[[], None],
@@ -86,13 +88,15 @@ class Engine:
         """Prepares everything and starts nothing; see `start`."""
         self._choice = choice
         self._model_files = model_files
-        self._adapter_root = adapter_root
+        self._adapters = adapters
         self._max_queued_jobs = max_queued_jobs
         self._budgets = budgets
         self._on_device_lost = on_device_lost
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._image_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
         self._queue: deque[_Waiting] = deque()
+        self._fetching: list[_Waiting] = []
+        """Admitted jobs whose adapters are being downloaded."""
         self._arrived = asyncio.Event()
         self._running: _Waiting | None = None
         self._idle = asyncio.Event()
@@ -139,36 +143,38 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """What the engine is doing now; answers at once."""
-        return EngineStatus(len(self._queue), int(self._running is not None), self._snapshot)
+        return EngineStatus(len(self._queue) + len(self._fetching), int(self._running is not None), self._snapshot)
 
-    async def submit(self, plan: Plan, spec: ModelSpec, *, deadline_s: float | None) -> Job:
+    async def submit(
+        self, plan: Plan, spec: ModelSpec, *, deadline_s: float | None, hf_token: str | None = None
+    ) -> Job:
         """Admits a plan as a job, whose log then fills by itself.
 
         Args:
             plan: what to run.
             spec: the model that computes (`plan.served_model`).
             deadline_s: seconds from now after which the caller stops waiting.
+            hf_token: for adapters that are fetched from Hugging Face; forgotten once they are.
 
         Raises:
             LoraNotFound: an adapter is not below the adapter root.
+            InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
             QueueFull, Draining: no job is taken now.
         """
         self._refuse_if_closed()
-        adapter_files = tuple(
-            [
-                await asyncio.to_thread(self._look_at, lora.path, f"loras.{index}.path")
-                for index, lora in enumerate(plan.loras)
-            ]
-        )
+        found = await self._adapters.find(plan.loras)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed()
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        job = Job(plan, adapter_files, Cancellation(deadline_at))
+        job = Job(plan, found.complete, Cancellation(deadline_at))
         job.log.append(Accepted(job.id, plan))
-        self._queue.append(_Waiting(job, files))
-        self._tell_positions()
-        self._arrived.set()
+        waiting = _Waiting(job, files, found)
+        if None in found.files:
+            self._fetching.append(waiting)
+            waiting.fetching = asyncio.create_task(self._fetch(waiting, hf_token))
+        else:
+            self._enqueue(waiting)
         log.info(
             "job.accepted",
             extra={
@@ -187,9 +193,15 @@ class Engine:
         if job.log.closed:
             return
         job.cancellation.cancel(cause)
+        for waiting in self._fetching:
+            if waiting.job is job and waiting.fetching is not None:
+                waiting.fetching.cancel()
+                self._end_early(job, cause)
+                return
         for waiting in self._queue:
             if waiting.job is job:
                 self._queue.remove(waiting)
+                waiting.adapters.release()
                 self._end_early(job, cause)
                 self._tell_positions()
                 return
@@ -198,8 +210,14 @@ class Engine:
         """Takes no more jobs, lets the running one finish within `grace_s`, ends the others."""
         self._accepting = False
         stopping = Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
+        for waiting in self._fetching:
+            self._end_early(waiting.job, stopping)
+            if waiting.fetching is not None:
+                waiting.fetching.cancel()
         while self._queue:
-            self._end_early(self._queue.popleft().job, stopping)
+            waiting = self._queue.popleft()
+            waiting.adapters.release()
+            self._end_early(waiting.job, stopping)
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
@@ -214,16 +232,38 @@ class Engine:
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
 
-    def _look_at(self, path: str, field: str) -> AdapterFile:
-        return AdapterFile.of(self._adapter_root.locate(path, field), field)
+    async def _fetch(self, waiting: _Waiting, hf_token: str | None) -> None:
+        """Downloads a job's adapters; then it joins the queue."""
+        job = waiting.job
+        try:
+            waiting.adapters = await self._adapters.fetch(
+                job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append
+            )
+        except ChromaError as error:
+            self._end_early(job, error)
+        except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            self._end_early(job, self._unforeseen(job, error))
+        finally:
+            self._fetching.remove(waiting)
+        if job.log.closed:
+            waiting.adapters.release()
+            return
+        job.adapter_files = waiting.adapters.complete
+        self._enqueue(waiting)
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        self._queue.append(waiting)
+        self._tell_positions()
+        self._arrived.set()
 
     def _refuse_if_closed(self) -> None:
         if not self._accepting:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
-        if len(self._queue) >= self._max_queued_jobs:
+        count = len(self._queue) + len(self._fetching)
+        if count >= self._max_queued_jobs:
             wait_s = self._wait_before(len(self._queue))
             raise QueueFull(
-                f"{len(self._queue)} jobs are waiting already, and no more may",
+                f"{count} jobs are waiting already, and no more may",
                 retry_after_s=max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0,
             )
 
@@ -251,6 +291,7 @@ class Engine:
             try:
                 await self._run(worker, waiting)
             finally:
+                waiting.adapters.release()
                 self._running = None
                 self._idle.set()
 

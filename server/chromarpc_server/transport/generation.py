@@ -36,7 +36,10 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         try:
             plan = resolve(generation_request(request), self._serving)
             job = await self._engine.submit(
-                plan, self._serving.models[plan.served_model], deadline_s=context.time_remaining()
+                plan,
+                self._serving.models[plan.served_model],
+                deadline_s=context.time_remaining(),
+                hf_token=request.hf_token or None,
             )
         except ChromaError as error:
             await _abort(context, error)

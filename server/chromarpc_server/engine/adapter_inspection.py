@@ -1,0 +1,166 @@
+"""What an adapter file is and what it does to a model, told from files alone: no device is needed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.pipeline import Adapter, CheckpointFiles
+from chromarpc_server.pipeline.adapters import (
+    alphas_of,
+    has_magnitude,
+    read_adapter,
+    shown,
+    squared_norm,
+    value_count,
+)
+from chromarpc_server.pipeline.weights import open_weights
+
+MAX_NUMBERS = 20
+"""How many distinct ranks or alphas are told."""
+FIELD = "path"
+_BASE_MODEL = "ss_base_model_version"
+"""Key under which kohya's trainers and ai-toolkit name the model that they trained on."""
+_FAMILY = "chroma"
+
+
+@dataclass(frozen=True)
+class BlockStrength:
+    """How strongly an adapter at multiplier 1 changes one block of the model."""
+
+    block: str
+    """`double_blocks.3`; of a parameter in no block, its module's first name."""
+    norm: float
+    """‖Δ‖ in Frobenius' sense over the block's parameters: absolute, as it needs none of the model's values."""
+    rms: float
+    """Root mean square of Δ's values; comparable between blocks of different sizes."""
+    has_magnitude: bool
+    """Whether DoRA scales the changed weights as well, which is not in the numbers."""
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """What an adapter is, for people who choose one."""
+
+    format: str
+    sha256: str
+    size_bytes: int
+    dtypes: tuple[str, ...]
+    """Of the values that count: `BF16`."""
+    ranks: tuple[int, ...]
+    """Distinct, ascending, the first `MAX_NUMBERS`."""
+    alphas: tuple[float, ...]
+    """The same of the alphas that count; a rank where the file names none."""
+    matched_keys: int
+    unmatched_keys: tuple[str, ...] = field(repr=False)
+    unsupported: Mapping[str, int]
+    """What keys of a known purpose are for, and how many they are."""
+    changed_parameters: int
+    blocks: tuple[BlockStrength, ...] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
+    warnings: tuple[PlanWarning, ...]
+
+
+def inspect_adapter(
+    path: Path, files: CheckpointFiles, *, check: Callable[[], None] = lambda: None
+) -> AdapterInspection:
+    """Reads an adapter beside a model, of which only the header is read.
+
+    Args:
+        path: the adapter's file.
+        files: the model's.
+        check: called between pieces of work; may raise to stop.
+
+    Raises:
+        LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
+        WeightsInvalid: the model's file cannot be read.
+    """
+    return describe_adapter(read_adapter(path, open_weights(files.transformer).shapes, check=check), check=check)
+
+
+@torch.inference_mode()
+def describe_adapter(adapter: Adapter, *, check: Callable[[], None] = lambda: None) -> AdapterInspection:
+    """The same for an adapter that was read already."""
+    blocks = tuple(_blocks(adapter, check))
+    alphas = sorted({alpha for change in adapter.changes.values() for alpha in alphas_of(change)})
+    return AdapterInspection(
+        format=adapter.format,
+        sha256=adapter.sha256,
+        size_bytes=adapter.size_bytes,
+        dtypes=adapter.dtypes,
+        ranks=adapter.ranks[:MAX_NUMBERS],
+        alphas=tuple(alphas[:MAX_NUMBERS]),
+        matched_keys=len(adapter.matched),
+        unmatched_keys=adapter.unmatched,
+        unsupported={part.name: len(part.keys) for part in adapter.unsupported},
+        changed_parameters=len(adapter.changes),
+        blocks=blocks,
+        metadata=adapter.metadata,
+        warnings=tuple(_warnings(adapter, blocks)),
+    )
+
+
+def block_of(parameter: str) -> str:
+    """The block that a parameter belongs to."""
+    found = re.match(r"(?:\w+_blocks|distilled_guidance_layer\.layers)\.\d+", parameter)
+    return found[0] if found else parameter.partition(".")[0]
+
+
+def _blocks(adapter: Adapter, check: Callable[[], None]) -> Iterator[BlockStrength]:
+    parameters: dict[str, list[str]] = {}
+    for name in adapter.changes:
+        parameters.setdefault(block_of(name), []).append(name)
+    for block in sorted(parameters, key=_by_number):
+        squares: list[float] = []
+        for name in parameters[block]:
+            check()
+            squares.append(squared_norm(adapter.changes[name]))
+        changes = [adapter.changes[name] for name in parameters[block]]
+        square = math.fsum(squares)
+        yield BlockStrength(
+            block=block,
+            norm=math.sqrt(square),
+            rms=math.sqrt(square / sum(map(value_count, changes))),
+            has_magnitude=any(map(has_magnitude, changes)),
+        )
+
+
+def _by_number(block: str) -> tuple[str, int]:
+    family, _, number = block.rpartition(".")
+    return (family, int(number)) if number.isdigit() else (block, 0)
+
+
+def _warnings(adapter: Adapter, blocks: tuple[BlockStrength, ...]) -> Iterator[PlanWarning]:
+    base = adapter.metadata.get(_BASE_MODEL, "")
+    if base and not base.lower().startswith(_FAMILY):
+        yield PlanWarning(
+            "LORA_FOR_ANOTHER_MODEL", FIELD, f"the file says that it was trained on {shown(base)}, not on Chroma"
+        )
+    if not any(block.norm for block in blocks):
+        yield PlanWarning(
+            "LORA_WITHOUT_EFFECT", FIELD, "every change is zero, as in a file that was never trained"
+        )
+    for part in adapter.unsupported:
+        yield PlanWarning(
+            "LORA_PART_UNSUPPORTED",
+            FIELD,
+            f"{len(part.keys)} keys are {part.name}, which this server does not apply",
+        )
+    if adapter.unmatched:
+        total = len(adapter.matched) + len(adapter.unmatched)
+        yield PlanWarning(
+            "LORA_KEYS_UNMATCHED", FIELD, f"{len(adapter.unmatched)} of the file's {total} keys have no effect"
+        )
+    if adapter.unused_alphas:
+        yield PlanWarning(
+            "LORA_ALPHA_NOT_FINITE",
+            FIELD,
+            f"{len(adapter.unused_alphas)} alphas are not finite numbers, such as "
+            f"{shown(adapter.unused_alphas[0])}; they do not count here, but other programs may use them",
+        )

@@ -1,0 +1,164 @@
+"""Adapters named by URL, through a real server, a real client and a real HTTP server."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chromarpc
+import chromarpc_server.app
+from chromarpc_server.engine.adapter_download import AdapterDownloads
+from tests.conftest import RunningServer
+from tests.tiny_checkpoint import GOLDENS
+
+Serve = Callable[..., RunningServer]
+SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 1}
+FILE = (GOLDENS / "adapters" / "aitk.safetensors").read_bytes()
+SECRET = "hf_planted0secret"
+
+
+class Host:
+    """Serves one adapter; `/slow` stops half-way until `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.half_sent = threading.Event()
+        host = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path.startswith("/missing"):
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(FILE)))
+                self.end_headers()
+                middle = len(FILE) // 2
+                self.wfile.write(FILE[:middle])
+                if self.path.startswith("/slow"):
+                    self.wfile.flush()
+                    host.half_sent.set()
+                    host.release.wait(30)
+                self.wfile.write(FILE[middle:])
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}{path}"
+
+    def stop(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    running = Host()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def serve_urls(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Servers for which loopback counts as a public address."""
+    reachable = functools.partial(AdapterDownloads, is_allowed=lambda _: True)
+    monkeypatch.setattr(chromarpc_server.app, "AdapterDownloads", reachable)
+    return functools.partial(serve, data_dir=tmp_path / "data", lora_hosts=["127.0.0.1"])
+
+
+def _ask(client: chromarpc.Client, path: str, **options: Any) -> list[Any]:
+    return list(client.generate("a", **SMALL, loras=[chromarpc.Lora(path)], **options))
+
+
+def test_an_adapter_is_fetched_told_of_and_kept(serve_urls: Serve, host: Host, tmp_path: Path) -> None:
+    server = serve_urls()
+    sha256 = hashlib.sha256(FILE).hexdigest()
+    with chromarpc.Client(server.target) as client:
+        events = _ask(client, host.url("/a.safetensors?download=true"))
+        stages = [event.stage for event in events if isinstance(event, chromarpc.Loading)]
+        assert stages[0] == chromarpc.LoadingStage.DOWNLOADING
+        (prepared,) = [event for event in events if isinstance(event, chromarpc.Prepared)]
+        assert prepared.adapters[0].sha256 == sha256
+        assert prepared.adapters[0].path == host.url("/a.safetensors?download=true")
+        again = _ask(client, f"sha256:{sha256}")
+        (prepared,) = [event for event in again if isinstance(event, chromarpc.Prepared)]
+        assert prepared.weights.source == chromarpc.WeightsSource.RESIDENT
+    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [f"{sha256}.safetensors"]
+
+
+def test_a_missing_file_is_told_at_its_field(serve_urls: Serve, host: Host) -> None:
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client:
+        with pytest.raises(chromarpc.LoraNotFound) as caught:
+            _ask(client, host.url("/missing"))
+        assert [violation.field for violation in caught.value.violations] == ["loras.0.path"]
+        assert client.generate_images("still serving", **SMALL)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "2130706433"])
+def test_addresses_inside_the_network_are_refused_in_the_same_words(
+    serve: Serve, tmp_path: Path, address: str
+) -> None:
+    server = serve(data_dir=tmp_path)
+    with chromarpc.Client(server.target) as client, pytest.raises(chromarpc.InvalidRequest) as caught:
+        _ask(client, f"http://{address}/latest/meta-data")
+    assert [violation.field for violation in caught.value.violations] == ["loras.0.path"]
+    assert "public address" in caught.value.message
+
+
+def test_a_server_that_fetches_nothing_says_so(serve: Serve, tmp_path: Path) -> None:
+    server = serve(data_dir=tmp_path, lora_urls=False)
+    with chromarpc.Client(server.target) as client, pytest.raises(chromarpc.InvalidRequest, match="fetches no"):
+        _ask(client, "https://example.org/a.safetensors")
+
+
+def test_a_slow_download_holds_nobody_up_and_ends_with_its_caller(
+    serve_urls: Serve, host: Host, tmp_path: Path
+) -> None:
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client:
+        slow = client.generate("a", **SMALL, loras=[chromarpc.Lora(host.url("/slow"))])
+        next(slow)
+        assert host.half_sent.wait(10)
+        assert client.generate_images("meanwhile", **SMALL)
+        slow.cancel()
+        host.release.set()
+        assert client.generate_images("after", **SMALL)
+    assert server.stop() == 0
+    assert list((tmp_path / "data" / "downloads").iterdir()) == []
+
+
+def test_a_slow_download_ends_with_its_deadline(serve_urls: Serve, host: Host) -> None:
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client, pytest.raises(chromarpc.DeadlineExceeded):
+        _ask(client, host.url("/slow"), timeout_s=0.5)
+
+
+def test_a_token_is_neither_logged_nor_told_nor_sent_elsewhere(
+    serve_urls: Serve, host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = serve_urls(log_level="debug")
+    with chromarpc.Client(server.target) as client:
+        events = _ask(client, host.url("/a.safetensors"), hf_token=SECRET)
+        assert SECRET not in repr(events)
+        with pytest.raises(chromarpc.LoraNotFound) as caught:
+            _ask(client, host.url("/missing"), hf_token=SECRET)
+    assert SECRET not in repr(caught.value) + str(caught.value)
+    assert SECRET not in caplog.text
+    assert all(SECRET not in repr(vars(record)) for record in caplog.records)
