@@ -23,7 +23,7 @@ demo: setup  ## Start a server with the bundled checkpoint, stream one generatio
 	$(BIN)/python tools/demo.py
 
 serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
-	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini
+	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
 test: setup  ## Run the tests (CPU only)
 	$(BIN)/python -m pytest

@@ -282,7 +282,7 @@ class AsyncClient:
         progress: UploadProgress | None = None,
         timeout_s: float | None = None,
     ) -> StoredLora:
-        """Uploads an adapter file, unless the server has its bytes already.
+        """Uploads an adapter file, unless its bytes were uploaded before.
 
         A connection that breaks is tried again, and the upload goes on where it was.
 

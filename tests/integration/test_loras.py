@@ -121,6 +121,19 @@ def test_what_was_uploaded_is_listed_and_not_sent_again(
     ]
 
 
+def test_what_was_only_downloaded_is_uploaded_all_the_same(client: Client, tmp_path: Path) -> None:
+    sha256 = sha256_of(RECORDED / "aitk.safetensors")
+    (tmp_path / "data" / "downloads").mkdir(parents=True, exist_ok=True)
+    downloaded = tmp_path / "data" / "downloads" / f"{sha256}.safetensors"
+    shutil.copy(RECORDED / "aitk.safetensors", downloaded)
+    assert [lora.source for lora in client.list_loras()] == [chromarpc.LoraSource.DOWNLOAD]
+    with pytest.raises(chromarpc.InvalidRequest, match="only uploads can"):
+        client.delete_lora(f"sha256:{sha256}")
+    assert client.upload_lora(RECORDED / "aitk.safetensors").source is chromarpc.LoraSource.UPLOAD
+    downloaded.unlink()
+    assert client.inspect_lora(f"sha256:{sha256}").sha256 == sha256
+
+
 async def test_the_async_client_does_the_same(library_server: RunningServer, root: Path) -> None:
     shutil.copy(RECORDED / "aitk.safetensors", root)
     async with AsyncClient(library_server.target, timeout_s=60) as client:

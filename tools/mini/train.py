@@ -419,18 +419,25 @@ def train_lora(
     folder: Path, seconds: float, recipe: Recipe, vae: nn.Module, text: nn.Module, device: torch.device,
     started: float, *, concept: Concept, bank_size: int, rank: int = 8,
 ) -> None:  # fmt: skip
-    """Low-rank pairs on every linear of the blocks, as ai-toolkit trains them; the base stays as it is."""
+    """Low-rank pairs on every linear of the blocks, as ai-toolkit trains them; the base stays as it is. Goes on
+    from the file of an earlier run where there is one."""
     torch.manual_seed(5)
     model = parts.new_transformer(parts.SIZES[recipe.size], device)
     model.load_state_dict(
         {k: v for path in sorted(folder.glob("flow-*.safetensors")) for k, v in load_file(path).items()}
     )
     model.requires_grad_(False)
+    path = folder / f"{concept.name}.safetensors"
+    earlier = load_file(path) if path.is_file() else {}
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for name, module in model.named_modules():
         if "blocks." in name and isinstance(module, nn.Linear):
             down = nn.Parameter(torch.randn(rank, module.in_features, device=device) / module.in_features**0.5)
             up = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
+            if earlier:
+                with torch.no_grad():
+                    down.copy_(earlier[f"diffusion_model.{name}.lora_A.weight"])
+                    up.copy_(earlier[f"diffusion_model.{name}.lora_B.weight"])
             pairs[name] = (down, up)
 
             def hook(
@@ -467,7 +474,7 @@ def train_lora(
         "training_info": json.dumps({"step": step, "epoch": 0}),
         "software": json.dumps({"name": "chromarpc tools/mini"}),
     }
-    save_file(state, folder / f"{concept.name}.safetensors", metadata)
+    save_file(state, path, metadata)
     clock(f"lora done: {step} steps", started)
 
 

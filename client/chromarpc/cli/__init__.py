@@ -1,7 +1,7 @@
 """The `chromarpc` command: generates pictures, and asks a server what it serves.
 
-`generate.py` runs a generation; `inquiry.py` holds the short questions; `loras.py` looks
-after adapters; `connection.py` their common options.
+`generate.py` runs a generation, `sweep.py` one for each multiplier; `inquiry.py` holds the short questions;
+`loras.py` looks after adapters; `connection.py` their common options.
 Every error ends in `exits.py`, which alone knows sentences and exit codes.
 """
 
@@ -16,6 +16,7 @@ from chromarpc.cli.exits import EXIT_CODES_HELP
 from chromarpc.cli.generate import EXAMPLES, generate
 from chromarpc.cli.inquiry import health, info, models
 from chromarpc.cli.loras import lora_app
+from chromarpc.cli.sweep import SWEEP_EXAMPLES, sweep
 from chromarpc.version import __version__
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     help=f"Draws pictures with Chroma and LoRAs on a chromarpc server.\n\n{EXIT_CODES_HELP}",
 )
 app.command(epilog=f"{EXAMPLES}\n\n{EXIT_CODES_HELP}")(generate)
+app.command(epilog=f"{SWEEP_EXAMPLES}\n\n{EXIT_CODES_HELP}")(sweep)
 app.command()(models)
 app.command()(info)
 app.command()(health)

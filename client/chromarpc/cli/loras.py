@@ -96,7 +96,7 @@ def upload(
 ) -> None:
     """Upload a LoRA and print the path that names it in requests.
 
-    A file that the server has already is not sent again.
+    What was uploaded before is not sent again.
     """
     if not file.is_file():
         raise UsageError(f"{file}: there is no such file")

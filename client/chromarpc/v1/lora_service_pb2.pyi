@@ -436,7 +436,7 @@ class CreateLoraUploadRequest(_message.Message):
     size_bytes: _builtins.int
     """Bytes of the whole file."""
     sha256: _builtins.str
-    """Its hash, hexadecimal, where it is known already: then a file that the server has is not sent again."""
+    """Its hash, hexadecimal, where it is known already: then what was uploaded before is not sent again."""
     def __init__(
         self,
         *,
@@ -474,7 +474,7 @@ class CreateLoraUploadResponse(_message.Message):
 
     @_builtins.property
     def existing(self) -> Global___StoredLora:
-        """The adapter, where the server has these very bytes already: nothing is left to do."""
+        """The adapter, where these very bytes were uploaded before: nothing is left to do."""
 
     def __init__(
         self,

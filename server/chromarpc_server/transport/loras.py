@@ -144,11 +144,11 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
             lora_service_pb2.CreateLoraUploadRequest, lora_service_pb2.CreateLoraUploadResponse
         ],
     ) -> lora_service_pb2.CreateLoraUploadResponse:
-        """Begins an upload, unless its bytes are here already."""
+        """Begins an upload, unless its bytes were uploaded before; a download may leave its cache at any time."""
         library = self._library
         sha256 = request.sha256 if request.HasField("sha256") else None
         existing = None if sha256 is None else await asyncio.to_thread(library.find, sha256)
-        if existing is not None:
+        if existing is not None and existing.source is LoraSource.UPLOAD:
             return lora_service_pb2.CreateLoraUploadResponse(existing=_stored_lora(existing))
         state = await asyncio.to_thread(library.create_upload, request.filename, request.size_bytes, sha256)
         return lora_service_pb2.CreateLoraUploadResponse(
