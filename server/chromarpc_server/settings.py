@@ -19,11 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from chromarpc_server.domain.limits import Limits, UploadLimits
+from chromarpc_server.domain.limits import Budgets, DownloadLimits, Limits, MasterPlace, UploadLimits
 from chromarpc_server.domain.models import REGISTRY
-from chromarpc_server.engine.adapter_download import DownloadLimits
-from chromarpc_server.engine.model_cache import Budgets
-from chromarpc_server.pipeline import MasterPlace
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()

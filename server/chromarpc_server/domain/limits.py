@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,36 @@ class UploadLimits:
     """Unfinished uploads."""
     expiry_s: float = 3600.0
     """Without bytes, after which an unfinished upload is dropped."""
+
+
+@dataclass(frozen=True)
+class DownloadLimits:
+    """What one download may take, and all of them together."""
+
+    file_bytes: int = 4 * 1024**3
+    cache_bytes: int = 32 * 1024**3
+    """Of the folder, but for files in use; a download in progress comes on top."""
+    connect_s: float = 10.0
+    """For each address tried, and again for TLS."""
+    read_s: float = 30.0
+    """The longest silence within an answer."""
+    total_s: float = 900.0
+    """From the first byte sent to the file's place in the folder, retries included."""
+    backoff_s: float = 1.0
+    """Before the second try; twice that before the third."""
+
+
+MasterPlace = Literal["auto", "device", "host"]
+"""Where a checkpoint's master weights stay."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How much may be resident."""
+
+    max_checkpoints: int = 2
+    prepared_bytes: int | None = None
+    """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
+    adapter_bytes: int = 2 * 1024**3
+    """Of parsed adapters in host memory."""
+    master_place: MasterPlace = "auto"

@@ -35,6 +35,7 @@ from chromarpc_server.domain.errors import (
     LoraInvalid,
     LoraNotFound,
 )
+from chromarpc_server.domain.limits import DownloadLimits
 from chromarpc_server.engine.public_address import (
     Answer,
     IPAddress,
@@ -64,23 +65,6 @@ _TOKEN = re.compile(r"[!-~]{1,512}")
 
 Progress = Callable[[int, int | None], None]
 """Told of bytes done and, where the host says, bytes in all; starts over when a download is tried again."""
-
-
-@dataclass(frozen=True)
-class DownloadLimits:
-    """What one download may take, and all of them together."""
-
-    file_bytes: int = 4 * 1024**3
-    cache_bytes: int = 32 * 1024**3
-    """Of the folder, but for files in use; a download in progress comes on top."""
-    connect_s: float = 10.0
-    """For each address tried, and again for TLS."""
-    read_s: float = 30.0
-    """The longest silence within an answer."""
-    total_s: float = 900.0
-    """From the first byte sent to the file's place in the folder, retries included."""
-    backoff_s: float = 1.0
-    """Before the second try; twice that before the third."""
 
 
 @dataclass(frozen=True, eq=False)

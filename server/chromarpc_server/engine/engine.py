@@ -25,6 +25,7 @@ from chromarpc_server.domain.errors import (
     QueueFull,
 )
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
+from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
@@ -36,7 +37,7 @@ from chromarpc_server.engine.images import (
     split_chunks,
 )
 from chromarpc_server.engine.job import Cancellation, Job
-from chromarpc_server.engine.model_cache import Budgets, CacheSnapshot, ModelCache
+from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
 from chromarpc_server.engine.step_times import StepTimes
 from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from chromarpc_server.domain.errors import ChromaError, OutOfMemory
 from chromarpc_server.domain.events import WeightsReport, WeightsSource
+from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
 from chromarpc_server.pipeline import (
@@ -23,7 +24,6 @@ from chromarpc_server.pipeline import (
     CheckpointFiles,
     DeviceChoice,
     LoadProgress,
-    MasterPlace,
     Pipeline,
     PreparedTransformer,
     SwitchReport,
@@ -106,18 +106,6 @@ class _Slot:
     checkpoint: Checkpoint
     key: SetKey | None = None
     adapters: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """How much may be resident."""
-
-    max_checkpoints: int = 2
-    prepared_bytes: int | None = None
-    """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
-    adapter_bytes: int = 2 * 1024**3
-    """Of parsed adapters in host memory."""
-    master_place: MasterPlace = "auto"
 
 
 class ModelCache:

@@ -30,7 +30,7 @@ from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, 
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
-from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, MasterPlace, Progress
+from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
 
 __all__ = [
     "PROFILES",
@@ -43,7 +43,6 @@ __all__ = [
     "DeviceChoice",
     "DeviceDescription",
     "LoadProgress",
-    "MasterPlace",
     "NumericsProfile",
     "Pipeline",
     "PreparedTransformer",

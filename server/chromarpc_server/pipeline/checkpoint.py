@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from chromarpc_server.domain.limits import MasterPlace
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.device import free_memory_bytes
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer
@@ -33,7 +34,6 @@ from chromarpc_server.pipeline.transformer import (
 from chromarpc_server.pipeline.weights import (
     Check,
     CheckpointFiles,
-    MasterPlace,
     Progress,
     ReadingProgress,
     open_weights,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -24,8 +24,6 @@ class LoadProgress:
     total_bytes: int
 
 
-MasterPlace = Literal["auto", "device", "host"]
-"""Where a checkpoint's master weights stay."""
 Progress = Callable[[LoadProgress], None]
 Check = Callable[[], None]
 """Called between tensors; raises to stop."""
