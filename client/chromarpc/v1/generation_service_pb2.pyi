@@ -7,8 +7,10 @@ from chromarpc.v1 import job_event_pb2 as _job_event_pb2
 from chromarpc.v1 import options_pb2 as _options_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DisconnectPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DisconnectPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
+    """The default: `DISCONNECT_POLICY_CANCEL`."""
+    DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
+    """The job is cancelled, within one denoising step."""
+    DISCONNECT_POLICY_DETACH: _DisconnectPolicy.ValueType  # 2
+    """The job goes on; `WatchJob` or the same `request_id` comes back to it."""
+
+class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWrapper):
+    """What becomes of a job when the caller of `Generate` goes away or cancels the call."""
+
+DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
+"""The default: `DISCONNECT_POLICY_CANCEL`."""
+DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
+"""The job is cancelled, within one denoising step."""
+DISCONNECT_POLICY_DETACH: DisconnectPolicy.ValueType  # 2
+"""The job goes on; `WatchJob` or the same `request_id` comes back to it."""
+Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -40,6 +66,9 @@ class GenerateRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     NOISE_DRAW_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id of the model, as `ListModels` names it. Required."""
     hf_token: _builtins.str
@@ -54,6 +83,12 @@ class GenerateRequest(_message.Message):
     """Numerics profile, as `GetServerInfo` names them. The server's default when left out."""
     noise_draw: _options_pb2.NoiseDraw.ValueType
     """What a seed means. Today's draw when unspecified."""
+    request_id: _builtins.str
+    """A UUID that makes the call safe to repeat: the same request under the same id attaches to the same job. Another
+    request under it fails with `REQUEST_ID_REUSED`.
+    """
+    on_disconnect: Global___DisconnectPolicy.ValueType
+    """What becomes of the job when the caller of `Generate` goes away. Cancelled when unspecified."""
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
         """Adapters, applied in this order. None serves the bare base model."""
@@ -70,6 +105,10 @@ class GenerateRequest(_message.Message):
     def preview(self) -> _options_pb2.PreviewOptions:
         """Whether and how previews of unfinished images are sent. None are by default."""
 
+    @_builtins.property
+    def max_queue_time(self) -> _duration_pb2.Duration:
+        """How long the job may wait in the queue before it fails with `QUEUE_TIME_EXCEEDED`. For ever when left out."""
+
     def __init__(
         self,
         *,
@@ -84,10 +123,13 @@ class GenerateRequest(_message.Message):
         preview: _options_pb2.PreviewOptions | None = ...,
         profile: _builtins.str | None = ...,
         noise_draw: _options_pb2.NoiseDraw.ValueType = ...,
+        request_id: _builtins.str | None = ...,
+        on_disconnect: Global___DisconnectPolicy.ValueType = ...,
+        max_queue_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "request_id", b"request_id", "trigger_word", b"trigger_word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "model", b"model", "noise_draw", b"noise_draw", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "noise_draw", b"noise_draw", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "request_id", b"request_id", "trigger_word", b"trigger_word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__hf_token: _TypeAlias = _typing.Literal["hf_token"]  # noqa: Y015
     _WhichOneofArgType__hf_token: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token"]  # noqa: Y015
@@ -95,6 +137,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__kv_cache: _TypeAlias = _typing.Literal["_kv_cache", b"_kv_cache"]  # noqa: Y015
     _WhichOneofReturnType__match_target_res: _TypeAlias = _typing.Literal["match_target_res"]  # noqa: Y015
     _WhichOneofArgType__match_target_res: _TypeAlias = _typing.Literal["_match_target_res", b"_match_target_res"]  # noqa: Y015
+    _WhichOneofReturnType__max_queue_time: _TypeAlias = _typing.Literal["max_queue_time"]  # noqa: Y015
+    _WhichOneofArgType__max_queue_time: _TypeAlias = _typing.Literal["_max_queue_time", b"_max_queue_time"]  # noqa: Y015
     _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
     _WhichOneofReturnType__output: _TypeAlias = _typing.Literal["output"]  # noqa: Y015
@@ -103,6 +147,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__preview: _TypeAlias = _typing.Literal["_preview", b"_preview"]  # noqa: Y015
     _WhichOneofReturnType__profile: _TypeAlias = _typing.Literal["profile"]  # noqa: Y015
     _WhichOneofArgType__profile: _TypeAlias = _typing.Literal["_profile", b"_profile"]  # noqa: Y015
+    _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
+    _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
     _WhichOneofReturnType__trigger_word: _TypeAlias = _typing.Literal["trigger_word"]  # noqa: Y015
     _WhichOneofArgType__trigger_word: _TypeAlias = _typing.Literal["_trigger_word", b"_trigger_word"]  # noqa: Y015
     @_typing.overload
@@ -112,6 +158,8 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__match_target_res) -> _WhichOneofReturnType__match_target_res | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queue_time) -> _WhichOneofReturnType__max_queue_time | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output) -> _WhichOneofReturnType__output | None: ...
@@ -119,6 +167,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__preview) -> _WhichOneofReturnType__preview | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__profile) -> _WhichOneofReturnType__profile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trigger_word) -> _WhichOneofReturnType__trigger_word | None: ...
 
