@@ -147,7 +147,13 @@ class Engine:
         return EngineStatus(len(self._queue) + len(self._fetching), int(self._running is not None), self._snapshot)
 
     async def submit(
-        self, plan: Plan, spec: ModelSpec, *, deadline_s: float | None, hf_token: str | None = None
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        *,
+        deadline_s: float | None,
+        hf_token: str | None = None,
+        owner: str = "",
     ) -> Job:
         """Admits a plan as a job, whose log then fills by itself.
 
@@ -156,6 +162,7 @@ class Engine:
             spec: the model that computes (`plan.served_model`).
             deadline_s: seconds from now after which the caller stops waiting.
             hf_token: for adapters that are fetched from Hugging Face; forgotten once they are.
+            owner: name of the caller whose job it is.
 
         Raises:
             LoraNotFound: an adapter is not below the adapter root.
@@ -164,11 +171,11 @@ class Engine:
             QueueFull, Draining: no job is taken now.
         """
         self._refuse_if_closed()
-        found = await self._adapters.find(plan.loras)
+        found = await self._adapters.find(plan.loras, owner)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed()
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        job = Job(plan, found.complete, Cancellation(deadline_at))
+        job = Job(plan, found.complete, Cancellation(deadline_at), owner=owner)
         job.log.append(Accepted(job.id, plan))
         waiting = _Waiting(job, files, found)
         if None in found.files:
@@ -238,7 +245,7 @@ class Engine:
         job = waiting.job
         try:
             waiting.adapters = await self._adapters.fetch(
-                job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append
+                job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append, owner=job.owner
             )
         except ChromaError as error:
             self._end_early(job, error)
