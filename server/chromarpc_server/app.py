@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.adapter_download import AdapterDownloads
@@ -17,7 +17,7 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
-from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
+from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.loras import LoraServicer
@@ -58,9 +58,13 @@ class App:
             OSError: the address cannot be bound.
         """
         settings = self._settings
+        choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
+        profiles = served_profiles(choice.device)
+        if settings.profile not in profiles:
+            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
         serving = Serving(
             aliases=settings.alias,
-            profiles=tuple(PROFILES),
+            profiles=profiles,
             default_profile=settings.profile,
             limits=settings.limits.limits(),
         )
@@ -76,7 +80,7 @@ class App:
         )
         await asyncio.to_thread(library.clean)
         engine = Engine(
-            choose_device(settings.device, settings.dtype, threads=settings.threads),
+            choice,
             model_files=model_files,
             adapters=AdapterSources(library, downloads),
             max_queued_jobs=serving.limits.max_queued_jobs,

@@ -31,7 +31,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Dtype = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-Profile = Literal["reference", "exact"]
+Profile = Literal["reference", "exact", "fp8"]
 
 
 def _known_model(model_id: str) -> str:

@@ -7,7 +7,7 @@ before quantization as the reference does. A `Pipeline` draws with one, and noth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,16 +15,15 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import T5EncoderModel
 
 from chromarpc_server.domain.limits import MasterPlace
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.device import free_memory_bytes
-from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer
+from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt, Tokenizer
+from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
 from chromarpc_server.pipeline.transformer import (
     ChromaConfig,
     ChromaTransformer,
@@ -47,12 +46,11 @@ from chromarpc_server.pipeline.weights import (
 class Pipeline:
     """Everything that draws, with one adapter set merged. Immutable; calls share nothing but weights."""
 
-    transformer: ChromaTransformer = field(repr=False)
-    text_encoder: T5EncoderModel = field(repr=False)
+    transformer: PreparedTransformer = field(repr=False)
+    text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     latent_preview: LatentPreview = field(repr=False)
-    profile: NumericsProfile
     device: torch.device
     dtype: torch.dtype
     """What is computed in."""
@@ -68,7 +66,7 @@ class Pipeline:
 
     def encode(self, tokens: TokenizedPrompt) -> PromptEmbedding:
         """Embeds a prompt, beside the unconditional text."""
-        embeds = text_encoder.encode(self.text_encoder, tokens.ids)
+        embeds = self.text_encoder(tokens.ids)
         return PromptEmbedding(embeds, tokens.mask.to(self.device), *self.empty)
 
     def denoise(
@@ -96,7 +94,6 @@ class Pipeline:
         noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
         yield from denoise_from(
             self.transformer,
-            self.profile,
             embedding,
             noise.to(device=self.device, dtype=self.dtype),
             width,
@@ -118,8 +115,7 @@ class Pipeline:
 
 @torch.inference_mode()
 def denoise_from(
-    transformer: ChromaTransformer,
-    profile: NumericsProfile,
+    transformer: PreparedTransformer,
     embedding: PromptEmbedding,
     noise: Tensor,
     width: int,
@@ -134,58 +130,65 @@ def denoise_from(
     `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless told
     otherwise.
     """
-    device = noise.device
     grid = sampling.token_grid(width, height)
-    scheduler = sampling.make_scheduler(noise.shape[1], steps, device)
+    scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
     seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
     timesteps = seen.to(noise.dtype) / 1000
-    batched = transformer.modulations(timesteps) if profile.batch_modulations else None
-    conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
-    unconditional = None
+    texts = [_Text.of(embedding.embeds, embedding.mask, noise)]
     if guidance_scale > sampling.GUIDANCE_THRESHOLD:
-        unconditional = _Text.of(transformer, profile, embedding.empty_embeds, embedding.empty_mask, grid, noise)
-
-    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        own = slice(index, index + 1)
-        modulations = batched[own] if batched is not None else transformer.modulations(timesteps[own])
-        first = transformer(latents, conditional.embeds, modulations, conditional.rope, conditional.mask)
-        if unconditional is None:
-            return first, None
-        return first, transformer(
-            latents, unconditional.embeds, modulations, unconditional.rope, unconditional.mask
-        )
-
-    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, velocity)
+        texts.append(_Text.of(embedding.empty_embeds, embedding.empty_mask, noise))
+    make = _fused_velocity if transformer.profile.fused else _padded_velocity
+    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, make(transformer, texts, timesteps, grid))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """One text as the transformer takes it, padded and masked or cut, as the profile says."""
+    """One text on the device: (1, L, context) embeddings and (1, L) mask."""
 
     embeds: Tensor
-    rope: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    mask: Tensor
 
     @classmethod
-    def of(
-        cls,
-        transformer: ChromaTransformer,
-        profile: NumericsProfile,
-        embeds: Tensor,
-        mask: Tensor,
-        grid: tuple[int, int],
-        noise: Tensor,
-    ) -> _Text:
-        """`embeds` (1, L, context) and `mask` (1, L) for images of `grid` tokens."""
-        mask = mask.to(noise.device)
-        embeds = embeds.to(device=noise.device, dtype=noise.dtype)
-        attention_mask = None
-        if profile.slice_text:
-            embeds = embeds[:, : int(mask.sum()) + 1]
-        else:
-            attention_mask = dense_attention_mask(mask, grid[0] * grid[1], transformer.config.num_heads)
-        rope = rope_table(transformer.config, embeds.shape[1], grid, noise.device)
-        return cls(embeds, rope, attention_mask)
+    def of(cls, embeds: Tensor, mask: Tensor, like: Tensor) -> _Text:
+        """On the device and in the dtype of `like`."""
+        return cls(embeds.to(device=like.device, dtype=like.dtype), mask.to(like.device))
+
+    @property
+    def kept(self) -> Tensor:
+        """(real + 1, context): what attention sees."""
+        return self.embeds[0, : int(self.mask.sum()) + 1]
+
+
+def _fused_velocity(
+    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
+) -> sampling.Velocity:
+    """Both passes at once over packed tokens, with the modulations of all steps made before."""
+    modulations = transformer.model.modulations(timesteps)
+    conditioning = transformer.run.fused.condition([text.kept for text in texts], grid)
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        found = transformer.run(latents[0], conditioning, modulations[index])
+        return found[:1], found[1:] if len(texts) > 1 else None
+
+    return velocity
+
+
+def _padded_velocity(
+    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
+) -> sampling.Velocity:
+    """As the reference: one pass after the other, 512 text tokens under a dense mask, modulations step by step."""
+    model = transformer.model
+    rope = rope_table(model.config, texts[0].embeds.shape[1], grid, timesteps.device)
+    masks = [dense_attention_mask(text.mask, grid[0] * grid[1], model.config.num_heads) for text in texts]
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        modulations = model.modulations(timesteps[index : index + 1])
+        passes = [
+            model(latents, text.embeds, modulations, rope, mask) for text, mask in zip(texts, masks, strict=True)
+        ]
+        return passes[0], passes[1] if len(passes) > 1 else None
+
+    return velocity
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ class Checkpoint:
     config: ChromaConfig
     master: Mapping[str, Tensor] = field(repr=False)
     """The transformer's parameters, on the device or in (pinned) host memory."""
-    text_encoder: T5EncoderModel = field(repr=False)
+    text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     latent_preview: LatentPreview = field(repr=False)
@@ -265,7 +268,7 @@ class Checkpoint:
         return cls(
             config=config,
             master=_place(master, device, master_place, check),
-            text_encoder=encoder,
+            text_encoder=text_encoder.RecordedEncoder(encoder),
             autoencoder=vae,
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
@@ -280,28 +283,24 @@ class Checkpoint:
             empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
         )
 
-    def allocate(self, profile: NumericsProfile) -> PreparedTransformer:
+    def allocate(self, profile: NumericsProfile, *, hold_float8: bool = False) -> PreparedTransformer:
         """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it."""
-        return PreparedTransformer(self.config, self.master, profile, device=self.device, dtype=self.dtype)
-
-    def prepared_bytes(self, profile: NumericsProfile) -> int:
-        """Size of a transformer prepared in this profile."""
-        stored = self.master["img_in.weight"].dtype
-        quantized = profile.dequantize_per_call and stored == self.dtype
-        return sum(
-            tensor.numel() * (1 if quantized and tensor.ndim > 1 else self.dtype.itemsize)
-            for tensor in self.master.values()
+        return PreparedTransformer(
+            self.config, self.master, profile, device=self.device, dtype=self.dtype, hold_float8=hold_float8
         )
+
+    def prepared_bytes(self, profile: NumericsProfile, *, hold_float8: bool = False) -> int:
+        """Size of a transformer prepared in this profile."""
+        return prepared_bytes(self.master, profile, self.dtype, hold_float8=hold_float8)
 
     def pipeline(self, prepared: PreparedTransformer) -> Pipeline:
         """Everything that draws, with a transformer of this checkpoint as it is now."""
         return Pipeline(
-            transformer=prepared.model,
+            transformer=prepared,
             text_encoder=self.text_encoder,
             autoencoder=self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
-            profile=prepared.profile,
             device=self.device,
             dtype=self.dtype,
             stored_dtype=self.master["img_in.weight"].dtype,
