@@ -18,7 +18,7 @@ from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
-from chromarpc_server.settings import ServerSettings
+from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
@@ -131,7 +131,9 @@ class App:
         settings = self._settings
         for model_id in settings.preload:
             log.info("model.preloading", extra={"model": model_id})
-            await engine.preload(REGISTRY[settings.alias.get(model_id, model_id)], settings.profile)
+            served = REGISTRY[settings.alias.get(model_id, model_id)]
+            sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
+            await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings

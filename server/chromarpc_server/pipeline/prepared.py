@@ -18,7 +18,8 @@ from torch import Tensor
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.fused import plain
-from chromarpc_server.pipeline.fused.forward import FusedTransformer, fused_ops
+from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.quantization import FLOAT8, dequantize_rows, quantize_rows
@@ -56,6 +57,7 @@ class PreparedTransformer:
         dtype: torch.dtype,
         quantize: bool = True,
         hold_float8: bool = False,
+        record_graphs: bool = True,
     ) -> None:
         """Allocates nothing; the first `switch` does.
 
@@ -68,6 +70,7 @@ class PreparedTransformer:
             quantize: whether linear weights go through float8.
             hold_float8: hold the blocks' weights in float8 even where the profile could do with them dequantized:
                 half the memory, the same bits, a little slower.
+            record_graphs: record steps as CUDA graphs, which keep a step's activations.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -77,6 +80,7 @@ class PreparedTransformer:
         self._device = device
         self._dtype = dtype
         self._quantize = quantize
+        self._record_graphs = record_graphs
         self._hold_float8 = hold_float8 or profile.needs_float8_weights
         self._linears = {
             f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
@@ -90,7 +94,8 @@ class PreparedTransformer:
     def run(self) -> GraphedForward:
         """The fused forward over these weights, once they are there."""
         if self._run is None:
-            self._run = GraphedForward(FusedTransformer(self.model, float8_products=self.profile.float8_products))
+            fused = FusedTransformer(self.model, float8_products=self.profile.float8_products)
+            self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
 
     @property
@@ -178,13 +183,16 @@ class PreparedTransformer:
                 # Products of float8 take their scales in float32; the values are bf16's all the same.
                 scale_dtype = torch.float32 if self.profile.float8_products else weight.dtype
                 linear.scale = torch.empty(weight.shape[0], dtype=scale_dtype, device=self._device)
+        ops = fused_ops(self._device) if weight.dtype == torch.bfloat16 else plain
         if linear is None:
             held.copy_(weight)
+        elif linear.scale is not None and ops is not plain:
+            ops.quantize_weight(weight.contiguous(), held, linear.scale)
         elif linear.scale is not None:
             q, scale = quantize_rows(weight)
             held.copy_(q)
             linear.scale.copy_(scale)
-        elif weight.dtype == held.dtype == torch.bfloat16 and (ops := fused_ops(self._device)) is not plain:
+        elif held.dtype == torch.bfloat16 and ops is not plain:
             ops.round_weight(weight.contiguous(), held)
         else:
             held.copy_(dequantize_rows(*quantize_rows(weight)))

@@ -7,7 +7,7 @@ reference's function, and slicing comes after it, never before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.weights import (
@@ -109,7 +111,8 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return F.linear(x, dequantize_rows(self.q, self.scale).to(self._dtype))
+        weight = torch.empty(self.q.shape, dtype=self._dtype, device=x.device)
+        return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
 
 
 def build_text_encoder(
@@ -163,32 +166,42 @@ def build_text_encoder(
     held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict({**held, **placed}, assign=True)
     if keep_in_host_memory:
-        for block in model.encoder.block:
-            _visit(block, device)
+        _stream(list(model.encoder.block), device)
     model.set_attn_implementation("sdpa")
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
 
-def _visit(block: nn.Module, device: torch.device) -> None:
-    """Has a block's tensors on the device while it computes, and nowhere but in host memory else."""
-    owners = [
-        (module, name, tensor)
-        for module in block.modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    ]
+def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Has each block's tensors on the device while it computes, and nowhere but in host memory else."""
+    owners: dict[str, tuple[int, nn.Module, str]] = {}
+    hosted: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                key = f"{index}.{path}.{name}"
+                owners[key] = (index, module, name)
+                hosted[key] = tensor.data
     if device.type == "cuda":
-        owners = [(module, name, tensor.data.pin_memory()) for module, name, tensor in owners]
+        hosted = pin(hosted)
 
-    def put(move: Callable[[Tensor], Tensor]) -> None:
-        for module, name, tensor in owners:
-            holder = module._parameters if name in module._parameters else module._buffers
-            moved = move(tensor)
-            holder[name] = nn.Parameter(moved, requires_grad=False) if holder is module._parameters else moved
+    def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
+        for key, (owner, module, name) in owners.items():
+            if owner != index:
+                continue
+            moved = move(hosted[key])
+            # Into the dictionaries themselves: registering anew at every call is slow.
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+            else:
+                module._buffers[name] = moved
 
-    put(lambda tensor: tensor)
-    block.register_forward_pre_hook(lambda *_: put(lambda tensor: tensor.to(device, non_blocking=True)))
-    block.register_forward_hook(lambda *_: put(lambda tensor: tensor))
+    for index, block in enumerate(blocks):
+        put(index, lambda tensor: tensor)
+        block.register_forward_pre_hook(
+            lambda *_, index=index: put(index, lambda tensor: tensor.to(device, non_blocking=True))
+        )
+        block.register_forward_hook(lambda *_, index=index: put(index, lambda tensor: tensor))
 
 
 def text_encoder_config(folder: Path) -> T5Config:
@@ -231,14 +244,14 @@ class RecordedEncoder:
     launch than to run. The same kernels, so the same bits. Belongs to the device thread.
     """
 
-    def __init__(self, model: T5EncoderModel) -> None:
-        """`model`: its weights must stay where they are."""
+    def __init__(self, model: T5EncoderModel, *, record: bool = True) -> None:
+        """`model`: where it is to be recorded, its weights must stay where they are."""
         self.model = model
         self._ids: Tensor | None = None
         self._embeds: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._met = False
-        self._usable = True
+        self._usable = record
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ made.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import cast
 
@@ -23,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.attention import Attention, Spans, select_attention
-from chromarpc_server.pipeline.fused.check import check_kernels
+from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.layout import Layout
 from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.transformer import (
@@ -37,25 +34,8 @@ from chromarpc_server.pipeline.transformer import (
     SingleBlock,
 )
 
-log = logging.getLogger(__name__)
-
 TEXT_ROWS_MULTIPLE = 32
 """Rows kept for a prompt are a multiple of it where attention takes any length: 16 shapes serve all prompts."""
-
-
-@lru_cache(maxsize=8)
-def fused_ops(device: torch.device) -> ModuleType:
-    """The kernels on a GPU where they compile and are right, else their plain form."""
-    if device.type != "cuda":
-        return plain
-    try:
-        from chromarpc_server.pipeline.fused import kernels  # noqa: PLC0415 - needs Triton
-
-        check_kernels(kernels, device)
-    except Exception as problem:  # noqa: BLE001 - a compiler can fail in any way, and the plain form cannot
-        log.warning("kernels.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
-        return plain
-    return kernels
 
 
 @dataclass(frozen=True)

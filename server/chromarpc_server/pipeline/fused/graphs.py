@@ -54,13 +54,13 @@ def _tensors(conditioning: Conditioning) -> tuple[Tensor, ...]:
 class GraphedForward:
     """Calls like `FusedTransformer`'s own, recorded where that can be done. Belongs to the device thread."""
 
-    def __init__(self, fused: FusedTransformer) -> None:
-        """`fused`: what to record; its weights must stay where they are."""
+    def __init__(self, fused: FusedTransformer, *, record: bool = True) -> None:
+        """`fused`: what to record, unless `record` is off; its weights must stay where they are."""
         self.fused = fused
         self._recorded: OrderedDict[Shape, _Recorded] = OrderedDict()
         self._met: set[Shape] = set()
         self._pool: _POOL_HANDLE | None = None
-        self._usable = True
+        self._usable = record
 
     @property
     def recorded_count(self) -> int:
