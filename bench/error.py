@@ -1,7 +1,7 @@
 """How far each profile is from float32, at full size with random weights: `python -m bench.error [--out FILE]`.
 
 The truth is the same function of the same float8-rounded weights, computed in float32 (no TF32): one forward, and
-the latents after all steps. Errors are relative L2 norms; the ratio is to the `exact` profile's, the reference's own.
+the latents after all steps. Errors are relative L2 norms; ratios are to `exact`, the reference's own.
 """
 
 from __future__ import annotations
