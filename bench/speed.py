@@ -209,9 +209,6 @@ def main() -> None:
     parser.add_argument("--exact-runs", type=int, default=1, help="it takes long, and varies little")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, help="of a CPU")
-    parser.add_argument(
-        "--hold-float8", action="store_true", help="hold the reference profile's weights in float8"
-    )
     parser.add_argument("--trace", action="store_true", help="also print where the GPU's time goes in one step")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -243,7 +240,7 @@ def main() -> None:
     header = f"{'profile':10}{'size':>11}{'seconds':>9}{'spread':>15}{'text':>7}{'decode':>8}{'ms/step':>9}"
     print(header + f"{'GB':>7}{'x floor':>9}{'x exact':>9}{'rel':>9}")
     for profile in arguments.profiles:
-        prepared = checkpoint.allocate(PROFILES[profile], hold_float8=arguments.hold_float8)
+        prepared = checkpoint.allocate(PROFILES[profile])
         prepared.switch([])
         pipeline = checkpoint.pipeline(prepared)
         for size in sizes:
