@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _serve(arguments: list[str]) -> int:
+    # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config, arguments = _take_config(arguments)
     if config is not None:
         if not config.is_file():

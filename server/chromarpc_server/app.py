@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.adapter_download import AdapterDownloads
@@ -17,8 +17,8 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
-from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
-from chromarpc_server.settings import ServerSettings
+from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
+from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
@@ -69,9 +69,13 @@ class App:
             OSError: the address cannot be bound.
         """
         settings = self._settings
+        choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
+        profiles = served_profiles(choice.device)
+        if settings.profile not in profiles:
+            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
         serving = Serving(
             aliases=settings.alias,
-            profiles=tuple(PROFILES),
+            profiles=profiles,
             default_profile=settings.profile,
             limits=settings.limits.limits(),
         )
@@ -88,7 +92,7 @@ class App:
         access = self._access()
         await asyncio.to_thread(library.clean)
         engine = Engine(
-            choose_device(settings.device, settings.dtype, threads=settings.threads),
+            choice,
             model_files=model_files,
             adapters=AdapterSources(library, downloads),
             max_queued_jobs=serving.limits.max_queued_jobs,
@@ -173,7 +177,9 @@ class App:
         settings = self._settings
         for model_id in settings.preload:
             log.info("model.preloading", extra={"model": model_id})
-            await engine.preload(REGISTRY[settings.alias.get(model_id, model_id)], settings.profile)
+            served = REGISTRY[settings.alias.get(model_id, model_id)]
+            sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
+            await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings

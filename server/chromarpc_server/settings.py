@@ -27,7 +27,10 @@ from chromarpc_server.domain.limits import (
     DownloadLimits,
     Limits,
     MasterPlace,
+    MemoryChoice,
+    Tiling,
     UploadLimits,
+    WeightsPlace,
 )
 from chromarpc_server.domain.models import REGISTRY
 
@@ -48,7 +51,7 @@ def is_loopback(host: str) -> bool:
 Dtype = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-Profile = Literal["reference", "exact"]
+Profile = Literal["reference", "exact", "fp8"]
 
 
 def _known_model(model_id: str) -> str:
@@ -57,6 +60,27 @@ def _known_model(model_id: str) -> str:
     return model_id
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024x1024` → width and height in pixels, multiples of 32.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"not a size: {text}; write it like 1024x1024")
+    sides = int(width), int(height)
+    if any(not 64 <= side <= 4096 or side % 32 for side in sides):
+        raise ValueError(f"{text}: sides are multiples of 32 from 64 to 4096")
+    return sides
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
 
 
@@ -207,6 +231,11 @@ class ServerSettings(BaseSettings):
     preload: list[ModelId] = Field(
         default_factory=list, description="models to load before the server says SERVING; repeatable"
     )
+    warm_up: list[ImageSize] = Field(
+        default_factory=list,
+        description="WIDTHxHEIGHT of pictures that a GPU is warmed up for while preloading; repeatable; the "
+        "model's default size if unset",
+    )
     resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
     prepared_bytes: ByteSize | None = Field(
         None,
@@ -219,6 +248,22 @@ class ServerSettings(BaseSettings):
     master_place: MasterPlace = Field(
         "auto", description="where master weights stay on a GPU: device, host (pinned), or what fits"
     )
+    device_memory: ByteSize | None = Field(
+        None, description="memory of the GPU to use at most, such as 24GB; all of it if unset"
+    )
+    weights: WeightsPlace = Field(
+        "auto",
+        description="how a GPU holds the transformer: dequantized (fastest), float8 (half the memory, the same "
+        "bits), or what fits",
+    )
+    text_encoder_place: MasterPlace = Field(
+        "auto",
+        description="where the text encoder stays: device, host (copied for every prompt), or what fits",
+    )
+    tiling: Tiling = Field(
+        "auto",
+        description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     log_level: LogLevel = Field("info", description="least severe level that is logged")
@@ -226,7 +271,14 @@ class ServerSettings(BaseSettings):
 
     def budgets(self) -> Budgets:
         """How much may be resident."""
-        return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, self.master_place)
+        memory = MemoryChoice(
+            device_bytes=self.device_memory,
+            weights=self.weights,
+            text_encoder=self.text_encoder_place,
+            master=self.master_place,
+            tiling=self.tiling,
+        )
+        return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, memory)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""

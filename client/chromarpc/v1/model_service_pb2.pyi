@@ -180,6 +180,7 @@ class Model(_message.Message):
     IGNORED_OPTIONS_FIELD_NUMBER: _builtins.int
     REFUSED_OPTIONS_FIELD_NUMBER: _builtins.int
     RESIDENT_SETS_FIELD_NUMBER: _builtins.int
+    MEMORY_PLAN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -214,6 +215,10 @@ class Model(_message.Message):
     def resident_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentSet]:
         """Adapter sets that are merged in memory, least recently used first."""
 
+    @_builtins.property
+    def memory_plan(self) -> Global___MemoryPlan:
+        """What of it stays where; left out on a CPU, and where it is not in memory."""
+
     def __init__(
         self,
         *,
@@ -230,14 +235,61 @@ class Model(_message.Message):
         ignored_options: _abc.Iterable[_builtins.str] | None = ...,
         refused_options: _abc.Iterable[_builtins.str] | None = ...,
         resident_sets: _abc.Iterable[Global___ResidentSet] | None = ...,
+        memory_plan: Global___MemoryPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "memory_plan", b"memory_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class MemoryPlan(_message.Message):
+    """What of a model stays where on a GPU, chosen from the memory that may be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_FIELD_NUMBER: _builtins.int
+    MASTER_FIELD_NUMBER: _builtins.int
+    TILE_AUTOENCODER_FIELD_NUMBER: _builtins.int
+    RECORD_GRAPHS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_BYTES_FIELD_NUMBER: _builtins.int
+    USABLE_BYTES_FIELD_NUMBER: _builtins.int
+    weights: _builtins.str
+    """`dequantized`, or `float8`: half the memory and the same bits, a little slower."""
+    text_encoder: _builtins.str
+    """Where the text encoder stays: `device`, or `host`, from which its layers are copied for every prompt."""
+    master: _builtins.str
+    """Where the weights stay that adapters are merged into: `device` or `host`."""
+    tile_autoencoder: _builtins.bool
+    """Whether pictures are decoded in tiles, which changes pixels a little."""
+    record_graphs: _builtins.bool
+    """Whether steps are recorded as CUDA graphs."""
+    estimated_bytes: _builtins.int
+    """What all of it takes at most, for pictures up to 1024×1024."""
+    usable_bytes: _builtins.int
+    """What it was planned for."""
+    def __init__(
+        self,
+        *,
+        weights: _builtins.str = ...,
+        text_encoder: _builtins.str = ...,
+        master: _builtins.str = ...,
+        tile_autoencoder: _builtins.bool = ...,
+        record_graphs: _builtins.bool = ...,
+        estimated_bytes: _builtins.int = ...,
+        usable_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "master", b"master", "record_graphs", b"record_graphs", "text_encoder", b"text_encoder", "tile_autoencoder", b"tile_autoencoder", "usable_bytes", b"usable_bytes", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
 
 @_typing.final
 class ModelDefaults(_message.Message):

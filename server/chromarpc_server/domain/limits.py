@@ -74,6 +74,23 @@ MasterPlace = Literal["auto", "device", "host"]
 """Where a checkpoint's master weights stay."""
 
 
+WeightsPlace = Literal["auto", "dequantized", "float8"]
+"""How the transformer's weights are held on a GPU."""
+Tiling = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """What an operator decides about a GPU's memory; `auto` leaves it to the planner."""
+
+    device_bytes: int | None = None
+    """The most to use; all there is if None."""
+    weights: WeightsPlace = "auto"
+    text_encoder: MasterPlace = "auto"
+    master: MasterPlace = "auto"
+    tiling: Tiling = "auto"
+
+
 @dataclass(frozen=True)
 class Budgets:
     """How much may be resident."""
@@ -83,4 +100,4 @@ class Budgets:
     """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
     adapter_bytes: int = 2 * 1024**3
     """Of parsed adapters in host memory."""
-    master_place: MasterPlace = "auto"
+    memory: MemoryChoice = MemoryChoice()

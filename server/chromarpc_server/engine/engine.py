@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -123,8 +123,8 @@ class Engine:
         self._accepting = True
         return description
 
-    async def preload(self, spec: ModelSpec, profile: str) -> None:
-        """Makes a model resident before any request asks for it.
+    async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Makes a model resident before any request asks for it, warmed up for pictures of these sizes.
 
         Raises:
             WeightsMissing, WeightsInvalid, OutOfMemory: it cannot be loaded.
@@ -133,7 +133,7 @@ class Engine:
             raise RuntimeError("preload before start")
         files = await asyncio.to_thread(self._model_files.require, spec)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile)
+        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile, sizes)
 
     @property
     def description(self) -> DeviceDescription:

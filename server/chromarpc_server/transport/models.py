@@ -9,7 +9,7 @@ import grpc
 
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.domain.callers import current_caller
-from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, ModelSpec
+from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.engine import Engine
@@ -148,4 +148,19 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 for held in cache.sets
                 if held.key.model_id == served.id and hidden.isdisjoint(sha256 for sha256, _ in held.adapters)
             ],
+            memory_plan=_memory_plan(cache.memory.get(served.id)),
         )
+
+
+def _memory_plan(plan: MemoryPlan | None) -> model_service_pb2.MemoryPlan | None:
+    if plan is None:
+        return None
+    return model_service_pb2.MemoryPlan(
+        weights=plan.weights,
+        text_encoder=plan.text_encoder,
+        master=plan.master,
+        tile_autoencoder=plan.tile_autoencoder,
+        record_graphs=plan.record_graphs,
+        estimated_bytes=plan.estimated_bytes,
+        usable_bytes=plan.usable_bytes,
+    )
