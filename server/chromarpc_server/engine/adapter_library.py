@@ -29,6 +29,7 @@ from chromarpc_server.domain.errors import (
     LoraInvalid,
     LoraNotFound,
     QuotaExceeded,
+    QuotaViolation,
     UploadNotFound,
     UploadOutOfOrder,
     UploadsFull,
@@ -404,15 +405,17 @@ class AdapterLibrary(AdapterRoot):
         """One's own bounds come first, so that nobody can use up what is everybody's."""
         limits = self._limits
         own = [upload for upload in self._uploads.values() if upload.owner == caller.name]
-        for uploads, bound, whose in (
-            (own, limits.max_open, "you have"),
-            (list(self._uploads.values()), limits.max_open_in_all, "the server has"),
+        for uploads, bound, subject, whose in (
+            (own, limits.max_open, "caller", "you have"),
+            (list(self._uploads.values()), limits.max_open_in_all, "server", "the server has"),
         ):
             if len(uploads) >= bound:
                 first = min(upload.expires_at for upload in uploads)
+                message = f"{whose} {bound} uploads under way, as many as may be at once"
                 raise UploadsFull(
-                    f"{whose} {bound} uploads under way, as many as may be at once",
+                    message,
                     retry_after_s=max(1.0, min(30.0, first - now)),
+                    quota=QuotaViolation(subject, "max_open_uploads", bound, message),
                 )
         there = sum(lora.size_bytes for lora in self._by_hash(self._loras, LoraSource.UPLOAD, caller.name))
         there += sum(upload.size_bytes for upload in own)
@@ -428,10 +431,11 @@ class AdapterLibrary(AdapterRoot):
         kept = sum(lora.size_bytes for lora in self._by_hash(self._loras, LoraSource.UPLOAD, None))
         coming = sum(upload.size_bytes for upload in self._uploads.values())
         if kept + coming + size_bytes > limits.max_total_bytes:
-            raise UploadsFull(
-                f"{size_bytes} bytes more exceed the {limits.max_total_bytes} of uploads that this server keeps: "
-                "delete some"
+            message = (
+                f"{size_bytes} bytes more exceed the {limits.max_total_bytes} of uploads that this server keeps"
             )
+            total = QuotaViolation("server", "max_uploads_bytes", limits.max_total_bytes, message)
+            raise UploadsFull(f"{message}: delete some", quota=total)
 
     def _make_folders(self) -> None:
         with _room_on_disk():

@@ -41,7 +41,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 self._serving.models[plan.served_model],
                 deadline_s=context.time_remaining(),
                 hf_token=request.hf_token or None,
-                owner=current_caller().name,
+                caller=current_caller(),
             )
         except ChromaError as error:
             await _abort(context, error)
