@@ -19,10 +19,14 @@ from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings, parse_size
+from chromarpc_server.transport.authentication import Authentication
+from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
-from chromarpc_server.transport.server import Listening, listen
+from chromarpc_server.transport.quotas import CallQuotas
+from chromarpc_server.transport.server import Access, Listening, listen
+from chromarpc_server.transport.tls import ServerTls, TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,12 @@ class App:
         self._settings = settings
         self._stop = asyncio.Event()
         self._exit_code = 0
+        self._callers: CallersFile | None = None
+
+    def reload(self) -> None:
+        """Reads the callers file again; certificates are looked at before each connection anyway."""
+        if self._callers is not None:
+            self._callers.reload()
 
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
@@ -55,6 +65,7 @@ class App:
 
         Raises:
             ChromaError: the device or a model to preload cannot be used.
+            ValueError: a file of TLS or of callers cannot be used.
             OSError: the address cannot be bound.
         """
         settings = self._settings
@@ -78,6 +89,7 @@ class App:
             if settings.lora_urls
             else None
         )
+        access = self._access()
         await asyncio.to_thread(library.clean)
         engine = Engine(
             choice,
@@ -91,6 +103,7 @@ class App:
             engine,
             serving,
             model_files,
+            library,
             version=metadata.version("chromarpc"),
             library_versions=library_versions(),
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
@@ -104,7 +117,7 @@ class App:
             GenerationServicer(engine, serving),
             models,
             LoraServicer(library, serving, model_files),
-            max_request_bytes=serving.limits.max_request_bytes,
+            access=access,
         )
         try:
             stopping = asyncio.create_task(self._stop.wait())
@@ -112,7 +125,7 @@ class App:
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await preloading
-                await listening.set_serving(True)
+                listening.set_serving(True)
                 log.info(
                     "server.serving",
                     extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},
@@ -127,6 +140,39 @@ class App:
             await self._shut_down(engine, listening)
         return self._exit_code
 
+    def _access(self) -> Access:
+        """Who may call.
+
+        Raises:
+            ValueError: a file of TLS or of callers cannot be used.
+        """
+        settings, limits = self._settings, self._settings.limits
+        tls = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            tls = ServerTls(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
+        if settings.callers is not None:
+            self._callers = CallersFile(settings.callers, limits.caller_limits())
+        return Access(
+            Authentication(
+                self._callers,
+                certificates=tls is not None and tls.wants_client_certificates,
+                limits=limits.caller_limits(),
+            ),
+            CallQuotas(limits.max_streams),
+            limits.max_request_bytes,
+            limits.max_connections,
+            tls,
+        )
+
+    def _admits(self) -> str:
+        settings = self._settings
+        encryption = "no encryption" if settings.tls_cert is None else "TLS"
+        if self._callers is not None:
+            return f"{encryption}, {self._callers.count} known callers"
+        return (
+            f"{encryption}, {'client certificates' if settings.tls_client_ca else 'open to all who can connect'}"
+        )
+
     async def _preload(self, engine: Engine) -> None:
         settings = self._settings
         for model_id in settings.preload:
@@ -137,7 +183,7 @@ class App:
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
-        print(f"chromarpc-server listens on {settings.host}:{listening.port}", flush=True)
+        print(f"chromarpc-server listens on {settings.host}:{listening.port} ({self._admits()})", flush=True)
         for spec in REGISTRY.values():
             served = REGISTRY[settings.alias.get(spec.id, spec.id)]
             here = await asyncio.to_thread(model_files.find, served) is not None
@@ -149,8 +195,11 @@ class App:
 
     async def _shut_down(self, engine: Engine, listening: Listening) -> None:
         log.info("server.stopping", extra={"grace_s": self._settings.grace_s})
-        await listening.set_serving(False)
+        if self._exit_code:
+            listening.health.set_dead()
+        listening.set_serving(False)
         await engine.drain(0 if self._exit_code else self._settings.grace_s)
+        listening.health.close()
         # Every stream has had its last event by now; this waits for their bytes to leave.
         await listening.server.stop(grace=5.0)
         log.info("server.stopped", extra={"exit_code": self._exit_code})
@@ -163,8 +212,10 @@ async def serve(settings: ServerSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows has no loop signal handlers
             loop.add_signal_handler(number, app.stop)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:
         return await app.run()
-    except (ChromaError, OSError) as error:
+    except (ChromaError, OSError, ValueError) as error:
         print(f"chromarpc-server cannot start: {error}", file=sys.stderr)
         return EXIT_CANNOT_START

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,6 +23,7 @@ from pydantic_settings import (
 
 from chromarpc_server.domain.limits import (
     Budgets,
+    CallerLimits,
     DownloadLimits,
     Limits,
     MasterPlace,
@@ -34,7 +37,15 @@ from chromarpc_server.domain.models import REGISTRY
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_CALLER = CallerLimits()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind can be reached from this machine alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -86,7 +97,7 @@ def default_data_dir() -> Path:
 
 
 class LimitSettings(BaseModel):
-    """What one request may ask for."""
+    """What one request may ask for, one caller may have, and all callers together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -103,10 +114,30 @@ class LimitSettings(BaseModel):
     )
     max_queued_jobs: PositiveInt = Field(_LIMITS.max_queued_jobs, description="jobs waiting at once")
     max_request_bytes: PositiveInt = Field(_LIMITS.max_request_bytes, description="bytes of one request message")
+    max_streams: PositiveInt = Field(_LIMITS.max_streams, description="calls in progress at once, of all callers")
+    max_streams_per_caller: PositiveInt = Field(
+        _CALLER.max_streams, description="calls in progress at once, of one caller"
+    )
+    max_queued_jobs_per_caller: PositiveInt = Field(
+        _CALLER.max_queued_jobs, description="jobs of one caller waiting at once"
+    )
+    max_upload_bytes_per_caller: ByteSize = Field(
+        ByteSize(_CALLER.max_upload_bytes), description="bytes of one caller's uploaded adapters together"
+    )
+    max_connections: PositiveInt = Field(4096, description="connections at once")
 
     def limits(self) -> Limits:
-        """The same as a domain value."""
-        return Limits(**self.model_dump())
+        """Those of requests and of all callers together."""
+        return Limits(**{item.name: getattr(self, item.name) for item in fields(Limits)})
+
+    def caller_limits(self) -> CallerLimits:
+        """Those of callers that the callers file gives no others."""
+        return CallerLimits(
+            max_streams=self.max_streams_per_caller,
+            max_queued_jobs=self.max_queued_jobs_per_caller,
+            max_pixel_steps=self.max_pixel_steps,
+            max_upload_bytes=self.max_upload_bytes_per_caller,
+        )
 
 
 class ServerSettings(BaseSettings):
@@ -118,6 +149,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server --lora-root ~/loras --preload chroma
       chromarpc-server fetch chroma                       download the weights of Chroma1-Base
       chromarpc-server verify DIR                         check this install against recorded vectors
+      chromarpc-server token NAME                         make a token, and the entry that lets it in
       chromarpc-server --config server.toml               read settings from a file
 
     Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
@@ -140,6 +172,18 @@ class ServerSettings(BaseSettings):
     port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one")
     insecure: bool = Field(
         False, description="allow binding a non-loopback address although traffic is not encrypted"
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate and chain; with --tls-key, traffic is encrypted"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities; every client must have a certificate of theirs (mutual TLS)"
+    )
+    callers: Path | None = Field(
+        None,
+        description="TOML file of who may call: names, hashes of their tokens, limits; `chromarpc-server token "
+        "NAME` makes an entry; without it everyone who can connect may call",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("auto", description="computation type; auto is float32 on a CPU, bfloat16 on a GPU")
@@ -256,10 +300,14 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.host not in LOOPBACK and not self.insecure:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key come together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        if not is_loopback(self.host) and self.tls_cert is None and not self.insecure:
             raise ValueError(
-                f"--host {self.host} is not a loopback address and traffic is not encrypted: "
-                "put a TLS proxy in front, or say --insecure if the network is trusted"
+                f"--host {self.host} is not a loopback address and traffic is not encrypted: give --tls-cert and "
+                "--tls-key, put a TLS proxy in front, or say --insecure if the network is trusted"
             )
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")

@@ -383,10 +383,13 @@ class GetServerInfoResponse(_message.Message):
     DEFAULT_PROFILE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of chromarpc."""
     default_profile: _builtins.str
     """The profile of requests that name none."""
+    caller: _builtins.str
+    """Who the server takes the caller for; empty where it does not ask."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that the numbers depend on."""
@@ -417,10 +420,11 @@ class GetServerInfoResponse(_message.Message):
         default_profile: _builtins.str = ...,
         limits: Global___Limits | None = ...,
         queue: Global___QueueState | None = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_profile", b"default_profile", "device", b"device", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,7 +492,7 @@ Global___Profile: _TypeAlias = Profile  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Limits on requests; more is refused, naming the field."""
+    """Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -499,6 +503,10 @@ class Limits(_message.Message):
     MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UPLOADS_BYTES_PER_CALLER_FIELD_NUMBER: _builtins.int
     max_prompts: _builtins.int
     """Prompts in one request."""
     max_prompt_bytes: _builtins.int
@@ -513,6 +521,14 @@ class Limits(_message.Message):
     """Bytes of one request message."""
     max_pixels: _builtins.int
     """Width × height, summed over the request's prompts."""
+    max_streams: _builtins.int
+    """The caller's calls in progress at once."""
+    max_queued_jobs_per_caller: _builtins.int
+    """The caller's jobs waiting at once."""
+    max_upload_bytes: _builtins.int
+    """Bytes of one uploaded adapter; 0 where none are taken."""
+    max_uploads_bytes_per_caller: _builtins.int
+    """Bytes of the caller's uploaded adapters together."""
     def __init__(
         self,
         *,
@@ -523,10 +539,14 @@ class Limits(_message.Message):
         max_queued_jobs: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
         max_pixels: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+        max_queued_jobs_per_caller: _builtins.int = ...,
+        max_upload_bytes: _builtins.int = ...,
+        max_uploads_bytes_per_caller: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_request_bytes", b"max_request_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_request_bytes", b"max_request_bytes", "max_streams", b"max_streams", "max_upload_bytes", b"max_upload_bytes", "max_uploads_bytes_per_caller", b"max_uploads_bytes_per_caller"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
