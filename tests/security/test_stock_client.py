@@ -1,4 +1,4 @@
-"""A stock client with nothing but TLS files, a token and reflection: `buf curl`, as docs/operations.md shows it."""
+"""A stock client with TLS files, a token and reflection, and nothing else: `buf curl`."""
 
 from __future__ import annotations
 

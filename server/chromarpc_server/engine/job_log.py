@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -45,6 +45,13 @@ class JobLog:
         self._last_sequence = 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._on_append: list[Callable[[Event], None]] = []
+        self._on_read: list[Callable[[LoggedEvent], None]] = []
+
+    def observe(self, on_append: Callable[[Event], None], on_read: Callable[[LoggedEvent], None]) -> None:
+        """Has one function called with every event that is added, one with every event that a reader has taken."""
+        self._on_append.append(on_append)
+        self._on_read.append(on_read)
 
     @property
     def closed(self) -> bool:
@@ -61,6 +68,8 @@ class JobLog:
         self._coalesce(type(event))
         self._changed.set()
         self._changed = asyncio.Event()
+        for observe in self._on_append:
+            observe(event)
 
     def _coalesce(self, kind: type[object]) -> None:
         limit = KEPT_UNREAD.get(kind)
@@ -97,6 +106,8 @@ class JobLog:
                     yield None
                 continue
             yield entry
+            for observe in self._on_read:
+                observe(entry)
             sequence = entry.sequence
             if release_chunks and isinstance(entry.event, ImageChunk):
                 self._entries.remove(entry)

@@ -47,9 +47,14 @@ Rule = Callable[[Call], AbstractAsyncContextManager[None]]
 class Rules(grpc.aio.ServerInterceptor):
     """Runs every handler inside the rules, the first one outermost."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        """`rules`: in order; what any of them, or the handler, raises ends the call with its status."""
-        self._rules = (errors_told, *rules)
+    def __init__(self, rules: Sequence[Rule], *, outside: Sequence[Rule] = ()) -> None:
+        """Puts both around every call.
+
+        Args:
+            rules: what any of them, or the handler, raises ends the call with its status.
+            outside: see the call and its end from outside; may raise nothing of their own.
+        """
+        self._rules = (*outside, errors_told, *rules)
 
     async def intercept_service(
         self,

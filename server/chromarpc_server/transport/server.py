@@ -90,7 +90,7 @@ async def listen(
     loras: LoraServicer,
     *,
     access: Access,
-    rules: Sequence[Rule] = (),
+    outside: Sequence[Rule] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
     """Starts a server on `address` (`host:port`, port 0 picks one), NOT_SERVING until told otherwise.
@@ -101,13 +101,13 @@ async def listen(
         models: see there.
         loras: see there.
         access: who may call.
-        rules: further ones, outside those of `access`.
+        outside: rules outside those of `access`, which see every call.
         interceptors: outside all rules.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    inside = Rules((*rules, access.authentication.rule, access.quotas.rule))
+    inside = Rules((access.authentication.rule, access.quotas.rule), outside=outside)
     server = grpc.aio.server(
         interceptors=(*interceptors, inside),
         options=channel_options(access.max_request_bytes, access.max_connections),
