@@ -275,8 +275,6 @@ class RecordedEncoder:
             torch.cuda.synchronize(self.model.device)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._embeds = encode(self.model, self._ids)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as problem:  # noqa: BLE001 - what cannot be recorded can still be run
             log.warning("encoder.unrecorded", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
             self._usable = False

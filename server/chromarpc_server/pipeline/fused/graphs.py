@@ -102,12 +102,10 @@ class GraphedForward:
             torch.cuda.synchronize(latents.device)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 velocities = self.fused(inputs[0], own, inputs[1])
-        except torch.OutOfMemoryError:
-            self._recorded.clear()
-            self._met.clear()
-            raise
         except Exception as problem:  # noqa: BLE001 - a step that cannot be recorded can still be run
             log.warning("graph.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
+            self._recorded.clear()
+            self._pool = None
             self._usable = False
             return None
         self._pool = self._pool or graph.pool()
