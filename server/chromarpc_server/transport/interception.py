@@ -2,11 +2,13 @@
 
 A rule is an async context manager around the handler: what it does before may refuse the call by raising, what it
 does afterwards sees how the handler ended. The request's bytes are parsed inside all of them, so that bytes nobody
-vouches for are not parsed at all, and bytes that are no message are told as such.
+vouches for are not parsed at all, and bytes that are no message are told as such. They are received inside, too:
+gRPC would otherwise wait for a request's last byte before anyone may refuse it, however slowly it comes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import uuid
@@ -18,10 +20,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter
+from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter, JobDeadlineExceeded
 from chromarpc_server.transport.status import code_of, trailing_metadata
 
 log = logging.getLogger(__name__)
+
+RECEIVE_TIMEOUT_S = 30.0
+"""Between a call's begin and the last byte of its request."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ class Rules(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 self._answer(handler.unary_unary, method, handler.request_deserializer),
                 None,
                 handler.response_serializer,
             )
         if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, method, handler.request_deserializer),
                 None,
                 handler.response_serializer,
@@ -94,16 +99,16 @@ class Rules(grpc.aio.ServerInterceptor):
             yield
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
-        async def ruled(request: bytes, context: Any) -> Any:
+        async def ruled(requests: AsyncIterator[bytes], context: Any) -> Any:
             async with self._within(Call(method, context, streams=False)):
-                return await answer(_parsed(request, parse), context)
+                return await answer(await _only(requests, parse), context)
 
         return ruled
 
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
-        async def ruled(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        async def ruled(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
             async with self._within(Call(method, context, streams=True)):
-                answers = stream(request if parse is None else _parsed(request, parse), context)
+                answers = stream(requests if parse is None else await _only(requests, parse), context)
                 try:
                     async for response in answers:
                         yield response
@@ -113,7 +118,21 @@ class Rules(grpc.aio.ServerInterceptor):
         return ruled
 
 
-def _parsed(request: bytes, parse: Callable[[bytes], Any]) -> Any:
+async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+    """The one message of a request that is no stream.
+
+    Raises:
+        InvalidParameter: there is none, or its bytes are not one.
+        JobDeadlineExceeded: it does not arrive.
+    """
+    try:
+        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+            request = await anext(aiter(requests))
+    except StopAsyncIteration:
+        raise InvalidParameter("the call carries no request") from None
+    except TimeoutError:
+        message = f"the request did not arrive within {RECEIVE_TIMEOUT_S:g} s"
+        raise JobDeadlineExceeded(message) from None
     try:
         return parse(request)
     except DecodeError:
