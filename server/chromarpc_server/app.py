@@ -127,7 +127,7 @@ class App:
             models,
             LoraServicer(library, serving, model_files),
             access=access,
-            outside=[] if metrics is None else [metrics.rule],
+            rules=[] if metrics is None else [metrics.rule],
             interceptors=[] if tracing is None else [tracing.interceptor()],
         )
         status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)

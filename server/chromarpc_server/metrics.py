@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import (
     Cancelled,
     Completed,
@@ -25,6 +26,7 @@ from chromarpc_server.engine.job import Job
 from chromarpc_server.engine.job_log import LoggedEvent
 from chromarpc_server.engine.job_observer import JobObserver
 from chromarpc_server.transport.interception import Call
+from chromarpc_server.transport.status import code_of
 
 SIZES_PX = (256, 512, 1024, 2048)
 """Sides of squares: an image counts as the smallest one whose area it does not exceed."""
@@ -168,7 +170,7 @@ class Metrics:
 
     @asynccontextmanager
     async def rule(self, call: Call) -> AsyncIterator[None]:
-        """Counts a call; stands outside the rule that gives errors their status."""
+        """Counts a call."""
         started = time.monotonic()
         code = grpc.StatusCode.OK
         with self._in_progress.labels(call.method).track_inprogress():
@@ -176,6 +178,12 @@ class Metrics:
                 yield
             except grpc.aio.AbortError:
                 code = _code(call)
+                raise
+            except ChromaError as error:
+                code = code_of(error)
+                raise
+            except Exception:
+                code = grpc.StatusCode.INTERNAL
                 raise
             except BaseException:
                 # The caller went away, cancelled, or its deadline passed: gRPC cancels the handler's task.

@@ -52,14 +52,9 @@ Rule = Callable[[Call], AbstractAsyncContextManager[None]]
 class Rules(grpc.aio.ServerInterceptor):
     """Runs every handler inside the rules, the first one outermost."""
 
-    def __init__(self, rules: Sequence[Rule], *, outside: Sequence[Rule] = ()) -> None:
-        """Puts both around every call.
-
-        Args:
-            rules: what any of them, or the handler, raises ends the call with its status.
-            outside: see the call and its end from outside; may raise nothing of their own.
-        """
-        self._rules = (*outside, errors_told, *rules)
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        """`rules`: what any of them, or the handler, raises ends the call with its status."""
+        self._rules = tuple(rules)
 
     async def intercept_service(
         self,
@@ -100,20 +95,30 @@ class Rules(grpc.aio.ServerInterceptor):
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
         async def ruled(requests: AsyncIterator[bytes], context: Any) -> Any:
-            async with self._within(Call(method, context, streams=False)):
-                return await answer(await _only(requests, parse), context)
+            try:
+                async with self._within(Call(method, context, streams=False)):
+                    return await answer(await _only(requests, parse), context)
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            return await _end(context, ending)
 
         return ruled
 
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
         async def ruled(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-            async with self._within(Call(method, context, streams=True)):
-                answers = stream(requests if parse is None else await _only(requests, parse), context)
-                try:
-                    async for response in answers:
-                        yield response
-                finally:
-                    await answers.aclose()
+            try:
+                async with self._within(Call(method, context, streams=True)):
+                    answers = stream(requests if parse is None else await _only(requests, parse), context)
+                    try:
+                        async for response in answers:
+                            yield response
+                    finally:
+                        await answers.aclose()
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            else:
+                return
+            await _end(context, ending)
 
         return ruled
 
@@ -139,20 +144,37 @@ async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -
         raise InvalidParameter("the request's bytes are not a message of this method") from None
 
 
-@asynccontextmanager
-async def errors_told(call: Call) -> AsyncIterator[None]:
-    """Ends the call with the error's status; one that nobody foresaw is INTERNAL, with an id that the log has."""
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except ChromaError as error:
-        await _abort(call.context, error)
-    except Exception:
+_Ending = ChromaError | grpc.aio.AbortError
+
+
+def _ending(method: str, error: Exception) -> _Ending:
+    """What the call ends with; an error that nobody foresaw is INTERNAL, with an id that the log has.
+
+    The frames that the error went through hold it, and it holds them, with the request in them: let go here, they
+    are freed at once rather than by a garbage collection that may be a hundred thousand calls away.
+    """
+    if not isinstance(error, _Ending):
         error_id = uuid.uuid4().hex[:12]
-        log.exception("rpc.internal_error", extra={"method": call.method, "error_id": error_id})
-        await _abort(call.context, InternalError(f"internal error {error_id}", metadata={"error_id": error_id}))
+        log.error("rpc.internal_error", exc_info=error, extra={"method": method, "error_id": error_id})
+        _let_go(error)
+        return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
+    _let_go(error)
+    return error
 
 
-async def _abort(context: Any, error: ChromaError) -> None:
-    await context.abort(code_of(error), error.message[:1000], trailing_metadata(error))
+def _let_go(error: BaseException | None) -> None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__context__
+
+
+async def _end(context: Any, ending: _Ending) -> None:
+    """Ends the call with the status of an error, unless the handler has done so already."""
+    try:
+        if isinstance(ending, grpc.aio.AbortError):
+            raise ending
+        await context.abort(code_of(ending), ending.message[:1000], trailing_metadata(ending))
+    finally:
+        del ending

@@ -93,7 +93,7 @@ async def listen(
     loras: LoraServicer,
     *,
     access: Access,
-    outside: Sequence[Rule] = (),
+    rules: Sequence[Rule] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
     """Starts a server on `address` (`host:port`, port 0 picks one), NOT_SERVING until told otherwise.
@@ -104,13 +104,13 @@ async def listen(
         models: see there.
         loras: see there.
         access: who may call.
-        outside: rules outside those of `access`, which see every call.
+        rules: further ones, outside those of `access`.
         interceptors: outside all rules.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    inside = Rules((access.authentication.rule, access.quotas.rule), outside=outside)
+    inside = Rules((*rules, access.authentication.rule, access.quotas.rule))
     server = grpc.aio.server(
         interceptors=(*interceptors, inside),
         options=channel_options(access.max_request_bytes, access.max_connections),
