@@ -25,6 +25,7 @@ from chromarpc_server.domain.limits import (
     Budgets,
     CallerLimits,
     DownloadLimits,
+    JobRetention,
     Limits,
     MasterPlace,
     MemoryChoice,
@@ -37,6 +38,7 @@ from chromarpc_server.domain.models import REGISTRY
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
+_RETENTION = JobRetention()
 _CALLER = CallerLimits()
 
 
@@ -265,6 +267,12 @@ class ServerSettings(BaseSettings):
         description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
     )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
+    job_keep_s: float = Field(
+        _RETENTION.keep_s, gt=0, description="seconds that an ended job and its pictures can be asked for"
+    )
+    job_keep_bytes: ByteSize = Field(
+        ByteSize(_RETENTION.keep_bytes), description="memory for pictures of ended jobs; the oldest go first"
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port of /metrics, /livez and /readyz; 0 picks a free one; none if unset"
@@ -289,6 +297,10 @@ class ServerSettings(BaseSettings):
             tiling=self.tiling,
         )
         return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, memory)
+
+    def retention(self) -> JobRetention:
+        """How long ended jobs stay."""
+        return JobRetention(keep_s=self.job_keep_s, keep_bytes=self.job_keep_bytes)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""

@@ -40,7 +40,11 @@ class LoggedEvent:
 class JobLog:
     """Events of one job, numbered from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """`on_end` is called once, with the terminal event in the log."""
+        self._on_end = on_end
+        self._ending: LoggedEvent | None = None
+        self._image_bytes = 0
         self._entries: list[LoggedEvent] = []
         self._last_sequence = 0
         self._changed = asyncio.Event()
@@ -49,7 +53,9 @@ class JobLog:
         self._on_read: list[Callable[[LoggedEvent], None]] = []
 
     def observe(self, on_append: Callable[[Event], None], on_read: Callable[[LoggedEvent], None]) -> None:
-        """Has one function called with every event that is added, one with every event that a reader has taken."""
+        """Has one function called with every event that is added, one with every event that a reader
+        has taken that followed when it happened.
+        """
         self._on_append.append(on_append)
         self._on_read.append(on_read)
 
@@ -58,6 +64,26 @@ class JobLog:
         """Whether the terminal event is in the log; nothing follows it."""
         return self._closed
 
+    @property
+    def ending(self) -> LoggedEvent | None:
+        """The terminal event."""
+        return self._ending
+
+    @property
+    def last_sequence(self) -> int:
+        """Of the newest event; 0 where there is none."""
+        return self._last_sequence
+
+    @property
+    def entries(self) -> tuple[LoggedEvent, ...]:
+        """What is kept."""
+        return tuple(self._entries)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images that are kept."""
+        return self._image_bytes
+
     def append(self, event: Event) -> None:
         """Adds an event and wakes every follower. After a terminal event it does nothing."""
         if self._closed:
@@ -65,9 +91,14 @@ class JobLog:
         self._last_sequence += 1
         self._entries.append(LoggedEvent(self._last_sequence, datetime.now(UTC), event))
         self._closed = isinstance(event, TERMINAL)
+        if isinstance(event, ImageChunk):
+            self._image_bytes += len(event.data)
         self._coalesce(type(event))
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._closed:
+            self._ending = self._entries[-1]
+            self._on_end()
         for observe in self._on_append:
             observe(event)
 
@@ -84,16 +115,16 @@ class JobLog:
         return self._entries[index] if index < len(self._entries) else None
 
     async def follow(
-        self, after_sequence: int = 0, *, idle_s: float | None = None, release_chunks: bool = False
+        self, after_sequence: int = 0, *, idle_s: float | None = None
     ) -> AsyncIterator[LoggedEvent | None]:
         """Yields events after `after_sequence` until the terminal one.
 
         Args:
             after_sequence: the last sequence the reader has.
             idle_s: yield None whenever nothing has happened for so many seconds.
-            release_chunks: drop image bytes once they were yielded, for a log with a single reader.
         """
         sequence = after_sequence
+        seen_before = self._last_sequence
         while True:
             changed = self._changed
             entry = self._next_after(sequence)
@@ -106,8 +137,7 @@ class JobLog:
                     yield None
                 continue
             yield entry
-            for observe in self._on_read:
-                observe(entry)
+            if entry.sequence > seen_before:
+                for observe in self._on_read:
+                    observe(entry)
             sequence = entry.sequence
-            if release_chunks and isinstance(entry.event, ImageChunk):
-                self._entries.remove(entry)
