@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ SERVED = {
 }
 METHODS = [(service, method) for service in SERVICES for method in service.methods]
 FEW = settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -136,3 +137,25 @@ def test_refused_requests_leave_nothing_behind(serve: Callable[..., RunningServe
 def test_the_server_still_serves(fuzzed: RunningServer) -> None:
     with chromarpc.Client(fuzzed.target) as client:
         assert client.generate_images("a", model="chroma-mini", width=64, height=64, sample_steps=1)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "[1" + "0" * 400 + ', "x"]',
+        '[NaN, "x"]',
+        '[null, "x"]',
+        "[" * 5000,
+        '{"a": 1}',
+        "[0, []]",
+        '"ab"',
+        "\ud800",
+    ],
+)
+def test_page_tokens_that_look_right(fuzzed: RunningServer, token: str) -> None:
+    encoded = base64.urlsafe_b64encode(token.encode("utf-8", "surrogatepass")).decode()
+    with grpc.insecure_channel(fuzzed.target) as channel:
+        for service, method in METHODS:
+            if "page_token" in method.input_type.fields_by_name:
+                message = GetMessageClass(method.input_type)(page_token=encoded)
+                call(channel, service, method, message.SerializeToString())
