@@ -100,7 +100,10 @@ class Rules(grpc.aio.ServerInterceptor):
                     return await answer(await _only(requests, parse), context)
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 ending = _ending(method, error)
-            return await _end(context, ending)
+            try:
+                return await _end(context, ending)
+            finally:
+                del ending, requests, context
 
         return ruled
 
@@ -118,7 +121,10 @@ class Rules(grpc.aio.ServerInterceptor):
                 ending = _ending(method, error)
             else:
                 return
-            await _end(context, ending)
+            try:
+                await _end(context, ending)
+            finally:
+                del ending, requests, context
 
         return ruled
 
@@ -177,4 +183,5 @@ async def _end(context: Any, ending: _Ending) -> None:
             raise ending
         await context.abort(code_of(ending), ending.message[:1000], trailing_metadata(ending))
     finally:
-        del ending
+        # gRPC keeps the error that ends the call, and the error keeps this frame.
+        del ending, context
