@@ -136,14 +136,19 @@ async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -
         InvalidParameter: there is none, or its bytes are not one.
         JobDeadlineExceeded: it does not arrive.
     """
+    messages = aiter(requests)
     try:
         async with asyncio.timeout(RECEIVE_TIMEOUT_S):
-            request = await anext(aiter(requests))
+            request = await anext(messages)
     except StopAsyncIteration:
         raise InvalidParameter("the call carries no request") from None
     except TimeoutError:
         message = f"the request did not arrive within {RECEIVE_TIMEOUT_S:g} s"
         raise JobDeadlineExceeded(message) from None
+    finally:
+        if isinstance(messages, AsyncGenerator):
+            # It and what made it hold each other until it ends.
+            await messages.aclose()
     try:
         return parse(request)
     except DecodeError:
