@@ -1,6 +1,7 @@
 """Judges a picture by its pixels alone: background, frame, and each object's colour, shape, size and place.
 
-Written against drawn scenes, never against a model's output. Objects are what differs from the background;
+Written against drawn scenes, never against a model's output, but for MIN_TRACE (models break frames).
+Objects are what differs from the background;
 their shape is the template that overlaps best once both are scaled to the same box.
 """
 
