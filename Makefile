@@ -38,13 +38,14 @@ check: setup check-protos  ## Lint, types, import layers, protos
 	$(BIN)/lint-imports
 
 check-protos: setup  ## buf lint, buf breaking, and that the committed stubs are current
+	PYTHON=$(BIN)/python tools/proto_dependencies.sh
 	$(BIN)/buf lint
-	$(BIN)/buf breaking --against protos/chromarpc.v1.binpb
+	$(BIN)/buf breaking protos --against protos/chromarpc.v1.binpb
 	PYTHON=$(BIN)/python tools/check_stubs.sh
 
 protos: setup  ## Generate the Python stubs and the descriptor image from protos/
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
-	$(BIN)/buf build -o protos/chromarpc.v1.binpb
+	$(BIN)/buf build protos -o protos/chromarpc.v1.binpb
 
 format: setup  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
