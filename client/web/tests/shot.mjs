@@ -1,0 +1,12 @@
+import { chromium } from "playwright-core";
+const b = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--no-sandbox","--disable-gpu","--disable-quic","--no-first-run","--disable-background-networking","--disable-component-update","--disable-sync"] });
+const p = await b.newPage({ viewport: { width: 1280, height: 860 } });
+p.on("console", m => console.log("console:", m.text())); p.on("pageerror", e => console.log("pageerror:", e.message));
+await p.goto("http://127.0.0.1:18080/");
+await p.waitForSelector(".dot");
+await p.getByLabel("Prompt").fill("a large red circle in the middle on a white background");
+await p.screenshot({ path: "/tmp/web/s1.png" });
+await p.getByRole("button", { name: "Draw" }).click();
+await p.waitForTimeout(800); await p.screenshot({ path: "/tmp/web/s2.png" });
+await p.waitForSelector("img.final"); await p.waitForTimeout(300); await p.screenshot({ path: "/tmp/web/s3.png" });
+await b.close();
