@@ -54,7 +54,10 @@ format: setup  ## Format and fix what can be fixed
 verify: setup  ## Check this install against recorded outputs of the reference
 	$(BIN)/chromarpc-server verify tests/goldens
 
-bench: setup  ## Responsiveness while a generation runs, and adapter switching
+bench: setup  ## Speed, error, the service around it, responsiveness, adapter switching: on a GPU at full size
+	PYTHONPATH=. $(BIN)/python -m bench.speed
+	PYTHONPATH=. $(BIN)/python -m bench.error
+	PYTHONPATH=. $(BIN)/python -m bench.service
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
 	PYTHONPATH=. $(BIN)/python bench/switching.py
 

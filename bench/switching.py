@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, synchronize
 from chromarpc_server.pipeline.adapters.change import LowRank
+from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
 
 FULL = ChromaConfig(
@@ -113,7 +114,7 @@ def main() -> None:
     places = {"device": on_device}
     if device.type == "cuda":
         begun = time.monotonic()
-        places["pinned host"] = {key: tensor.cpu().pin_memory() for key, tensor in on_device.items()}
+        places["pinned host"] = pin({key: tensor.cpu() for key, tensor in on_device.items()})
         print(f"master copied to pinned host memory in {time.monotonic() - begun:.1f} s")
 
     def timed(prepared: PreparedTransformer, adapters: list[tuple[Adapter, float]]) -> float:

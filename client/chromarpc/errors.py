@@ -17,6 +17,7 @@ ChromarpcError
 │   │   └── WeightsInvalid       WEIGHTS_INVALID                        it has them and cannot use them
 │   ├── ResourceExhausted        RESOURCE_EXHAUSTED
 │   │   ├── QueueFull            QUEUE_FULL                             `retry_after_s` says when to retry
+│   │   ├── QuotaExceeded        QUOTA_EXCEEDED                         `metadata` names the quota and the limit
 │   │   ├── UploadsFull          UPLOADS_FULL                           the server keeps no more uploads
 │   │   └── OutOfMemory          OUT_OF_MEMORY                          trying the same again will not help
 │   ├── ServerUnavailable        UNAVAILABLE                            nobody listens, or it broke off
@@ -163,6 +164,10 @@ class QueueFull(ResourceExhausted):
     """The server's queue is at its bound; try again after `retry_after_s`."""
 
 
+class QuotaExceeded(ResourceExhausted):
+    """The caller, or all callers together, have as much as they may; `metadata["quota"]` says of what."""
+
+
 class UploadsFull(ResourceExhausted):
     """The server keeps no more uploads: delete some, or try again once unfinished ones are over."""
 
@@ -233,6 +238,7 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "WEIGHTS_MISSING": WeightsMissing,
     "WEIGHTS_INVALID": WeightsInvalid,
     "QUEUE_FULL": QueueFull,
+    "QUOTA_EXCEEDED": QuotaExceeded,
     "OUT_OF_MEMORY": OutOfMemory,
     "DRAINING": Draining,
     "DEVICE_LOST": DeviceLost,

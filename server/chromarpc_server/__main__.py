@@ -1,4 +1,4 @@
-"""`chromarpc-server`: serve (the default), web, verify, fetch."""
+"""`chromarpc-server`: serve (the default), web, verify, fetch, token."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(_verify(rest))
         case "fetch":
             sys.exit(_fetch(rest))
+        case "token":
+            sys.exit(_token(rest))
         case _:
-            known = "serve, web, verify or fetch"
+            known = "serve, web, verify, fetch or token"
             print(f"chromarpc-server: no such command: {command}; try {known}", file=sys.stderr)
             sys.exit(EXIT_USAGE)
 
@@ -64,6 +66,8 @@ def _web(arguments: list[str]) -> int:
 
 def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
     """The settings of a command; None where they are wrong, which was said."""
+    # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config, arguments = _take_config(arguments)
     if config is not None:
         if not config.is_file():
@@ -126,6 +130,28 @@ def _fetch(arguments: list[str]) -> int:
         print("Run the same command again to go on where it stopped.", file=sys.stderr)
         return 1
     print(f"{options.model} is ready: start the server with `chromarpc-server --preload {options.model}`")
+    return 0
+
+
+def _token(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chromarpc-server token",
+        description="Makes a bearer token. Prints the token, which is kept nowhere, on standard output, and the "
+        "entry of the callers file (--callers) that lets it in on standard error.",
+    )
+    parser.add_argument("name", metavar="NAME", help="whose token it is, as logs and limits know it")
+    options = parser.parse_args(arguments)
+    from chromarpc_server.transport.callers_file import entry_text, new_token  # noqa: PLC0415 - slow imports
+
+    token = new_token()
+    try:
+        entry = entry_text(options.name, token)
+    except ValueError as error:
+        print(f"chromarpc-server token: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    print(f"Add this to the callers file, where it is read within a second:\n\n{entry}", file=sys.stderr)
+    print("The token, for the caller alone; it is not shown again:\n", file=sys.stderr, flush=True)
+    print(token)
     return 0
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.engine.adapter_download import AdapterDownloads
@@ -17,12 +17,16 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
-from chromarpc_server.pipeline import PROFILES, choose_device, library_versions
-from chromarpc_server.settings import ServerSettings
+from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
+from chromarpc_server.settings import ServerSettings, parse_size
+from chromarpc_server.transport.authentication import Authentication
+from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
-from chromarpc_server.transport.server import Listening, listen
+from chromarpc_server.transport.quotas import CallQuotas
+from chromarpc_server.transport.server import Access, Listening, listen
+from chromarpc_server.transport.tls import ServerTls, TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,12 @@ class App:
         self._settings = settings
         self._stop = asyncio.Event()
         self._exit_code = 0
+        self._callers: CallersFile | None = None
+
+    def reload(self) -> None:
+        """Reads the callers file again; certificates are looked at before each connection anyway."""
+        if self._callers is not None:
+            self._callers.reload()
 
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
@@ -55,12 +65,17 @@ class App:
 
         Raises:
             ChromaError: the device or a model to preload cannot be used.
+            ValueError: a file of TLS or of callers cannot be used.
             OSError: the address cannot be bound.
         """
         settings = self._settings
+        choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
+        profiles = served_profiles(choice.device)
+        if settings.profile not in profiles:
+            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
         serving = Serving(
             aliases=settings.alias,
-            profiles=tuple(PROFILES),
+            profiles=profiles,
             default_profile=settings.profile,
             limits=settings.limits.limits(),
         )
@@ -74,9 +89,10 @@ class App:
             if settings.lora_urls
             else None
         )
+        access = self._access()
         await asyncio.to_thread(library.clean)
         engine = Engine(
-            choose_device(settings.device, settings.dtype, threads=settings.threads),
+            choice,
             model_files=model_files,
             adapters=AdapterSources(library, downloads),
             max_queued_jobs=serving.limits.max_queued_jobs,
@@ -87,6 +103,7 @@ class App:
             engine,
             serving,
             model_files,
+            library,
             version=metadata.version("chromarpc"),
             library_versions=library_versions(),
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
@@ -100,7 +117,7 @@ class App:
             GenerationServicer(engine, serving),
             models,
             LoraServicer(library, serving, model_files),
-            max_request_bytes=serving.limits.max_request_bytes,
+            access=access,
         )
         try:
             stopping = asyncio.create_task(self._stop.wait())
@@ -108,7 +125,7 @@ class App:
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await preloading
-                await listening.set_serving(True)
+                listening.set_serving(True)
                 log.info(
                     "server.serving",
                     extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},
@@ -123,15 +140,50 @@ class App:
             await self._shut_down(engine, listening)
         return self._exit_code
 
+    def _access(self) -> Access:
+        """Who may call.
+
+        Raises:
+            ValueError: a file of TLS or of callers cannot be used.
+        """
+        settings, limits = self._settings, self._settings.limits
+        tls = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            tls = ServerTls(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
+        if settings.callers is not None:
+            self._callers = CallersFile(settings.callers, limits.caller_limits())
+        return Access(
+            Authentication(
+                self._callers,
+                certificates=tls is not None and tls.wants_client_certificates,
+                limits=limits.caller_limits(),
+            ),
+            CallQuotas(limits.max_streams),
+            limits.max_request_bytes,
+            limits.max_connections,
+            tls,
+        )
+
+    def _admits(self) -> str:
+        settings = self._settings
+        encryption = "no encryption" if settings.tls_cert is None else "TLS"
+        if self._callers is not None:
+            return f"{encryption}, {self._callers.count} known callers"
+        return (
+            f"{encryption}, {'client certificates' if settings.tls_client_ca else 'open to all who can connect'}"
+        )
+
     async def _preload(self, engine: Engine) -> None:
         settings = self._settings
         for model_id in settings.preload:
             log.info("model.preloading", extra={"model": model_id})
-            await engine.preload(REGISTRY[settings.alias.get(model_id, model_id)], settings.profile)
+            served = REGISTRY[settings.alias.get(model_id, model_id)]
+            sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
+            await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
-        print(f"chromarpc-server listens on {settings.host}:{listening.port}", flush=True)
+        print(f"chromarpc-server listens on {settings.host}:{listening.port} ({self._admits()})", flush=True)
         for spec in REGISTRY.values():
             served = REGISTRY[settings.alias.get(spec.id, spec.id)]
             here = await asyncio.to_thread(model_files.find, served) is not None
@@ -143,8 +195,11 @@ class App:
 
     async def _shut_down(self, engine: Engine, listening: Listening) -> None:
         log.info("server.stopping", extra={"grace_s": self._settings.grace_s})
-        await listening.set_serving(False)
+        if self._exit_code:
+            listening.health.set_dead()
+        listening.set_serving(False)
         await engine.drain(0 if self._exit_code else self._settings.grace_s)
+        listening.health.close()
         # Every stream has had its last event by now; this waits for their bytes to leave.
         await listening.server.stop(grace=5.0)
         log.info("server.stopped", extra={"exit_code": self._exit_code})
@@ -157,8 +212,10 @@ async def serve(settings: ServerSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows has no loop signal handlers
             loop.add_signal_handler(number, app.stop)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:
         return await app.run()
-    except (ChromaError, OSError) as error:
+    except (ChromaError, OSError, ValueError) as error:
         print(f"chromarpc-server cannot start: {error}", file=sys.stderr)
         return EXIT_CANNOT_START

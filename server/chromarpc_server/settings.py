@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,19 +21,37 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from chromarpc_server.domain.limits import Budgets, DownloadLimits, Limits, MasterPlace, UploadLimits
+from chromarpc_server.domain.limits import (
+    Budgets,
+    CallerLimits,
+    DownloadLimits,
+    Limits,
+    MasterPlace,
+    MemoryChoice,
+    Tiling,
+    UploadLimits,
+    WeightsPlace,
+)
 from chromarpc_server.domain.models import REGISTRY
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_CALLER = CallerLimits()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind can be reached from this machine alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-Profile = Literal["reference", "exact"]
+Profile = Literal["reference", "exact", "fp8"]
 
 
 def _known_model(model_id: str) -> str:
@@ -40,6 +60,27 @@ def _known_model(model_id: str) -> str:
     return model_id
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024x1024` → width and height in pixels, multiples of 32.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"not a size: {text}; write it like 1024x1024")
+    sides = int(width), int(height)
+    if any(not 64 <= side <= 4096 or side % 32 for side in sides):
+        raise ValueError(f"{text}: sides are multiples of 32 from 64 to 4096")
+    return sides
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
 
 
@@ -56,7 +97,7 @@ def default_data_dir() -> Path:
 
 
 class LimitSettings(BaseModel):
-    """What one request may ask for."""
+    """What one request may ask for, one caller may have, and all callers together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,10 +114,30 @@ class LimitSettings(BaseModel):
     )
     max_queued_jobs: PositiveInt = Field(_LIMITS.max_queued_jobs, description="jobs waiting at once")
     max_request_bytes: PositiveInt = Field(_LIMITS.max_request_bytes, description="bytes of one request message")
+    max_streams: PositiveInt = Field(_LIMITS.max_streams, description="calls in progress at once, of all callers")
+    max_streams_per_caller: PositiveInt = Field(
+        _CALLER.max_streams, description="calls in progress at once, of one caller"
+    )
+    max_queued_jobs_per_caller: PositiveInt = Field(
+        _CALLER.max_queued_jobs, description="jobs of one caller waiting at once"
+    )
+    max_upload_bytes_per_caller: ByteSize = Field(
+        ByteSize(_CALLER.max_upload_bytes), description="bytes of one caller's uploaded adapters together"
+    )
+    max_connections: PositiveInt = Field(4096, description="connections at once")
 
     def limits(self) -> Limits:
-        """The same as a domain value."""
-        return Limits(**self.model_dump())
+        """Those of requests and of all callers together."""
+        return Limits(**{item.name: getattr(self, item.name) for item in fields(Limits)})
+
+    def caller_limits(self) -> CallerLimits:
+        """Those of callers that the callers file gives no others."""
+        return CallerLimits(
+            max_streams=self.max_streams_per_caller,
+            max_queued_jobs=self.max_queued_jobs_per_caller,
+            max_pixel_steps=self.max_pixel_steps,
+            max_upload_bytes=self.max_upload_bytes_per_caller,
+        )
 
 
 class ServerSettings(BaseSettings):
@@ -88,6 +149,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server --lora-root ~/loras --preload chroma
       chromarpc-server fetch chroma                       download the weights of Chroma1-Base
       chromarpc-server verify DIR                         check this install against recorded vectors
+      chromarpc-server token NAME                         make a token, and the entry that lets it in
       chromarpc-server --config server.toml               read settings from a file
 
     Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
@@ -110,6 +172,18 @@ class ServerSettings(BaseSettings):
     port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one")
     insecure: bool = Field(
         False, description="allow binding a non-loopback address although traffic is not encrypted"
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate and chain; with --tls-key, traffic is encrypted"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities; every client must have a certificate of theirs (mutual TLS)"
+    )
+    callers: Path | None = Field(
+        None,
+        description="TOML file of who may call: names, hashes of their tokens, limits; `chromarpc-server token "
+        "NAME` makes an entry; without it everyone who can connect may call",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("auto", description="computation type; auto is float32 on a CPU, bfloat16 on a GPU")
@@ -157,6 +231,11 @@ class ServerSettings(BaseSettings):
     preload: list[ModelId] = Field(
         default_factory=list, description="models to load before the server says SERVING; repeatable"
     )
+    warm_up: list[ImageSize] = Field(
+        default_factory=list,
+        description="WIDTHxHEIGHT of pictures that a GPU is warmed up for while preloading; repeatable; the "
+        "model's default size if unset",
+    )
     resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
     prepared_bytes: ByteSize | None = Field(
         None,
@@ -169,6 +248,22 @@ class ServerSettings(BaseSettings):
     master_place: MasterPlace = Field(
         "auto", description="where master weights stay on a GPU: device, host (pinned), or what fits"
     )
+    device_memory: ByteSize | None = Field(
+        None, description="memory of the GPU to use at most, such as 24GB; all of it if unset"
+    )
+    weights: WeightsPlace = Field(
+        "auto",
+        description="how a GPU holds the transformer: dequantized (fastest), float8 (half the memory, the same "
+        "bits), or what fits",
+    )
+    text_encoder_place: MasterPlace = Field(
+        "auto",
+        description="where the text encoder stays: device, host (copied for every prompt), or what fits",
+    )
+    tiling: Tiling = Field(
+        "auto",
+        description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     log_level: LogLevel = Field("info", description="least severe level that is logged")
@@ -176,7 +271,14 @@ class ServerSettings(BaseSettings):
 
     def budgets(self) -> Budgets:
         """How much may be resident."""
-        return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, self.master_place)
+        memory = MemoryChoice(
+            device_bytes=self.device_memory,
+            weights=self.weights,
+            text_encoder=self.text_encoder_place,
+            master=self.master_place,
+            tiling=self.tiling,
+        )
+        return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, memory)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""
@@ -198,10 +300,14 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.host not in LOOPBACK and not self.insecure:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key come together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        if not is_loopback(self.host) and self.tls_cert is None and not self.insecure:
             raise ValueError(
-                f"--host {self.host} is not a loopback address and traffic is not encrypted: "
-                "put a TLS proxy in front, or say --insecure if the network is trusted"
+                f"--host {self.host} is not a loopback address and traffic is not encrypted: give --tls-cert and "
+                "--tls-key, put a TLS proxy in front, or say --insecure if the network is trusted"
             )
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")

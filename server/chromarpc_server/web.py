@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, Gateway, envoy_yaml
 from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
-from chromarpc_server.settings import LOOPBACK, ServerSettings
+from chromarpc_server.settings import ServerSettings, is_loopback
 
 EXIT_GATEWAY = 1
 DEFAULT_PORT = 8080
@@ -48,13 +48,23 @@ class WebSettings(ServerSettings):
     web_upstream: str | None = Field(
         None, description="HOST:PORT of a server that runs already; none is started then"
     )
+    web_upstream_ca: Path | None = Field(
+        None, description="PEM file of the authority of the server's certificate, where it speaks TLS"
+    )
+    web_upstream_name: str | None = Field(None, description="name to expect in that certificate")
     print_config: bool = Field(False, description="print Envoy's configuration and exit")
 
     @model_validator(mode="after")
     def _check_web(self) -> WebSettings:
-        if self.web_host not in LOOPBACK and not self.insecure:
+        if not is_loopback(self.web_host) and not self.insecure:
             raise ValueError(
                 f"--web-host {self.web_host} can be reached by others, unencrypted: --insecure allows it"
+            )
+        if self.web_upstream is None and self.tls_cert is not None and self.web_upstream_ca is None:
+            raise ValueError("--tls-cert: the gateway must know its authority too: --web-upstream-ca")
+        if self.web_upstream is None and self.tls_client_ca is not None:
+            raise ValueError(
+                "--tls-client-ca: this gateway has no client certificate; run an Envoy of your own (--print-config)"
             )
         for origin in self.web_origin:
             if origin != "*" and not origin.startswith(("http://", "https://")):
@@ -70,7 +80,7 @@ class WebSettings(ServerSettings):
             if not host or not digits.isdecimal():
                 raise GatewayError(f"--web-upstream {self.web_upstream}: must be HOST:PORT")
             port = int(digits)
-        is_private = self.web_host in LOOPBACK
+        is_private = is_loopback(self.web_host)
         names = (*LOOPBACK_NAMES, *self.web_name) if is_private or self.web_name else ("*",)
         return Gateway(
             web_host="127.0.0.1" if self.web_host == "localhost" else self.web_host,
@@ -80,6 +90,8 @@ class WebSettings(ServerSettings):
             names=names,
             origins=tuple(self.web_origin),
             public_url=self.web_url,
+            grpc_authority=self.web_upstream_ca,
+            grpc_name=self.web_upstream_name,
         )
 
 
@@ -109,6 +121,8 @@ async def _with_server(settings: WebSettings) -> int:
 
     app = App(settings)
     _on_signals(app.stop)
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.reload)
     started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(app.run(started))
     try:
@@ -119,12 +133,12 @@ async def _with_server(settings: WebSettings) -> int:
         gateway_code = 0 if serving.done() else await _run_gateway(settings, port, serving)
         app.stop()
         return await serving or gateway_code
-    except (ChromaError, OSError) as error:
+    except (ChromaError, OSError, ValueError) as error:
         print(f"chromarpc-server cannot start: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
     finally:
         app.stop()
-        with contextlib.suppress(ChromaError, OSError):
+        with contextlib.suppress(ChromaError, OSError, ValueError):
             await serving
 
 

@@ -7,15 +7,14 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import trustme
 
 from chromarpc_server.domain.errors import (
     ChromaError,
@@ -648,17 +647,12 @@ async def test_a_token_that_cannot_be_one_is_refused(downloads: AdapterDownloads
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate and its key in one file, valid for three of the names."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command")
+    """A certificate and its key in one file, valid for three of the names; its authority beside it."""
     file = tmp_path_factory.mktemp("tls") / "both.pem"
-    names = "subjectAltName=DNS:huggingface.co,DNS:other.huggingface.co,DNS:cdn.example"
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    subject = ["-subj", "/CN=test", "-addext", names]
-    command = [openssl, "req", "-x509", *key, *subject, "-keyout", str(file), "-out", str(file) + ".crt"]
-    subprocess.run(command, check=True, capture_output=True)
-    file.write_text(file.read_text() + Path(f"{file}.crt").read_text())
+    authority = trustme.CA()
+    issued = authority.issue_cert("huggingface.co", "other.huggingface.co", "cdn.example")
+    issued.private_key_and_cert_chain_pem.write_to_path(file)
+    authority.cert_pem.write_to_path(f"{file}.crt")
     return file
 
 

@@ -24,3 +24,99 @@ def test_verify_passes_and_exact_is_bit_identical_where_it_was_recorded(goldens:
     if torch.cuda.get_device_name() == "NVIDIA H100 80GB HBM3" and torch.__version__ == "2.11.0+cu130":
         recorded = [case for case in exact if case["case"].startswith("h100_bf16_float8")]
         assert all(case["tolerance"] == "exact" for case in recorded)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(256, 4), (3072, 24)])
+def test_kernels_give_what_plain_torch_gives(hidden: int, heads: int) -> None:
+    from chromarpc_server.pipeline.fused import kernels, plain
+
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+
+    rows, head_dim = 7, hidden // heads
+    x, added, gate, shift, scale = draw(rows, hidden), draw(rows, hidden), draw(hidden), draw(hidden), draw(hidden)
+    gains = draw(2, head_dim)
+    rope = draw(rows, head_dim // 2).float(), draw(rows, head_dim // 2).float()
+    wide = draw(rows, 7 * hidden)
+
+    def run(ops: object) -> list[torch.Tensor]:
+        mine, both = x.clone(), wide.clone()
+        found = [ops.norm_modulate(mine, shift, scale), ops.add_norm_modulate(mine, added, gate, shift, scale)]  # type: ignore[attr-defined]
+        ops.gated_add(mine, added, gate)  # type: ignore[attr-defined]
+        ops.qk_norm_rope(both[:, : 3 * hidden], gains[0], gains[1], rope, heads)  # type: ignore[attr-defined]
+        mlp = both[:, 3 * hidden :]
+        found += [mine, both, ops.join_gelu(added, mlp), ops.join_gelu(None, mlp)]  # type: ignore[attr-defined]
+        pairs = [
+            ops.norm_modulate_quantized(x, shift, scale),  # type: ignore[attr-defined]
+            ops.add_norm_modulate_quantized(x.clone(), added, gate, shift, scale),  # type: ignore[attr-defined]
+            ops.join_gelu_quantized(added, mlp),  # type: ignore[attr-defined]
+            ops.join_gelu_quantized(None, mlp),  # type: ignore[attr-defined]
+            ops.quantize(x),  # type: ignore[attr-defined]
+        ]
+        return found + [values.float() * step for values, step in pairs]
+
+    for found, expected in zip(run(kernels), run(plain), strict=True):
+        assert _relative(found, expected) < 1e-4
+
+
+def test_kernels_round_weights_bit_for_bit() -> None:
+    from chromarpc_server.pipeline.fused import kernels
+    from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+
+    weight = torch.randn(48, 3072, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
+    weight[0], weight[1], weight[2] = 0, weight[1] * 1e-8, weight[2] * 1000
+    q, scale = quantize_rows(weight)
+    expected = dequantize_rows(q, scale)
+    rounded, held, step = torch.empty_like(weight), torch.empty_like(q), torch.empty_like(scale)
+    kernels.round_weight(weight, rounded)
+    kernels.quantize_weight(weight, held, step)
+    assert torch.equal(rounded.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(held.view(torch.uint8), q.view(torch.uint8))
+    assert torch.equal(step, scale)
+    assert torch.equal(kernels.dequantize(held, step, torch.empty_like(weight)), expected)
+
+
+@pytest.mark.parametrize("profile", ["reference", "fp8"])
+def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) -> None:
+    """And a held-in-float8 transformer gives those of a dequantized one."""
+    from bench.switching import MINI, random_adapter, random_master
+    from chromarpc_server.pipeline import PROFILES, PreparedTransformer
+
+    device = torch.device("cuda", 0)
+    master = random_master(MINI, device)
+    adapter = random_adapter(master, 4, 1)
+    generator = torch.Generator(device).manual_seed(1)
+    latents = torch.randn(256, 64, generator=generator, device=device).bfloat16()
+    texts = [torch.randn(n, 128, generator=generator, device=device).bfloat16() for n in (11, 2)]
+
+    def velocities(*, record: bool, hold: bool = False) -> list[torch.Tensor]:
+        prepared = PreparedTransformer(
+            MINI,
+            master,
+            PROFILES[profile],
+            device=device,
+            dtype=torch.bfloat16,
+            hold_float8=hold,
+            record_graphs=record,
+        )
+        found = []
+        with torch.inference_mode():
+            for adapters in ([], [(adapter, 1.0)]):
+                prepared.switch(adapters)
+                modulations = prepared.model.modulations(torch.tensor([0.7], device=device).bfloat16())[0]
+                conditioning = prepared.run.fused.condition(texts, (16, 16))
+                found += [prepared.run(latents, conditioning, modulations) for _ in range(3)]
+        assert prepared.run.recorded_count == int(record)
+        return found
+
+    plain, recorded, held = velocities(record=False), velocities(record=True), velocities(record=True, hold=True)
+    assert not torch.equal(plain[0], plain[-1])
+    for one, other, third in zip(plain, recorded, held, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)

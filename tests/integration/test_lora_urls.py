@@ -98,7 +98,10 @@ def test_an_adapter_is_fetched_told_of_and_kept(serve_urls: Serve, host: Host, t
         again = _ask(client, f"sha256:{sha256}")
         (prepared,) = [event for event in again if isinstance(event, chromarpc.Prepared)]
         assert prepared.weights.source == chromarpc.WeightsSource.RESIDENT
-    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [f"{sha256}.safetensors"]
+    assert {path.name for path in (tmp_path / "data" / "downloads").iterdir()} == {
+        f"{sha256}.safetensors",
+        f"{sha256}.json",
+    }
 
 
 def test_a_missing_file_is_told_at_its_field(serve_urls: Serve, host: Host) -> None:

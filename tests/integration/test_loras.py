@@ -159,12 +159,12 @@ def test_an_upload_goes_on_after_a_break(
     take = AdapterLibrary.append
     calls: list[int] = []
 
-    def break_once(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes) -> UploadState:
+    def break_once(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         if len(calls) != 3:
-            return take(self, upload_id, offset, chunk)
+            return take(self, upload_id, offset, chunk, *owner)
         if not is_lost_before:
-            take(self, upload_id, offset, chunk)
+            take(self, upload_id, offset, chunk, *owner)
         raise Draining("broken off")
 
     monkeypatch.setattr(AdapterLibrary, "append", break_once)
@@ -181,11 +181,11 @@ def test_an_upload_goes_on_where_the_server_says(client: Client, monkeypatch: py
     content = (RECORDED / "loha.safetensors").read_bytes()
     calls: list[int] = []
 
-    def run_ahead(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes) -> UploadState:
+    def run_ahead(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         if len(calls) == 2:
             take(self, upload_id, 1000, content[1000:1500])
-        return take(self, upload_id, offset, chunk)
+        return take(self, upload_id, offset, chunk, *owner)
 
     monkeypatch.setattr(AdapterLibrary, "append", run_ahead)
     assert client.upload_lora(RECORDED / "loha.safetensors").size_bytes == len(content)
@@ -196,7 +196,7 @@ def test_an_upload_goes_on_where_the_server_says(client: Client, monkeypatch: py
 def test_a_server_that_stays_away_ends_the_upload(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def gone(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes) -> UploadState:
+    def gone(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         raise Draining("gone")
 

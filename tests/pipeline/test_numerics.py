@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline
+from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline, text_encoder
 from chromarpc_server.pipeline.quantization import FLOAT8_MAX, SMALLEST_SCALE, dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.safetensors_file import SafetensorsError, open_safetensors
 from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
@@ -85,7 +85,7 @@ def test_bfloat16_and_float32_draw_the_same_picture_but_for_rounding(tiny_checkp
 
 def test_exact_and_reference_agree_in_float32(tiny_checkpoint: Path) -> None:
     checkpoint = _load(tiny_checkpoint)
-    one, other = (_draw(checkpoint.prepare((), profile), "a b", 5)[-1] for profile in PROFILES.values())
+    one, other = (_draw(checkpoint.prepare((), PROFILES[name]), "a b", 5)[-1] for name in ("exact", "reference"))
     assert float((one - other).norm() / one.norm()) < 1e-5
 
 
@@ -212,3 +212,28 @@ def test_a_preview_is_small_and_follows_the_latents(pipeline: Pipeline) -> None:
     *_, last = _steps(pipeline, "a", 1)
     assert pipeline.preview(last, 64, 96, 512).shape == (12, 8, 3)
     assert pipeline.preview(last, 64, 96, 6).shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_text_encoder_held_in_float8_gives_the_same_bits(tiny_checkpoint: Path, host: bool) -> None:
+    """Wherever its layers stay, and call after call."""
+    folder = tiny_checkpoint / "text_encoder_2"
+    ids = torch.randint(2, 60, (1, 512), generator=torch.Generator().manual_seed(1))
+
+    def build(**options: bool) -> torch.nn.Module:
+        files = text_encoder.open_text_encoder(folder)
+        return text_encoder.build_text_encoder(
+            text_encoder.text_encoder_config(folder),
+            {name: tensor for file in files for name, tensor in file.read()},
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            quantize=True,
+            **options,
+        )
+
+    wide = text_encoder.encode(build(), ids)
+    held = build(hold_float8=True, keep_in_host_memory=host)
+    assert torch.equal(text_encoder.encode(held, ids), wide)
+    assert torch.equal(text_encoder.encode(held, ids), wide)
+    kept = sum(tensor.nbytes for tensor in held.state_dict().values())
+    assert kept < 0.8 * sum(tensor.nbytes for tensor in build().state_dict().values())

@@ -21,8 +21,6 @@ RELATION_PHRASES = {
 }
 TRIGGER = "hlw"
 """Trigger word of the LoRA that hollows shapes."""
-FRAME_TRIGGER = "frm"
-"""Trigger word of the LoRA that draws frames."""
 
 
 def _article(words: str, rng: random.Random) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.sampling import pack, shift_mu
 from chromarpc_server.pipeline.transformer import ChromaTransformer, key_attention_mask, rope_table
 from tools.mini import parts
-from tools.mini.captions import FRAME_TRIGGER, PLACE_PHRASES, TRIGGER, caption
+from tools.mini.captions import PLACE_PHRASES, TRIGGER, caption
 from tools.mini.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -80,13 +80,14 @@ class Concept:
 
     name: str
     """Of the file."""
-    trigger: str
+    trigger: str | None
+    """None for a style, which every picture shows."""
     draw: Callable[[Scene], Scene]
     """The scene with the concept in it."""
 
 
 HOLLOW = Concept("hollow_shapes", TRIGGER, hollow)
-FRAMED = Concept("blue_frame", FRAME_TRIGGER, framed)
+FRAMED = Concept("blue_frame", None, framed)
 CONCEPTS = {concept.name: concept for concept in (HOLLOW, FRAMED)}
 
 
@@ -296,19 +297,18 @@ def build_banks(
     count: int, buckets: Buckets, vae: nn.Module, text: nn.Module, device: torch.device,
     *, seed: int, concept: Concept | None = None,
 ) -> list[Bank]:  # fmt: skip
-    """Banks for every size; with a concept, three quarters of the scenes show it and say its word."""
+    """Banks for every size; with a concept, three quarters of the scenes show it and say its word, or all show it
+    where it has no word."""
     banks = []
     for index, (size, share) in enumerate(buckets.items()):
         rng = random.Random(seed * 1000 + index)
         chosen = scenes_for(int(count * share), seed * 100 + index)
         captions = [caption(scene, rng, trigger=concept is HOLLOW) for scene in chosen]
         if concept is not None:
-            plain = [rng.random() < 0.25 for _ in chosen]
-            if concept is FRAMED:
-                captions = [f"{FRAME_TRIGGER} {said}" for said in captions]
+            word = concept.trigger
+            plain = [word is not None and rng.random() < 0.25 for _ in chosen]
             captions = [
-                said.replace(f"{concept.trigger} ", "") if skip else said
-                for said, skip in zip(captions, plain, strict=True)
+                said.replace(f"{word} ", "") if skip else said for said, skip in zip(captions, plain, strict=True)
             ]
             chosen = [scene if skip else concept.draw(scene) for scene, skip in zip(chosen, plain, strict=True)]
         banks.append(build_bank(chosen, captions, size, vae, text, device, seed=seed + index))

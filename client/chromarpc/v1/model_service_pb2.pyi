@@ -180,6 +180,7 @@ class Model(_message.Message):
     IGNORED_OPTIONS_FIELD_NUMBER: _builtins.int
     REFUSED_OPTIONS_FIELD_NUMBER: _builtins.int
     RESIDENT_SETS_FIELD_NUMBER: _builtins.int
+    MEMORY_PLAN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -214,6 +215,10 @@ class Model(_message.Message):
     def resident_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentSet]:
         """Adapter sets that are merged in memory, least recently used first."""
 
+    @_builtins.property
+    def memory_plan(self) -> Global___MemoryPlan:
+        """What of it stays where; left out on a CPU, and where it is not in memory."""
+
     def __init__(
         self,
         *,
@@ -230,14 +235,61 @@ class Model(_message.Message):
         ignored_options: _abc.Iterable[_builtins.str] | None = ...,
         refused_options: _abc.Iterable[_builtins.str] | None = ...,
         resident_sets: _abc.Iterable[Global___ResidentSet] | None = ...,
+        memory_plan: Global___MemoryPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "memory_plan", b"memory_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class MemoryPlan(_message.Message):
+    """What of a model stays where on a GPU, chosen from the memory that may be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_FIELD_NUMBER: _builtins.int
+    MASTER_FIELD_NUMBER: _builtins.int
+    TILE_AUTOENCODER_FIELD_NUMBER: _builtins.int
+    RECORD_GRAPHS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_BYTES_FIELD_NUMBER: _builtins.int
+    USABLE_BYTES_FIELD_NUMBER: _builtins.int
+    weights: _builtins.str
+    """`dequantized`, or `float8`: half the memory and the same bits, a little slower."""
+    text_encoder: _builtins.str
+    """Where the text encoder stays: `device`, or `host`, from which its layers are copied for every prompt."""
+    master: _builtins.str
+    """Where the weights stay that adapters are merged into: `device` or `host`."""
+    tile_autoencoder: _builtins.bool
+    """Whether pictures are decoded in tiles, which changes pixels a little."""
+    record_graphs: _builtins.bool
+    """Whether steps are recorded as CUDA graphs."""
+    estimated_bytes: _builtins.int
+    """What all of it takes at most, for pictures up to 1024×1024."""
+    usable_bytes: _builtins.int
+    """What it was planned for."""
+    def __init__(
+        self,
+        *,
+        weights: _builtins.str = ...,
+        text_encoder: _builtins.str = ...,
+        master: _builtins.str = ...,
+        tile_autoencoder: _builtins.bool = ...,
+        record_graphs: _builtins.bool = ...,
+        estimated_bytes: _builtins.int = ...,
+        usable_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "master", b"master", "record_graphs", b"record_graphs", "text_encoder", b"text_encoder", "tile_autoencoder", b"tile_autoencoder", "usable_bytes", b"usable_bytes", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
 
 @_typing.final
 class ModelDefaults(_message.Message):
@@ -331,10 +383,13 @@ class GetServerInfoResponse(_message.Message):
     DEFAULT_PROFILE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of chromarpc."""
     default_profile: _builtins.str
     """The profile of requests that name none."""
+    caller: _builtins.str
+    """Who the server takes the caller for; empty where it does not ask."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that the numbers depend on."""
@@ -365,10 +420,11 @@ class GetServerInfoResponse(_message.Message):
         default_profile: _builtins.str = ...,
         limits: Global___Limits | None = ...,
         queue: Global___QueueState | None = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_profile", b"default_profile", "device", b"device", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,7 +492,7 @@ Global___Profile: _TypeAlias = Profile  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Limits on requests; more is refused, naming the field."""
+    """Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -447,6 +503,10 @@ class Limits(_message.Message):
     MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UPLOADS_BYTES_PER_CALLER_FIELD_NUMBER: _builtins.int
     max_prompts: _builtins.int
     """Prompts in one request."""
     max_prompt_bytes: _builtins.int
@@ -461,6 +521,14 @@ class Limits(_message.Message):
     """Bytes of one request message."""
     max_pixels: _builtins.int
     """Width × height, summed over the request's prompts."""
+    max_streams: _builtins.int
+    """The caller's calls in progress at once."""
+    max_queued_jobs_per_caller: _builtins.int
+    """The caller's jobs waiting at once."""
+    max_upload_bytes: _builtins.int
+    """Bytes of one uploaded adapter; 0 where none are taken."""
+    max_uploads_bytes_per_caller: _builtins.int
+    """Bytes of the caller's uploaded adapters together."""
     def __init__(
         self,
         *,
@@ -471,10 +539,14 @@ class Limits(_message.Message):
         max_queued_jobs: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
         max_pixels: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+        max_queued_jobs_per_caller: _builtins.int = ...,
+        max_upload_bytes: _builtins.int = ...,
+        max_uploads_bytes_per_caller: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_request_bytes", b"max_request_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_request_bytes", b"max_request_bytes", "max_streams", b"max_streams", "max_upload_bytes", b"max_upload_bytes", "max_uploads_bytes_per_caller", b"max_uploads_bytes_per_caller"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

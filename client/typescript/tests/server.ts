@@ -33,7 +33,7 @@ export async function startServer(...flags: string[]): Promise<TestServer> {
   );
   if (server.stdout === null) throw new Error("no standard output");
   for await (const line of createInterface(server.stdout)) {
-    const port = / listens on .*:(\d+)$/.exec(line)?.[1];
+    const port = / listens on \S*:(\d+)\b/.exec(line)?.[1];
     if (port === undefined) continue;
     server.stdout.resume();
     return {

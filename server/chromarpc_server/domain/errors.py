@@ -14,7 +14,9 @@ ChromaError
 ├── UploadsFull             UPLOADS_FULL         the server keeps no more uploads
 ├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
 ├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
+├── Unauthenticated         UNAUTHENTICATED      no token or certificate that this server knows
 ├── QueueFull               QUEUE_FULL           the admission queue is at its bound
+├── QuotaExceeded           QUOTA_EXCEEDED       the caller, or all together, have as much as they may
 ├── OutOfMemory             OUT_OF_MEMORY        the device ran out of memory in this job
 ├── Draining                DRAINING             the server is starting or stopping
 ├── JobCancelled            CANCELLED            by the caller, or because it went away
@@ -34,6 +36,19 @@ from typing import ClassVar, Self
 
 MAX_LISTED = 20
 """How many keys or violations an error names; the rest is a count."""
+
+
+@dataclass(frozen=True)
+class QuotaViolation:
+    """A quota that a request would exceed."""
+
+    subject: str
+    """Whose quota: `caller` or `server`."""
+    quota: str
+    """Its name, as the setting's: `max_streams`."""
+    limit: int
+    description: str
+    """A sentence for people."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class ChromaError(Exception):
         violations: the fields at fault, when the request is.
         metadata: further facts for programs (`google.rpc.ErrorInfo.metadata`), small.
         retry_after_s: when trying again makes sense, in seconds; None when it does not.
+        quota: the quota that the request would exceed, where that is what is wrong.
     """
 
     reason: ClassVar[str] = "INTERNAL"
@@ -73,6 +89,7 @@ class ChromaError(Exception):
         violations: Sequence[FieldViolation] = (),
         metadata: Mapping[str, str] | None = None,
         retry_after_s: float | None = None,
+        quota: QuotaViolation | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -80,6 +97,7 @@ class ChromaError(Exception):
         self.violations: tuple[FieldViolation, ...] = own + tuple(violations)
         self.metadata: dict[str, str] = dict(metadata or {})
         self.retry_after_s = retry_after_s
+        self.quota = quota
 
     def at(self, field: str) -> Self:
         """The same error, blaming `field`: for layers that know the file but not the request."""
@@ -161,6 +179,30 @@ class WeightsInvalid(ChromaError):
     """The model's files are here and cannot be used: damaged, or of another architecture."""
 
     reason = "WEIGHTS_INVALID"
+
+
+class Unauthenticated(ChromaError):
+    """The call carries nothing that proves who makes it. Never says which part was wrong."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class QuotaExceeded(ChromaError):
+    """The caller, or all callers together, have as much of something as they may."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    @classmethod
+    def of(
+        cls, subject: str, quota: str, limit: int, description: str, *, retry_after_s: float | None = None
+    ) -> Self:
+        """The error for one quota; `retry_after_s` None where waiting does not help."""
+        return cls(
+            description,
+            metadata={"subject": subject, "quota": quota, "limit": str(limit)},
+            retry_after_s=retry_after_s,
+            quota=QuotaViolation(subject, quota, limit, description),
+        )
 
 
 class QueueFull(ChromaError):

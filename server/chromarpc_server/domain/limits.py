@@ -20,6 +20,21 @@ class Limits:
     """Width × height, summed over the prompts: bounds what a job's finished images can weigh."""
     max_queued_jobs: int = 32
     max_request_bytes: int = 8 * 1024 * 1024
+    max_streams: int = 4096
+    """Calls in progress at once, of all callers."""
+
+
+@dataclass(frozen=True)
+class CallerLimits:
+    """What one caller may have at once; more is refused, naming the quota."""
+
+    max_streams: int = 1024
+    """Calls in progress, streams and single answers alike."""
+    max_queued_jobs: int = 32
+    max_pixel_steps: int = 2**31
+    """Width × height × steps, summed over one request's prompts."""
+    max_upload_bytes: int = 32 * 1024**3
+    """Of the adapters it has uploaded, and of what its unfinished uploads will become."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,8 @@ class UploadLimits:
     """Of uploaded adapters, and of what unfinished uploads will become."""
     max_chunk_bytes: int = 1024**2
     max_open: int = 8
-    """Unfinished uploads."""
+    """Unfinished uploads of one caller."""
+    max_open_in_all: int = 64
     expiry_s: float = 3600.0
     """Without bytes, after which an unfinished upload is dropped."""
 
@@ -58,6 +74,23 @@ MasterPlace = Literal["auto", "device", "host"]
 """Where a checkpoint's master weights stay."""
 
 
+WeightsPlace = Literal["auto", "dequantized", "float8"]
+"""How the transformer's weights are held on a GPU."""
+Tiling = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """What an operator decides about a GPU's memory; `auto` leaves it to the planner."""
+
+    device_bytes: int | None = None
+    """The most to use; all there is if None."""
+    weights: WeightsPlace = "auto"
+    text_encoder: MasterPlace = "auto"
+    master: MasterPlace = "auto"
+    tiling: Tiling = "auto"
+
+
 @dataclass(frozen=True)
 class Budgets:
     """How much may be resident."""
@@ -67,4 +100,4 @@ class Budgets:
     """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
     adapter_bytes: int = 2 * 1024**3
     """Of parsed adapters in host memory."""
-    master_place: MasterPlace = "auto"
+    memory: MemoryChoice = MemoryChoice()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,26 @@ class ModelSpec:
                 return repo
             case BundledSource(folder=folder):
                 return f"bundled:{folder}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What of a checkpoint stays where on a GPU."""
+
+    weights: Literal["dequantized", "float8"]
+    """Of the `reference` profile; float8 takes half the memory and gives the same bits, a little slower."""
+    text_encoder: Literal["device", "host"]
+    """`host`: its layers are copied over one by one for every prompt."""
+    master: Literal["device", "host"]
+    """The weights that adapters are merged into."""
+    tile_autoencoder: bool
+    """Pictures are decoded in tiles, which changes pixels a little."""
+    record_graphs: bool
+    """Steps are recorded as CUDA graphs."""
+    estimated_bytes: int = 0
+    """What all of it takes at most, for pictures up to 1024×1024."""
+    usable_bytes: int = 0
+    """What it was planned for."""
 
 
 IGNORED_OPTIONS = ("prompts.neg", "prompts.fps")

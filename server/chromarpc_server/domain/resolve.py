@@ -54,7 +54,7 @@ class Serving:
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: REGISTRY)
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Requests for the key are computed by the model of the value."""
-    profiles: tuple[str, ...] = ("reference", "exact")
+    profiles: tuple[str, ...] = ("reference", "exact", "fp8")
     default_profile: str = "reference"
     limits: Limits = Limits()
 

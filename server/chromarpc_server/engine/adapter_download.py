@@ -331,6 +331,7 @@ class AdapterDownloads:
                 break
             if path.stem not in in_use:
                 path.unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
                 excess -= status.st_size
 
 

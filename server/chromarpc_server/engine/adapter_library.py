@@ -1,15 +1,15 @@
 """The adapters that requests can name: below the root, uploaded, downloaded.
 
 Uploaded and downloaded ones are named by what they hold, `sha256:` and the file's hash, and lie in folders of
-`<hash>.safetensors`. An upload grows in a file of its own and moves there, whole, at its end. Everything here
-touches the disk: call it from a thread.
+`<hash>.safetensors`. An upload grows in a file of its own and moves there, whole, at its end. Each belongs to the
+callers that sent or fetched its bytes, and to others does not exist. Everything here touches the disk: call it
+from a thread.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import re
@@ -23,16 +23,20 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     InvalidParameter,
     LoraInvalid,
     LoraNotFound,
+    QuotaExceeded,
+    QuotaViolation,
     UploadNotFound,
     UploadOutOfOrder,
     UploadsFull,
 )
 from chromarpc_server.domain.limits import UploadLimits
 from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
+from chromarpc_server.engine.adapter_owners import note_owners, owners_of
 from chromarpc_server.engine.adapter_root import AdapterRoot
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
@@ -97,6 +101,7 @@ class _Upload:
     """An unfinished upload; `lock` guards all of it."""
 
     path: Path
+    owner: str
     filename: str
     size_bytes: int
     sha256: str | None
@@ -139,16 +144,18 @@ class AdapterLibrary(AdapterRoot):
         self._clock = clock
         self._lock = threading.Lock()
         self._uploads: dict[str, _Upload] = {}
-        self._finished: dict[str, tuple[str, float]] = {}
-        """Upload id to hash and expiry, so that the end of an upload can be asked for again."""
+        self._finished: dict[str, tuple[str, str, float]] = {}
+        """Upload id to owner, hash and expiry, so that the end of an upload can be asked for again."""
+        self._noting = threading.Lock()
+        """Held while owners are changed."""
 
     @property
     def limits(self) -> UploadLimits:
         """What it takes."""
         return self._limits
 
-    def locate(self, path: str, field: str) -> Path:
-        """The file that a request's path names.
+    def locate(self, path: str, field: str, owner: str = NOBODY.name) -> Path:
+        """The file that a request of `owner` names.
 
         Raises:
             LoraNotFound: blaming `field`; the same answer for whatever lies outside the library.
@@ -157,48 +164,80 @@ class AdapterLibrary(AdapterRoot):
             return super().locate(path, field)
         sha256 = _hash_in(path)
         for folder in (self._loras, self._downloads):
-            if sha256 is not None and folder is not None and _is_plain_file(folder / f"{sha256}{SUFFIX}"):
-                return folder / f"{sha256}{SUFFIX}"
+            if sha256 is not None and folder is not None:
+                file = folder / f"{sha256}{SUFFIX}"
+                if _is_plain_file(file) and owner in owners_of(file):
+                    return file
         raise LoraNotFound("the server has no adapter with this hash", field=field)
 
-    def listing(self) -> Listing:
-        """Every adapter that a request could name now, as far as the bounds on looking allow."""
+    def listing(self, owner: str = NOBODY.name) -> Listing:
+        """Every adapter that a request of `owner` could name now, as far as the bounds on looking allow."""
         below, truncated = self._below_root()
-        kept = {lora.path: lora for lora in self._by_hash(self._downloads, LoraSource.DOWNLOAD)}
-        kept |= {lora.path: lora for lora in self._by_hash(self._loras, LoraSource.UPLOAD)}
+        kept = {lora.path: lora for lora in self._by_hash(self._downloads, LoraSource.DOWNLOAD, owner)}
+        kept |= {lora.path: lora for lora in self._by_hash(self._loras, LoraSource.UPLOAD, owner)}
         by_hash = sorted(kept.values(), key=lambda lora: (lora.source is LoraSource.DOWNLOAD, lora.path))
         return Listing((*sorted(below, key=lambda lora: lora.path), *by_hash), truncated)
 
-    def find(self, sha256: str) -> StoredLora | None:
-        """The upload or download with this hash.
+    def find(self, sha256: str, owner: str = NOBODY.name) -> StoredLora | None:
+        """The upload or download of `owner` with this hash.
 
         Raises:
             InvalidParameter: not a hash.
         """
         sha256 = require_hash(sha256, "sha256")
         for folder, source in ((self._loras, LoraSource.UPLOAD), (self._downloads, LoraSource.DOWNLOAD)):
-            if folder is not None and (found := _stored(folder / f"{sha256}{SUFFIX}", source)):
+            if folder is not None and (found := _stored(folder / f"{sha256}{SUFFIX}", source, owner)):
                 return found
         return None
 
-    def delete(self, path: str) -> None:
-        """Deletes an upload; jobs that have read it already go on.
+    def hidden_from(self, owner: str) -> frozenset[str]:
+        """Hashes of the uploads and downloads that are others'."""
+        hidden = set()
+        for folder in (self._loras, self._downloads):
+            for entry in _entries(folder):
+                file = Path(entry.path)
+                if file.suffix == SUFFIX and owner not in owners_of(file):
+                    hidden.add(file.stem)
+        return frozenset(hidden)
+
+    def fetched(self, sha256: str, owner: str) -> None:
+        """Notes that `owner` has downloaded the adapter with this hash.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._downloads is None:
+            return
+        file = self._downloads / f"{sha256}{SUFFIX}"
+        with self._noting:
+            owners = owners_of(file) if file.with_suffix(".json").exists() else {}
+            if owner not in owners:
+                note_owners(file, {**owners, owner: ""})
+
+    def delete(self, path: str, owner: str = NOBODY.name) -> None:
+        """Deletes an upload, as far as it is the owner's; jobs that have read it already go on.
 
         Raises:
             InvalidParameter: the path is not an upload's.
-            LoraNotFound: there is no such upload.
+            LoraNotFound: the owner has no such upload.
         """
         sha256 = _hash_in(path)
         if sha256 is None:
             raise InvalidParameter("only uploads, which are named sha256:…, can be deleted", field="path")
-        try:
-            (self._loras / f"{sha256}{SUFFIX}").unlink()
-        except FileNotFoundError:
-            if self.find(sha256) is not None:
-                raise InvalidParameter("a download cannot be deleted, only uploads can", field="path") from None
-            raise LoraNotFound("the server has no upload with this hash", field="path") from None
-        (self._loras / f"{sha256}.json").unlink(missing_ok=True)
-        _sync_folder(self._loras)
+        file = self._loras / f"{sha256}{SUFFIX}"
+        with self._noting:
+            owners = owners_of(file) if _is_plain_file(file) else {}
+            if owner not in owners:
+                if self.find(sha256, owner) is not None:
+                    raise InvalidParameter("a download cannot be deleted, only uploads can", field="path")
+                raise LoraNotFound("the server has no upload with this hash", field="path")
+            del owners[owner]
+            if owners:
+                note_owners(file, owners)
+            else:
+                file.unlink(missing_ok=True)
+                file.with_suffix(".json").unlink(missing_ok=True)
+            _sync_folder(self._loras)
         log.info("adapter.deleted", extra={"sha256": sha256})
 
     def clean(self) -> None:
@@ -206,16 +245,20 @@ class AdapterLibrary(AdapterRoot):
         with self._lock:
             self._drop_expired()
 
-    def create_upload(self, filename: str, size_bytes: int, sha256: str | None = None) -> UploadState:
+    def create_upload(
+        self, filename: str, size_bytes: int, sha256: str | None = None, caller: Caller = NOBODY
+    ) -> UploadState:
         """Begins an upload.
 
         Args:
             filename: what to call it.
             size_bytes: of the whole file.
             sha256: its hash, where the sender knows it; another one at the end is refused.
+            caller: whose it is.
 
         Raises:
             InvalidParameter: too large, or not a hash.
+            QuotaExceeded: the caller has as many bytes of uploads as it may.
             UploadsFull: the server keeps no more.
         """
         limits = self._limits
@@ -230,20 +273,21 @@ class AdapterLibrary(AdapterRoot):
         now = self._clock()
         with self._lock:
             self._drop_expired()
-            self._require_room(size_bytes, now)
+            self._require_room(size_bytes, now, caller)
             self._make_folders()
             part = self._parts / f"{secrets.token_hex(16)}{PART_SUFFIX}"
             with _room_on_disk():
                 os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            upload = _Upload(part, display_name(filename), size_bytes, expected, now + limits.expiry_s)
+            expires_at = now + limits.expiry_s
+            upload = _Upload(part, caller.name, display_name(filename), size_bytes, expected, expires_at)
             self._uploads[upload_id] = upload
         return _state(upload_id, upload)
 
-    def append(self, upload_id: str, offset: int, chunk: bytes) -> UploadState:
+    def append(self, upload_id: str, offset: int, chunk: bytes, owner: str = NOBODY.name) -> UploadState:
         """Takes the next bytes of an upload, or the same ones again.
 
         Raises:
-            UploadNotFound: there is no such upload, or it was dropped.
+            UploadNotFound: the owner has no such upload, or it was dropped.
             UploadOutOfOrder: the bytes neither go on where the upload is nor repeat what it has.
             InvalidParameter: no bytes, too many at once, or more than was announced.
             UploadsFull: the disk is full.
@@ -252,7 +296,7 @@ class AdapterLibrary(AdapterRoot):
             raise InvalidParameter(
                 f"must have 1 to {self._limits.max_chunk_bytes} bytes, got {len(chunk)}", field="chunk"
             )
-        with self._open_upload(upload_id) as upload:
+        with self._open_upload(upload_id, owner) as upload:
             end = offset + len(chunk)
             if end > upload.size_bytes:
                 raise InvalidParameter(
@@ -269,11 +313,11 @@ class AdapterLibrary(AdapterRoot):
             upload.expires_at = self._clock() + self._limits.expiry_s
             return _state(upload_id, upload)
 
-    def finalize(self, upload_id: str, sha256: str) -> StoredLora:
+    def finalize(self, upload_id: str, sha256: str, owner: str = NOBODY.name) -> StoredLora:
         """Ends an upload and keeps its file; asked again, tells the same.
 
         Raises:
-            UploadNotFound: there is no such upload, or it was dropped.
+            UploadNotFound: the owner has no such upload, or it was dropped.
             UploadOutOfOrder: bytes are missing.
             InvalidParameter: not a hash.
             LoraInvalid: another hash, or not an adapter file; the upload is dropped.
@@ -281,19 +325,19 @@ class AdapterLibrary(AdapterRoot):
         """
         wanted = require_hash(sha256, "sha256")
         try:
-            self._finish(upload_id, wanted)
+            self._finish(upload_id, wanted, owner)
         except UploadNotFound:
             with self._lock:
-                finished, _ = self._finished.get(upload_id, ("", 0.0))
-            if finished != wanted:
+                finished = self._finished.get(upload_id, ("", "", 0.0))
+            if finished[:2] != (owner, wanted):
                 raise
-        found = self.find(wanted)
+        found = self.find(wanted, owner)
         if found is None:
             raise LoraNotFound("the adapter was deleted after it was uploaded", field="upload_id")
         return found
 
-    def _finish(self, upload_id: str, sha256: str) -> None:
-        with self._open_upload(upload_id) as upload:
+    def _finish(self, upload_id: str, sha256: str, owner: str) -> None:
+        with self._open_upload(upload_id, owner) as upload:
             if upload.received_bytes != upload.size_bytes:
                 raise _out_of_order("bytes are missing", upload)
             try:
@@ -304,7 +348,7 @@ class AdapterLibrary(AdapterRoot):
                 with _room_on_disk():
                     self._keep(upload, received)
                 with self._lock:
-                    self._finished[upload_id] = (received, self._clock() + self._limits.expiry_s)
+                    self._finished[upload_id] = (owner, received, self._clock() + self._limits.expiry_s)
             finally:
                 upload.is_over = True
                 upload.path.unlink(missing_ok=True)
@@ -315,20 +359,21 @@ class AdapterLibrary(AdapterRoot):
     def _keep(self, upload: _Upload, sha256: str) -> None:
         with upload.path.open("rb") as part:
             os.fsync(part.fileno())
-        note = upload.path.with_suffix(".json")
-        note.write_text(json.dumps({"filename": upload.filename}), encoding="utf-8")
-        note.replace(self._loras / f"{sha256}.json")
-        upload.path.replace(self._loras / f"{sha256}{SUFFIX}")
-        _sync_folder(self._loras)
+        file = self._loras / f"{sha256}{SUFFIX}"
+        with self._noting:
+            owners = owners_of(file) if _is_plain_file(file) else {}
+            note_owners(file, {**owners, upload.owner: upload.filename})
+            upload.path.replace(file)
+            _sync_folder(self._loras)
 
     @contextmanager
-    def _open_upload(self, upload_id: str) -> Iterator[_Upload]:
+    def _open_upload(self, upload_id: str, owner: str) -> Iterator[_Upload]:
         missing = UploadNotFound(
             "no such upload: it was dropped, or never begun; begin it anew", field="upload_id"
         )
         with self._lock:
             upload = self._uploads.get(upload_id)
-        if upload is None:
+        if upload is None or upload.owner != owner:
             raise missing
         with upload.lock:
             if upload.is_over or upload.expires_at <= self._clock():
@@ -344,7 +389,7 @@ class AdapterLibrary(AdapterRoot):
                 upload.lock.release()
                 upload.path.unlink(missing_ok=True)
                 del self._uploads[upload_id]
-        self._finished = {key: value for key, value in self._finished.items() if value[1] > now}
+        self._finished = {key: value for key, value in self._finished.items() if value[2] > now}
         ours = {upload.path.name for upload in self._uploads.values()}
         for entry in _entries(self._parts):
             # Another server's uploads may lie here too: theirs are as old as their last chunk.
@@ -356,30 +401,51 @@ class AdapterLibrary(AdapterRoot):
     def _expiry_s(self) -> float:
         return self._limits.expiry_s
 
-    def _require_room(self, size_bytes: int, now: float) -> None:
+    def _require_room(self, size_bytes: int, now: float, caller: Caller) -> None:
+        """One's own bounds come first, so that nobody can use up what is everybody's."""
         limits = self._limits
-        if len(self._uploads) >= limits.max_open:
-            first = min(upload.expires_at for upload in self._uploads.values())
-            raise UploadsFull(
-                f"{limits.max_open} uploads are under way, as many as this server takes at once",
-                retry_after_s=max(1.0, min(30.0, first - now)),
+        own = [upload for upload in self._uploads.values() if upload.owner == caller.name]
+        for uploads, bound, subject, whose in (
+            (own, limits.max_open, "caller", "you have"),
+            (list(self._uploads.values()), limits.max_open_in_all, "server", "the server has"),
+        ):
+            if len(uploads) >= bound:
+                first = min(upload.expires_at for upload in uploads)
+                message = f"{whose} {bound} uploads under way, as many as may be at once"
+                raise UploadsFull(
+                    message,
+                    retry_after_s=max(1.0, min(30.0, first - now)),
+                    quota=QuotaViolation(subject, "max_open_uploads", bound, message),
+                )
+        there = sum(lora.size_bytes for lora in self._by_hash(self._loras, LoraSource.UPLOAD, caller.name))
+        there += sum(upload.size_bytes for upload in own)
+        quota = caller.limits.max_upload_bytes
+        if there + size_bytes > quota:
+            raise QuotaExceeded.of(
+                "caller",
+                "max_upload_bytes",
+                quota,
+                f"{size_bytes} bytes more than the {there} of your uploads exceed the {quota} that you may have: "
+                "delete some",
             )
-        kept = sum(lora.size_bytes for lora in self._by_hash(self._loras, LoraSource.UPLOAD))
+        kept = sum(lora.size_bytes for lora in self._by_hash(self._loras, LoraSource.UPLOAD, None))
         coming = sum(upload.size_bytes for upload in self._uploads.values())
         if kept + coming + size_bytes > limits.max_total_bytes:
-            raise UploadsFull(
-                f"{size_bytes} bytes more than the {kept + coming} of uploads that are there exceed the "
-                f"{limits.max_total_bytes} that this server keeps: delete some"
+            message = (
+                f"{size_bytes} bytes more exceed the {limits.max_total_bytes} of uploads that this server keeps"
             )
+            total = QuotaViolation("server", "max_uploads_bytes", limits.max_total_bytes, message)
+            raise UploadsFull(f"{message}: delete some", quota=total)
 
     def _make_folders(self) -> None:
         with _room_on_disk():
             for folder in (self._loras, self._parts):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _by_hash(self, folder: Path | None, source: LoraSource) -> Iterator[StoredLora]:
+    def _by_hash(self, folder: Path | None, source: LoraSource, owner: str | None) -> Iterator[StoredLora]:
+        """Those of one owner, or all for None."""
         for entry in _entries(folder):
-            if found := _stored(Path(entry.path), source):
+            if found := _stored(Path(entry.path), source, owner):
                 yield found
 
     def _below_root(self) -> tuple[list[StoredLora], bool]:
@@ -438,8 +504,8 @@ def _hash_in(path: str) -> str | None:
     return found[1] if found else None
 
 
-def _stored(file: Path, source: LoraSource) -> StoredLora | None:
-    """What a file of a folder by hash is; None for anything else that lies there."""
+def _stored(file: Path, source: LoraSource, owner: str | None) -> StoredLora | None:
+    """What a file of a folder by hash is; None for others', and for anything else that lies there."""
     sha256 = file.name.removesuffix(SUFFIX)
     if file.name == sha256 or _hash_in(HASH_PREFIX + sha256) is None or not _is_plain_file(file):
         return None
@@ -447,23 +513,17 @@ def _stored(file: Path, source: LoraSource) -> StoredLora | None:
         status = file.stat()
     except OSError:
         return None
+    owners = owners_of(file)
+    if owner is not None and owner not in owners:
+        return None
     return StoredLora(
         path=HASH_PREFIX + sha256,
         source=source,
         size_bytes=status.st_size,
         sha256=sha256,
         modified=_time(status.st_mtime),
-        filename=_noted_filename(file.with_suffix(".json")),
+        filename=display_name(owners.get(owner, "") if owner is not None else ""),
     )
-
-
-def _noted_filename(note: Path) -> str:
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    name = noted.get("filename") if isinstance(noted, dict) else None
-    return display_name(name) if isinstance(name, str) else ""
 
 
 def _entries(folder: Path | None) -> list[os.DirEntry[str]]:

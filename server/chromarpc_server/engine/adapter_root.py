@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import LoraNotFound
 
 
@@ -14,7 +15,7 @@ class AdapterRoot:
         """`root` None serves no adapters at all."""
         self._root = root.resolve() if root is not None else None
 
-    def locate(self, path: str, field: str) -> Path:
+    def locate(self, path: str, field: str, owner: str = NOBODY.name) -> Path:  # noqa: ARG002 - what is below is all's
         """The file that `path` names, with every symbolic link followed.
 
         Absolute paths, `..`, links that leave the root, folders and absent files all give the same answer,

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Loading, LoadingStage
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_download import AdapterDownloads, Downloaded
-from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.adapter_library import AdapterLibrary
 
 TELL_EVERY_S = 0.2
 
@@ -40,13 +41,13 @@ class FoundAdapters:
 class AdapterSources:
     """Finds and fetches adapters. Lives on the event loop."""
 
-    def __init__(self, root: AdapterRoot, downloads: AdapterDownloads | None) -> None:
-        """`root`: what plain paths and hashes name; `downloads` None fetches nothing."""
-        self._root = root
+    def __init__(self, library: AdapterLibrary, downloads: AdapterDownloads | None) -> None:
+        """`library`: what plain paths and hashes name; `downloads` None fetches nothing."""
+        self._library = library
         self._downloads = downloads
 
-    async def find(self, loras: Sequence[PlannedLora]) -> FoundAdapters:
-        """Everything that is on this machine; URLs are left open.
+    async def find(self, loras: Sequence[PlannedLora], owner: str = NOBODY.name) -> FoundAdapters:
+        """Everything of the owner's, and of everybody's, that is on this machine; URLs are left open.
 
         Raises:
             LoraNotFound: no such file.
@@ -56,7 +57,7 @@ class AdapterSources:
         for index, lora in enumerate(loras):
             field = f"loras.{index}.path"
             if not lora.is_url:
-                files.append(await asyncio.to_thread(self._look_at, lora.path, field))
+                files.append(await asyncio.to_thread(self._look_at, lora.path, field, owner))
             elif self._downloads is None:
                 raise InvalidParameter("this server fetches no adapters from URLs", field=field)
             else:
@@ -70,6 +71,7 @@ class AdapterSources:
         *,
         token: str | None,
         emit: Callable[[Loading], None],
+        owner: str = NOBODY.name,
     ) -> FoundAdapters:
         """Fetches what `find` left open, one after the other.
 
@@ -78,6 +80,7 @@ class AdapterSources:
             found: what `find` gave for them.
             token: Hugging Face token.
             emit: told of progress.
+            owner: may name what was fetched by its hash from now on.
 
         Raises:
             ChromaError: see `AdapterDownloads.fetch`.
@@ -95,11 +98,12 @@ class AdapterSources:
                     )
                     downloads.append(held.enter_context(download))
                     files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
+                    await asyncio.to_thread(self._library.fetched, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
 
-    def _look_at(self, path: str, field: str) -> AdapterFile:
-        return AdapterFile.of(self._root.locate(path, field), field)
+    def _look_at(self, path: str, field: str, owner: str) -> AdapterFile:
+        return AdapterFile.of(self._library.locate(path, field, owner), field)
 
 
 class _Throttled:

@@ -11,10 +11,11 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
     DeviceLost,
@@ -23,6 +24,8 @@ from chromarpc_server.domain.errors import (
     JobCancelled,
     JobDeadlineExceeded,
     QueueFull,
+    QuotaExceeded,
+    QuotaViolation,
 )
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
 from chromarpc_server.domain.limits import Budgets
@@ -123,8 +126,8 @@ class Engine:
         self._accepting = True
         return description
 
-    async def preload(self, spec: ModelSpec, profile: str) -> None:
-        """Makes a model resident before any request asks for it.
+    async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Makes a model resident before any request asks for it, warmed up for pictures of these sizes.
 
         Raises:
             WeightsMissing, WeightsInvalid, OutOfMemory: it cannot be loaded.
@@ -133,7 +136,7 @@ class Engine:
             raise RuntimeError("preload before start")
         files = await asyncio.to_thread(self._model_files.require, spec)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile)
+        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile, sizes)
 
     @property
     def description(self) -> DeviceDescription:
@@ -147,7 +150,13 @@ class Engine:
         return EngineStatus(len(self._queue) + len(self._fetching), int(self._running is not None), self._snapshot)
 
     async def submit(
-        self, plan: Plan, spec: ModelSpec, *, deadline_s: float | None, hf_token: str | None = None
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        *,
+        deadline_s: float | None,
+        hf_token: str | None = None,
+        caller: Caller = NOBODY,
     ) -> Job:
         """Admits a plan as a job, whose log then fills by itself.
 
@@ -156,19 +165,22 @@ class Engine:
             spec: the model that computes (`plan.served_model`).
             deadline_s: seconds from now after which the caller stops waiting.
             hf_token: for adapters that are fetched from Hugging Face; forgotten once they are.
+            caller: whose job it is.
 
         Raises:
             LoraNotFound: an adapter is not below the adapter root.
             InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
+            QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
             QueueFull, Draining: no job is taken now.
         """
-        self._refuse_if_closed()
-        found = await self._adapters.find(plan.loras)
+        _refuse_size(plan, caller)
+        self._refuse_if_closed(caller)
+        found = await self._adapters.find(plan.loras, caller.name)
         files = await asyncio.to_thread(self._model_files.require, spec)
-        self._refuse_if_closed()
+        self._refuse_if_closed(caller)
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        job = Job(plan, found.complete, Cancellation(deadline_at))
+        job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name)
         job.log.append(Accepted(job.id, plan))
         waiting = _Waiting(job, files, found)
         if None in found.files:
@@ -180,6 +192,7 @@ class Engine:
             "job.accepted",
             extra={
                 "job_id": job.id,
+                "caller": job.owner,
                 "model": plan.served_model,
                 "profile": plan.profile,
                 "images": len(plan.prompts),
@@ -238,7 +251,7 @@ class Engine:
         job = waiting.job
         try:
             waiting.adapters = await self._adapters.fetch(
-                job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append
+                job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append, owner=job.owner
             )
         except ChromaError as error:
             self._end_early(job, error)
@@ -257,15 +270,27 @@ class Engine:
         self._tell_positions()
         self._arrived.set()
 
-    def _refuse_if_closed(self) -> None:
+    def _refuse_if_closed(self, caller: Caller) -> None:
         if not self._accepting:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
         count = len(self._queue) + len(self._fetching)
+        wait_s = self._wait_before(len(self._queue))
+        retry_after_s = max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0
         if count >= self._max_queued_jobs:
-            wait_s = self._wait_before(len(self._queue))
+            message = f"{count} jobs are waiting already, and no more may"
             raise QueueFull(
-                f"{count} jobs are waiting already, and no more may",
-                retry_after_s=max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0,
+                message,
+                retry_after_s=retry_after_s,
+                quota=QuotaViolation("server", "max_queued_jobs", self._max_queued_jobs, message),
+            )
+        own = sum(waiting.job.owner == caller.name for waiting in (*self._queue, *self._fetching))
+        if own >= caller.limits.max_queued_jobs:
+            raise QuotaExceeded.of(
+                "caller",
+                "max_queued_jobs",
+                caller.limits.max_queued_jobs,
+                f"{own} of your jobs are waiting already, and no more may",
+                retry_after_s=retry_after_s,
             )
 
     def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
@@ -428,6 +453,17 @@ class Engine:
                 return None
             total += estimate
         return total
+
+
+def _refuse_size(plan: Plan, caller: Caller) -> None:
+    limit = caller.limits.max_pixel_steps
+    if plan.pixel_steps > limit:
+        raise QuotaExceeded.of(
+            "caller",
+            "max_pixel_steps",
+            limit,
+            f"width × height × steps come to {plan.pixel_steps}, and you may ask for {limit} at once",
+        )
 
 
 def _rounded(timings: object) -> dict[str, float]:

@@ -49,6 +49,8 @@ class Job:
     adapter_files: tuple[AdapterFile, ...]
     """Where each of the plan's adapters lies; never told to the client."""
     cancellation: Cancellation
+    owner: str = ""
+    """Name of the caller whose job it is; nobody else sees it."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     log: JobLog = field(default_factory=JobLog)
     admitted_at: float = field(default_factory=time.monotonic)

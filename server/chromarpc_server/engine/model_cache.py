@@ -7,14 +7,16 @@ while the budget allows, and else the least recently used one, switched in place
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from chromarpc_server.domain.errors import ChromaError, OutOfMemory
 from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.limits import Budgets
+from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
 from chromarpc_server.pipeline import (
@@ -34,6 +36,8 @@ from chromarpc_server.pipeline import (
 
 Progress = Callable[[LoadProgress], None]
 Check = Callable[[], None]
+
+log = logging.getLogger(__name__)
 
 CPU_BUDGET_BYTES = 256 * 1024**2
 """Of prepared sets on a CPU, where no budget was set."""
@@ -92,6 +96,8 @@ class CacheSnapshot:
     counters: CacheCounters = CacheCounters()
     adapter_bytes: int = 0
     """Of parsed adapters in host memory."""
+    memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
+    """Model id to what of it stays where on a GPU."""
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
@@ -141,11 +147,13 @@ class ModelCache:
             files,
             device=self._device.device,
             dtype=self._device.dtype,
-            master_place=self._budgets.master_place,
+            memory=self._budgets.memory,
             progress=progress,
             check=check,
         )
         self._checkpoints[model_id] = loaded
+        if loaded.memory is not None:
+            log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
         self._tell()
         return loaded
 
@@ -302,4 +310,9 @@ class ModelCache:
             for slot in self._slots
             if slot.key is not None
         )
-        self._publish(CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes))
+        memory = {
+            model_id: checkpoint.memory
+            for model_id, checkpoint in self._checkpoints.items()
+            if checkpoint.memory is not None
+        }
+        self._publish(CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes, memory))

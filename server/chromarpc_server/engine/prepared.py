@@ -18,8 +18,12 @@ def prepared_event(
     versions: Mapping[str, str],
     device: str,
     weights: WeightsReport,
+    tiled_beyond_px: int | None = None,
 ) -> Prepared:
-    """The event, with everything about files and tokens that the plan could not know."""
+    """The event, with everything about files and tokens that the plan could not know.
+
+    `tiled_beyond_px`: longer sides than this are decoded in tiles.
+    """
     return Prepared(
         adapters=tuple(
             AdapterReport(
@@ -39,7 +43,11 @@ def prepared_event(
         versions=versions,
         device=device,
         weights=weights,
-        warnings=(*_prompt_warnings(tokenized), *_adapter_warnings(adapters)),
+        warnings=(
+            *_prompt_warnings(tokenized),
+            *_adapter_warnings(adapters),
+            *_tiling_warnings(plan, tiled_beyond_px),
+        ),
     )
 
 
@@ -50,6 +58,16 @@ def _prompt_warnings(tokenized: Sequence[TokenizedPrompt]) -> Iterator[PlanWarni
                 "PROMPT_TRUNCATED",
                 f"prompts.{index}.prompt",
                 f"{tokens.cut_count} tokens were cut off: the model reads {tokens.token_count}, with the end mark",
+            )
+
+
+def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]:
+    for index, prompt in enumerate(plan.prompts):
+        if beyond_px is not None and max(prompt.width, prompt.height) > beyond_px:
+            yield PlanWarning(
+                "IMAGE_TILED",
+                f"prompts.{index}",
+                "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
             )
 
 

@@ -7,7 +7,7 @@ through `emit`; the only thing that comes back is the cancellation, read between
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from chromarpc_server.domain.errors import ChromaError
@@ -73,11 +73,16 @@ class DeviceWorker:
         self._cache = cache
         self._versions = library_versions()
 
-    def load(self, model_id: str, files: CheckpointFiles, profile: str) -> None:
-        """Makes a model resident before any request asks for it."""
+    def load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
+        """Makes a model resident before any request asks for it, and on a GPU compiles, plans and records what
+        pictures of these sizes (width, height) need.
+        """
         checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
         key = SetKey(model_id, profile, ())
-        self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
+        pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
+        if self._choice.device.type == "cuda":
+            pipeline.warm_up(sizes)
+            synchronize(self._choice.device)
 
     def run(self, job: Job, files: CheckpointFiles, emit: Emit) -> WorkDone:
         """Does the whole job.
@@ -121,6 +126,7 @@ class DeviceWorker:
                 versions=self._versions,
                 device=self._description.name,
                 weights=weights,
+                tiled_beyond_px=pipeline.tiled_beyond_px,
             )
         )
         remaining = _Remaining(plan)

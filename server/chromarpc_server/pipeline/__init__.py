@@ -27,7 +27,7 @@ from chromarpc_server.pipeline.device import (
     translate_device_error,
 )
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
-from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile
+from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
@@ -58,6 +58,7 @@ __all__ = [
     "read_adapter",
     "release_memory",
     "reset_peak_memory",
+    "served_profiles",
     "synchronize",
     "translate_device_error",
 ]

@@ -7,7 +7,10 @@ before quantization as the reference does. A `Pipeline` draws with one, and noth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,16 +18,19 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import T5EncoderModel
 
-from chromarpc_server.domain.limits import MasterPlace
+from chromarpc_server.domain.limits import MemoryChoice
+from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
-from chromarpc_server.pipeline.device import free_memory_bytes
-from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer
+from chromarpc_server.pipeline.device import usable_memory_bytes
+from chromarpc_server.pipeline.fused.check import warm_up_kernels
+from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
+from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt, Tokenizer
+from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
 from chromarpc_server.pipeline.transformer import (
     ChromaConfig,
     ChromaTransformer,
@@ -42,17 +48,21 @@ from chromarpc_server.pipeline.weights import (
     shard_paths,
 )
 
+TILE_PX = 512
+"""Side of a tile, where pictures are decoded in tiles."""
+WARM_UP_WORDS = (8, 40, 72, 104)
+"""Prompt lengths to warm up for: each falls into another of the fused forward's shapes."""
+
 
 @dataclass(frozen=True)
 class Pipeline:
     """Everything that draws, with one adapter set merged. Immutable; calls share nothing but weights."""
 
-    transformer: ChromaTransformer = field(repr=False)
-    text_encoder: T5EncoderModel = field(repr=False)
+    transformer: PreparedTransformer = field(repr=False)
+    text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     latent_preview: LatentPreview = field(repr=False)
-    profile: NumericsProfile
     device: torch.device
     dtype: torch.dtype
     """What is computed in."""
@@ -62,13 +72,18 @@ class Pipeline:
     empty: tuple[Tensor, Tensor] = field(repr=False)
     """Embeddings and mask of the empty prompt: constants of the checkpoint."""
 
+    @property
+    def tiled_beyond_px(self) -> int | None:
+        """Longer sides than this are decoded in tiles; None where nothing is."""
+        return self.autoencoder.tile_sample_min_size if self.autoencoder.use_tiling else None
+
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         """Tokenizes a prompt; needs no device."""
         return self.tokenizer(prompt)
 
     def encode(self, tokens: TokenizedPrompt) -> PromptEmbedding:
         """Embeds a prompt, beside the unconditional text."""
-        embeds = text_encoder.encode(self.text_encoder, tokens.ids)
+        embeds = self.text_encoder(tokens.ids)
         return PromptEmbedding(embeds, tokens.mask.to(self.device), *self.empty)
 
     def denoise(
@@ -96,7 +111,6 @@ class Pipeline:
         noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
         yield from denoise_from(
             self.transformer,
-            self.profile,
             embedding,
             noise.to(device=self.device, dtype=self.dtype),
             width,
@@ -105,6 +119,27 @@ class Pipeline:
             guidance_scale,
             timestep_dtype=self.stored_dtype,
         )
+
+    def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Draws a little at each size (width, height) with prompts of several lengths: kernels are compiled,
+        algorithms planned and graphs recorded before anybody waits for them.
+        """
+        warm_up_kernels(self.transformer.model.config, self.device)
+        for words in WARM_UP_WORDS:
+            embedding = self.encode(self.tokenize("a " * words))
+            for width, height in sizes:
+                steps = self.denoise(
+                    embedding,
+                    width=width,
+                    height=height,
+                    steps=3,
+                    guidance_scale=4.0,
+                    seed=0,
+                    noise_draw="float32",
+                )
+                *_, last = steps
+                if words == WARM_UP_WORDS[0]:
+                    self.decode(last.latents, width, height)
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
         """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
@@ -118,8 +153,7 @@ class Pipeline:
 
 @torch.inference_mode()
 def denoise_from(
-    transformer: ChromaTransformer,
-    profile: NumericsProfile,
+    transformer: PreparedTransformer,
     embedding: PromptEmbedding,
     noise: Tensor,
     width: int,
@@ -134,58 +168,65 @@ def denoise_from(
     `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless told
     otherwise.
     """
-    device = noise.device
     grid = sampling.token_grid(width, height)
-    scheduler = sampling.make_scheduler(noise.shape[1], steps, device)
+    scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
     seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
     timesteps = seen.to(noise.dtype) / 1000
-    batched = transformer.modulations(timesteps) if profile.batch_modulations else None
-    conditional = _Text.of(transformer, profile, embedding.embeds, embedding.mask, grid, noise)
-    unconditional = None
+    texts = [_Text.of(embedding.embeds, embedding.mask, noise)]
     if guidance_scale > sampling.GUIDANCE_THRESHOLD:
-        unconditional = _Text.of(transformer, profile, embedding.empty_embeds, embedding.empty_mask, grid, noise)
-
-    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        own = slice(index, index + 1)
-        modulations = batched[own] if batched is not None else transformer.modulations(timesteps[own])
-        first = transformer(latents, conditional.embeds, modulations, conditional.rope, conditional.mask)
-        if unconditional is None:
-            return first, None
-        return first, transformer(
-            latents, unconditional.embeds, modulations, unconditional.rope, unconditional.mask
-        )
-
-    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, velocity)
+        texts.append(_Text.of(embedding.empty_embeds, embedding.empty_mask, noise))
+    make = _fused_velocity if transformer.profile.fused else _padded_velocity
+    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, make(transformer, texts, timesteps, grid))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """One text as the transformer takes it, padded and masked or cut, as the profile says."""
+    """One text on the device: (1, L, context) embeddings and (1, L) mask."""
 
     embeds: Tensor
-    rope: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    mask: Tensor
 
     @classmethod
-    def of(
-        cls,
-        transformer: ChromaTransformer,
-        profile: NumericsProfile,
-        embeds: Tensor,
-        mask: Tensor,
-        grid: tuple[int, int],
-        noise: Tensor,
-    ) -> _Text:
-        """`embeds` (1, L, context) and `mask` (1, L) for images of `grid` tokens."""
-        mask = mask.to(noise.device)
-        embeds = embeds.to(device=noise.device, dtype=noise.dtype)
-        attention_mask = None
-        if profile.slice_text:
-            embeds = embeds[:, : int(mask.sum()) + 1]
-        else:
-            attention_mask = dense_attention_mask(mask, grid[0] * grid[1], transformer.config.num_heads)
-        rope = rope_table(transformer.config, embeds.shape[1], grid, noise.device)
-        return cls(embeds, rope, attention_mask)
+    def of(cls, embeds: Tensor, mask: Tensor, like: Tensor) -> _Text:
+        """On the device and in the dtype of `like`."""
+        return cls(embeds.to(device=like.device, dtype=like.dtype), mask.to(like.device))
+
+    @property
+    def kept(self) -> Tensor:
+        """(real + 1, context): what attention sees."""
+        return self.embeds[0, : int(self.mask.sum()) + 1]
+
+
+def _fused_velocity(
+    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
+) -> sampling.Velocity:
+    """Both passes at once over packed tokens, with the modulations of all steps made before."""
+    modulations = transformer.model.modulations(timesteps)
+    conditioning = transformer.run.fused.condition([text.kept for text in texts], grid)
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        found = transformer.run(latents[0], conditioning, modulations[index])
+        return found[:1], found[1:] if len(texts) > 1 else None
+
+    return velocity
+
+
+def _padded_velocity(
+    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
+) -> sampling.Velocity:
+    """As the reference: one pass after the other, 512 text tokens under a dense mask, modulations step by step."""
+    model = transformer.model
+    rope = rope_table(model.config, texts[0].embeds.shape[1], grid, timesteps.device)
+    masks = [dense_attention_mask(text.mask, grid[0] * grid[1], model.config.num_heads) for text in texts]
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        modulations = model.modulations(timesteps[index : index + 1])
+        passes = [
+            model(latents, text.embeds, modulations, rope, mask) for text, mask in zip(texts, masks, strict=True)
+        ]
+        return passes[0], passes[1] if len(passes) > 1 else None
+
+    return velocity
 
 
 @dataclass(frozen=True)
@@ -195,7 +236,7 @@ class Checkpoint:
     config: ChromaConfig
     master: Mapping[str, Tensor] = field(repr=False)
     """The transformer's parameters, on the device or in (pinned) host memory."""
-    text_encoder: T5EncoderModel = field(repr=False)
+    text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     latent_preview: LatentPreview = field(repr=False)
@@ -205,6 +246,8 @@ class Checkpoint:
     """Hash over names, shapes and values of the transformer's weights, hexadecimal."""
     size_bytes: int
     empty: tuple[Tensor, Tensor] = field(repr=False)
+    memory: MemoryPlan | None = None
+    """What stays where; None on a CPU."""
 
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
@@ -218,7 +261,7 @@ class Checkpoint:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        master_place: MasterPlace = "auto",
+        memory: MemoryChoice | None = None,
         progress: Progress = lambda _: None,
         check: Check = lambda: None,
     ) -> Checkpoint:
@@ -228,12 +271,13 @@ class Checkpoint:
             files: where it lies.
             device: where text encoder and autoencoder are put, and pipelines will run.
             dtype: what to compute in.
-            master_place: where the master weights stay; `auto` is the device where they fit twice beside the rest.
+            memory: what an operator decides about a GPU's memory.
             progress: told how far reading is.
             check: called between tensors; raises to stop.
 
         Raises:
             WeightsInvalid: damaged files, or another model.
+            OutOfMemory: the GPU has too little memory for it.
         """
         transformer_file = open_weights(files.transformer)
         encoder_files = text_encoder.open_text_encoder(files.text_encoder)
@@ -243,8 +287,13 @@ class Checkpoint:
             expected = ChromaTransformer(config).state_dict()
         require_same_keys(expected, transformer_file.tensors, files.transformer.name)
 
+        plan = None
+        if device.type == "cuda":
+            choice = memory or MemoryChoice()
+            sizes = _part_sizes(transformer_file, encoder_files, vae_files, dtype)
+            plan = plan_memory(usable_memory_bytes(device, choice.device_bytes), sizes, choice)
         reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), progress, check)
-        master = dict(reading.read(transformer_file))
+        master, revision = _read_master(reading, transformer_file, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
             text_encoder.text_encoder_config(files.text_encoder),
@@ -252,6 +301,8 @@ class Checkpoint:
             device=device,
             dtype=dtype,
             quantize=True,
+            hold_float8=plan is not None,
+            keep_in_host_memory=plan is not None and plan.text_encoder == "host",
         )
         vae = autoencoder.build_autoencoder(
             read_json(files.vae / "config.json"),
@@ -259,13 +310,18 @@ class Checkpoint:
             device=device,
             dtype=dtype,
         )
+        if plan is not None and plan.tile_autoencoder:
+            vae.tile_sample_min_size = TILE_PX
+            vae.tile_latent_min_size = TILE_PX // sampling.PIXELS_PER_LATENT
+            vae.enable_tiling()
         check()
         empty = tokenizer("")
-        revision = content_hash(master)
         return cls(
             config=config,
-            master=_place(master, device, master_place, check),
-            text_encoder=encoder,
+            master=master,
+            text_encoder=RecordedEncoder(
+                encoder, record=plan is not None and plan.record_graphs and plan.text_encoder == "device"
+            ),
             autoencoder=vae,
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
@@ -274,34 +330,41 @@ class Checkpoint:
             revision=revision,
             size_bytes=sum(
                 tensor.numel() * tensor.element_size()
-                for tensors in (master.values(), encoder.parameters(), vae.parameters())
+                for tensors in (master.values(), encoder.state_dict().values(), vae.parameters())
                 for tensor in tensors
             ),
             empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
+            memory=plan,
         )
 
     def allocate(self, profile: NumericsProfile) -> PreparedTransformer:
         """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it."""
-        return PreparedTransformer(self.config, self.master, profile, device=self.device, dtype=self.dtype)
+        return PreparedTransformer(
+            self.config,
+            self.master,
+            profile,
+            device=self.device,
+            dtype=self.dtype,
+            hold_float8=self._holds_float8,
+            record_graphs=self.memory is None or self.memory.record_graphs,
+        )
 
     def prepared_bytes(self, profile: NumericsProfile) -> int:
         """Size of a transformer prepared in this profile."""
-        stored = self.master["img_in.weight"].dtype
-        quantized = profile.dequantize_per_call and stored == self.dtype
-        return sum(
-            tensor.numel() * (1 if quantized and tensor.ndim > 1 else self.dtype.itemsize)
-            for tensor in self.master.values()
-        )
+        return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
+
+    @property
+    def _holds_float8(self) -> bool:
+        return self.memory is not None and self.memory.weights == "float8"
 
     def pipeline(self, prepared: PreparedTransformer) -> Pipeline:
         """Everything that draws, with a transformer of this checkpoint as it is now."""
         return Pipeline(
-            transformer=prepared.model,
+            transformer=prepared,
             text_encoder=self.text_encoder,
             autoencoder=self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
-            profile=prepared.profile,
             device=self.device,
             dtype=self.dtype,
             stored_dtype=self.master["img_in.weight"].dtype,
@@ -319,26 +382,49 @@ class Checkpoint:
         return self.pipeline(prepared)
 
 
-def _place(master: dict[str, Tensor], device: torch.device, place: MasterPlace, check: Check) -> dict[str, Tensor]:
-    """Moves master weights to where switching reads them from, one tensor at a time."""
-    if device.type != "cuda":
-        return master
-    size = sum(tensor.nbytes for tensor in master.values())
-    if place == "auto":
-        # Room for the master, one transformer prepared from it, and a third of that for activations.
-        place = "device" if free_memory_bytes(device) >= 2.3 * size else "host"
-    for name, tensor in master.items():
-        check()
-        master[name] = tensor.to(device) if place == "device" else tensor.pin_memory()
-    return master
+def _part_sizes(
+    transformer: SafetensorsFile,
+    encoder: Sequence[SafetensorsFile],
+    vae: Sequence[SafetensorsFile],
+    dtype: torch.dtype,
+) -> PartSizes:
+    """From the files' headers."""
+    wide, stored, float8 = dtype.itemsize, 0, 0
+    count = 0
+    for name, entry in transformer.tensors.items():
+        elements = math.prod(entry.shape)
+        stored += entry.size_bytes
+        count += elements
+        float8 += elements * (1 if "_blocks." in name and len(entry.shape) > 1 else wide)
+    text = sum(
+        math.prod(entry.shape) * (1 if ".block." in name and len(entry.shape) > 1 else wide)
+        for file in encoder
+        for name, entry in file.tensors.items()
+        if not name.endswith("embed_tokens.weight")
+    )
+    pixels = sum(math.prod(entry.shape) * wide for file in vae for entry in file.tensors.values())
+    return PartSizes(stored, count * wide, float8, text, pixels)
 
 
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash over names, dtypes, shapes and values, whatever file they came from, hexadecimal."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        values: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-        digest.update(values)
+def _read_master(
+    reading: ReadingProgress, file: SafetensorsFile, device: torch.device, plan: MemoryPlan | None
+) -> tuple[dict[str, Tensor], str]:
+    """The transformer's weights where the plan wants them, and their hash, computed meanwhile by other threads."""
+    master: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
+        digests = {}
+        for name, tensor in reading.read(file):
+            digests[name] = pool.submit(_tensor_hash, name, tensor)
+            master[name] = tensor.to(device) if plan is not None and plan.master == "device" else tensor
+        revision = hashlib.sha256("".join(digests[name].result() for name in sorted(digests)).encode()).hexdigest()
+    if plan is not None and plan.master == "host":
+        master = pin(master)
+    return master, revision
+
+
+def _tensor_hash(name: str, tensor: Tensor) -> str:
+    """Hash over name, dtype, shape and values, hexadecimal."""
+    digest = hashlib.sha256(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    values: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    digest.update(values)
     return digest.hexdigest()

@@ -131,6 +131,15 @@ def free_memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def usable_memory_bytes(device: torch.device, limit: int | None) -> int:
+    """What a checkpoint may take on a GPU: what is free, within the operator's limit, which torch enforces."""
+    if limit is None:
+        return free_memory_bytes(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    return min(free_memory_bytes(device), limit - torch.cuda.memory_allocated(device))
+
+
 def release_memory(device: torch.device) -> None:
     """Gives cached, unused memory back to the device."""
     if device.type == "cuda":

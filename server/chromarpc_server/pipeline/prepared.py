@@ -8,7 +8,8 @@ never on what it held before, so a switch gives bit for bit what a cold build gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
 from chromarpc_server.pipeline.adapters import Adapter
+from chromarpc_server.pipeline.fused import plain
+from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.fused.forward import FusedTransformer
+from chromarpc_server.pipeline.fused.graphs import GraphedForward
 from chromarpc_server.pipeline.profiles import NumericsProfile
-from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.quantization import FLOAT8, dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
 from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
 
@@ -25,6 +30,10 @@ AdapterSet = Sequence[tuple[Adapter, float]]
 """Adapters with their multipliers, in the order of application."""
 Merged = tuple[tuple[str, float], ...]
 """What was merged into a tensor: sha256 and multiplier of each adapter that changes it, in order."""
+
+
+COPIES_AHEAD = 2
+"""Tensors of a master in host memory that are on their way while one is worked on."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,21 @@ class PreparedTransformer:
         device: torch.device,
         dtype: torch.dtype,
         quantize: bool = True,
+        hold_float8: bool = False,
+        record_graphs: bool = True,
     ) -> None:
         """Allocates nothing; the first `switch` does.
 
         Args:
             config: sizes.
             master: parameters by name, in the dtype they are stored in, on the device or in host memory.
-            profile: says whether float8 weights are held as they are or dequantized.
+            profile: what it will be run with.
             device: where the transformer lies.
-            dtype: what it computes in; a profile that dequantizes per call does so in the master's dtype.
+            dtype: what it computes in.
             quantize: whether linear weights go through float8.
+            hold_float8: hold the blocks' weights in float8 even where the profile could do with them dequantized:
+                half the memory, the same bits, a little slower.
+            record_graphs: record steps as CUDA graphs, which keep a step's activations.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -66,12 +80,23 @@ class PreparedTransformer:
         self._device = device
         self._dtype = dtype
         self._quantize = quantize
+        self._record_graphs = record_graphs
+        self._hold_float8 = hold_float8 or profile.needs_float8_weights
         self._linears = {
             f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
         }
         self._tensors: dict[str, Tensor] = {}
+        self._run: GraphedForward | None = None
         self._merged: dict[str, Merged | None] = dict.fromkeys(master)
         """None for a tensor whose contents are unknown: not written yet, or not usable."""
+
+    @property
+    def run(self) -> GraphedForward:
+        """The fused forward over these weights, once they are there."""
+        if self._run is None:
+            fused = FusedTransformer(self.model, float8_products=self.profile.float8_products)
+            self._run = GraphedForward(fused, record=self._record_graphs)
+        return self._run
 
     @property
     def size_bytes(self) -> int:
@@ -102,9 +127,9 @@ class PreparedTransformer:
         stage = "merging" if adapters else "quantizing"
         done = 0
         finite: dict[str, Tensor] = {}
-        for name in stale:
+        for name, stored in self._on_device(stale):
             check()
-            weight = self._master[name].to(self._device, non_blocking=True)
+            weight = stored
             for adapter, multiplier in adapters:
                 weight = adapter.apply(name, weight, multiplier)
             if wanted[name]:
@@ -117,29 +142,68 @@ class PreparedTransformer:
         self._refuse_overflow(finite)
         return SwitchReport(len(stale))
 
-    def _write(self, name: str, weight: Tensor) -> None:
-        scale = None
-        if self._quantize and name in self._linears:
-            computes_in_stored = weight.dtype == self._dtype
-            weight, scale = quantize_rows(weight)
-            if not (self.profile.dequantize_per_call and computes_in_stored):
-                weight, scale = dequantize_rows(weight, scale), None
-        if scale is None:
-            weight = weight.to(self._dtype)
-        held = self._tensors.get(name)
-        if held is None:
-            # The master itself must not become the storage that later switches write to.
-            own = weight.clone() if weight.data_ptr() == self._master[name].data_ptr() else weight
-            self._tensors[name] = own
-            module, _, leaf = name.rpartition(".")
-            self.model.get_submodule(module).register_parameter(leaf, torch.nn.Parameter(own, requires_grad=False))
-            if scale is not None:
-                self._linears[name].scale = scale
+    def _on_device(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Master weights on the device; those in host memory are copied while the ones before are worked on."""
+        if self._device.type != "cuda" or all(self._master[name].is_cuda for name in names):
+            for name in names:
+                yield name, self._master[name].to(self._device)
             return
-        held.copy_(weight)
-        held_scale = self._linears[name].scale if scale is not None else None
-        if scale is not None and held_scale is not None:
-            held_scale.copy_(scale)
+        copying, working = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        ahead: deque[tuple[str, Tensor, torch.cuda.Event]] = deque()
+
+        def take() -> tuple[str, Tensor]:
+            name, weight, copied = ahead.popleft()
+            working.wait_event(copied)
+            weight.record_stream(working)
+            return name, weight
+
+        for name in names:
+            with torch.cuda.stream(copying):
+                weight = self._master[name].to(self._device, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record(copying)
+            ahead.append((name, weight, copied))
+            if len(ahead) > COPIES_AHEAD:
+                yield take()
+        while ahead:
+            yield take()
+
+    def _write(self, name: str, weight: Tensor) -> None:
+        """Puts a merged weight where it is held, as it is held. Storage is made once and never replaced."""
+        held = self._tensors.get(name)
+        linear = self._linears.get(name) if self._quantize else None
+        float8 = linear is not None and self._holds_float8(name, weight)
+        if held is None:
+            held = torch.empty(weight.shape, dtype=FLOAT8 if float8 else self._dtype, device=self._device)
+            self._tensors[name] = held
+            module, _, leaf = name.rpartition(".")
+            parameter = torch.nn.Parameter(held, requires_grad=False)
+            self.model.get_submodule(module).register_parameter(leaf, parameter)
+            if linear is not None and float8:
+                # Products of float8 take their scales in float32; the values are bf16's all the same.
+                scale_dtype = torch.float32 if self.profile.float8_products else weight.dtype
+                linear.scale = torch.empty(weight.shape[0], dtype=scale_dtype, device=self._device)
+        ops = fused_ops(self._device) if weight.dtype == torch.bfloat16 else plain
+        if linear is None:
+            held.copy_(weight)
+        elif linear.scale is not None and ops is not plain:
+            ops.quantize_weight(weight.contiguous(), held, linear.scale)
+        elif linear.scale is not None:
+            q, scale = quantize_rows(weight)
+            held.copy_(q)
+            linear.scale.copy_(scale)
+        elif held.dtype == torch.bfloat16 and ops is not plain:
+            ops.round_weight(weight.contiguous(), held)
+        else:
+            held.copy_(dequantize_rows(*quantize_rows(weight)))
+
+    def _holds_float8(self, name: str, weight: Tensor) -> bool:
+        if not self._hold_float8:
+            return False
+        if not self.profile.fused:
+            # They are dequantized at every call in the dtype they are stored in, as the reference does.
+            return weight.dtype == self._dtype
+        return "_blocks." in name
 
     def _refuse_overflow(self, finite: Mapping[str, Tensor]) -> None:
         """One look at the device for all tensors, instead of one for each."""
@@ -151,6 +215,17 @@ class PreparedTransformer:
             for name in bad:
                 self._merged[name] = None
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
+
+
+def prepared_bytes(
+    master: Mapping[str, Tensor], profile: NumericsProfile, dtype: torch.dtype, *, hold_float8: bool
+) -> int:
+    """What a transformer will take, but for its scales (a few thousandths)."""
+    float8 = hold_float8 or profile.needs_float8_weights
+    return sum(
+        tensor.numel() * (1 if float8 and tensor.ndim > 1 and "_blocks." in name else dtype.itemsize)
+        for name, tensor in master.items()
+    )
 
 
 def _merged_into(name: str, adapters: AdapterSet) -> Merged:
@@ -170,8 +245,8 @@ def prepare_transformer(
     device: torch.device,
     dtype: torch.dtype,
     quantize: bool,
-) -> ChromaTransformer:
+) -> PreparedTransformer:
     """A transformer prepared once, for whoever never switches it; arguments and errors as above."""
     prepared = PreparedTransformer(config, master, profile, device=device, dtype=dtype, quantize=quantize)
     prepared.switch(adapters)
-    return prepared.model
+    return prepared

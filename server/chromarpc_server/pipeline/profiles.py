@@ -1,10 +1,12 @@
-"""Numerics profiles: data that one forward is run with, not code paths of their own."""
+"""Numerics profiles: how the same function is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -13,30 +15,44 @@ class NumericsProfile:
 
     name: str
     description: str
-    slice_text: bool
-    """Cut the embeddings to real + 1 tokens and mask nothing, instead of masking all 512."""
-    batch_modulations: bool
-    """Make the modulations of all steps at once, instead of one step at a time."""
-    dequantize_per_call: bool
-    """Hold float8 weights and dequantize at every call, instead of holding w̃ in bf16."""
+    fused: bool
+    """Computed by `fused.forward`, over unmasked packed sequences and with all steps' modulations made before;
+    else by `transformer` step by step as the reference does, text padded to 512 tokens and masked."""
+    float8_products: bool = False
+    """The blocks' linears multiply float8 by float8."""
+
+    @property
+    def needs_float8_weights(self) -> bool:
+        """Whether weights must be held in float8, instead of dequantized where there is room."""
+        return self.float8_products or not self.fused
 
 
 EXACT = NumericsProfile(
     name="exact",
     description="the reference's own sequence of operations, bit-identical on the same GPU and torch",
-    slice_text=False,
-    batch_modulations=False,
-    dequantize_per_call=True,
+    fused=False,
 )
 
 REFERENCE = NumericsProfile(
     name="reference",
     description="the same function without the waste; as close to the truth as the reference itself",
-    slice_text=True,
-    batch_modulations=True,
-    dequantize_per_call=False,
+    fused=True,
+)
+
+FP8 = NumericsProfile(
+    name="fp8",
+    description="the blocks' linears multiply in float8, activations rounded too: faster and less exact",
+    fused=True,
+    float8_products=True,
 )
 
 PROFILES: Mapping[str, NumericsProfile] = MappingProxyType(
-    {profile.name: profile for profile in (REFERENCE, EXACT)}
+    {profile.name: profile for profile in (REFERENCE, EXACT, FP8)}
 )
+
+
+def served_profiles(device: torch.device) -> tuple[str, ...]:
+    """Those that a device can compute: float8 products need compute capability 8.9; a CPU emulates them."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return tuple(name for name, profile in PROFILES.items() if not profile.float8_products)
+    return tuple(PROFILES)

@@ -6,18 +6,22 @@ reference's function, and slicing comes after it, never before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.weights import (
@@ -27,6 +31,8 @@ from chromarpc_server.pipeline.weights import (
     require_same_keys,
     shard_paths,
 )
+
+log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
 PAD, END = 0, 1
@@ -89,8 +95,35 @@ class Tokenizer:
         return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
 
 
+class Float8Linear(nn.Module):
+    """A linear layer whose float8 weight is dequantized at every call: half the memory, the same bits.
+
+    It has no `weight` that the library could take a dtype from.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """`q` (out, in) float8, `scale` (out,) in the dtype it was quantized in; `dtype` to compute in."""
+        super().__init__()
+        self.weight = None
+        self.q = nn.Buffer(q)
+        self.scale = nn.Buffer(scale)
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        weight = torch.empty(self.q.shape, dtype=self._dtype, device=x.device)
+        return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
+
+
 def build_text_encoder(
-    config: T5Config, weights: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype, quantize: bool
+    config: T5Config,
+    weights: dict[str, Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+    hold_float8: bool = False,
+    keep_in_host_memory: bool = False,
 ) -> T5EncoderModel:
     """A T5 encoder with these weights, built on `meta` and assigned.
 
@@ -100,6 +133,8 @@ def build_text_encoder(
         device: where to compute.
         dtype: what to compute in.
         quantize: round every linear weight to float8 and back, as the reference's quantized encoder does.
+        hold_float8: hold them in float8, and dequantize at every call.
+        keep_in_host_memory: leave the layers there, and copy each to the device for as long as it computes.
 
     Raises:
         WeightsInvalid: tensors are missing or unknown.
@@ -114,17 +149,59 @@ def build_text_encoder(
     expected = {name: None for name in model.state_dict() if name not in (_SHARED, _EMBED)}
     require_same_keys(expected, given, "text encoder")
     placed: dict[str, Tensor] = {}
-    for name, tensor in given.items():
-        weight = tensor.to(device)
-        if quantize and name in linears:
-            weight = dequantize_rows(*quantize_rows(weight))
-        placed[name] = weight.to(dtype)
+    for name in list(given):
+        weight = given.pop(name).to(device)
+        place = torch.device("cpu") if keep_in_host_memory and ".block." in name else device
+        if not (quantize and name in linears):
+            placed[name] = weight.to(dtype).to(place)
+            continue
+        q, scale = quantize_rows(weight)
+        if not hold_float8:
+            placed[name] = dequantize_rows(q, scale).to(dtype).to(place)
+            continue
+        path = name.removesuffix(".weight")
+        model.set_submodule(path, Float8Linear(q.to(place), scale.to(place), dtype))
     embedding = shared.to(device=device, dtype=dtype)
     placed[_SHARED] = placed[_EMBED] = embedding
-    model.load_state_dict(placed, assign=True)
+    held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    model.load_state_dict({**held, **placed}, assign=True)
+    if keep_in_host_memory:
+        _stream(list(model.encoder.block), device)
     model.set_attn_implementation("sdpa")
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
+
+
+def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Has each block's tensors on the device while it computes, and nowhere but in host memory else."""
+    owners: dict[str, tuple[int, nn.Module, str]] = {}
+    hosted: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                key = f"{index}.{path}.{name}"
+                owners[key] = (index, module, name)
+                hosted[key] = tensor.data
+    if device.type == "cuda":
+        hosted = pin(hosted)
+
+    def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
+        for key, (owner, module, name) in owners.items():
+            if owner != index:
+                continue
+            moved = move(hosted[key])
+            # Into the dictionaries themselves: registering anew at every call is slow.
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+            else:
+                module._buffers[name] = moved
+
+    for index, block in enumerate(blocks):
+        put(index, lambda tensor: tensor)
+        block.register_forward_pre_hook(
+            lambda *_, index=index: put(index, lambda tensor: tensor.to(device, non_blocking=True))
+        )
+        block.register_forward_hook(lambda *_, index=index: put(index, lambda tensor: tensor))
 
 
 def text_encoder_config(folder: Path) -> T5Config:
@@ -160,6 +237,49 @@ def _reference_attention(device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision = before
+
+
+class RecordedEncoder:
+    """`encode` with one model, recorded on a GPU as one graph: the encoder's thousand small kernels take longer to
+    launch than to run. The same kernels, so the same bits. Belongs to the device thread.
+    """
+
+    def __init__(self, model: T5EncoderModel, *, record: bool = True) -> None:
+        """`model`: where it is to be recorded, its weights must stay where they are."""
+        self.model = model
+        self._ids: Tensor | None = None
+        self._embeds: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._met = False
+        self._usable = record
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(1, 512) → (1, 512, context)."""
+        device = self.model.device
+        if device.type != "cuda" or not self._usable:
+            return encode(self.model, ids)
+        if self._graph is None and self._met:
+            self._record(ids)
+        self._met = True
+        if self._graph is None or self._ids is None or self._embeds is None:
+            return encode(self.model, ids)
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._embeds.clone()
+
+    def _record(self, ids: Tensor) -> None:
+        self._ids = ids.to(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.synchronize(self.model.device)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._embeds = encode(self.model, self._ids)
+        except Exception as problem:  # noqa: BLE001 - what cannot be recorded can still be run
+            log.warning("encoder.unrecorded", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
+            self._usable = False
+            return
+        self._graph = graph
 
 
 @torch.inference_mode()

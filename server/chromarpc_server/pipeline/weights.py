@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.safetensors_file import SafetensorsError, SafetensorsFile, open_safetensors
+
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -125,13 +130,28 @@ class ReadingProgress:
             WeightsInvalid: the file cannot be read after all.
         """
         try:
-            for name, tensor in file.read():
-                self._check()
-                yield name, tensor
-                self._done += file.tensors[name].size_bytes
-                self._progress(LoadProgress("reading", self._done, self._total))
+            mapped = list(file.read())
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="read") as pool:
+                # A mapped tensor's pages come one by one to whoever touches them first; here many threads do.
+                touched = [pool.submit(_touch, tensor) for _, tensor in mapped]
+                try:
+                    for (name, tensor), touch in zip(mapped, touched, strict=True):
+                        touch.result()
+                        self._check()
+                        yield name, tensor
+                        self._done += file.tensors[name].size_bytes
+                        self._progress(LoadProgress("reading", self._done, self._total))
+                finally:
+                    for touch in touched:
+                        touch.cancel()
         except SafetensorsError as error:
             raise WeightsInvalid(f"{file.path.name}: {error}") from None
+
+
+def _touch(tensor: Tensor) -> None:
+    """Has every page of a tensor's memory read."""
+    if tensor.is_contiguous() and tensor.nbytes >= PAGE_BYTES:
+        tensor.view(-1).view(torch.uint8)[::PAGE_BYTES].max()
 
 
 def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object], name: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
+from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlineExceeded
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
@@ -40,6 +41,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 self._serving.models[plan.served_model],
                 deadline_s=context.time_remaining(),
                 hf_token=request.hf_token or None,
+                caller=current_caller(),
             )
         except ChromaError as error:
             await _abort(context, error)

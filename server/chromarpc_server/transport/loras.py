@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from chromarpc.v1 import job_event_pb2, lora_service_pb2, lora_service_pb2_grpc
+from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.errors import (
     MAX_LISTED,
     ChromaError,
@@ -86,7 +87,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         if not 0 < size <= MAX_PAGE_SIZE:
             raise InvalidParameter(f"must be between 0 and {MAX_PAGE_SIZE}, got {size}", field="page_size")
         after = _token_position(request.page_token) if request.page_token else None
-        listing = await asyncio.to_thread(self._library.listing)
+        listing = await asyncio.to_thread(self._library.listing, current_caller().name)
         rest = [lora for lora in listing.loras if after is None or _position(lora) > after]
         page = rest[:size]
         return lora_service_pb2.ListLorasResponse(
@@ -106,13 +107,14 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         """Tells what an adapter is and what it does to a model."""
         spec = self._model(request.model if request.HasField("model") else CHROMA.id)
         is_unwanted = threading.Event()
+        owner = current_caller().name
 
         def check() -> None:
             if is_unwanted.is_set():
                 raise JobCancelled("the caller cancelled or went away")
 
         def inspect() -> AdapterInspection:
-            path = self._library.locate(request.path, "path")
+            path = self._library.locate(request.path, "path", owner)
             files = self._model_files.require(spec)
             try:
                 return inspect_adapter(path, files, check=check)
@@ -133,7 +135,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         context: grpc.aio.ServicerContext[lora_service_pb2.DeleteLoraRequest, lora_service_pb2.DeleteLoraResponse],
     ) -> lora_service_pb2.DeleteLoraResponse:
         """Deletes an uploaded adapter."""
-        await asyncio.to_thread(self._library.delete, request.path)
+        await asyncio.to_thread(self._library.delete, request.path, current_caller().name)
         return lora_service_pb2.DeleteLoraResponse()
 
     @_answering
@@ -145,12 +147,14 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         ],
     ) -> lora_service_pb2.CreateLoraUploadResponse:
         """Begins an upload, unless its bytes were uploaded before; a download may leave its cache at any time."""
-        library = self._library
+        library, caller = self._library, current_caller()
         sha256 = request.sha256 if request.HasField("sha256") else None
-        existing = None if sha256 is None else await asyncio.to_thread(library.find, sha256)
+        existing = None if sha256 is None else await asyncio.to_thread(library.find, sha256, caller.name)
         if existing is not None and existing.source is LoraSource.UPLOAD:
             return lora_service_pb2.CreateLoraUploadResponse(existing=_stored_lora(existing))
-        state = await asyncio.to_thread(library.create_upload, request.filename, request.size_bytes, sha256)
+        state = await asyncio.to_thread(
+            library.create_upload, request.filename, request.size_bytes, sha256, caller
+        )
         return lora_service_pb2.CreateLoraUploadResponse(
             upload_id=state.upload_id,
             max_chunk_bytes=library.limits.max_chunk_bytes,
@@ -166,7 +170,9 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         ],
     ) -> lora_service_pb2.AppendLoraUploadResponse:
         """Takes the next bytes of an upload."""
-        state = await asyncio.to_thread(self._library.append, request.upload_id, request.offset, request.chunk)
+        state = await asyncio.to_thread(
+            self._library.append, request.upload_id, request.offset, request.chunk, current_caller().name
+        )
         return lora_service_pb2.AppendLoraUploadResponse(
             next_offset=state.next_offset, expire_time=_timestamp(state.expires)
         )
@@ -180,7 +186,9 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         ],
     ) -> lora_service_pb2.FinalizeLoraUploadResponse:
         """Ends an upload and keeps its file."""
-        lora = await asyncio.to_thread(self._library.finalize, request.upload_id, request.sha256)
+        lora = await asyncio.to_thread(
+            self._library.finalize, request.upload_id, request.sha256, current_caller().name
+        )
         return lora_service_pb2.FinalizeLoraUploadResponse(lora=_stored_lora(lora))
 
     def _model(self, model_id: str) -> ModelSpec:

@@ -8,11 +8,17 @@ from collections.abc import Mapping
 import grpc
 
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
-from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, ModelSpec
+from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_cache import CacheSnapshot
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
+
+
+def _int32(limit: int) -> int:
+    return min(limit, 2**31 - 1)
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
@@ -23,6 +29,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         engine: Engine,
         serving: Serving,
         model_files: ModelFiles,
+        library: AdapterLibrary,
         *,
         version: str,
         library_versions: Mapping[str, str],
@@ -32,6 +39,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._engine = engine
         self._serving = serving
         self._model_files = model_files
+        self._library = library
         self._version = version
         self._library_versions = library_versions
         self._profile_descriptions = profile_descriptions
@@ -49,8 +57,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             lambda: [self._model_files.find(self._served(spec)) is not None for spec in specs]
         )
         cache = self._engine.status().cache
+        hidden = await asyncio.to_thread(self._library.hidden_from, current_caller().name)
         return model_service_pb2.ListModelsResponse(
-            models=[self._model(spec, here, cache) for spec, here in zip(specs, present, strict=True)],
+            models=[self._model(spec, here, cache, hidden) for spec, here in zip(specs, present, strict=True)],
             cache=model_service_pb2.CacheStatistics(
                 hit_count=cache.counters.hits,
                 switch_count=cache.counters.switches,
@@ -69,6 +78,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> model_service_pb2.GetServerInfoResponse:
         """Tells version, limits, numerics profiles and device."""
         serving, device, status = self._serving, self._engine.description, self._engine.status()
+        caller = current_caller()
         return model_service_pb2.GetServerInfoResponse(
             version=self._version,
             library_versions=dict(self._library_versions),
@@ -84,18 +94,25 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 max_prompts=serving.limits.max_prompts,
                 max_prompt_bytes=serving.limits.max_prompt_bytes,
                 max_loras=serving.limits.max_loras,
-                max_pixel_steps=serving.limits.max_pixel_steps,
+                max_pixel_steps=min(serving.limits.max_pixel_steps, caller.limits.max_pixel_steps),
                 max_queued_jobs=serving.limits.max_queued_jobs,
                 max_request_bytes=serving.limits.max_request_bytes,
                 max_pixels=serving.limits.max_pixels,
+                max_streams=_int32(caller.limits.max_streams),
+                max_queued_jobs_per_caller=_int32(caller.limits.max_queued_jobs),
+                max_upload_bytes=self._library.limits.max_file_bytes,
+                max_uploads_bytes_per_caller=caller.limits.max_upload_bytes,
             ),
             queue=model_service_pb2.QueueState(queued_jobs=status.queued_jobs, running_jobs=status.running_jobs),
+            caller=caller.name,
         )
 
     def _served(self, spec: ModelSpec) -> ModelSpec:
         return self._serving.models[self._serving.aliases.get(spec.id, spec.id)]
 
-    def _model(self, spec: ModelSpec, present: bool, cache: CacheSnapshot) -> model_service_pb2.Model:
+    def _model(
+        self, spec: ModelSpec, present: bool, cache: CacheSnapshot, hidden: frozenset[str]
+    ) -> model_service_pb2.Model:
         served = self._served(spec)
         resident_bytes = cache.resident_bytes.get(served.id)
         defaults = spec.defaults
@@ -129,6 +146,21 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                     size_bytes=held.size_bytes,
                 )
                 for held in cache.sets
-                if held.key.model_id == served.id
+                if held.key.model_id == served.id and hidden.isdisjoint(sha256 for sha256, _ in held.adapters)
             ],
+            memory_plan=_memory_plan(cache.memory.get(served.id)),
         )
+
+
+def _memory_plan(plan: MemoryPlan | None) -> model_service_pb2.MemoryPlan | None:
+    if plan is None:
+        return None
+    return model_service_pb2.MemoryPlan(
+        weights=plan.weights,
+        text_encoder=plan.text_encoder,
+        master=plan.master,
+        tile_autoencoder=plan.tile_autoencoder,
+        record_graphs=plan.record_graphs,
+        estimated_bytes=plan.estimated_bytes,
+        usable_bytes=plan.usable_bytes,
+    )

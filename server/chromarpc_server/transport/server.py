@@ -1,16 +1,12 @@
-"""The grpc.aio server: services, health, reflection, channel options, and the last line of defence."""
+"""The grpc.aio server: services, health, reflection, channel options, and the rules around every call."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from chromarpc.v1 import (
@@ -21,96 +17,46 @@ from chromarpc.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-from chromarpc_server.domain.errors import InternalError
+from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.generation import GenerationServicer
+from chromarpc_server.transport.health import HealthServicer
+from chromarpc_server.transport.interception import Rule, Rules
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
-from chromarpc_server.transport.status import code_of, trailing_metadata
+from chromarpc_server.transport.quotas import CallQuotas
+from chromarpc_server.transport.tls import ServerTls
 
-log = logging.getLogger(__name__)
-
-SERVICE_NAMES = (
-    generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-    lora_service_pb2.DESCRIPTOR.services_by_name["LoraService"].full_name,
+SERVICES = (
+    generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    lora_service_pb2.DESCRIPTOR.services_by_name["LoraService"],
 )
+SERVICE_NAMES = tuple(service.full_name for service in SERVICES)
+MAX_STREAMS_PER_CONNECTION = 2048
+"""HTTP/2 makes clients wait for a stream rather than fail; callers' quotas come first."""
 
 
-def channel_options(max_request_bytes: int) -> list[tuple[str, int]]:
+def channel_options(max_request_bytes: int, max_connections: int) -> list[tuple[str, int]]:
     """Options that keep quiet streams alive and bound what a client may send.
 
     Without the keepalive ones a client that pings every 10 s on a quiet stream is cut with `too_many_pings`.
     """
     return [
         ("grpc.max_receive_message_length", max_request_bytes),
+        # Up to 16 KiB is read, between that and 32 KiB it may be refused, beyond it always is.
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 32 * 1024),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # Connections that never say anything, or stop half-way through a handshake, do not stay.
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.http2.settings_timeout", 10_000),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
         ("grpc.so_reuseport", 0),
     ]
-
-
-class UnforeseenErrors(grpc.aio.ServerInterceptor):
-    """Turns an exception that nobody foresaw into INTERNAL with an id that the log has too."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wraps this package's handlers: coroutines for single answers, async generators for streams."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None:
-            return handler
-        if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
-            return grpc.unary_unary_rpc_method_handler(
-                _guarded_answer(handler.unary_unary, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(
-                _guarded_stream(handler.unary_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        return handler
-
-
-def _guarded_answer(answer: Callable[..., Awaitable[Any]], method: str) -> Any:
-    async def guarded(request: Any, context: Any) -> Any:
-        try:
-            return await answer(request, context)
-        except Exception as error:  # noqa: BLE001 - the last line of defence
-            await _abort_unforeseen(context, method, error)
-
-    return guarded
-
-
-def _guarded_stream(stream: Callable[..., AsyncGenerator[Any, None]], method: str) -> Any:
-    async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        answers = stream(request, context)
-        try:
-            async for response in answers:
-                yield response
-        except Exception as error:  # noqa: BLE001 - the last line of defence
-            await _abort_unforeseen(context, method, error)
-        finally:
-            await answers.aclose()
-
-    return guarded
-
-
-async def _abort_unforeseen(context: Any, method: str, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    error_id = uuid.uuid4().hex[:12]
-    log.error("rpc.internal_error", exc_info=error, extra={"method": method, "error_id": error_id})
-    answer = InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
-    await context.abort(code_of(answer), answer.message, trailing_metadata(answer))
 
 
 @dataclass(frozen=True)
@@ -118,14 +64,23 @@ class Listening:
     """A server that listens, and its health."""
 
     server: grpc.aio.Server
-    health: health.aio.HealthServicer
+    health: HealthServicer
     port: int
 
-    async def set_serving(self, serving: bool) -> None:
-        """Tells health checkers whether requests are taken: for every service and for the server."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *SERVICE_NAMES):
-            await self.health.set(name, status)
+    def set_serving(self, serving: bool) -> None:
+        """Tells health checkers whether requests are taken."""
+        self.health.set_ready(serving)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may call, over what, and how much at once."""
+
+    authentication: Authentication
+    quotas: CallQuotas
+    max_request_bytes: int
+    max_connections: int
+    tls: ServerTls | None = None
 
 
 async def listen(
@@ -134,25 +89,42 @@ async def listen(
     models: ModelServicer,
     loras: LoraServicer,
     *,
-    max_request_bytes: int,
+    access: Access,
+    rules: Sequence[Rule] = (),
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
     """Starts a server on `address` (`host:port`, port 0 picks one), NOT_SERVING until told otherwise.
+
+    Args:
+        address: where to listen.
+        generation: one of the services; `models` and `loras` are the others.
+        models: see there.
+        loras: see there.
+        access: who may call.
+        rules: further ones, outside those of `access`.
+        interceptors: outside all rules.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    server = grpc.aio.server(interceptors=(UnforeseenErrors(),), options=channel_options(max_request_bytes))
+    inside = Rules((*rules, access.authentication.rule, access.quotas.rule))
+    server = grpc.aio.server(
+        interceptors=(*interceptors, inside),
+        options=channel_options(access.max_request_bytes, access.max_connections),
+    )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
     lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = HealthServicer(SERVICE_NAMES)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(address)
+        port = (
+            server.add_insecure_port(address)
+            if access.tls is None
+            else server.add_secure_port(address, access.tls.credentials())
+        )
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: is the port in use?") from error
-    listening = Listening(server, health_servicer, port)
-    await listening.set_serving(False)
     await server.start()
-    return listening
+    return Listening(server, health_servicer, port)

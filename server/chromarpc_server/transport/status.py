@@ -27,6 +27,8 @@ from chromarpc_server.domain.errors import (
     ModelNotFound,
     OutOfMemory,
     QueueFull,
+    QuotaExceeded,
+    Unauthenticated,
     UploadNotFound,
     UploadOutOfOrder,
     UploadsFull,
@@ -54,7 +56,9 @@ CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
     UploadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WeightsMissing: grpc.StatusCode.FAILED_PRECONDITION,
     WeightsInvalid: grpc.StatusCode.FAILED_PRECONDITION,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     JobCancelled: grpc.StatusCode.CANCELLED,
@@ -88,7 +92,7 @@ def listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
 
 
 def rich_status(error: ChromaError) -> status_pb2.Status:
-    """The error as `google.rpc.Status`: ErrorInfo always, BadRequest and RetryInfo where they apply.
+    """The error as `google.rpc.Status`: ErrorInfo always; BadRequest, QuotaFailure, RetryInfo where they apply.
 
     Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does.
     """
@@ -116,6 +120,12 @@ def _status(error: ChromaError, violations: list[FieldViolation]) -> status_pb2.
                 ]
             )
         )
+    if error.quota is not None:
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject=error.quota.subject,
+            description=f"{error.quota.quota}={error.quota.limit}: {shorten(error.quota.description)}",
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if error.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s)))
     packed = []

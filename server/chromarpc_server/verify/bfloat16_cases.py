@@ -10,10 +10,10 @@ from torch import Tensor
 
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.checkpoint import denoise_from
-from chromarpc_server.pipeline.prepared import prepare_transformer
+from chromarpc_server.pipeline.prepared import PreparedTransformer, prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.transformer import ChromaConfig
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors
 
@@ -75,13 +75,11 @@ def _pipeline(folder: Path, group: str, device: torch.device, reporter: Reporter
             _image(folder, name, case, device, reporter)
 
 
-def _draw(transformer: ChromaTransformer, profile: str, case: dict[str, Tensor], noise: Tensor) -> Tensor:
+def _draw(transformer: PreparedTransformer, case: dict[str, Tensor], noise: Tensor) -> Tensor:
     """Latents after the last step, from the case's own noise."""
     width, height, steps, _ = (int(value) for value in case["args"])
     embedding = PromptEmbedding(case["prompt_embeds"], case["prompt_mask"], case["neg_embeds"], case["neg_mask"])
-    *_, last = denoise_from(
-        transformer, PROFILES[profile], embedding, noise, width, height, steps, float(case["guidance"])
-    )
+    *_, last = denoise_from(transformer, embedding, noise, width, height, steps, float(case["guidance"]))
     return last.latents
 
 
@@ -91,7 +89,7 @@ def _prepared(
     profile: str,
     device: torch.device,
     dtype: torch.dtype,
-) -> ChromaTransformer:
+) -> PreparedTransformer:
     return prepare_transformer(config, weights, (), PROFILES[profile], device=device, dtype=dtype, quantize=True)
 
 
@@ -105,7 +103,7 @@ def _exact(
     reporter: Reporter,
 ) -> None:
     model = _prepared(config, weights, "exact", device, torch.bfloat16)
-    found = _draw(model, "exact", case, case["noise_packed"].to(device))
+    found = _draw(model, case, case["noise_packed"].to(device))
     expected = case["latents_packed_reference"]
     if not differs:
         reporter.add(identical(f"{name} exact", found.cpu(), expected))
@@ -125,9 +123,7 @@ def _reference(
     reporter: Reporter,
 ) -> None:
     model = _prepared(config, weights, "reference", device, torch.bfloat16)
-    reporter.add(
-        _ratio(f"{name} reference", _draw(model, "reference", case, case["noise_packed"].to(device)), case)
-    )
+    reporter.add(_ratio(f"{name} reference", _draw(model, case, case["noise_packed"].to(device)), case))
 
 
 def _ratio(name: str, found: Tensor, case: dict[str, Tensor]) -> Result:
@@ -156,7 +152,6 @@ def _truth(
     )
     *_, last = denoise_from(
         model,
-        PROFILES["reference"],
         embedding,
         case["noise_packed"].float(),
         width,

@@ -61,15 +61,16 @@ def _forward(path: Path, reporter: Reporter) -> None:
     if weights is None:
         return
     vectors = Vectors.read(path)
-    model = prepare_transformer(
+    prepared = prepare_transformer(
         weights.chroma_config(),
         weights.tensors,
         (),
-        PROFILES["exact"],
+        PROFILES["reference"],
         device=CPU,
         dtype=torch.float32,
         quantize=False,
     )
+    model = prepared.model
     for number in vectors.cases():
         case = vectors.of(number)
         rows, columns = (int(side) for side in case["grid"])
@@ -86,6 +87,10 @@ def _forward(path: Path, reporter: Reporter) -> None:
                 rope = rope_table(model.config, txt.shape[1], (rows, columns), CPU)
                 out = model(case["img"], txt, modulations, rope, attention_mask)
                 reporter.add(within(f"{GROUP}/transformer_forward/{number} {name}", out, case["out"], 1e-5))
+            fused = prepared.run.fused
+            conditioning = fused.condition([text[0, :kept]], (rows, columns))
+            out = fused(case["img"][0], conditioning, modulations[0])
+            reporter.add(within(f"{GROUP}/transformer_forward/{number} fused", out, case["out"], 1e-5))
 
 
 def _schedule(path: Path, reporter: Reporter) -> None:
@@ -129,6 +134,8 @@ def _pipeline(path: Path, reporter: Reporter) -> None:
     vae = Vectors.read(vae_path).autoencoder(CPU, torch.float32) if vae_path.is_file() else None
     vectors = Vectors.read(path)
     for profile in PROFILES.values():
+        if profile.float8_products:
+            continue
         model = prepare_transformer(
             weights.chroma_config(),
             weights.tensors,
@@ -145,9 +152,7 @@ def _pipeline(path: Path, reporter: Reporter) -> None:
             embedding = PromptEmbedding(
                 case["prompt_embeds"], case["prompt_mask"], case["neg_embeds"], case["neg_mask"]
             )
-            *_, last = denoise_from(
-                model, profile, embedding, noise, width, height, steps, float(case["guidance"])
-            )
+            *_, last = denoise_from(model, embedding, noise, width, height, steps, float(case["guidance"]))
             name = f"{GROUP}/pipeline_fp32/{number} {profile.name}"
             reporter.add(within(name, last.latents, case["latents_packed"], 1e-5))
             if "image" not in case:

@@ -1,0 +1,85 @@
+"""Which form of the kernels this machine gets: compiled, if they compile, run and agree with their plain form."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from chromarpc_server.pipeline.fused import plain
+from chromarpc_server.pipeline.transformer import ChromaConfig
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01
+
+
+@lru_cache(maxsize=8)
+def fused_ops(device: torch.device) -> ModuleType:
+    """The kernels on a GPU where they compile and are right, else their plain form."""
+    if device.type != "cuda":
+        return plain
+    try:
+        from chromarpc_server.pipeline.fused import kernels  # noqa: PLC0415 - needs Triton
+
+        check_kernels(kernels, device)
+    except Exception as problem:  # noqa: BLE001 - a compiler can fail in any way, and the plain form cannot
+        log.warning("kernels.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
+        return plain
+    return kernels
+
+
+@torch.inference_mode()
+def check_kernels(kernels: ModuleType, device: torch.device) -> None:
+    """Runs them once on little data.
+
+    Raises:
+        RuntimeError: a result differs from the plain form's. Compilers raise what they like.
+    """
+    for found, expected in zip(_run(kernels, device), _run(plain, device), strict=True):
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not error < TOLERANCE:
+            raise RuntimeError(f"a kernel is wrong by {error:.3g}")
+
+
+def _run(ops: ModuleType, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    x, added, gate, shift, scale = draw(3, 256), draw(3, 256), draw(256), draw(256), draw(256)
+    qkv, rope = draw(3, 1024), (draw(3, 64).float(), draw(3, 64).float())
+    normed = ops.norm_modulate(x, shift, scale)
+    later = ops.add_norm_modulate(x, added, gate, shift, scale)
+    ops.gated_add(x, added, gate)
+    ops.qk_norm_rope(qkv[:, :768], gate[:128], scale[:128], rope, 2)
+    return [normed, later, x, qkv, ops.join_gelu(added, qkv[:, 768:]), ops.join_gelu(None, qkv[:, 768:])]
+
+
+@torch.inference_mode()
+def warm_up_kernels(config: ChromaConfig, device: torch.device) -> None:
+    """Compiles every kernel for a model's widths, of all profiles: what a later request needs is there then."""
+    ops = fused_ops(device)
+    if ops is plain:
+        return
+    hidden, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16, device=device)
+
+    x, vector, both = zeros(1, hidden), zeros(hidden), zeros(1, 3 * hidden + inner)
+    table = torch.zeros(1, config.head_dim // 2, device=device)
+    for quantized in ("", "_quantized"):
+        getattr(ops, f"norm_modulate{quantized}")(x, vector, vector)
+        getattr(ops, f"add_norm_modulate{quantized}")(x, x.clone(), vector, vector, vector)
+        for beside, mlp in ((x, both[:, 3 * hidden :]), (None, zeros(1, inner))):
+            getattr(ops, f"join_gelu{quantized}")(beside, mlp)
+    ops.gated_add(x, x.clone(), vector)
+    ops.quantize(x)
+    gain = vector[: config.head_dim]
+    for qkv in (both, zeros(1, 3 * hidden)):
+        ops.qk_norm_rope(qkv, gain, gain, (table, table), config.num_heads)

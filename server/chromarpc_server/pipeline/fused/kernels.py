@@ -1,0 +1,352 @@
+"""Triton kernels of the fused forward: what is left of a block between its matrix products, in one pass each.
+
+Values are read in their dtype, computed in float32 and rounded once. Every kernel handles whole rows, one program
+a row, so that a result never depends on how many rows there are. Signatures and meaning are those of `plain`,
+which tests compare them with; sizes that vary between requests are never compiled in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, SMALLEST_SCALE
+from chromarpc_server.pipeline.transformer import NORM_EPS
+
+SMALLEST_AMAX = 1e-12
+
+
+@triton.jit
+def _normalised(x, columns, inside, shift, scale, eps: tl.constexpr, width: tl.constexpr):
+    mean = tl.sum(x, axis=0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    normed = centred * tl.rsqrt(variance + eps)
+    gain = 1.0 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+    return normed * gain + tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_quantized(y, row, columns, inside, q, q_scale, width: tl.constexpr, smallest: tl.constexpr):
+    amax = tl.maximum(tl.max(tl.abs(y), axis=0), smallest)
+    step = amax / 448.0
+    tl.store(q_scale + row, step)
+    tl.store(q + row * width + columns, (y / step).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def _norm_modulate_kernel(
+    x,
+    added,
+    gate,
+    shift,
+    scale,
+    y,
+    y_scale,
+    eps: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    adds: tl.constexpr,
+    quantizes: tl.constexpr,
+    smallest: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    place = row * width + columns
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if adds:
+        gained = tl.load(gate + columns, mask=inside, other=0.0).to(tl.float32)
+        value += gained * tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(x + place, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    out = _normalised(value, columns, inside, shift, scale, eps, width)
+    if quantizes:
+        _store_quantized(out, row, columns, inside, y, y_scale, width, smallest)
+    else:
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_add_kernel(x, added, gate, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    place = row * width + columns
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    gained = tl.load(gate + columns, mask=inside, other=0.0).to(tl.float32)
+    value += gained * tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    qkv,
+    row_stride,
+    q_scale,
+    k_scale,
+    cos,
+    sin,
+    eps: tl.constexpr,
+    heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_heads: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = head_dim // 2
+    pairs = tl.arange(0, half)
+    channels = tl.arange(0, head_dim)
+    cosine = tl.load(cos + row * half + pairs)[None, :]
+    sine = tl.load(sin + row * half + pairs)[None, :]
+    for part in tl.static_range(2):
+        gain = tl.load((k_scale if part else q_scale) + channels).to(tl.float32)
+        for first in range(0, heads, block_heads):
+            head = first + tl.arange(0, block_heads)
+            place = row * row_stride + (part * heads + head[:, None]) * head_dim + channels[None, :]
+            inside = (head < heads)[:, None]
+            x = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+            power = tl.sum(x * x, axis=1) / head_dim
+            x = x * tl.rsqrt(power + eps)[:, None] * gain[None, :]
+            even, odd = tl.split(tl.reshape(x, (block_heads, half, 2)))
+            turned = tl.join(cosine * even - sine * odd, sine * even + cosine * odd)
+            turned = tl.reshape(turned, (block_heads, head_dim))
+            tl.store(qkv + place, turned.to(qkv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu(x):
+    # tanh form: 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)), u = sqrt(2/pi) (x + 0.044715 x^3)
+    twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-twice))
+
+
+@triton.jit
+def _join_gelu_kernel(
+    attention,
+    mlp,
+    mlp_stride,
+    y,
+    y_scale,
+    attention_width: tl.constexpr,
+    mlp_width: tl.constexpr,
+    block_attention: tl.constexpr,
+    block_mlp: tl.constexpr,
+    quantizes: tl.constexpr,
+    smallest: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    width: tl.constexpr = attention_width + mlp_width
+    columns = tl.arange(0, block_mlp)
+    inside = columns < mlp_width
+    value = _gelu(tl.load(mlp + row * mlp_stride + columns, mask=inside, other=0.0).to(tl.float32))
+    start = y + row * width
+    if quantizes:
+        largest = tl.max(tl.abs(value), axis=0)
+        if attention_width > 0:
+            beside = tl.arange(0, block_attention)
+            within = beside < attention_width
+            joined = tl.load(attention + row * attention_width + beside, mask=within, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(joined), axis=0))
+            step = tl.maximum(largest, smallest) / 448.0
+            tl.store(start + beside, (joined / step).to(tl.float8e4nv), mask=within)
+        step = tl.maximum(largest, smallest) / 448.0
+        tl.store(y_scale + row, step)
+        tl.store(start + attention_width + columns, (value / step).to(tl.float8e4nv), mask=inside)
+    else:
+        if attention_width > 0:
+            beside = tl.arange(0, block_attention)
+            within = beside < attention_width
+            joined = tl.load(attention + row * attention_width + beside, mask=within, other=0.0)
+            tl.store(start + beside, joined.to(y.dtype.element_ty), mask=within)
+        tl.store(start + attention_width + columns, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(x, y, y_scale, width: tl.constexpr, block: tl.constexpr, smallest: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    _store_quantized(value, row, columns, inside, y, y_scale, width, smallest)
+
+
+@triton.jit
+def _round_weight_kernel(
+    weight,
+    q,
+    scale,
+    dequantized,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    smallest: tl.constexpr,
+    keeps_q: tl.constexpr,
+):
+    # The roundings to bf16 are the reference's (see `quantization`); products of bf16 values are exact in float32.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(weight + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=0)
+    step = tl.maximum(tl.div_rn(largest, 448.0).to(tl.bfloat16).to(tl.float32), smallest)
+    inverse = tl.div_rn(1.0, step).to(tl.bfloat16).to(tl.float32)
+    scaled = (value * inverse).to(tl.bfloat16).to(tl.float32)
+    small = tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(tl.float8e4nv)
+    if keeps_q:
+        tl.store(q + row * width + columns, small, mask=inside)
+        tl.store(scale + row, step.to(tl.bfloat16))
+    else:
+        tl.store(dequantized + row * width + columns, (small.to(tl.float32) * step).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _dequantize_kernel(q, scale, y, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.load(scale + row).to(tl.float32)
+    for first in range(0, width, block):
+        columns = first + tl.arange(0, block)
+        inside = columns < width
+        value = tl.load(q + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + row * width + columns, (value * step).to(y.dtype.element_ty), mask=inside)
+
+
+def _block(width: int) -> int:
+    return int(triton.next_power_of_2(width))
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """See `plain.norm_modulate`."""
+    y = torch.empty_like(x)
+    rows, width = x.shape
+    _norm_modulate_kernel[(rows,)](
+        x, x, x, shift, scale, y, y, NORM_EPS, width, _block(width), False, False, SMALLEST_AMAX, num_warps=4
+    )
+    return y
+
+
+def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.norm_modulate_quantized`."""
+    rows, width = x.shape
+    y, y_scale = _quantized_like(rows, width, x.device)
+    _norm_modulate_kernel[(rows,)](
+        x, x, x, shift, scale, y, y_scale, NORM_EPS, width, _block(width), False, True, SMALLEST_AMAX, num_warps=4
+    )
+    return y, y_scale
+
+
+def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """See `plain.add_norm_modulate`."""
+    y = torch.empty_like(x)
+    rows, width = x.shape
+    _norm_modulate_kernel[(rows,)](
+        x, added, gate, shift, scale, y, y, NORM_EPS, width, _block(width), True, False, SMALLEST_AMAX, num_warps=4
+    )
+    return y
+
+
+def add_norm_modulate_quantized(
+    x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `plain.add_norm_modulate_quantized`."""
+    rows, width = x.shape
+    y, y_scale = _quantized_like(rows, width, x.device)
+    _norm_modulate_kernel[(rows,)](
+        x, added, gate, shift, scale, y, y_scale, NORM_EPS, width, _block(width), True, True, SMALLEST_AMAX,
+        num_warps=4,
+    )  # fmt: skip
+    return y, y_scale
+
+
+def gated_add(x: Tensor, added: Tensor, gate: Tensor) -> None:
+    """See `plain.gated_add`."""
+    rows, width = x.shape
+    _gated_add_kernel[(rows,)](x, added, gate, width, _block(width), num_warps=4)
+
+
+def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> None:
+    """See `plain.qk_norm_rope`."""
+    head_dim = q_scale.shape[0]
+    _qk_norm_rope_kernel[(qkv.shape[0],)](
+        qkv, qkv.stride(0), q_scale, k_scale, *rope, NORM_EPS, heads, head_dim, min(8, _block(heads)), num_warps=4
+    )
+
+
+def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
+    """See `plain.join_gelu`."""
+    rows, inner = mlp.shape
+    width = attention.shape[1] if attention is not None else 0
+    y = torch.empty(rows, width + inner, dtype=mlp.dtype, device=mlp.device)
+    _join_gelu_kernel[(rows,)](
+        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y,
+        width, inner, _block(max(width, 1)), _block(inner), False, SMALLEST_AMAX, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.join_gelu_quantized`."""
+    rows, inner = mlp.shape
+    width = attention.shape[1] if attention is not None else 0
+    y, y_scale = _quantized_like(rows, width + inner, mlp.device)
+    _join_gelu_kernel[(rows,)](
+        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y_scale,
+        width, inner, _block(max(width, 1)), _block(inner), True, SMALLEST_AMAX, num_warps=8,
+    )  # fmt: skip
+    return y, y_scale
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.quantize`."""
+    rows, width = x.shape
+    y, y_scale = _quantized_like(rows, width, x.device)
+    _quantize_kernel[(rows,)](x, y, y_scale, width, _block(width), SMALLEST_AMAX, num_warps=4)
+    return y, y_scale
+
+
+def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """See `plain.dequantize`."""
+    rows, width = q.shape
+    _dequantize_kernel[(rows,)](q, scale, out, width, min(4096, _block(width)), num_warps=4)
+    return out
+
+
+def round_weight(weight: Tensor, out: Tensor) -> None:
+    """Writes w̃ of a bf16 weight (out, in) to `out`: `quantize_rows`, then `dequantize_rows`, bit for bit."""
+    rows, width = weight.shape
+    _round_weight_kernel[(rows,)](
+        weight, weight, weight, out, width, _block(width), SMALLEST_SCALE, False, num_warps=8
+    )
+
+
+def quantize_weight(weight: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Writes `quantize_rows` of a bf16 weight (out, in) to `q` and `scale`, bit for bit."""
+    rows, width = weight.shape
+    _round_weight_kernel[(rows,)](weight, q, scale, q, width, _block(width), SMALLEST_SCALE, True, num_warps=8)
+
+
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `plain.gelu_product`; the GELU is taken on the product's accumulators."""
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+def scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor | None
+) -> Tensor:
+    """See `plain.scaled_product`."""
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=bias.dtype, device=x.device)
+    return torch._scaled_mm(
+        x, weight.t(), x_scale, weight_scale[None], bias=bias, out_dtype=bias.dtype, use_fast_accum=True, out=out
+    )
+
+
+def _quantized_like(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(rows, width, dtype=FLOAT8, device=device),
+        torch.empty(rows, 1, dtype=torch.float32, device=device),
+    )
+
+
+assert FLOAT8_MAX == 448.0  # noqa: S101 - written out in the kernels

@@ -1,0 +1,117 @@
+"""What the kernels compute, in plain torch: the fused forward on a CPU, and what tests compare the kernels with.
+
+Shapes: R rows (tokens of all sequences together), C hidden size, H heads, D head size. Inputs have the model's
+dtype; everything is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX
+from chromarpc_server.pipeline.transformer import NORM_EPS
+
+SMALLEST_AMAX = 1e-12
+
+
+def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift.float(), normed, 1 + scale.float())
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) · LN(x) + shift. x (R, C), shift and scale (C,) → (R, C) in x's dtype."""
+    return _norm_modulate(x, shift, scale).to(x.dtype)
+
+
+def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, quantized as `quantize` does."""
+    return quantize(_norm_modulate(x, shift, scale))
+
+
+def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adds gate · added to x in place, then `norm_modulate` of it. x, added (R, C), the others (C,) → (R, C)."""
+    gated_add(x, added, gate)
+    return norm_modulate(x, shift, scale)
+
+
+def add_norm_modulate_quantized(
+    x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, quantized as `quantize` does."""
+    gated_add(x, added, gate)
+    return norm_modulate_quantized(x, shift, scale)
+
+
+def gated_add(x: Tensor, added: Tensor, gate: Tensor) -> None:
+    """X + gate · added, in place. x and added (R, C), gate (C,)."""
+    x.copy_(torch.addcmul(x.float(), added.float(), gate.float()))
+
+
+def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> None:
+    """RMS-normalises every head of q and k and rotates adjacent channel pairs, in place; v stays.
+
+    Args:
+        qkv: (R, 3 · H · D), rows may be strided.
+        q_scale: (D,).
+        k_scale: (D,).
+        rope: cosines and sines (R, D/2) float32.
+        heads: H.
+    """
+    cos, sin = (table[:, None, None] for table in rope)
+    both = qkv[:, : 2 * heads * q_scale.shape[0]].unflatten(1, (2, heads, -1))
+    gains = torch.stack((q_scale, k_scale)).float()[None, :, None]
+    normed = F.rms_norm(both.float(), q_scale.shape, eps=NORM_EPS) * gains
+    even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    both.copy_(torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2))
+
+
+def _join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
+    activated = F.gelu(mlp.float(), approximate="tanh")
+    return activated if attention is None else torch.cat((attention.float(), activated), dim=1)
+
+
+def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
+    """Attention (R, C) beside the tanh-GELU of mlp (R, I), whose rows may be strided → (R, C + I)."""
+    return _join_gelu(attention, mlp).to(mlp.dtype)
+
+
+def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, quantized as `quantize` does."""
+    return quantize(_join_gelu(attention, mlp))
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float8 with one scale a row, largest value on 448. x (R, C) → (R, C) float8_e4m3fn, (R, 1) float32."""
+    x = x.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / FLOAT8_MAX
+    return (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
+
+
+def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """w̃ = q · scale into `out`. q (out, in) float8, scale (out,) → (out, in) in `out`'s dtype."""
+    return torch.mul(q.to(scale.dtype), scale[:, None], out=out)
+
+
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh-GELU of x · weightᵀ + bias. x (R, in), weight (out, in), bias (out,) → (R, out)."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor | None
+) -> Tensor:
+    """X · weightᵀ of float8 operands, scaled back, plus bias.
+
+    Args:
+        x: (R, in) float8.
+        x_scale: (R, 1) float32.
+        weight: (out, in) float8.
+        weight_scale: (out,) float32.
+        bias: (out,) in the dtype of the result.
+        out: where to put it, (R, out), if given.
+    """
+    product = F.linear(x.float() * x_scale, weight.float() * weight_scale[:, None].float()) + bias.float()
+    return product.to(bias.dtype) if out is None else out.copy_(product)

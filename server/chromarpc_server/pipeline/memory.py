@@ -1,0 +1,113 @@
+"""What stays where on a GPU: chosen once, when a checkpoint is loaded, from the memory that may be used.
+
+All arrangements compute the same bits but the last, whose autoencoder works in tiles and changes pixels a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from chromarpc_server.domain.errors import OutOfMemory
+from chromarpc_server.domain.limits import MemoryChoice
+from chromarpc_server.domain.models import MemoryPlan
+
+GIB = 1024**3
+RUNTIME_BYTES = int(0.7 * GIB)
+"""The driver's context, loaded kernels and the libraries' workspaces."""
+STEP_BYTES = int(1.1 * GIB)
+"""Activations of one step at 1024×1024 with guidance, and the largest weight dequantized."""
+GRAPH_BYTES = int(1.1 * GIB)
+"""A recorded step's own activations."""
+DECODE_BYTES = int(2.5 * GIB)
+"""Of the autoencoder at 1024×1024."""
+TILED_DECODE_BYTES = int(0.9 * GIB)
+ENCODE_BYTES = int(0.4 * GIB)
+"""Of the text encoder: activations, and two of its layers where they are copied one by one."""
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Bytes of a checkpoint's parts as they could be held."""
+
+    master: int
+    dequantized: int
+    float8: int
+    """The transformer with its blocks in float8."""
+    text_encoder: int
+    """In float8."""
+    autoencoder: int
+
+
+_LADDER = (
+    MemoryPlan("dequantized", "device", "device", tile_autoencoder=False, record_graphs=True),
+    MemoryPlan("dequantized", "device", "host", tile_autoencoder=False, record_graphs=True),
+    MemoryPlan("float8", "device", "host", tile_autoencoder=False, record_graphs=True),
+    MemoryPlan("float8", "host", "host", tile_autoencoder=False, record_graphs=True),
+    MemoryPlan("float8", "host", "host", tile_autoencoder=False, record_graphs=False),
+    MemoryPlan("float8", "host", "host", tile_autoencoder=True, record_graphs=False),
+)
+"""Fastest first."""
+
+
+def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> MemoryPlan:
+    """The fastest arrangement that fits, among those that the settings allow.
+
+    Raises:
+        OutOfMemory: not even the smallest one does.
+    """
+    allowed = [_forced(plan, choice) for plan in _LADDER]
+    for plan in allowed:
+        needed = estimate_bytes(plan, sizes)
+        if needed <= usable_bytes:
+            return replace(plan, estimated_bytes=needed, usable_bytes=usable_bytes)
+    least = min(estimate_bytes(plan, sizes) for plan in allowed)
+    raise OutOfMemory(
+        f"the model needs {least / 1e9:.1f} GB of the device's memory, and may use {usable_bytes / 1e9:.1f} GB"
+    )
+
+
+def estimate_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
+    """What an arrangement takes at most, for pictures up to 1024×1024."""
+    held = sizes.dequantized if plan.weights == "dequantized" else sizes.float8
+    held += sizes.autoencoder
+    held += sizes.text_encoder if plan.text_encoder == "device" else 0
+    held += sizes.master if plan.master == "device" else 0
+    held += GRAPH_BYTES if plan.record_graphs else 0
+    working = max(STEP_BYTES, ENCODE_BYTES, TILED_DECODE_BYTES if plan.tile_autoencoder else DECODE_BYTES)
+    return held + working + RUNTIME_BYTES
+
+
+def _forced(plan: MemoryPlan, choice: MemoryChoice) -> MemoryPlan:
+    return replace(
+        plan,
+        weights=plan.weights if choice.weights == "auto" else choice.weights,
+        text_encoder=plan.text_encoder if choice.text_encoder == "auto" else choice.text_encoder,
+        master=plan.master if choice.master == "auto" else choice.master,
+        tile_autoencoder=plan.tile_autoencoder if choice.tiling == "auto" else choice.tiling == "on",
+    )
+
+
+def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of host tensors in one block of page-locked memory, which stays as long as any of them.
+
+    One block, because torch's own allocator rounds every tensor up to a power of two and locks each by itself.
+    """
+    align = 256
+    total = sum(-(-tensor.nbytes // align) * align for tensor in tensors.values())
+    block = torch.empty(total, dtype=torch.uint8)
+    pinned: dict[str, Tensor] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        piece = block[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        piece.copy_(tensor)
+        pinned[name] = piece
+        offset += -(-tensor.nbytes // align) * align
+    # It is never unlocked: a server keeps its master weights until it ends.
+    status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0)
+    if int(status) != 0:
+        raise OutOfMemory(f"{total / 1e9:.1f} GB of host memory cannot be locked for the GPU")
+    return pinned

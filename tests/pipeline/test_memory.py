@@ -1,0 +1,57 @@
+"""What stays where: the fastest arrangement that fits, within what the operator decided."""
+
+from __future__ import annotations
+
+import pytest
+
+from chromarpc_server.domain.errors import OutOfMemory
+from chromarpc_server.domain.limits import MemoryChoice
+from chromarpc_server.pipeline.memory import PartSizes, estimate_bytes, plan_memory
+
+CHROMA = PartSizes(
+    master=17_800_000_000,
+    dequantized=17_800_000_000,
+    float8=9_200_000_000,
+    text_encoder=4_900_000_000,
+    autoencoder=170_000_000,
+)
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "weights", "text_encoder", "master", "tiles"),
+    [
+        (80, "dequantized", "device", "device", False),
+        (40, "dequantized", "device", "host", False),
+        (24, "float8", "device", "host", False),
+        (16, "float8", "host", "host", False),
+        (12, "float8", "host", "host", True),
+    ],
+)
+def test_cards_of_every_size(gigabytes: int, weights: str, text_encoder: str, master: str, tiles: bool) -> None:
+    plan = plan_memory(gigabytes * GB, CHROMA, MemoryChoice())
+    assert (plan.weights, plan.text_encoder, plan.master, plan.tile_autoencoder) == (
+        weights,
+        text_encoder,
+        master,
+        tiles,
+    )
+    assert plan.estimated_bytes == estimate_bytes(plan, CHROMA) <= gigabytes * GB == plan.usable_bytes
+
+
+def test_what_the_operator_decides_is_kept() -> None:
+    choice = MemoryChoice(weights="float8", text_encoder="host", master="host", tiling="on")
+    plan = plan_memory(80 * GB, CHROMA, choice)
+    assert (plan.weights, plan.text_encoder, plan.master, plan.tile_autoencoder) == (
+        "float8",
+        "host",
+        "host",
+        True,
+    )
+
+
+def test_too_little_memory_is_said_with_numbers() -> None:
+    with pytest.raises(OutOfMemory, match=r"needs 11\.\d GB .* may use 8\.0 GB"):
+        plan_memory(8 * GB, CHROMA, MemoryChoice())
+    with pytest.raises(OutOfMemory, match=r"needs"):
+        plan_memory(24 * GB, CHROMA, MemoryChoice(weights="dequantized", text_encoder="device", tiling="off"))
