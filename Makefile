@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu check check-protos protos format verify bench fuzz clean
+.PHONY: help setup demo demo-web serve test test-gpu test-clients test-browser test-foreign check check-protos check-clients protos page format verify bench fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## Start a server with the bundled checkpoint, stream one generation, leave a picture
 	$(BIN)/python tools/demo.py
 
+demo-web: setup  ## Open a page on the bundled checkpoint: prints its address
+	$(BIN)/chromarpc-server web --port 0 --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
+
 serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
@@ -30,6 +33,33 @@ test: setup  ## Run the tests (CPU only)
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+node: client/node_modules/.installed  ## Install what the TypeScript package, the page and their tests need
+
+client/node_modules/.installed: client/package-lock.json
+	@command -v node >/dev/null || { echo 'Node 20.19 or newer is needed'; exit 1; }
+	cd client && npm ci
+	@touch $@
+
+test-clients: setup node  ## Run the TypeScript package's tests against a real server
+	cd client/typescript && npm test
+
+test-browser: setup node  ## Drive the page in Chromium (CHROMIUM=/usr/bin/chromium)
+	cd client/web && npm test
+
+test-foreign: setup  ## Call the server from languages that nobody here wrote a client for
+	tests/foreign/run
+
+check-clients: setup node  ## Types and lint of the TypeScript, and that its stubs and the built page are current
+	cd client/typescript && npx --no-install tsc -p tsconfig.json --noEmit
+	cd client/web && npx --no-install tsc --noEmit
+	cd client && npx --no-install biome check --error-on-warnings .
+	tools/check_page.sh
+
+page: setup node  ## Generate the TypeScript stubs and build the page into the server's package
+	PYTHON=$(BIN)/python tools/proto_dependencies.sh
+	BUF=$(CURDIR)/$(BIN)/buf tools/generate_typescript.sh client/typescript/src/gen
+	cd client/web && npx --no-install vite build
 
 check: setup check-protos  ## Lint, types, import layers, protos
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ class WebSettings(ServerSettings):
             raise ValueError("--tls-cert: the gateway must know its authority too: --web-upstream-ca")
         if self.web_upstream is None and self.tls_client_ca is not None:
             raise ValueError(
-                "--tls-client-ca: this gateway has no client certificate; run an Envoy of your own (--print-config)"
+                "--tls-client-ca: the gateway has no client certificate; run an Envoy of your own (--print-config)"
             )
         for origin in self.web_origin:
             if origin != "*" and not origin.startswith(("http://", "https://")):

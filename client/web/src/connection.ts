@@ -8,7 +8,7 @@ import {
   ServerUnavailable,
   type StoredLora,
 } from "chromarpc/web";
-import { stored } from "./storage.ts";
+import { store, stored } from "./storage.ts";
 
 const PROBE_MS = 2000;
 const REFRESH_MS = 15_000;
@@ -40,9 +40,7 @@ export const servedModels = computed(() =>
     ),
 );
 
-effect(() => {
-  sessionStorage.setItem("token", token.value);
-});
+effect(() => store(sessionStorage, "token", token.value));
 
 /** Takes note of what a call's failure says about the server. */
 export function noteFailure(error: unknown): void {

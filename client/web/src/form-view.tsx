@@ -292,9 +292,9 @@ function Field({ name, label, hint, action, children }: FieldProps) {
   return (
     <div class="field">
       <div class="label">
-        <label for={id}>
-          {label} {hint && <span class="hint">{hint}</span>}
-        </label>
+        <span>
+          <label for={id}>{label}</label> {hint && <span class="hint">{hint}</span>}
+        </span>
         {action}
       </div>
       {children({

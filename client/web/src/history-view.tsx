@@ -76,7 +76,7 @@ function Item({ run }: { run: Run }) {
         </span>
         <span class="caption">{prompt || "(empty prompt)"}</span>
         {!hasEnded(run.state) && (
-          <progress value={run.doneSteps} max={run.totalSteps || 1} aria-label="Steps" />
+          <progress value={run.doneSteps} max={run.totalSteps || 1} aria-label="Progress" />
         )}
         {(run.state === "failed" || run.state === "cancelled") && <span class="hint">{run.state}</span>}
       </button>

@@ -3,8 +3,10 @@ import { effect, signal, untracked } from "@preact/signals";
 import {
   AccessDenied,
   Cancelled,
+  Code,
   type Completed,
   type GeneratedImage,
+  type GenerateRequest,
   type GenerationEvent,
   type Job,
   JobNotFound,
@@ -14,6 +16,7 @@ import {
   NotFound,
   type Plan,
   type Prepared,
+  ServerError,
 } from "chromarpc/web";
 import { client, isTokenWanted, noteFailure, serverState, token } from "./connection.ts";
 import { form, requestOf, showError, showNoError } from "./form.ts";
@@ -195,8 +198,8 @@ export async function submit(): Promise<void> {
   isSubmitting.value = true;
   try {
     const request = requestOf(form.value);
-    if (form.value.outlivesPage) {
-      const job = await client.createJobFrom(request);
+    const job = form.value.outlivesPage ? await createJob(request) : undefined;
+    if (job !== undefined) {
       noteJob(job);
       selectedId.value = job.jobId;
     } else {
@@ -209,6 +212,16 @@ export async function submit(): Promise<void> {
     showError(error);
   } finally {
     isSubmitting.value = false;
+  }
+}
+
+/** A job of its own; undefined where the server has no such thing. */
+async function createJob(request: GenerateRequest): Promise<Job | undefined> {
+  try {
+    return await client.createJobFrom(request);
+  } catch (error) {
+    if (error instanceof ServerError && error.code === Code.Unimplemented) return undefined;
+    throw error;
   }
 }
 

@@ -3,9 +3,8 @@
 /** A stored value, or another one where nothing usable is stored. */
 export function stored<T>(storage: Storage, key: string, otherwise: T): T {
   try {
-    const text = storage.getItem(`chromarpc.${key}`) ?? storage.getItem(key);
+    const text = storage.getItem(`chromarpc.${key}`);
     if (text === null) return otherwise;
-    if (typeof otherwise === "string") return text as T;
     const value: unknown = JSON.parse(text);
     const isObject = typeof otherwise === "object" && otherwise !== null && !Array.isArray(otherwise);
     if (isObject && typeof value === "object" && value !== null) return { ...otherwise, ...value };

@@ -10,7 +10,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/model_service.proto.
  */
 export const file_chromarpc_v1_model_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASLcAgoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldCKGAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IusCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRJSChBsaWJyYXJ5X3ZlcnNpb25zGAIgAygLMjguY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZS5MaWJyYXJ5VmVyc2lvbnNFbnRyeRIkCgZkZXZpY2UYAyABKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEicKCHByb2ZpbGVzGAQgAygLMhUuY2hyb21hcnBjLnYxLlByb2ZpbGUSFwoPZGVmYXVsdF9wcm9maWxlGAUgASgJEiQKBmxpbWl0cxgGIAEoCzIULmNocm9tYXJwYy52MS5MaW1pdHMSJwoFcXVldWUYByABKAsyGC5jaHJvbWFycGMudjEuUXVldWVTdGF0ZRo2ChRMaWJyYXJ5VmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIkcKBkRldmljZRIKCgJpZBgBIAEoCRIMCgRuYW1lGAIgASgJEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBINCgVkdHlwZRgEIAEoCSIqCgdQcm9maWxlEgoKAmlkGAEgASgJEhMKC2Rlc2NyaXB0aW9uGAIgASgJIqsBCgZMaW1pdHMSEwoLbWF4X3Byb21wdHMYASABKAUSGAoQbWF4X3Byb21wdF9ieXRlcxgCIAEoBRIRCgltYXhfbG9yYXMYAyABKAUSFwoPbWF4X3BpeGVsX3N0ZXBzGAQgASgEEhcKD21heF9xdWV1ZWRfam9icxgFIAEoBRIZChFtYXhfcmVxdWVzdF9ieXRlcxgGIAEoBRISCgptYXhfcGl4ZWxzGAcgASgEIjcKClF1ZXVlU3RhdGUSEwoLcXVldWVkX2pvYnMYASABKAUSFAoMcnVubmluZ19qb2JzGAIgASgFMrkBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVxdWVzdBogLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVzcG9uc2USWAoNR2V0U2VydmVySW5mbxIiLmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVxdWVzdBojLmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASKLAwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuIqMBCgpNZW1vcnlQbGFuEg8KB3dlaWdodHMYASABKAkSFAoMdGV4dF9lbmNvZGVyGAIgASgJEg4KBm1hc3RlchgDIAEoCRIYChB0aWxlX2F1dG9lbmNvZGVyGAQgASgIEhUKDXJlY29yZF9ncmFwaHMYBSABKAgSFwoPZXN0aW1hdGVkX2J5dGVzGAYgASgEEhQKDHVzYWJsZV9ieXRlcxgHIAEoBCKGAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IvsCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRJSChBsaWJyYXJ5X3ZlcnNpb25zGAIgAygLMjguY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZS5MaWJyYXJ5VmVyc2lvbnNFbnRyeRIkCgZkZXZpY2UYAyABKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEicKCHByb2ZpbGVzGAQgAygLMhUuY2hyb21hcnBjLnYxLlByb2ZpbGUSFwoPZGVmYXVsdF9wcm9maWxlGAUgASgJEiQKBmxpbWl0cxgGIAEoCzIULmNocm9tYXJwYy52MS5MaW1pdHMSJwoFcXVldWUYByABKAsyGC5jaHJvbWFycGMudjEuUXVldWVTdGF0ZRIOCgZjYWxsZXIYCCABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASJHCgZEZXZpY2USCgoCaWQYASABKAkSDAoEbmFtZRgCIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAyABKAQSDQoFZHR5cGUYBCABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSKkAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUyuQEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZRJYCg1HZXRTZXJ2ZXJJbmZvEiIuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXF1ZXN0GiMuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZWIGcHJvdG8z");
 
 /**
  * Nothing to choose yet.
@@ -263,6 +263,13 @@ export type Model = Message<"chromarpc.v1.Model"> & {
    * @generated from field: repeated chromarpc.v1.ResidentSet resident_sets = 13;
    */
   residentSets: ResidentSet[];
+
+  /**
+   * What of it stays where; left out on a CPU, and where it is not in memory.
+   *
+   * @generated from field: chromarpc.v1.MemoryPlan memory_plan = 14;
+   */
+  memoryPlan?: MemoryPlan | undefined;
 };
 
 /**
@@ -271,6 +278,69 @@ export type Model = Message<"chromarpc.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 5);
+
+/**
+ * What of a model stays where on a GPU, chosen from the memory that may be used.
+ *
+ * @generated from message chromarpc.v1.MemoryPlan
+ */
+export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
+  /**
+   * `dequantized`, or `float8`: half the memory and the same bits, a little slower.
+   *
+   * @generated from field: string weights = 1;
+   */
+  weights: string;
+
+  /**
+   * Where the text encoder stays: `device`, or `host`, from which its layers are copied for every prompt.
+   *
+   * @generated from field: string text_encoder = 2;
+   */
+  textEncoder: string;
+
+  /**
+   * Where the weights stay that adapters are merged into: `device` or `host`.
+   *
+   * @generated from field: string master = 3;
+   */
+  master: string;
+
+  /**
+   * Whether pictures are decoded in tiles, which changes pixels a little.
+   *
+   * @generated from field: bool tile_autoencoder = 4;
+   */
+  tileAutoencoder: boolean;
+
+  /**
+   * Whether steps are recorded as CUDA graphs.
+   *
+   * @generated from field: bool record_graphs = 5;
+   */
+  recordGraphs: boolean;
+
+  /**
+   * What all of it takes at most, for pictures up to 1024×1024.
+   *
+   * @generated from field: uint64 estimated_bytes = 6;
+   */
+  estimatedBytes: bigint;
+
+  /**
+   * What it was planned for.
+   *
+   * @generated from field: uint64 usable_bytes = 7;
+   */
+  usableBytes: bigint;
+};
+
+/**
+ * Describes the message chromarpc.v1.MemoryPlan.
+ * Use `create(MemoryPlanSchema)` to create a new message.
+ */
+export const MemoryPlanSchema: GenMessage<MemoryPlan> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_model_service, 6);
 
 /**
  * What is filled in for what a request leaves out.
@@ -326,7 +396,7 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 6);
+  messageDesc(file_chromarpc_v1_model_service, 7);
 
 /**
  * Nothing to choose.
@@ -341,7 +411,7 @@ export type GetServerInfoRequest = Message<"chromarpc.v1.GetServerInfoRequest"> 
  * Use `create(GetServerInfoRequestSchema)` to create a new message.
  */
 export const GetServerInfoRequestSchema: GenMessage<GetServerInfoRequest> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 7);
+  messageDesc(file_chromarpc_v1_model_service, 8);
 
 /**
  * What this server is and allows.
@@ -397,6 +467,13 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
    * @generated from field: chromarpc.v1.QueueState queue = 7;
    */
   queue?: QueueState | undefined;
+
+  /**
+   * Who the server takes the caller for; empty where it does not ask.
+   *
+   * @generated from field: string caller = 8;
+   */
+  caller: string;
 };
 
 /**
@@ -404,7 +481,7 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
  * Use `create(GetServerInfoResponseSchema)` to create a new message.
  */
 export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 8);
+  messageDesc(file_chromarpc_v1_model_service, 9);
 
 /**
  * A device that computes.
@@ -446,7 +523,7 @@ export type Device = Message<"chromarpc.v1.Device"> & {
  * Use `create(DeviceSchema)` to create a new message.
  */
 export const DeviceSchema: GenMessage<Device> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 9);
+  messageDesc(file_chromarpc_v1_model_service, 10);
 
 /**
  * A numerics profile.
@@ -474,10 +551,10 @@ export type Profile = Message<"chromarpc.v1.Profile"> & {
  * Use `create(ProfileSchema)` to create a new message.
  */
 export const ProfileSchema: GenMessage<Profile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 10);
+  messageDesc(file_chromarpc_v1_model_service, 11);
 
 /**
- * Limits on requests; more is refused, naming the field.
+ * Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own.
  *
  * @generated from message chromarpc.v1.Limits
  */
@@ -530,6 +607,34 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
    * @generated from field: uint64 max_pixels = 7;
    */
   maxPixels: bigint;
+
+  /**
+   * The caller's calls in progress at once.
+   *
+   * @generated from field: int32 max_streams = 8;
+   */
+  maxStreams: number;
+
+  /**
+   * The caller's jobs waiting at once.
+   *
+   * @generated from field: int32 max_queued_jobs_per_caller = 9;
+   */
+  maxQueuedJobsPerCaller: number;
+
+  /**
+   * Bytes of one uploaded adapter; 0 where none are taken.
+   *
+   * @generated from field: uint64 max_upload_bytes = 10;
+   */
+  maxUploadBytes: bigint;
+
+  /**
+   * Bytes of the caller's uploaded adapters together.
+   *
+   * @generated from field: uint64 max_uploads_bytes_per_caller = 11;
+   */
+  maxUploadsBytesPerCaller: bigint;
 };
 
 /**
@@ -537,7 +642,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
  * Use `create(LimitsSchema)` to create a new message.
  */
 export const LimitsSchema: GenMessage<Limits> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 11);
+  messageDesc(file_chromarpc_v1_model_service, 12);
 
 /**
  * The admission queue now.
@@ -565,7 +670,7 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
  * Use `create(QueueStateSchema)` to create a new message.
  */
 export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 12);
+  messageDesc(file_chromarpc_v1_model_service, 13);
 
 /**
  * Tells what this server serves.
