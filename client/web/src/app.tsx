@@ -1,14 +1,22 @@
 /** The page's frame: the form at the left, what comes of it at the right, earlier runs below. */
+import { useEffect, useRef } from "preact/hooks";
 import { CompareView } from "./compare-view.tsx";
 import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
 import { RunView } from "./run-view.tsx";
-import { comparedIds, runs, selectedId } from "./runs.ts";
+import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
 
 export function App() {
   const run = runs.value.get(selectedId.value);
   const isComparing = comparedIds.value.length === 2;
+  const stage = useRef<HTMLElement>(null);
+  const asked = submissions.value;
+  // On a narrow screen the result stands below the form.
+  useEffect(() => {
+    if (asked > 0 && matchMedia("(width <= 800px)").matches)
+      stage.current?.scrollIntoView({ behavior: "smooth" });
+  }, [asked]);
   return (
     <div class="app">
       <header>
@@ -28,7 +36,7 @@ export function App() {
       {isTokenWanted.value && <TokenForm />}
       <main>
         <FormView />
-        <section class="stage" aria-label="Result">
+        <section ref={stage} class="stage" aria-label="Result">
           {isComparing ? <CompareView /> : run ? <RunView run={run} /> : <Welcome />}
           <HistoryView />
         </section>

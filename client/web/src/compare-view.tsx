@@ -1,6 +1,7 @@
 /** Two runs in one place: one over the other with a slider between them, side by side, or their difference. */
 import { signal } from "@preact/signals";
 import type { Plan } from "chromarpc/web";
+import { loras } from "./connection.ts";
 import { shortName } from "./run-view.tsx";
 import { comparedIds, type Run, runs } from "./runs.ts";
 
@@ -146,6 +147,11 @@ function Differences({ left, right, index }: { left: Run; right: Run; index: num
   );
 }
 
+/** What whoever uploaded it called it. */
+function nameOf(path: string): string {
+  return loras.value.find((lora) => lora.path === path)?.filename || shortName(path);
+}
+
 function factsOf(plan: Plan, index: number): Map<string, string> {
   const prompt = plan.prompts[index];
   const facts = new Map<string, string>([
@@ -159,6 +165,6 @@ function factsOf(plan: Plan, index: number): Map<string, string> {
     facts.set("guidance", String(prompt.guidanceScale));
     facts.set("size", `${prompt.width} × ${prompt.height}`);
   }
-  for (const { path, networkMultiplier } of plan.loras) facts.set(shortName(path), `× ${networkMultiplier}`);
+  for (const { path, networkMultiplier } of plan.loras) facts.set(nameOf(path), `× ${networkMultiplier}`);
   return facts;
 }

@@ -131,7 +131,7 @@ export function FormView() {
               inputMode="numeric"
               disabled={values.isSeedRandom}
               value={values.isSeedRandom ? "" : values.seed}
-              placeholder={values.isSeedRandom ? "a new one each time" : "42"}
+              placeholder={values.isSeedRandom ? "new each time" : "42"}
               onInput={(event) => change({ seed: event.currentTarget.value })}
             />
           )}

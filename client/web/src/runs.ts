@@ -72,6 +72,8 @@ export const selectedId = signal<string>(stored(sessionStorage, "selected", ""))
 /** The two runs that are compared; empty for none. */
 export const comparedIds = signal<readonly string[]>([]);
 export const isSubmitting = signal(false);
+/** How often something was asked for: the result is brought into sight each time. */
+export const submissions = signal(0);
 /** When a hidden tab was shown or hidden last: what is followed depends on it. */
 const isHidden = signal(document.hidden);
 
@@ -203,10 +205,12 @@ export async function submit(): Promise<void> {
       noteJob(job);
       selectedId.value = job.jobId;
     } else {
-      await attach(client.generateRequest(request));
+      const abort = new AbortController();
+      await attach(client.generateRequest(request, { signal: abort.signal }), abort);
     }
     comparedIds.value = [];
     showNoError();
+    submissions.value += 1;
   } catch (error) {
     noteFailure(error);
     showError(error);
@@ -226,17 +230,21 @@ async function createJob(request: GenerateRequest): Promise<Job | undefined> {
 }
 
 /** Follows a job that ends with this page; returns once it was accepted. */
-async function attach(events: AsyncGenerator<GenerationEvent, void, undefined>): Promise<void> {
+async function attach(
+  events: AsyncGenerator<GenerationEvent, void, undefined>,
+  abort: AbortController,
+): Promise<void> {
   const first = await events.next();
   if (first.done || first.value.type !== "accepted") return;
   const { jobId } = first.value;
-  attached.add(jobId);
+  attached.set(jobId, abort);
   update(jobId, { createTime: first.value.time });
   noteEvent(jobId, first.value);
   selectedId.value = jobId;
   void (async () => {
     try {
       for await (const event of events) noteEvent(jobId, event);
+      update(jobId, { isWhole: true });
     } catch (error) {
       noteEnd(jobId, error);
     } finally {
@@ -245,7 +253,8 @@ async function attach(events: AsyncGenerator<GenerationEvent, void, undefined>):
   })();
 }
 
-const attached = new Set<string>();
+/** Runs that end with this page, and how to end them. */
+const attached = new Map<string, AbortController>();
 
 function noteEnd(jobId: string, error: unknown): void {
   noteFailure(error);
@@ -262,6 +271,11 @@ function noteEnd(jobId: string, error: unknown): void {
 
 /** Asks the server to stop a job. */
 export async function cancel(jobId: string): Promise<void> {
+  const own = attached.get(jobId);
+  if (own !== undefined) {
+    own.abort();
+    return;
+  }
   try {
     noteJob(await client.cancelJob(jobId));
   } catch (error) {

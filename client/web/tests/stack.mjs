@@ -20,7 +20,9 @@ export const LORA_ROOT = path.join(ROOT, "server/chromarpc_server/assets/loras")
 const SHOTS = process.env.SHOTS;
 
 /** Why the browser cannot be had; undefined where it can. */
-export const noBrowser = existsSync(CHROMIUM) ? undefined : `no Chromium at ${CHROMIUM}: apt-get install chromium`;
+export const noBrowser = existsSync(CHROMIUM)
+  ? undefined
+  : `no Chromium at ${CHROMIUM}: apt-get install chromium`;
 
 /** A port that nobody listens on now. */
 export async function freePort() {
@@ -64,24 +66,53 @@ export async function startStack(test, ...flags) {
   const webPort = await freePort();
   const port = await freePort();
   const data = await dataFolder(test);
-  const own = ["web", "--port", `${port}`, "--web-port", `${webPort}`, "--data-dir", data, "--lora-root", LORA_ROOT];
+  const own = [
+    "web",
+    "--port",
+    `${port}`,
+    "--web-port",
+    `${webPort}`,
+    "--data-dir",
+    data,
+    "--lora-root",
+    LORA_ROOT,
+  ];
   const running = await start([...own, ...MODEL, ...flags], /adapters:/);
   test.after(() => running.stop());
   const url = `http://127.0.0.1:${webPort}/`;
   // The gateway looks at the server's health once a second.
-  while ((await fetch(`${url}health`)).status === 503) await new Promise((resolve) => setTimeout(resolve, 50));
-  return { url, port, webPort };
+  while ((await fetch(`${url}health`)).status === 503)
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  /** Whether jobs outlive their callers on this server. */
+  async function hasJobs() {
+    const headers = { "content-type": "application/grpc-web+proto" };
+    const body = new Uint8Array(5);
+    const answer = await fetch(`${url}chromarpc.v1.JobService/ListJobs`, { method: "POST", headers, body });
+    return answer.headers.get("grpc-status") !== "12";
+  }
+  return { url, port, webPort, hasJobs };
 }
 
 /** A server alone. */
 export function startServer(port, data, ...flags) {
-  return start(["--port", `${port}`, "--data-dir", data, "--lora-root", LORA_ROOT, ...MODEL, ...flags], /adapters:/);
+  return start(
+    ["--port", `${port}`, "--data-dir", data, "--lora-root", LORA_ROOT, ...MODEL, ...flags],
+    /adapters:/,
+  );
 }
 
 /** A gateway alone, whether or not its server is there. */
 export async function startGateway(test, port) {
   const webPort = await freePort();
-  const flags = ["web", "--web-port", `${webPort}`, "--web-upstream", `127.0.0.1:${port}`, "--log-level", "error"];
+  const flags = [
+    "web",
+    "--web-port",
+    `${webPort}`,
+    "--web-upstream",
+    `127.0.0.1:${port}`,
+    "--log-level",
+    "error",
+  ];
   const running = await start(flags, /The page is/);
   test.after(() => running.stop());
   return { url: `http://127.0.0.1:${webPort}/`, webPort };
@@ -103,7 +134,9 @@ export async function launch(test) {
 /** A page that fails the test where its console does. */
 export async function open(browser, url, options = {}) {
   const { allowed = /^$/, ...context } = options;
-  const tab = await (await browser.newContext({ viewport: { width: 1280, height: 860 }, ...context })).newPage();
+  const tab = await (
+    await browser.newContext({ viewport: { width: 1280, height: 860 }, ...context })
+  ).newPage();
   tab.setDefaultTimeout(PATIENCE_MS);
   const complaints = [];
   tab.on("pageerror", (error) => complaints.push(error.message));
@@ -123,7 +156,8 @@ export async function shot(tab, name) {
 
 /** Fills the form's fields by their labels. */
 export async function fill(tab, values) {
-  for (const [label, value] of Object.entries(values)) await tab.getByLabel(label, { exact: true }).fill(value);
+  for (const [label, value] of Object.entries(values))
+    await tab.getByLabel(label, { exact: true }).fill(value);
 }
 
 /** Presses the button that draws. */
@@ -135,5 +169,5 @@ export async function draw(tab) {
 export async function status(tab, wanted) {
   const line = tab.locator(".status", { hasText: wanted });
   await line.waitFor();
-  return line.innerText();
+  return line.textContent();
 }
