@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from chromarpc.errors import NotFound, ServerUnavailable, StatusError, from_stat
 from chromarpc.events import Event, ImageReady
 from chromarpc.health import HealthStatus, health_status
 from chromarpc.images import GeneratedImage
+from chromarpc.jobs import MOST_TRIES, PAGE_SIZE, ImageCollector, wait_s
 from chromarpc.loras import (
     INSPECT_TIMEOUT_S,
     LoraInspection,
@@ -32,6 +34,8 @@ from chromarpc.upload import Call, Uploaded, UploadProgress, Wait, advance, uplo
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
     lora_service_pb2,
     lora_service_pb2_grpc,
     model_service_pb2,
@@ -49,9 +53,12 @@ class EventStream(Iterator[Event]):
     server stops within one step.
     """
 
-    def __init__(self, call: Any, target: str) -> None:
+    def __init__(self, call: Any, target: str, resume: Callable[[str, int], Any] | None = None) -> None:
+        """`resume`: watches a job from the event after a sequence, where the job outlives a lost connection."""
         self._call = call  # at once an iterator and a grpc.Call, which the stubs cannot say
         self._target = target
+        self._resume = resume
+        self._tries = 0
         self._reader = StreamReader()
         self._over = False
 
@@ -81,11 +88,26 @@ class EventStream(Iterator[Event]):
         try:
             response = next(self._call)
         except grpc.RpcError:
-            raise self._reader.ending or _error_of(self._call, self._target) from None
+            error = self._reader.ending or _error_of(self._call, self._target)
+            if not self._come_back(error):
+                raise error from None
+            return None
         except StopIteration:
             self._reader.finish()
             raise
+        self._tries = 0
         return self._reader.read(response)
+
+    def _come_back(self, error: StatusError) -> bool:
+        """Takes a lost connection up again after the last event that came. Whether it makes sense."""
+        job_id = self._reader.job_id
+        lost = isinstance(error, ServerUnavailable) and self._reader.ending is None
+        if self._resume is None or job_id is None or not lost or self._tries >= MOST_TRIES or self._over:
+            return False
+        time.sleep(wait_s(self._tries))
+        self._tries += 1
+        self._call = self._resume(job_id, self._reader.sequence)
+        return True
 
     def cancel(self) -> None:
         """Cancels the call, from any thread; whoever waits for an event gets `Cancelled`."""
@@ -174,7 +196,128 @@ class Client:
         """The same for a ready message, such as `parse_request_json` gives."""
         stub = generation_service_pb2_grpc.GenerationServiceStub(self._open_channel())
         call = stub.Generate(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
-        return EventStream(call, self._connection.target)
+        outlives = request.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH
+        return EventStream(call, self._connection.target, self._watch if outlives else None)
+
+    def create_job(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> job_service_pb2.Job:
+        """Queues a generation that outlives this client; `watch_job` follows it.
+
+        A `request_id` is drawn where none is given, so that an answer that was lost can be asked for again.
+
+        Args:
+            prompts: one, or several; a text or a `Prompt`.
+            timeout_s: deadline of the call, not of the job.
+            options: see `GenerateOptions`.
+
+        Raises:
+            InvalidRequest: an argument that no request can hold, or that the server refuses.
+            StatusError: see `chromarpc.errors`.
+        """
+        request = build_request(prompts, **options)
+        if not request.HasField("request_id"):
+            request.request_id = str(uuid.uuid4())
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        return self._ask(stub.CreateJob, job_service_pb2.CreateJobRequest(request=request), timeout_s).job
+
+    def watch_job(self, job_id: str, *, timeout_s: float | None = None) -> EventStream:
+        """A job's events from the first on, also after it ended. Leaving early does nothing to the job.
+
+        A lost connection is taken up again after the last event that came.
+
+        Args:
+            job_id: as `Accepted.job_id` has it.
+            timeout_s: deadline of each connection.
+
+        Raises:
+            What the server refuses is raised by the iteration: `NotFound` where there is no such job.
+        """
+        call = self._watch(job_id, 0, timeout_s)
+        return EventStream(call, self._connection.target, self._watch)
+
+    def _watch(self, job_id: str, after_sequence: int, timeout_s: float | None = None) -> Any:
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        request = job_service_pb2.WatchJobRequest(job_id=job_id, after_sequence=after_sequence)
+        return stub.WatchJob(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
+
+    def get_job(self, job_id: str, *, timeout_s: float | None = None) -> job_service_pb2.Job:
+        """How a job is.
+
+        Raises:
+            NotFound: there is no such job, or it was forgotten.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        return self._ask(stub.GetJob, job_service_pb2.GetJobRequest(job_id=job_id), timeout_s).job
+
+    def list_jobs(
+        self, *, states: Sequence[job_service_pb2.JobState.ValueType] = (), timeout_s: float | None = None
+    ) -> tuple[job_service_pb2.Job, ...]:
+        """The caller's jobs, newest first.
+
+        Args:
+            states: only jobs in one of them; all where empty.
+            timeout_s: deadline of each of its calls, one for 1000 jobs.
+
+        Raises:
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        jobs: list[job_service_pb2.Job] = []
+        token = ""
+        while True:
+            request = job_service_pb2.ListJobsRequest(page_size=PAGE_SIZE, page_token=token, states=states)
+            page = self._ask(stub.ListJobs, request, timeout_s)
+            jobs += page.jobs
+            token = page.next_page_token
+            if not token:
+                return tuple(jobs)
+
+    def cancel_job(self, job_id: str, *, timeout_s: float | None = None) -> job_service_pb2.Job:
+        """Stops a job: at once while it waits, within one step while it runs.
+
+        Raises:
+            NotFound: there is no such job.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        return self._ask(stub.CancelJob, job_service_pb2.CancelJobRequest(job_id=job_id), timeout_s).job
+
+    def delete_job(self, job_id: str, *, timeout_s: float | None = None) -> None:
+        """Has the server forget a job that ended, and its pictures.
+
+        Raises:
+            NotFound: there is no such job.
+            StatusError: see `chromarpc.errors`; `FAILED_PRECONDITION` while the job has not ended.
+        """
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        self._ask(stub.DeleteJob, job_service_pb2.DeleteJobRequest(job_id=job_id), timeout_s)
+
+    def get_image_bytes(self, job_id: str, prompt_index: int = 0, *, timeout_s: float | None = None) -> bytes:
+        """One of a job's pictures again: the encoded file, checked against its SHA-256.
+
+        Raises:
+            NotFound: there is no such job, or it has no such picture yet.
+            ProtocolError: the bytes are not those that were announced.
+            StatusError: see `chromarpc.errors`.
+        """
+        stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
+        request = job_service_pb2.GetImageRequest(job_id=job_id, prompt_index=prompt_index)
+        call: Any = stub.GetImage(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
+        collected = ImageCollector()
+        try:
+            for response in call:
+                collected.take(response)
+        except grpc.RpcError:
+            raise _error_of(call, self._connection.target) from None
+        finally:
+            call.cancel()
+        return collected.finish()[1]
 
     def generate_images(
         self,

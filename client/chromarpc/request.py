@@ -107,6 +107,12 @@ class GenerateOptions(TypedDict, total=False):
     """Longer side of a preview, 16 to 512; 256 when left out."""
     hf_token: str | None
     """Hugging Face token for adapters that need one."""
+    request_id: str | None
+    """A UUID under which the same request may be made again, and finds the same job."""
+    detach: bool
+    """Whether the job goes on when this client goes away. A lost connection is then taken up again."""
+    max_queue_s: float | None
+    """Seconds that the job may wait in the queue."""
 
 
 def build_request(
@@ -128,6 +134,9 @@ def build_request(
     preview_every: int = 0,
     preview_max_side_px: int | None = None,
     hf_token: str | None = None,
+    request_id: str | None = None,
+    detach: bool = False,
+    max_queue_s: float | None = None,
 ) -> generation_service_pb2.GenerateRequest:
     """The message of a generation; the arguments are those of `GenerateOptions`.
 
@@ -144,6 +153,14 @@ def build_request(
     }
     request = generation_service_pb2.GenerateRequest()
     _set(request, "", model=model, hf_token=hf_token, trigger_word=trigger_word, profile=profile)
+    _set(request, "", request_id=request_id)
+    if detach:
+        request.on_disconnect = generation_service_pb2.DISCONNECT_POLICY_DETACH
+    if max_queue_s is not None:
+        try:
+            request.max_queue_time.FromNanoseconds(round(max_queue_s * 1e9))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise invalid_request("max_queue_s", f"cannot be sent: {error}") from None
     for index, given in enumerate([loras] if isinstance(loras, str | os.PathLike | Lora) else loras):
         lora = given if isinstance(given, Lora) else Lora(os.fspath(given))
         _set(request.loras.add(), f"loras.{index}.", **asdict(lora))

@@ -22,7 +22,8 @@ from chromarpc.errors import (
     status_code,
 )
 from chromarpc.images import GeneratedImage
-from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
+from chromarpc.jobs import JobMessage
+from chromarpc.v1 import job_event_pb2, options_pb2
 
 MAX_IMAGE_BYTES: Final = 512 * 2**20
 """A 4096×4096 PNG of noise is about 50 MB; a server that announces more than this is not believed."""
@@ -63,7 +64,17 @@ class StreamReader:
         self._data = bytearray()
         self._images_read = 0
 
-    def read(self, response: generation_service_pb2.GenerateResponse) -> events.Event | None:
+    @property
+    def job_id(self) -> str | None:
+        """Of the job, once it was accepted."""
+        return self._accepted.job_id if self._accepted is not None else None
+
+    @property
+    def sequence(self) -> int:
+        """Of the last event that was read."""
+        return self._sequence
+
+    def read(self, response: JobMessage) -> events.Event | None:
         """The event of a message; None for a part of an image, or for news this client does not know.
 
         Raises:

@@ -22,6 +22,7 @@ from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
+from chromarpc_server.transport.jobs import JobServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.quotas import CallQuotas
@@ -98,6 +99,7 @@ class App:
             max_queued_jobs=serving.limits.max_queued_jobs,
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,
+            retention=settings.retention(),
         )
         models = ModelServicer(
             engine,
@@ -115,6 +117,7 @@ class App:
         listening = await listen(
             address,
             GenerationServicer(engine, serving),
+            JobServicer(engine, serving),
             models,
             LoraServicer(library, serving, model_files),
             access=access,

@@ -25,6 +25,7 @@ from chromarpc_server.domain.limits import (
     Budgets,
     CallerLimits,
     DownloadLimits,
+    JobRetention,
     Limits,
     MasterPlace,
     MemoryChoice,
@@ -37,6 +38,7 @@ from chromarpc_server.domain.models import REGISTRY
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
+_RETENTION = JobRetention()
 _CALLER = CallerLimits()
 
 
@@ -265,6 +267,12 @@ class ServerSettings(BaseSettings):
         description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
     )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
+    job_keep_s: float = Field(
+        _RETENTION.keep_s, gt=0, description="seconds that an ended job and its pictures can be asked for"
+    )
+    job_keep_bytes: ByteSize = Field(
+        ByteSize(_RETENTION.keep_bytes), description="memory for pictures of ended jobs; the oldest go first"
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
@@ -279,6 +287,10 @@ class ServerSettings(BaseSettings):
             tiling=self.tiling,
         )
         return Budgets(self.resident_checkpoints, self.prepared_bytes, self.adapter_cache_bytes, memory)
+
+    def retention(self) -> JobRetention:
+        """How long ended jobs stay."""
+        return JobRetention(keep_s=self.job_keep_s, keep_bytes=self.job_keep_bytes)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""

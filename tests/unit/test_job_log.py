@@ -67,10 +67,16 @@ async def test_a_quiet_log_gives_signs_of_life() -> None:
     assert await anext(stream) is not None
 
 
-async def test_bytes_that_were_sent_are_let_go() -> None:
-    log = JobLog()
+async def test_every_reader_gets_the_bytes_and_the_log_knows_their_weight() -> None:
+    ended: list[int] = []
+    log = JobLog(lambda: ended.append(log.last_sequence))
     for offset in range(3):
         log.append(ImageChunk(0, offset, b"x" * 1000))
+    assert not ended
     log.append(_end())
-    assert [entry.sequence async for entry in log.follow(release_chunks=True) if entry] == [1, 2, 3, 4]
-    assert await _sequences(log) == [4]
+    assert ended == [4]
+    assert log.image_bytes == 3000
+    assert log.ending is not None
+    assert log.ending.sequence == 4
+    for _ in range(2):
+        assert await _sequences(log) == [1, 2, 3, 4]

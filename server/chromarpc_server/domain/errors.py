@@ -12,6 +12,11 @@ ChromaError
 ├── UploadNotFound          UPLOAD_NOT_FOUND     no such upload, or it was dropped
 ├── UploadOutOfOrder        UPLOAD_OUT_OF_ORDER  the bytes do not go on where the upload is
 ├── UploadsFull             UPLOADS_FULL         the server keeps no more uploads
+├── JobNotFound             JOB_NOT_FOUND        no such job of this caller, or it was forgotten
+├── ImageNotFound           IMAGE_NOT_FOUND      the job has no such image, or not yet
+├── JobNotEnded             JOB_NOT_ENDED        the job waits or runs
+├── RequestIdReused         REQUEST_ID_REUSED    another request was made under this request id
+├── QueueTimeExceeded       QUEUE_TIME_EXCEEDED  the job waited longer than its request allows
 ├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
 ├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
 ├── Unauthenticated         UNAUTHENTICATED      no token or certificate that this server knows
@@ -167,6 +172,36 @@ class UploadsFull(ChromaError):
     """As many bytes, or as many unfinished uploads, as the server keeps."""
 
     reason = "UPLOADS_FULL"
+
+
+class JobNotFound(ChromaError):
+    """No such job of this caller, or it was forgotten."""
+
+    reason = "JOB_NOT_FOUND"
+
+
+class ImageNotFound(ChromaError):
+    """The job has no such image, or not yet."""
+
+    reason = "IMAGE_NOT_FOUND"
+
+
+class JobNotEnded(ChromaError):
+    """The job waits or runs."""
+
+    reason = "JOB_NOT_ENDED"
+
+
+class RequestIdReused(ChromaError):
+    """Another request was made under this request id."""
+
+    reason = "REQUEST_ID_REUSED"
+
+
+class QueueTimeExceeded(ChromaError):
+    """The job waited longer than its request allows."""
+
+    reason = "QUEUE_TIME_EXCEEDED"
 
 
 class WeightsMissing(ChromaError):

@@ -38,6 +38,16 @@ class CallerLimits:
 
 
 @dataclass(frozen=True)
+class JobRetention:
+    """How long jobs that ended, and their pictures, can be asked for."""
+
+    keep_s: float = 3600.0
+    keep_bytes: int = 512 * 1024**2
+    """Of pictures in memory."""
+    keep_jobs: int = 10_000
+
+
+@dataclass(frozen=True)
 class UploadLimits:
     """What uploads of adapters may take."""
 

@@ -83,6 +83,12 @@ class Plan:
     output: PlannedOutput
     preview: PlannedPreview | None
     warnings: tuple[PlanWarning, ...]
+    request_id: str | None = None
+    """Under which the request may be repeated."""
+    detached: bool = False
+    """Whether the job goes on when nobody is attached to it."""
+    max_queue_s: float | None = None
+    """How long it may wait."""
 
     @property
     def pixel_steps(self) -> int:

@@ -92,5 +92,8 @@ class GenerationRequest:
     preview: PreviewRequest = PreviewRequest()
     profile: str | None = None
     noise_draw: NoiseDraw | None = None
+    request_id: str | None = None
+    detach: bool = False
+    max_queue_s: float | None = None
     unknown_fields: tuple[str, ...] = ()
     """Values this version does not know: numbers of protobuf fields or enum values, with their paths."""

@@ -7,6 +7,7 @@ Ranges and names are the reference schema's (docs/api.md).
 from __future__ import annotations
 
 import secrets
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ from chromarpc_server.domain.requests import (
 TRIGGER = "[trigger]"
 SAMPLERS = ("flowmatch",)
 """ai-toolkit's name for the flow-match Euler sampler, the only one Chroma is sampled with."""
+MAX_QUEUE_S = 30 * 86_400
 MAX_LORA_PATH_BYTES = 4096
 DEFAULT_QUALITY = 95
 
@@ -130,6 +132,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     output = _resolve_output(request, found)
     preview = _resolve_preview(request, prompts, found)
     _check_totals(prompts, limits, found)
+    _check_delivery(request, found)
     found.raise_if_any()
     return Plan(
         model=spec.id,
@@ -141,7 +144,20 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         output=output,
         preview=preview,
         warnings=tuple(found.warnings),
+        request_id=request.request_id,
+        detached=request.detach,
+        max_queue_s=request.max_queue_s,
     )
+
+
+def _check_delivery(request: GenerationRequest, found: _Findings) -> None:
+    if request.request_id is not None:
+        try:
+            uuid.UUID(request.request_id)
+        except ValueError:
+            found.refuse("request_id", "not a UUID")
+    if request.max_queue_s is not None and not 0 < request.max_queue_s <= MAX_QUEUE_S:
+        found.refuse("max_queue_time", f"must be more than 0 and at most {MAX_QUEUE_S} seconds")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
@@ -24,11 +25,12 @@ from chromarpc_server.domain.errors import (
     JobCancelled,
     JobDeadlineExceeded,
     QueueFull,
+    QueueTimeExceeded,
     QuotaExceeded,
     QuotaViolation,
 )
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
-from chromarpc_server.domain.limits import Budgets
+from chromarpc_server.domain.limits import Budgets, JobRetention
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
@@ -40,6 +42,8 @@ from chromarpc_server.engine.images import (
     split_chunks,
 )
 from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.job_book import JobBook
+from chromarpc_server.engine.job_log import JobLog
 from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
 from chromarpc_server.engine.step_times import StepTimes
@@ -88,8 +92,10 @@ class Engine:
         max_queued_jobs: int,
         budgets: Budgets,
         on_device_lost: Callable[[], None],
+        retention: JobRetention | None = None,
     ) -> None:
         """Prepares everything and starts nothing; see `start`."""
+        self.jobs = JobBook(retention or JobRetention())
         self._choice = choice
         self._model_files = model_files
         self._adapters = adapters
@@ -157,8 +163,9 @@ class Engine:
         deadline_s: float | None,
         hf_token: str | None = None,
         caller: Caller = NOBODY,
-    ) -> Job:
-        """Admits a plan as a job, whose log then fills by itself.
+        fingerprint: str = "",
+    ) -> tuple[Job, bool]:
+        """Admits a plan as a job, whose log then fills by itself, or finds the one that the same request made.
 
         Args:
             plan: what to run.
@@ -166,22 +173,46 @@ class Engine:
             deadline_s: seconds from now after which the caller stops waiting.
             hf_token: for adapters that are fetched from Hugging Face; forgotten once they are.
             caller: whose job it is.
+            fingerprint: of the request, to tell the same one from another under the plan's request id.
+
+        Returns:
+            The job, and whether it was there already.
 
         Raises:
+            RequestIdReused: another request was made under the plan's request id.
             LoraNotFound: an adapter is not below the adapter root.
             InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
             QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
             QueueFull, Draining: no job is taken now.
         """
+        async with self.jobs.creating(caller.name, plan.request_id):
+            known = self.jobs.existing(caller.name, plan.request_id, fingerprint)
+            if known is not None:
+                return known, True
+            return await self._admit(plan, spec, deadline_s, hf_token, caller, fingerprint), False
+
+    async def _admit(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        deadline_s: float | None,
+        hf_token: str | None,
+        caller: Caller,
+        fingerprint: str,
+    ) -> Job:
         _refuse_size(plan, caller)
         self._refuse_if_closed(caller)
         found = await self._adapters.find(plan.loras, caller.name)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed(caller)
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name)
+        job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name, fingerprint=fingerprint)
+        job.log = JobLog(lambda: self._ended(job))
         job.log.append(Accepted(job.id, plan))
+        self.jobs.add(job)
+        if plan.max_queue_s is not None:
+            asyncio.get_running_loop().call_later(plan.max_queue_s, self._expire, job)
         waiting = _Waiting(job, files, found)
         if None in found.files:
             self._fetching.append(waiting)
@@ -201,6 +232,24 @@ class Engine:
             },
         )
         return job
+
+    def _ended(self, job: Job) -> None:
+        job.ended_at = time.monotonic()
+        self.jobs.sweep()
+
+    def _expire(self, job: Job) -> None:
+        """Ends a job that waited too long; one that runs or ended is left alone."""
+        if job.started_at is None and not job.log.closed:
+            seconds = job.plan.max_queue_s
+            self.cancel(
+                job, QueueTimeExceeded(f"the job waited longer than {seconds:g} s", field="max_queue_time")
+            )
+
+    def detach(self, job: Job, cause: ChromaError) -> None:
+        """Somebody who held on to a job let go; unless it may go on alone, the last one ends it."""
+        job.attached -= 1
+        if job.attached <= 0 and not job.plan.detached:
+            self.cancel(job, cause)
 
     def cancel(self, job: Job, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -340,6 +389,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         job = waiting.job
         job.started_at = time.monotonic()
+        job.started = datetime.now(UTC)
 
         def emit(report: Report) -> None:
             loop.call_soon_threadsafe(self._take, waiting, report)
@@ -369,6 +419,7 @@ class Engine:
                 prompt = job.plan.prompts[report.prompt_index]
                 pixels = prompt.width * prompt.height
                 job.pixel_steps_done += pixels
+                job.done_steps += 1
                 self._step_times.observe(job.plan.served_model, job.plan.profile, pixels, report.duration_s)
                 job.log.append(report)
             case _:

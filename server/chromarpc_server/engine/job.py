@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from chromarpc_server.domain.errors import ChromaError, JobDeadlineExceeded
 from chromarpc_server.domain.plan import Plan
@@ -57,6 +58,16 @@ class Job:
     started_at: float | None = None
     position: int = 0
     """In the queue as last told to the client; 0 once it runs."""
+    fingerprint: str = ""
+    """Of the request, to tell the same one from another under one request id."""
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: datetime | None = None
+    """When it began to run."""
+    ended_at: float | None = None
+    """`time.monotonic()` of its last event."""
+    attached: int = 0
+    """Callers that hold on to it."""
+    done_steps: int = 0
     pixel_steps_done: int = 0
     overtaken: int = 0
     """How many jobs that came later ran first, because their weights were resident."""

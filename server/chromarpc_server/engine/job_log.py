@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -40,7 +40,11 @@ class LoggedEvent:
 class JobLog:
     """Events of one job, numbered from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """`on_end` is called once, with the terminal event in the log."""
+        self._on_end = on_end
+        self._ending: LoggedEvent | None = None
+        self._image_bytes = 0
         self._entries: list[LoggedEvent] = []
         self._last_sequence = 0
         self._changed = asyncio.Event()
@@ -51,6 +55,26 @@ class JobLog:
         """Whether the terminal event is in the log; nothing follows it."""
         return self._closed
 
+    @property
+    def ending(self) -> LoggedEvent | None:
+        """The terminal event."""
+        return self._ending
+
+    @property
+    def last_sequence(self) -> int:
+        """Of the newest event; 0 where there is none."""
+        return self._last_sequence
+
+    @property
+    def entries(self) -> tuple[LoggedEvent, ...]:
+        """What is kept."""
+        return tuple(self._entries)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images that are kept."""
+        return self._image_bytes
+
     def append(self, event: Event) -> None:
         """Adds an event and wakes every follower. After a terminal event it does nothing."""
         if self._closed:
@@ -58,9 +82,14 @@ class JobLog:
         self._last_sequence += 1
         self._entries.append(LoggedEvent(self._last_sequence, datetime.now(UTC), event))
         self._closed = isinstance(event, TERMINAL)
+        if isinstance(event, ImageChunk):
+            self._image_bytes += len(event.data)
         self._coalesce(type(event))
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._closed:
+            self._ending = self._entries[-1]
+            self._on_end()
 
     def _coalesce(self, kind: type[object]) -> None:
         limit = KEPT_UNREAD.get(kind)
@@ -75,14 +104,13 @@ class JobLog:
         return self._entries[index] if index < len(self._entries) else None
 
     async def follow(
-        self, after_sequence: int = 0, *, idle_s: float | None = None, release_chunks: bool = False
+        self, after_sequence: int = 0, *, idle_s: float | None = None
     ) -> AsyncIterator[LoggedEvent | None]:
         """Yields events after `after_sequence` until the terminal one.
 
         Args:
             after_sequence: the last sequence the reader has.
             idle_s: yield None whenever nothing has happened for so many seconds.
-            release_chunks: drop image bytes once they were yielded, for a log with a single reader.
         """
         sequence = after_sequence
         while True:
@@ -98,5 +126,3 @@ class JobLog:
                 continue
             yield entry
             sequence = entry.sequence
-            if release_chunks and isinstance(entry.event, ImageChunk):
-                self._entries.remove(entry)

@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final
 
 import grpc
 from google.api import httpbody_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import error_details_pb2, status_pb2
 
 from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.json_request import InvalidRequestJson, parse_request_json
-from chromarpc.v1 import job_event_pb2, job_service_pb2, job_service_pb2_grpc, model_service_pb2, options_pb2
+from chromarpc.v1 import job_event_pb2, job_service_pb2, model_service_pb2, options_pb2
+from chromarpc_server.domain.errors import MAX_LISTED, ChromaError
+from chromarpc_server.transport.jobs import JobServicer
+from chromarpc_server.transport.models import ModelServicer
+from chromarpc_server.transport.status import code_of
 
 STATUS_HEADER: Final = "chromarpc-http-status"
 """Names an answer's HTTP status to the gateway."""
@@ -48,8 +51,6 @@ _REASON_STATUS: Final[Mapping[str, int]] = {"MODEL_NOT_FOUND": 400, "LORA_NOT_FO
 """Where the reference answers otherwise than the status code says."""
 _TRANSFORMER: Final = re.compile(r"loras\.\d+\.transformer")
 _JSON_CONTENT: Final = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
-
-_Response = TypeVar("_Response")
 
 
 class Refusal(Exception):
@@ -83,25 +84,12 @@ class Refusal(Exception):
         return told
 
 
-class _CallerContext:
-    """The caller's context, but for errors: those of a call made on its behalf are raised instead of sent."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        raise _refusal(code, details, trailing_metadata)
-
-
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     """Answers with HTTP bodies."""
 
-    def __init__(self, jobs: job_service_pb2_grpc.JobServiceServicer, models: Any) -> None:
+    def __init__(self, jobs: JobServicer, models: ModelServicer) -> None:
         """`jobs`, `models`: the services that are asked."""
-        self._jobs: Any = jobs
+        self._jobs = jobs
         self._models = models
 
     async def SubmitInference(  # noqa: N802
@@ -191,7 +179,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         try:
             wanted = job_service_pb2.GetImageRequest(job_id=request.request_id, prompt_index=_index(index))
             media_type = ""
-            async for part in self._jobs.GetImage(wanted, _CallerContext(context)):
+            async for part in self._jobs.GetImage(wanted, context):
                 if part.HasField("image_header"):
                     media_type = part.image_header.media_type
                     name = f"{request.request_id}_{index}.{media_type.removeprefix('image/')}"
@@ -199,8 +187,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                     await context.send_initial_metadata((disposition, ("cache-control", "private, max-age=3600")))
                 else:
                     yield httpbody_pb2.HttpBody(content_type=media_type, data=part.image_chunk.data)
-        except Refusal as refusal:
-            refusal = _request_not_found(refusal, request.request_id)
+        except (ChromaError, Refusal) as error:
+            refusal = _request_not_found(_refusal(error), request.request_id)
             await context.send_initial_metadata(refusal.headers())
             yield httpbody_pb2.HttpBody(content_type=JSON_TYPE, data=refusal.body())
 
@@ -228,40 +216,31 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def _job(self, job_id: str, caller: Any) -> job_service_pb2.Job:
         try:
             found = await self._jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job_id), caller)
-        except Refusal as refusal:
-            raise _request_not_found(refusal, job_id) from None
-        job: job_service_pb2.Job = found.job
-        return job
+        except ChromaError as error:
+            raise _request_not_found(_refusal(error), job_id) from None
+        return found.job
 
 
 async def _answer(context: Any, answer: Callable[[Any], Awaitable[dict[str, object]]]) -> httpbody_pb2.HttpBody:
     try:
-        body = _json(await answer(_CallerContext(context)))
-    except Refusal as refusal:
+        body = _json(await answer(context))
+    except (ChromaError, Refusal) as error:
+        refusal = _refusal(error)
         await context.send_initial_metadata(refusal.headers())
         body = refusal.body()
     return httpbody_pb2.HttpBody(content_type=JSON_TYPE, data=body)
 
 
-def _refusal(code: grpc.StatusCode, message: str, trailing_metadata: Any) -> Refusal:
-    """A gRPC error with its details, as HTTP tells it."""
-    reason, details, retry_after_s = code.name, {}, None
-    for key, value in trailing_metadata or ():
-        if key != "grpc-status-details-bin":
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                info = error_details_pb2.ErrorInfo.FromString(detail.value)
-                reason = info.reason
-                details.update(info.metadata)
-            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-                found = error_details_pb2.BadRequest.FromString(detail.value).field_violations
-                details["violations"] = [{"field": v.field, "description": v.description} for v in found]
-            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-                retry_after_s = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToTimedelta()
-    status = _REASON_STATUS.get(reason, _HTTP_STATUS.get(code, 500))
-    seconds = None if retry_after_s is None else retry_after_s.total_seconds()
-    return Refusal(status, reason, message, details, seconds)
+def _refusal(error: ChromaError | Refusal) -> Refusal:
+    """An error as HTTP tells it."""
+    if isinstance(error, Refusal):
+        return error
+    details: dict[str, object] = dict(error.metadata)
+    if error.violations:
+        listed = error.violations[:MAX_LISTED]
+        details["violations"] = [{"field": v.field, "description": v.description} for v in listed]
+    status = _REASON_STATUS.get(error.reason, _HTTP_STATUS.get(code_of(error), 500))
+    return Refusal(status, error.reason, error.message, details, error.retry_after_s)
 
 
 def _as_the_reference_says_it(refusal: Refusal, request: Any) -> Refusal:

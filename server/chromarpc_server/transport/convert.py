@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
-from google.protobuf import unknown_fields
+from google.protobuf import duration_pb2, unknown_fields
 from google.protobuf.message import Message
 
 from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
@@ -65,6 +66,17 @@ def _unknown(message: Message, at: str) -> Iterator[str]:
             yield from _unknown(value, f"{name}.")
 
 
+_PLAIN_FIELDS = (
+    "model",
+    "hf_token",
+    "trigger_word",
+    "kv_cache",
+    "match_target_res",
+    "profile",
+    "request_id",
+)
+
+
 def generation_request(message: generation_service_pb2.GenerateRequest) -> GenerationRequest:
     """The request as a domain value: nothing checked, nothing filled in."""
     unknown = []
@@ -77,8 +89,12 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
         unknown.append("output.format")
     if message.noise_draw and message.noise_draw not in _DRAWS:
         unknown.append("noise_draw")
+    if message.on_disconnect not in generation_service_pb2.DisconnectPolicy.values():
+        unknown.append("on_disconnect")
     return GenerationRequest(
-        **_optional(message, "model", "hf_token", "trigger_word", "kv_cache", "match_target_res", "profile"),  # type: ignore[arg-type]
+        **_optional(
+            message, "model", "hf_token", "trigger_word", "kv_cache", "match_target_res", "profile", "request_id"
+        ),  # type: ignore[arg-type]
         loras=tuple(
             LoraRequest(**_optional(lora, "path", "transformer", "network_multiplier"))  # type: ignore[arg-type]
             for lora in message.loras
@@ -93,6 +109,8 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
             **_optional(message.preview, "max_side_px"),  # type: ignore[arg-type]
         ),
         noise_draw=_DRAWS.get(message.noise_draw),
+        detach=message.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH,
+        max_queue_s=_seconds(message.max_queue_time) if message.HasField("max_queue_time") else None,
         unknown_fields=tuple(unknown),
     )
 
@@ -109,7 +127,7 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
     event = logged.event
     match event:
         case events.Accepted():
-            message.accepted.CopyFrom(_accepted(event.job_id, event.plan))
+            message.accepted.CopyFrom(accepted_message(event.job_id, event.plan))
         case events.Queued():
             message.queued.position = event.position
             if event.estimated_wait_s is not None:
@@ -135,17 +153,7 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
                 )
             )
         case events.ImageHeader():
-            message.image_header.CopyFrom(
-                job_event_pb2.ImageHeader(
-                    prompt_index=event.prompt_index,
-                    media_type=event.media_type,
-                    size_bytes=event.size_bytes,
-                    width=event.width,
-                    height=event.height,
-                    sha256=event.sha256,
-                    seed=event.seed,
-                )
-            )
+            message.image_header.CopyFrom(image_header_message(event))
         case events.ImageChunk():
             message.image_chunk.prompt_index = event.prompt_index
             message.image_chunk.offset_bytes = event.offset_bytes
@@ -153,10 +161,36 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
         case events.Completed():
             message.completed.CopyFrom(_completed(event))
         case events.Failed():
-            message.failed.CopyFrom(_failed(event.error))
+            message.failed.CopyFrom(failed_message(event.error))
         case events.Cancelled():
             message.cancelled.message = shorten(event.error.message)
     return message
+
+
+def image_header_message(event: events.ImageHeader) -> job_event_pb2.ImageHeader:
+    """What an image's bytes are."""
+    return job_event_pb2.ImageHeader(
+        prompt_index=event.prompt_index,
+        media_type=event.media_type,
+        size_bytes=event.size_bytes,
+        width=event.width,
+        height=event.height,
+        sha256=event.sha256,
+        seed=event.seed,
+    )
+
+
+def fingerprint(request: generation_service_pb2.GenerateRequest) -> str:
+    """Hash of what a request asks for, hexadecimal; of neither its id nor its secrets."""
+    asked = generation_service_pb2.GenerateRequest()
+    asked.CopyFrom(request)
+    asked.ClearField("request_id")
+    asked.ClearField("hf_token")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
 
 
 def heartbeat(sequence: int) -> job_event_pb2.JobEvent:
@@ -180,7 +214,8 @@ def _output(output: PlannedOutput) -> options_pb2.OutputOptions:
     return message
 
 
-def _accepted(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
+def accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
+    """The request as it is run."""
     return job_event_pb2.Accepted(
         job_id=job_id,
         model=plan.model,
@@ -278,7 +313,8 @@ def _completed(event: events.Completed) -> job_event_pb2.Completed:
     )
 
 
-def _failed(error: ChromaError) -> job_event_pb2.Failed:
+def failed_message(error: ChromaError) -> job_event_pb2.Failed:
+    """Why a job failed."""
     message = job_event_pb2.Failed(
         code=code_number(error),
         reason=error.reason,

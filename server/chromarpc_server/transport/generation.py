@@ -12,7 +12,7 @@ from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlin
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
-from chromarpc_server.transport.convert import generation_request, heartbeat, job_event
+from chromarpc_server.transport.convert import fingerprint, generation_request, heartbeat, job_event
 from chromarpc_server.transport.status import code_of, trailing_metadata
 
 HEARTBEAT_S = 10.0
@@ -36,20 +36,22 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         """Queues one generation and streams its events until it ends."""
         try:
             plan = resolve(generation_request(request), self._serving)
-            job = await self._engine.submit(
+            job, _ = await self._engine.submit(
                 plan,
                 self._serving.models[plan.served_model],
-                deadline_s=context.time_remaining(),
+                deadline_s=None if plan.detached else context.time_remaining(),
                 hf_token=request.hf_token or None,
                 caller=current_caller(),
+                fingerprint=fingerprint(request),
             )
         except ChromaError as error:
             await _abort(context, error)
             return
         ending: ChromaError | None = None
         sequence = 0
+        job.attached += 1
         try:
-            async for logged in job.log.follow(idle_s=HEARTBEAT_S, release_chunks=True):
+            async for logged in job.log.follow(idle_s=HEARTBEAT_S):
                 if logged is None:
                     yield Response(event=heartbeat(sequence))
                     continue
@@ -59,7 +61,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 yield Response(event=job_event(logged))
         finally:
             # Reached early when the caller cancels, its deadline passes, or it goes away.
-            self._engine.cancel(job, _why_gone(context))
+            self._engine.detach(job, _why_gone(context))
         if ending is not None:
             await _abort(context, ending)
 

@@ -9,18 +9,23 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
     lora_service_pb2,
     lora_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
 )
 from chromarpc_server.transport.authentication import Authentication
+from chromarpc_server.transport.compat import InferenceServicer
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.health import HealthServicer
 from chromarpc_server.transport.interception import Rule, Rules
+from chromarpc_server.transport.jobs import JobServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.quotas import CallQuotas
@@ -28,6 +33,8 @@ from chromarpc_server.transport.tls import ServerTls
 
 SERVICES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
+    inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
     lora_service_pb2.DESCRIPTOR.services_by_name["LoraService"],
 )
@@ -86,6 +93,7 @@ class Access:
 async def listen(
     address: str,
     generation: GenerationServicer,
+    jobs: JobServicer,
     models: ModelServicer,
     loras: LoraServicer,
     *,
@@ -97,7 +105,8 @@ async def listen(
 
     Args:
         address: where to listen.
-        generation: one of the services; `models` and `loras` are the others.
+        generation: one of the services; `jobs`, `models` and `loras` are the others.
+        jobs: see there.
         models: see there.
         loras: see there.
         access: who may call.
@@ -113,6 +122,8 @@ async def listen(
         options=channel_options(access.max_request_bytes, access.max_connections),
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+    job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, models), server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
     lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
     health_servicer = HealthServicer(SERVICE_NAMES)
