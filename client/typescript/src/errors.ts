@@ -9,7 +9,8 @@
  *     │   │   ├── ModelNotFound     MODEL_NOT_FOUND
  *     │   │   ├── LoraNotFound      LORA_NOT_FOUND
  *     │   │   ├── UploadNotFound    UPLOAD_NOT_FOUND
- *     │   │   └── JobNotFound       JOB_NOT_FOUND
+ *     │   │   ├── JobNotFound       JOB_NOT_FOUND
+ *     │   │   └── ImageNotFound     IMAGE_NOT_FOUND
  *     │   ├── AlreadyExists         ALREADY_EXISTS
  *     │   │   └── RequestIdReused   REQUEST_ID_REUSED
  *     │   ├── FailedPrecondition    FAILED_PRECONDITION
@@ -18,14 +19,17 @@
  *     │   │   ├── LoraDownloadFailed LORA_DOWNLOAD_FAILED
  *     │   │   ├── UploadOutOfOrder  UPLOAD_OUT_OF_ORDER
  *     │   │   ├── WeightsMissing    WEIGHTS_MISSING
- *     │   │   └── WeightsInvalid    WEIGHTS_INVALID
+ *     │   │   ├── WeightsInvalid    WEIGHTS_INVALID
+ *     │   │   └── JobNotEnded       JOB_NOT_ENDED
  *     │   ├── ResourceExhausted     RESOURCE_EXHAUSTED
  *     │   │   ├── QueueFull         QUEUE_FULL                           `retryAfterMs` says when to retry
  *     │   │   ├── UploadsFull       UPLOADS_FULL
+ *     │   │   ├── QuotaExceeded     QUOTA_EXCEEDED                       `metadata` names the quota
  *     │   │   └── OutOfMemory       OUT_OF_MEMORY
  *     │   ├── ServerUnavailable     UNAVAILABLE                          nobody listens, or it broke off
  *     │   │   └── Draining          DRAINING
  *     │   ├── DeadlineExceeded      DEADLINE_EXCEEDED                    `timeoutMs` passed
+ *     │   │   └── QueueTimeExceeded QUEUE_TIME_EXCEEDED
  *     │   ├── Cancelled             CANCELLED                            by this side or by the server
  *     │   ├── AccessDenied          UNAUTHENTICATED, PERMISSION_DENIED
  *     │   └── ServerError           INTERNAL, UNKNOWN and all other codes
@@ -106,6 +110,8 @@ export class LoraNotFound extends NotFound {}
 export class UploadNotFound extends NotFound {}
 /** The server knows no such job, or not for this caller. */
 export class JobNotFound extends NotFound {}
+/** The job has no such image, or not yet. */
+export class ImageNotFound extends NotFound {}
 /** What the request would make is there already. */
 export class AlreadyExists extends StatusError {}
 /** Another request was sent under this `requestId`. */
@@ -124,12 +130,16 @@ export class UploadOutOfOrder extends FailedPrecondition {}
 export class WeightsMissing extends FailedPrecondition {}
 /** The model's files are damaged, or of another architecture. */
 export class WeightsInvalid extends FailedPrecondition {}
+/** The job waits or runs; cancel it first. */
+export class JobNotEnded extends FailedPrecondition {}
 /** The server has no room for this request now, or at all. */
 export class ResourceExhausted extends StatusError {}
 /** The server's queue is at its bound; try again after `retryAfterMs`. */
 export class QueueFull extends ResourceExhausted {}
 /** The server keeps no more uploads. */
 export class UploadsFull extends ResourceExhausted {}
+/** The caller has as much as it may have; `metadata` names the quota and its limit. */
+export class QuotaExceeded extends ResourceExhausted {}
 /** The server's device had too little memory for this job. */
 export class OutOfMemory extends ResourceExhausted {}
 /** Nobody answers at the target, or the connection broke. */
@@ -138,6 +148,8 @@ export class ServerUnavailable extends StatusError {}
 export class Draining extends ServerUnavailable {}
 /** `timeoutMs` passed; the server has stopped the job. */
 export class DeadlineExceeded extends StatusError {}
+/** The job waited in the queue for longer than its `maxQueueTimeMs`. */
+export class QueueTimeExceeded extends DeadlineExceeded {}
 /** The call was cancelled, by this side or by the server. */
 export class Cancelled extends StatusError {}
 /** The server wants a token, or another one. */
@@ -174,6 +186,10 @@ const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
   LORA_NOT_FOUND: LoraNotFound,
   UPLOAD_NOT_FOUND: UploadNotFound,
   JOB_NOT_FOUND: JobNotFound,
+  IMAGE_NOT_FOUND: ImageNotFound,
+  JOB_NOT_ENDED: JobNotEnded,
+  QUOTA_EXCEEDED: QuotaExceeded,
+  QUEUE_TIME_EXCEEDED: QueueTimeExceeded,
   REQUEST_ID_REUSED: RequestIdReused,
   LORA_INCOMPATIBLE: LoraIncompatible,
   LORA_FORBIDDEN: LoraForbidden,

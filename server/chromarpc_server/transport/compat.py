@@ -111,8 +111,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             parsed.request.output.format = options_pb2.IMAGE_FORMAT_JPEG  # as the reference writes them
         try:
             created = await self._jobs.CreateJob(job_service_pb2.CreateJobRequest(request=parsed.request), caller)
-        except Refusal as refusal:
-            raise _as_the_reference_says_it(refusal, parsed.request) from None
+        except ChromaError as error:
+            raise _as_the_reference_says_it(_refusal(error), parsed.request) from None
         job = created.job
         at = f"{_base_url(caller)}/v1/requests/{job.job_id}"
         warnings = [
