@@ -76,7 +76,7 @@ function Progress({ run }: { run: Run }) {
       <p class="status" role="status" data-state={run.state}>
         {statusOf(run)}
       </p>
-      <progress aria-label="Progress" max={1} {...valueOf(run)} />
+      <progress aria-label="Progress" max={1} {...barOf(run)} />
       {run.reconnects > 0 && <p class="warning">The connection is lost; the job goes on. Trying again …</p>}
       {run.error && (
         <p class="error" role="alert">
@@ -88,7 +88,7 @@ function Progress({ run }: { run: Run }) {
 }
 
 /** What the bar shows: the loading stage, or the steps; it runs to and fro while nothing is known. */
-function valueOf(run: Run): { value?: number } {
+function barOf(run: Run): { value?: number } {
   if (run.loading && !hasEnded(run.state)) return { value: run.loading.fraction };
   if (run.state === "succeeded") return { value: 1 };
   if (hasEnded(run.state) || run.doneSteps > 0) return { value: run.doneSteps / (run.totalSteps || 1) };
