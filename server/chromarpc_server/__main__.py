@@ -149,8 +149,12 @@ def _token(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"chromarpc-server token: {error}", file=sys.stderr)
         return EXIT_USAGE
-    print(f"Add this to the callers file, where it is read within a second:\n\n{entry}", file=sys.stderr)
-    print("The token, for the caller alone; it is not shown again:\n", file=sys.stderr, flush=True)
+    # Everything on standard error is TOML, so that it can be appended to the file as it is.
+    print(
+        f"\n# The token of {options.name} is on standard output and kept nowhere; this lets it in:",
+        file=sys.stderr,
+    )
+    print(entry, file=sys.stderr, flush=True)
     print(token)
     return 0
 

@@ -17,8 +17,11 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
+from chromarpc_server.metrics import Metrics
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings, parse_size
+from chromarpc_server.status_port import StatusPort
+from chromarpc_server.tracing import Tracing
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
@@ -44,6 +47,8 @@ class App:
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._callers: CallersFile | None = None
+        self.metrics_port: int | None = None
+        """Where metrics are served, once they are."""
 
     def reload(self) -> None:
         """Reads the callers file again; certificates are looked at before each connection anyway."""
@@ -91,6 +96,9 @@ class App:
             else None
         )
         access = self._access()
+        version = metadata.version("chromarpc")
+        metrics = None if settings.metrics_port is None else Metrics(version=version)
+        tracing = Tracing(version=version) if settings.traces else None
         await asyncio.to_thread(library.clean)
         engine = Engine(
             choice,
@@ -100,13 +108,14 @@ class App:
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,
             retention=settings.retention(),
+            observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         models = ModelServicer(
             engine,
             serving,
             model_files,
             library,
-            version=metadata.version("chromarpc"),
+            version=version,
             library_versions=library_versions(),
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
         )
@@ -121,7 +130,10 @@ class App:
             models,
             LoraServicer(library, serving, model_files),
             access=access,
+            rules=[] if metrics is None else [metrics.rule],
+            interceptors=[] if tracing is None else [tracing.interceptor()],
         )
+        status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         try:
             stopping = asyncio.create_task(self._stop.wait())
             preloading = asyncio.create_task(self._preload(engine))
@@ -141,6 +153,10 @@ class App:
             stopping.cancel()
         finally:
             await self._shut_down(engine, listening)
+            if status_port is not None:
+                status_port.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
         return self._exit_code
 
     def _access(self) -> Access:
@@ -166,6 +182,20 @@ class App:
             limits.max_connections,
             tls,
         )
+
+    def _open_status_port(self, metrics: Metrics, engine: Engine, listening: Listening) -> StatusPort:
+        health = listening.health
+        metrics.observe_engine(engine, lambda: health.is_ready)
+        port = StatusPort(
+            self._settings.metrics_host,
+            self._settings.metrics_port or 0,
+            metrics.registry,
+            is_alive=lambda: health.is_alive,
+            is_ready=lambda: health.is_ready,
+        )
+        self.metrics_port = port.port
+        log.info("metrics.listening", extra={"host": self._settings.metrics_host, "port": port.port})
+        return port
 
     def _admits(self) -> str:
         settings = self._settings

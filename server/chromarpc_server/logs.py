@@ -10,11 +10,23 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from chromarpc_server.domain.callers import current_caller
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    """What was logged beside the event, and who makes the call that it was logged in."""
+    fields = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    if "caller" not in fields:
+        fields["caller"] = current_caller().name
+    return {key: value for key, value in fields.items() if key != "caller" or value}
+
+
+def _one_line(value: object) -> str:
+    """A value that cannot pretend to be another line or field."""
+    text = str(value)
+    return text if text.isprintable() and '"' not in text and " " not in text else json.dumps(text)
 
 
 class TextFormatter(logging.Formatter):
@@ -23,7 +35,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback below it where there is one."""
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
-        fields = "".join(f" {key}={value}" for key, value in _fields(record).items())
+        fields = "".join(f" {key}={_one_line(value)}" for key, value in _fields(record).items())
         line = f"{time} {record.levelname} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

@@ -274,6 +274,16 @@ class ServerSettings(BaseSettings):
         ByteSize(_RETENTION.keep_bytes), description="memory for pictures of ended jobs; the oldest go first"
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of /metrics, /livez and /readyz; 0 picks a free one; none if unset"
+    )
+    metrics_host: str = Field(
+        "127.0.0.1", description="address to bind for them; they tell no secrets, and ask nobody for a token"
+    )
+    traces: bool = Field(
+        False,
+        description="send OpenTelemetry traces to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs chromarpc[otel]",
+    )
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
 

@@ -130,7 +130,7 @@ def test_a_token_is_shown_once_and_its_entry_lets_it_in(
     shown = capsys.readouterr()
     token = shown.out.strip()
     assert token not in shown.err
-    path = write(tmp_path / "c.toml", "\n".join(shown.err.split("\n\n")[1:2]))
+    path = write(tmp_path / "c.toml", shown.err)
     caller = CallersFile(path).by_token(token)
     assert caller is not None
     assert caller.name == "studio"

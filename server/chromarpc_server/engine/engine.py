@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
@@ -44,11 +45,18 @@ from chromarpc_server.engine.images import (
 from chromarpc_server.engine.job import Cancellation, Job
 from chromarpc_server.engine.job_book import JobBook
 from chromarpc_server.engine.job_log import JobLog
+from chromarpc_server.engine.job_observer import JobObserver, StageDone
 from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
 from chromarpc_server.engine.step_times import StepTimes
 from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone
-from chromarpc_server.pipeline import CheckpointFiles, DeviceChoice, DeviceDescription, describe_device
+from chromarpc_server.pipeline import (
+    CheckpointFiles,
+    DeviceChoice,
+    DeviceDescription,
+    describe_device,
+    used_memory_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +101,13 @@ class Engine:
         budgets: Budgets,
         on_device_lost: Callable[[], None],
         retention: JobRetention | None = None,
+        observers: Sequence[JobObserver] = (),
     ) -> None:
-        """Prepares everything and starts nothing; see `start`."""
+        """Prepares everything and starts nothing; see `start`.
+
+        `observers` are told of every event of every job.
+        """
+        self._observers = tuple(observers)
         self.jobs = JobBook(retention or JobRetention())
         self._choice = choice
         self._model_files = model_files
@@ -155,6 +168,10 @@ class Engine:
         """What the engine is doing now; answers at once."""
         return EngineStatus(len(self._queue) + len(self._fetching), int(self._running is not None), self._snapshot)
 
+    def memory_used_bytes(self) -> int:
+        """What the process holds of the device's memory now, of the host's on a CPU."""
+        return used_memory_bytes(self._choice.device)
+
     async def submit(
         self,
         plan: Plan,
@@ -209,6 +226,8 @@ class Engine:
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
         job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name, fingerprint=fingerprint)
         job.log = JobLog(lambda: self._ended(job))
+        for observer in self._observers:
+            job.log.observe(partial(observer.on_event, job), observer.on_read)
         job.log.append(Accepted(job.id, plan))
         self.jobs.add(job)
         if plan.max_queue_s is not None:
@@ -415,6 +434,9 @@ class Engine:
                 task = asyncio.create_task(self._encode(waiting, report))
                 waiting.encodings.add(task)
                 task.add_done_callback(waiting.encodings.discard)
+            case StageDone():
+                for observer in self._observers:
+                    observer.on_stage(job, report)
             case Step():
                 prompt = job.plan.prompts[report.prompt_index]
                 pixels = prompt.width * prompt.height
@@ -461,12 +483,15 @@ class Engine:
         if job.log.closed:
             return
         job.log.append(Completed(timings, done.peak_memory_bytes, waiting.images))
-        log.info("job.completed", extra={"job_id": job.id, "images": waiting.images, **_rounded(timings)})
+        log.info(
+            "job.completed",
+            extra={"job_id": job.id, "caller": job.owner, "images": waiting.images, **_rounded(timings)},
+        )
 
     def _end_early(self, job: Job, error: ChromaError) -> None:
         if job.log.closed:
             return
-        fields: dict[str, object] = {"job_id": job.id, "reason": error.reason}
+        fields: dict[str, object] = {"job_id": job.id, "caller": job.owner, "reason": error.reason}
         if job.cancellation.requested_at is not None:
             fields["freed_after_ms"] = round(1000 * (time.monotonic() - job.cancellation.requested_at), 1)
         if job.started_at is not None:
@@ -480,7 +505,11 @@ class Engine:
 
     def _unforeseen(self, job: Job, error: Exception) -> InternalError:
         error_id = uuid.uuid4().hex[:12]
-        log.error("job.internal_error", exc_info=error, extra={"job_id": job.id, "error_id": error_id})
+        log.error(
+            "job.internal_error",
+            exc_info=error,
+            extra={"job_id": job.id, "caller": job.owner, "error_id": error_id},
+        )
         return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
 
     def _tell_positions(self) -> None:

@@ -49,6 +49,15 @@ class JobLog:
         self._last_sequence = 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._on_append: list[Callable[[Event], None]] = []
+        self._on_read: list[Callable[[LoggedEvent], None]] = []
+
+    def observe(self, on_append: Callable[[Event], None], on_read: Callable[[LoggedEvent], None]) -> None:
+        """Has one function called with every event that is added, one with every event that a reader
+        has taken that followed when it happened.
+        """
+        self._on_append.append(on_append)
+        self._on_read.append(on_read)
 
     @property
     def closed(self) -> bool:
@@ -90,6 +99,8 @@ class JobLog:
         if self._closed:
             self._ending = self._entries[-1]
             self._on_end()
+        for observe in self._on_append:
+            observe(event)
 
     def _coalesce(self, kind: type[object]) -> None:
         limit = KEPT_UNREAD.get(kind)
@@ -113,6 +124,7 @@ class JobLog:
             idle_s: yield None whenever nothing has happened for so many seconds.
         """
         sequence = after_sequence
+        seen_before = self._last_sequence
         while True:
             changed = self._changed
             entry = self._next_after(sequence)
@@ -125,4 +137,7 @@ class JobLog:
                     yield None
                 continue
             yield entry
+            if entry.sequence > seen_before:
+                for observe in self._on_read:
+                    observe(entry)
             sequence = entry.sequence

@@ -21,6 +21,7 @@ from chromarpc_server.domain.events import (
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
 from chromarpc_server.engine.images import RenderedImage, RenderedPreview
 from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.job_observer import StageDone
 from chromarpc_server.engine.model_cache import ModelCache, SetKey
 from chromarpc_server.engine.prepared import prepared_event
 from chromarpc_server.pipeline import (
@@ -37,7 +38,7 @@ from chromarpc_server.pipeline import (
     translate_device_error,
 )
 
-Report = Event | RenderedImage | RenderedPreview
+Report = Event | RenderedImage | RenderedPreview | StageDone
 Emit = Callable[[Report], None]
 
 
@@ -51,16 +52,19 @@ class WorkDone:
 
 @dataclass
 class _Clock:
-    """Seconds by stage, filled in as the job goes along."""
+    """Seconds by stage, filled in and told as the job goes along."""
 
+    emit: Emit
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
 
-    def lap(self, stage: str) -> None:
+    def lap(self, stage: str, prompt_index: int | None = None) -> None:
         """Books the time since the last lap to `stage`."""
         now = time.monotonic()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        spent_s = now - self._since
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
         self._since = now
+        self.emit(StageDone(stage, spent_s, time.time_ns(), prompt_index))
 
 
 class DeviceWorker:
@@ -107,7 +111,7 @@ class DeviceWorker:
         self, plan: Plan, job: Job, files: CheckpointFiles, cancellation: Cancellation, emit: Emit
     ) -> WorkDone:
         reset_peak_memory(self._choice.device)
-        clock = _Clock()
+        clock = _Clock(emit)
         check = cancellation.check
         check()
         progress = _LoadingEvents(emit)
@@ -134,7 +138,7 @@ class DeviceWorker:
             check()
             embedding = pipeline.encode(tokens)
             synchronize(self._choice.device)
-            clock.lap("text_encoding_s")
+            clock.lap("text_encoding_s", index)
             check()
             self._draw(pipeline, embedding, plan, index, remaining=remaining, check=check, clock=clock, emit=emit)
         return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
@@ -189,11 +193,11 @@ class DeviceWorker:
             latents = done.latents
             check()
             started = time.monotonic()
-        clock.lap("denoising_s")
+        clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
         pixels = pipeline.decode(latents, prompt.width, prompt.height)
-        clock.lap("decoding_s")
+        clock.lap("decoding_s", index)
         check()
         emit(RenderedImage(index, prompt.seed, pixels))
 

@@ -25,6 +25,7 @@ from chromarpc_server.pipeline.device import (
     reset_peak_memory,
     synchronize,
     translate_device_error,
+    used_memory_bytes,
 )
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
@@ -61,4 +62,5 @@ __all__ = [
     "served_profiles",
     "synchronize",
     "translate_device_error",
+    "used_memory_bytes",
 ]

@@ -117,6 +117,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def used_memory_bytes(device: torch.device) -> int:
+    """What the process holds now: of the device as torch's allocator counts it, or of the host on a CPU.
+
+    Makes no call to the device, so any thread may ask.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory_bytes(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """What can be allocated now, with what torch holds unused on a GPU."""
     if device.type == "cuda":

@@ -2,11 +2,13 @@
 
 A rule is an async context manager around the handler: what it does before may refuse the call by raising, what it
 does afterwards sees how the handler ended. The request's bytes are parsed inside all of them, so that bytes nobody
-vouches for are not parsed at all, and bytes that are no message are told as such.
+vouches for are not parsed at all, and bytes that are no message are told as such. They are received inside, too:
+gRPC would otherwise wait for a request's last byte before anyone may refuse it, however slowly it comes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import uuid
@@ -18,10 +20,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter
+from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter, JobDeadlineExceeded
 from chromarpc_server.transport.status import code_of, trailing_metadata
 
 log = logging.getLogger(__name__)
+
+RECEIVE_TIMEOUT_S = 30.0
+"""Between a call's begin and the last byte of its request."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Rules(grpc.aio.ServerInterceptor):
     """Runs every handler inside the rules, the first one outermost."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        """`rules`: in order; what any of them, or the handler, raises ends the call with its status."""
-        self._rules = (errors_told, *rules)
+        """`rules`: what any of them, or the handler, raises ends the call with its status."""
+        self._rules = tuple(rules)
 
     async def intercept_service(
         self,
@@ -62,13 +67,13 @@ class Rules(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 self._answer(handler.unary_unary, method, handler.request_deserializer),
                 None,
                 handler.response_serializer,
             )
         if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(
+            return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, method, handler.request_deserializer),
                 None,
                 handler.response_serializer,
@@ -89,46 +94,99 @@ class Rules(grpc.aio.ServerInterceptor):
             yield
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
-        async def ruled(request: bytes, context: Any) -> Any:
-            async with self._within(Call(method, context, streams=False)):
-                return await answer(_parsed(request, parse), context)
+        async def ruled(requests: AsyncIterator[bytes], context: Any) -> Any:
+            try:
+                async with self._within(Call(method, context, streams=False)):
+                    return await answer(await _only(requests, parse), context)
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            try:
+                return await _end(context, ending)
+            finally:
+                del ending, requests, context
 
         return ruled
 
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
-        async def ruled(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-            async with self._within(Call(method, context, streams=True)):
-                answers = stream(request if parse is None else _parsed(request, parse), context)
-                try:
-                    async for response in answers:
-                        yield response
-                finally:
-                    await answers.aclose()
+        async def ruled(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+            try:
+                async with self._within(Call(method, context, streams=True)):
+                    answers = stream(requests if parse is None else await _only(requests, parse), context)
+                    try:
+                        async for response in answers:
+                            yield response
+                    finally:
+                        await answers.aclose()
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            else:
+                return
+            try:
+                await _end(context, ending)
+            finally:
+                del ending, requests, context
 
         return ruled
 
 
-def _parsed(request: bytes, parse: Callable[[bytes], Any]) -> Any:
+async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+    """The one message of a request that is no stream.
+
+    Raises:
+        InvalidParameter: there is none, or its bytes are not one.
+        JobDeadlineExceeded: it does not arrive.
+    """
+    messages = aiter(requests)
+    try:
+        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+            request = await anext(messages)
+    except StopAsyncIteration:
+        raise InvalidParameter("the call carries no request") from None
+    except TimeoutError:
+        message = f"the request did not arrive within {RECEIVE_TIMEOUT_S:g} s"
+        raise JobDeadlineExceeded(message) from None
+    finally:
+        if isinstance(messages, AsyncGenerator):
+            # It and what made it hold each other until it ends.
+            await messages.aclose()
     try:
         return parse(request)
     except DecodeError:
         raise InvalidParameter("the request's bytes are not a message of this method") from None
 
 
-@asynccontextmanager
-async def errors_told(call: Call) -> AsyncIterator[None]:
-    """Ends the call with the error's status; one that nobody foresaw is INTERNAL, with an id that the log has."""
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except ChromaError as error:
-        await _abort(call.context, error)
-    except Exception:
+_Ending = ChromaError | grpc.aio.AbortError
+
+
+def _ending(method: str, error: Exception) -> _Ending:
+    """What the call ends with; an error that nobody foresaw is INTERNAL, with an id that the log has.
+
+    The frames that the error went through hold it, and it holds them, with the request in them: let go here, they
+    are freed at once rather than by a garbage collection that may be a hundred thousand calls away.
+    """
+    if not isinstance(error, _Ending):
         error_id = uuid.uuid4().hex[:12]
-        log.exception("rpc.internal_error", extra={"method": call.method, "error_id": error_id})
-        await _abort(call.context, InternalError(f"internal error {error_id}", metadata={"error_id": error_id}))
+        log.error("rpc.internal_error", exc_info=error, extra={"method": method, "error_id": error_id})
+        _let_go(error)
+        return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
+    _let_go(error)
+    return error
 
 
-async def _abort(context: Any, error: ChromaError) -> None:
-    await context.abort(code_of(error), error.message[:1000], trailing_metadata(error))
+def _let_go(error: BaseException | None) -> None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__context__
+
+
+async def _end(context: Any, ending: _Ending) -> None:
+    """Ends the call with the status of an error, unless the handler has done so already."""
+    try:
+        if isinstance(ending, grpc.aio.AbortError):
+            raise ending
+        await context.abort(code_of(ending), ending.message[:1000], trailing_metadata(ending))
+    finally:
+        # gRPC keeps the error that ends the call, and the error keeps this frame.
+        del ending, context

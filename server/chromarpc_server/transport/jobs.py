@@ -86,7 +86,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         """Lists the caller's jobs, newest first."""
         size = _page_size(request.page_size)
         after = _read_token(request.page_token) if request.page_token else None
-        since = request.created_after.ToDatetime(UTC) if request.HasField("created_after") else None
+        since = _time(request.created_after, "created_after") if request.HasField("created_after") else None
         found = []
         for job in self._engine.jobs.newest_first(current_caller().name):
             if after is not None and (job.created.timestamp(), job.id) >= after:
@@ -214,6 +214,18 @@ def _timestamp(time: datetime) -> Timestamp:
     return message
 
 
+def _time(timestamp: Timestamp, field: str) -> datetime:
+    """A timestamp that a client sent.
+
+    Raises:
+        InvalidParameter: it is none.
+    """
+    try:
+        return timestamp.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidParameter("is not a time", field=field) from None
+
+
 def _page_size(asked: int) -> int:
     if not 0 <= asked <= MAX_PAGE_SIZE:
         raise InvalidParameter(f"must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}", field="page_size")
@@ -228,5 +240,5 @@ def _read_token(token: str) -> tuple[float, str]:
     try:
         created, job_id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
         return float(created), str(job_id)
-    except (ValueError, TypeError, binascii.Error, RecursionError):
+    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError):
         raise InvalidParameter("not a token that this server gave", field="page_token") from None

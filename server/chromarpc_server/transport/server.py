@@ -62,6 +62,9 @@ def channel_options(max_request_bytes: int, max_connections: int) -> list[tuple[
         ("grpc.http2.settings_timeout", 10_000),
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+        # Streams that are opened and reset at once pile up here; beyond it anybody's call may be cancelled.
+        ("grpc.server.max_pending_requests", 8_192),
+        ("grpc.server.max_pending_requests_hard_limit", 16_384),
         ("grpc.so_reuseport", 0),
     ]
 

@@ -1,0 +1,61 @@
+"""Log lines: the job and its caller in each, and nobody forges one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chromarpc
+from chromarpc_server.domain.callers import Caller, set_current_caller
+from chromarpc_server.logs import JsonFormatter, TextFormatter
+from tests.conftest import RunningServer
+from tests.security.conftest import TOKENS
+
+
+def record(**fields: Any) -> logging.LogRecord:
+    return logging.getLogger("chromarpc_server").makeRecord(
+        "chromarpc_server", logging.INFO, __file__, 1, "job.accepted", (), None, extra=fields
+    )
+
+
+def test_text_stays_on_its_line_and_fields_apart() -> None:
+    line = TextFormatter().format(record(job_id="j", path="a\n12:00:00 INFO forged", name_="x y=1", count=3))
+    assert line.endswith(r'INFO job.accepted job_id=j path="a\n12:00:00 INFO forged" name_="x y=1" count=3')
+
+
+def test_json_is_one_object() -> None:
+    entry = json.loads(JsonFormatter().format(record(job_id="j", path="a\nb")))
+    assert (entry["event"], entry["level"], entry["job_id"], entry["path"]) == (
+        "job.accepted",
+        "info",
+        "j",
+        "a\nb",
+    )
+    assert "caller" not in entry
+
+
+async def test_whoever_calls_is_in_every_line_of_the_call() -> None:
+    set_current_caller(Caller("alice"))
+    assert json.loads(JsonFormatter().format(record()))["caller"] == "alice"
+    assert json.loads(JsonFormatter().format(record(caller="bob")))["caller"] == "bob"
+    assert "caller=alice" in TextFormatter().format(record())
+
+
+def test_a_job_s_lines_have_its_id_and_its_caller(
+    serve: Callable[..., RunningServer],
+    callers_file: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="chromarpc_server")
+    server = serve(callers=callers_file())
+    with chromarpc.Client(server.target, token=TOKENS["alice"]) as client:
+        client.generate_images("a", model="chroma-mini", width=64, height=64, sample_steps=1)
+    lines = [found for found in caplog.records if found.getMessage().startswith("job.")]
+    assert [found.getMessage() for found in lines] == ["job.accepted", "job.completed"]
+    assert {found.__dict__["caller"] for found in lines} == {"alice"}
+    assert len({found.__dict__["job_id"] for found in lines}) == 1

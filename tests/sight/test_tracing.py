@@ -1,0 +1,118 @@
+"""Traces of a real server: a call and its job are one trace, with a span for every stage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+import chromarpc
+from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
+from chromarpc_server import app as app_module
+from chromarpc_server.tracing import Tracing
+from tests.conftest import RunningServer
+
+SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+class Kept(SpanExporter):
+    def __init__(self) -> None:
+        self.spans: list[ReadableSpan] = []
+
+    def export(self, spans: Any) -> SpanExportResult:
+        self.spans += spans
+        return SpanExportResult.SUCCESS
+
+
+@pytest.fixture
+def traced(serve: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> tuple[RunningServer, Kept]:
+    kept = Kept()
+    monkeypatch.setattr(app_module, "Tracing", lambda *, version: Tracing(version=version, exporter=kept))
+    return serve(traces=True), kept
+
+
+def test_a_call_and_its_job_are_one_trace(traced: tuple[RunningServer, Kept]) -> None:
+    server, kept = traced
+    prompts = [
+        generation_service_pb2.Prompt(prompt=f"planted {index}", width=64, height=64, sample_steps=2)
+        for index in range(2)
+    ]
+    request = generation_service_pb2.GenerateRequest(model="chroma-mini", prompts=prompts, hf_token="hf_planted")
+    with grpc.insecure_channel(server.target) as channel:
+        list(
+            generation_service_pb2_grpc.GenerationServiceStub(channel).Generate(
+                request, metadata=(("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"), ("x-secret", "planted"))
+            )
+        )
+    server.stop()
+    assert {f"{span.context.trace_id:032x}" for span in kept.spans if span.context} == {TRACE_ID}
+    by_name: dict[str, list[ReadableSpan]] = {}
+    for span in kept.spans:
+        by_name.setdefault(span.name, []).append(span)
+    assert {name: len(spans) for name, spans in by_name.items()} == {
+        "/chromarpc.v1.GenerationService/Generate": 1,
+        "job": 1,
+        "queue": 1,
+        "load": 1,
+        "encode": 2,
+        "steps": 2,
+        "decode": 2,
+    }
+    (call,), (job,) = by_name["/chromarpc.v1.GenerationService/Generate"], by_name["job"]
+    assert call.parent is not None
+    assert f"{call.parent.span_id:016x}" == PARENT_ID
+    assert job.parent is not None
+    assert call.context is not None
+    assert job.parent.span_id == call.context.span_id
+    assert job.attributes is not None
+    assert job.attributes["chromarpc.images"] == 2
+    stages = [span for name in ("queue", "load", "encode", "steps", "decode") for span in by_name[name]]
+    assert all(span.parent is not None and span.parent.span_id == job.context.span_id for span in stages)
+    assert [span.attributes["chromarpc.prompt_index"] for span in by_name["steps"]] == [0, 1]
+    ends = sorted((span.start_time, span.end_time, span.name) for span in stages)
+    assert [name for _, _, name in ends] == ["queue", "load", *["encode", "steps", "decode"] * 2]
+    assert job.resource.attributes["service.name"] == "chromarpc"
+    assert "planted" not in "".join(span.to_json() for span in kept.spans)
+
+
+def test_a_failed_job_and_a_refused_call_say_so(traced: tuple[RunningServer, Kept]) -> None:
+    server, kept = traced
+    with chromarpc.Client(server.target) as client:
+        client.health()
+        with pytest.raises(chromarpc.ModelNotFound):
+            list(client.generate("a", model="nothing"))
+        running = client.generate("a", **{**SMALL, "width": 256, "height": 256, "sample_steps": 150})
+        assert any(isinstance(event, chromarpc.Step) for event in running)
+        running.cancel()
+        client.generate_images("a", **SMALL)
+    server.stop()
+    assert not any("health" in span.name.lower() for span in kept.spans)
+    codes = [
+        span.attributes["rpc.grpc.status_code"]
+        for span in kept.spans
+        if span.attributes and "rpc.grpc.status_code" in span.attributes
+    ]
+    assert grpc.StatusCode.NOT_FOUND.value[0] in codes
+    (cancelled,) = [
+        span for span in kept.spans if span.name == "job" and span.attributes and "error.type" in span.attributes
+    ]
+    assert cancelled.attributes is not None
+    assert cancelled.attributes["error.type"] == "CANCELLED"
+
+
+def test_without_the_extra_the_start_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['opentelemetry.sdk.trace'] = None\n"
+        "from chromarpc_server.__main__ import main\n"
+        "main(['--traces', '--port', '0', '--device', 'cpu'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'pip install "chromarpc[server,otel]"' in done.stderr
