@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -17,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, Gateway
-from chromarpc_server.gateway.envoy import Envoy, GatewayError
+from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, PAGE, Gateway, deployed_yaml
+from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
 from tests.conftest import RunningServer
 
 ENDED = ("succeeded", "failed", "canceled")
@@ -301,3 +302,14 @@ async def test_a_port_in_use_is_told() -> None:
         with pytest.raises(GatewayError, match="did not start"):
             await envoy.start()
         await envoy.stop()
+
+
+def test_the_file_for_an_envoy_of_ones_own(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = deployed_yaml()
+    assert (root / "deploy/envoy.yaml").read_text() == text, "run `make page`"
+    here = text.replace("/etc/chromarpc/chromarpc.v1.binpb", str(root / "protos/chromarpc.v1.binpb"))
+    (tmp_path / "envoy.yaml").write_text(here.replace("/etc/chromarpc/page", str(PAGE)))
+    command = [envoy_path(), "--mode", "validate", "-c", tmp_path / "envoy.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr

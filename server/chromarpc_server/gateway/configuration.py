@@ -120,3 +120,10 @@ def _transport_socket(gateway: Gateway) -> str:
     }
     socket = {"name": "envoy.transport_sockets.tls", "typed_config": context}
     return f"      transport_socket: {json.dumps(socket)}"
+
+
+def deployed_yaml() -> str:
+    """What deploy/envoy.yaml holds: a server named `chromarpc`, and all files in /etc/chromarpc."""
+    folder = Path("/etc/chromarpc")
+    gateway = Gateway(web_host="0.0.0.0", web_port=8080, grpc_host="chromarpc", grpc_port=50051)  # noqa: S104
+    return envoy_yaml(gateway, descriptor=folder / "chromarpc.v1.binpb", page=folder / "page")
