@@ -73,7 +73,8 @@ def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
         if not config.is_file():
             print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
             return None
-        kind.model_config["toml_file"] = config
+    before = kind.model_config.get("toml_file")
+    kind.model_config["toml_file"] = config or before
     try:
         return CliApp.run(kind, cli_args=arguments)
     except ValidationError as error:
@@ -85,6 +86,8 @@ def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
     except SettingsError as error:
         print(f"chromarpc-server: {error}", file=sys.stderr)
         return None
+    finally:
+        kind.model_config["toml_file"] = before
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
