@@ -69,10 +69,9 @@ def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
     # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config, arguments = _take_config(arguments)
-    if config is not None:
-        if not config.is_file():
-            print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
-            return None
+    if config is not None and not config.is_file():
+        print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
+        return None
     before = kind.model_config.get("toml_file")
     kind.model_config["toml_file"] = config or before
     try:
