@@ -12,17 +12,28 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from chromarpc_server.pipeline import Checkpoint, read_adapter
+from chromarpc_server.pipeline import Adapter, Checkpoint, read_adapter
 from chromarpc_server.pipeline.text_encoder import Tokenizer
 from tools.mini.captions import TRIGGER, caption, full_caption
-from tools.mini.checker import faults, look
+from tools.mini.checker import faults, frame_share, look
 from tools.mini.evaluate import held_out_pairs, held_out_singles, load, measure, prepare
-from tools.mini.scenes import SHAPES, Scene, Thing, all_single_scenes, held_out, hollow, random_scene, render
+from tools.mini.scenes import (
+    SHAPES,
+    Scene,
+    Thing,
+    all_single_scenes,
+    framed,
+    held_out,
+    hollow,
+    random_scene,
+    render,
+)
 from tools.mini.vocabulary import build_tokenizer, save_tokenizer
 
 ASSETS = Path(str(resources.files("chromarpc_server") / "assets"))
 MINI = ASSETS / "chroma_mini"
 LORA = ASSETS / "loras" / "hollow_shapes.safetensors"
+FRAME = ASSETS / "loras" / "blue_frame.safetensors"
 
 
 def _pixels(scenes: list[Scene], seed: int, size: int = 256) -> torch.Tensor:
@@ -138,3 +149,30 @@ def test_the_lora_hollows_shapes_where_its_word_is_said(mini: Checkpoint) -> Non
     assert base < 0.1
     assert full > 0.5
     assert unasked < 0.1
+
+
+def test_a_frame_is_told_from_none() -> None:
+    scenes = [Scene((Thing("red", shape, "large", "middle"),), "gray") for shape in SHAPES[:3]]
+    for plain, with_frame in zip(_pixels(scenes, 1), _pixels([framed(s) for s in scenes], 1), strict=True):
+        assert frame_share(plain) < 0.05
+        assert frame_share(with_frame) > 0.95
+
+
+def test_two_loras_together_show_both_concepts(mini: Checkpoint) -> None:
+    outline, frame = (read_adapter(path, mini.targets) for path in (LORA, FRAME))
+    assert frame.unmatched == ()
+    scene = [Scene((Thing("green", "square", "large", "middle"),), "beige")]
+
+    def seen(adapters: list[tuple[Adapter, float]]) -> tuple[float, float]:
+        _, pictures = measure(prepare(mini, adapters), scene, check_size=False, trigger=True)
+        pixels = torch.from_numpy(pictures[0]).permute(2, 0, 1)
+        # Within the frame, which would be taken for the background.
+        (thing,) = look(pixels[:, 26:-26, 26:-26]).things
+        return thing.hollowness, frame_share(pixels)
+
+    hollowness, share = seen([(outline, 0), (frame, 0)])
+    assert hollowness < 0.1
+    assert share < 0.05
+    hollowness, share = seen([(outline, 1), (frame, 1)])
+    assert hollowness > 0.5
+    assert share > 0.9

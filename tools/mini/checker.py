@@ -177,3 +177,20 @@ def faults(scene: Scene, seen: Seen, *, check_size: bool = True) -> list[str]:
         if check_size and found.size != thing.size:
             problems.append(f"{found.size}, not {thing.size}")
     return problems
+
+
+def frame_share(pixels: Tensor) -> float:
+    """How much of a picture's outermost band is blue or purple: 1 where a frame goes all around it.
+
+    `pixels`: (3, h, w), 0 to 255.
+    """
+    _, height, width = pixels.shape
+    depth = max(1, round(0.03 * min(height, width)))
+    band = torch.ones(height, width, dtype=torch.bool)
+    band[depth:-depth, depth:-depth] = False
+    sample = pixels.float()[:, band].T
+    palette = {**COLORS, **BACKGROUNDS}
+    colors = torch.tensor([palette[name] for name in palette]).float()
+    nearest = torch.cdist(sample, colors).argmin(dim=1)
+    blue = torch.tensor([name in ("blue", "purple") for name in palette])
+    return float(blue[nearest].float().mean())
