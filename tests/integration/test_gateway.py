@@ -16,10 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2_grpc
 
+from chromarpc.compat.v1 import inference_service_pb2_grpc
+from chromarpc.v1 import job_event_pb2, job_service_pb2
 from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, PAGE, Gateway, deployed_yaml
 from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
+from chromarpc_server.transport.compat import InferenceServicer
+from chromarpc_server.transport.health import HealthServicer
 from tests.conftest import RunningServer
 
 ENDED = ("succeeded", "failed", "canceled")
@@ -313,3 +319,40 @@ def test_the_file_for_an_envoy_of_ones_own(tmp_path: Path) -> None:
     command = [envoy_path(), "--mode", "validate", "-c", tmp_path / "envoy.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+class _LargePicture:
+    """Stands for the job service: one picture of 25 MB, in parts of 1 MiB."""
+
+    SIZE = 25_000_000
+
+    async def GetImage(self, request: Any, context: Any) -> Any:  # noqa: N802
+        yield job_service_pb2.GetImageResponse(
+            image_header=job_event_pb2.ImageHeader(media_type="image/png", size_bytes=self.SIZE)
+        )
+        for offset in range(0, self.SIZE, 2**20):
+            data = bytes(min(2**20, self.SIZE - offset))
+            chunk = job_event_pb2.ImageChunk(offset_bytes=offset, data=data)
+            yield job_service_pb2.GetImageResponse(image_chunk=chunk)
+
+
+async def test_an_image_of_25_mb() -> None:
+    server = grpc.aio.server()
+    servicer = InferenceServicer(_LargePicture(), None)  # type: ignore[arg-type]
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+    health = HealthServicer(())
+    health.set_ready(True)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    def fetch() -> Answer:
+        with gateway_to(port) as web:
+            wait_until_served(web)
+            return web.ask("/v1/requests/a/images/0")
+
+    answer = await asyncio.to_thread(fetch)
+    health.close()
+    await server.stop(0)
+    assert answer.headers["content-type"] == "image/png"
+    assert len(answer.body) == _LargePicture.SIZE

@@ -98,7 +98,7 @@ describe("the page", { skip: noBrowser }, () => {
     await fill(tab, { Prompt: CIRCLE, ...LONG });
     await draw(tab);
     await status(tab, /Step \d+ of 150/);
-    await tab.getByRole("button", { name: "Cancel" }).click();
+    await tab.getByRole("button", { name: "Cancel", exact: true }).click();
     assert.match(await status(tab, /Cancelled/), /Cancelled after \d+ of 150 steps/);
     await shot(tab, "cancelled");
     assert.deepEqual(tab.complaints, []);
@@ -108,14 +108,14 @@ describe("the page", { skip: noBrowser }, () => {
   test("a reload comes back to the run", async (context) => {
     if (!(await stack.hasJobs())) return context.skip("this server has no JobService");
     const tab = await open(browser, stack.url);
-    await fill(tab, { Prompt: CIRCLE, Width: "512", Height: "512", Steps: "40" });
+    await fill(tab, { Prompt: CIRCLE, Width: "256", Height: "256", Steps: "150" });
     await draw(tab);
-    await status(tab, /Step \d+ of 40/);
+    await status(tab, /Step \d+ of 150/);
     await tab.reload();
-    assert.match(await status(tab, /Step \d+ of 40/), /Step \d+/);
+    assert.match(await status(tab, /Step \d+ of 150/), /Step \d+/);
     await tab.locator("img.preview").waitFor();
     await shot(tab, "reattached");
-    await tab.getByRole("button", { name: "Cancel" }).click();
+    await tab.getByRole("button", { name: "Cancel", exact: true }).click();
     await status(tab, /Cancelled/);
     assert.equal(await tab.getByLabel("Prompt", { exact: true }).inputValue(), CIRCLE);
     assert.deepEqual(tab.complaints, []);
@@ -310,7 +310,7 @@ describe("the page", { skip: noBrowser }, () => {
       await tab.getByText("The server cannot be reached").waitFor({ state: "detached" });
       // A server that keeps its jobs goes on; one that does not says so.
       await tab.locator(".status", { hasText: /Failed|Step|Starting|queue/ }).waitFor();
-      const cancel = tab.getByRole("button", { name: "Cancel" });
+      const cancel = tab.getByRole("button", { name: "Cancel", exact: true });
       if (await cancel.count()) await cancel.click();
       await fill(tab, { Width: "64", Height: "64", Steps: "2" });
       await draw(tab);

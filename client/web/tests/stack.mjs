@@ -14,7 +14,8 @@ const ROOT = fileURLToPath(new URL("../../../", import.meta.url));
 /** The server's command. */
 export const COMMAND = process.env.CHROMARPC_SERVER ?? path.join(ROOT, ".venv/bin/chromarpc-server");
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const PATIENCE_MS = 30_000;
+/** Generous, for machines of two busy cores. */
+const PATIENCE_MS = 90_000;
 export const LORA_ROOT = path.join(ROOT, "server/chromarpc_server/assets/loras");
 /** Where screenshots go; nowhere unless asked for. */
 const SHOTS = process.env.SHOTS;
