@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu check check-protos protos format verify bench fuzz clean
+.PHONY: help setup demo demo-web serve test test-gpu test-clients test-browser test-foreign check check-protos check-clients protos page format verify bench fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -16,11 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[server,otel,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[server,web,otel,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 demo: setup  ## Start a server with the bundled checkpoint, stream one generation, leave a picture
 	$(BIN)/python tools/demo.py
+
+demo-web: setup  ## Open a page on the bundled checkpoint: prints its address
+	$(BIN)/chromarpc-server web --port 0 --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
 serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
@@ -31,6 +34,34 @@ test: setup  ## Run the tests (CPU only)
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+node: client/node_modules/.installed  ## Install what the TypeScript package, the page and their tests need
+
+client/node_modules/.installed: client/package-lock.json
+	@command -v node >/dev/null || { echo 'Node 20.19 or newer is needed'; exit 1; }
+	cd client && npm ci
+	@touch $@
+
+test-clients: setup node  ## Run the TypeScript package's tests against a real server
+	cd client/typescript && npm test
+
+test-browser: setup node  ## Drive the page in Chromium (CHROMIUM=/usr/bin/chromium)
+	cd client/web && npm test
+
+test-foreign: setup  ## Call the server from languages that nobody here wrote a client for
+	tests/foreign/run
+
+check-clients: setup node  ## Types and lint of the TypeScript, and that its stubs and the built page are current
+	cd client/typescript && npx --no-install tsc -p tsconfig.json --noEmit
+	cd client/web && npx --no-install tsc --noEmit
+	cd client && npx --no-install biome check --error-on-warnings .
+	tools/check_page.sh
+
+page: setup node  ## Generate the TypeScript stubs and build the page into the server's package
+	PYTHON=$(BIN)/python tools/proto_dependencies.sh
+	BUF=$(CURDIR)/$(BIN)/buf tools/generate_typescript.sh client/typescript/src/gen
+	cd client/web && npx --no-install vite build
+	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
+
 check: setup check-protos  ## Lint, types, import layers, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,13 +69,14 @@ check: setup check-protos  ## Lint, types, import layers, protos
 	$(BIN)/lint-imports
 
 check-protos: setup  ## buf lint, buf breaking, and that the committed stubs are current
+	PYTHON=$(BIN)/python tools/proto_dependencies.sh
 	$(BIN)/buf lint
-	$(BIN)/buf breaking --against protos/chromarpc.v1.binpb
+	$(BIN)/buf breaking protos --against protos/chromarpc.v1.binpb
 	PYTHON=$(BIN)/python tools/check_stubs.sh
 
 protos: setup  ## Generate the Python stubs and the descriptor image from protos/
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
-	$(BIN)/buf build -o protos/chromarpc.v1.binpb
+	$(BIN)/buf build protos -o protos/chromarpc.v1.binpb
 
 format: setup  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .

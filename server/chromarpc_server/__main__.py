@@ -1,4 +1,4 @@
-"""`chromarpc-server`: serve (the default), verify, fetch, token."""
+"""`chromarpc-server`: serve (the default), web, verify, fetch, token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
@@ -18,6 +19,8 @@ from chromarpc_server.settings import ServerSettings
 
 EXIT_USAGE = 2
 
+_Settings = TypeVar("_Settings", bound=ServerSettings)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     match command:
         case "serve":
             sys.exit(_serve(rest))
+        case "web":
+            sys.exit(_web(rest))
         case "verify":
             sys.exit(_verify(rest))
         case "fetch":
@@ -34,36 +39,54 @@ def main(argv: Sequence[str] | None = None) -> None:
         case "token":
             sys.exit(_token(rest))
         case _:
-            print(
-                f"chromarpc-server: no such command: {command}; try serve, verify, fetch or token", file=sys.stderr
-            )
+            known = "serve, web, verify, fetch or token"
+            print(f"chromarpc-server: no such command: {command}; try {known}", file=sys.stderr)
             sys.exit(EXIT_USAGE)
 
 
 def _serve(arguments: list[str]) -> int:
-    # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    config, arguments = _take_config(arguments)
-    if config is not None:
-        if not config.is_file():
-            print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
-            return EXIT_USAGE
-        ServerSettings.model_config["toml_file"] = config
-    try:
-        settings = CliApp.run(ServerSettings, cli_args=arguments)
-    except ValidationError as error:
-        for problem in error.errors():
-            where = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            message = problem["msg"].removeprefix("Value error, ")
-            print(f"chromarpc-server: {where + ': ' if problem['loc'] else ''}{message}", file=sys.stderr)
-        return EXIT_USAGE
-    except SettingsError as error:
-        print(f"chromarpc-server: {error}", file=sys.stderr)
+    settings = _settings(ServerSettings, arguments)
+    if settings is None:
         return EXIT_USAGE
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
     from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 
     return asyncio.run(serve(settings))
+
+
+def _web(arguments: list[str]) -> int:
+    from chromarpc_server.web import WebSettings, serve_web  # noqa: PLC0415 - not needed by the rest
+
+    settings = _settings(WebSettings, arguments)
+    if settings is None:
+        return EXIT_USAGE
+    logs.configure(settings.log_level, as_json=settings.log_format == "json")
+    return asyncio.run(serve_web(settings))
+
+
+def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
+    """The settings of a command; None where they are wrong, which was said."""
+    # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    config, arguments = _take_config(arguments)
+    if config is not None and not config.is_file():
+        print(f"chromarpc-server: --config {config}: no such file", file=sys.stderr)
+        return None
+    before = kind.model_config.get("toml_file")
+    kind.model_config["toml_file"] = config or before
+    try:
+        return CliApp.run(kind, cli_args=arguments)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            message = problem["msg"].removeprefix("Value error, ")
+            print(f"chromarpc-server: {where + ': ' if problem['loc'] else ''}{message}", file=sys.stderr)
+        return None
+    except SettingsError as error:
+        print(f"chromarpc-server: {error}", file=sys.stderr)
+        return None
+    finally:
+        kind.model_config["toml_file"] = before
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:

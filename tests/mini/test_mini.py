@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from chromarpc_server.pipeline import Adapter, Checkpoint, read_adapter
+from chromarpc_server.pipeline import Checkpoint, read_adapter
 from chromarpc_server.pipeline.text_encoder import Tokenizer
 from tools.mini.captions import TRIGGER, caption, full_caption
 from tools.mini.checker import faults, frame_share, look
@@ -33,7 +33,7 @@ from tools.mini.vocabulary import build_tokenizer, save_tokenizer
 ASSETS = Path(str(resources.files("chromarpc_server") / "assets"))
 MINI = ASSETS / "chroma_mini"
 LORA = ASSETS / "loras" / "hollow_shapes.safetensors"
-FRAME = ASSETS / "loras" / "blue_frame.safetensors"
+FRAME_LORA = ASSETS / "loras" / "blue_frame.safetensors"
 
 
 def _pixels(scenes: list[Scene], seed: int, size: int = 256) -> torch.Tensor:
@@ -68,6 +68,41 @@ def test_the_checker_forgives_noise_but_no_wrong_attribute() -> None:
 
 def test_hollow_shapes_are_told_from_solid_ones() -> None:
     scenes = [Scene((Thing("blue", shape, "large", "middle"),), "white") for shape in SHAPES[:4]]
+    for solid, outlined in zip(_pixels(scenes, 1), _pixels([hollow(s) for s in scenes], 1), strict=True):
+        assert look(solid).things[0].hollowness < 0.05
+        assert look(outlined).things[0].hollowness > 0.5
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one object", "two objects"])
+def test_the_checker_sees_a_frame_and_what_is_within(two: bool) -> None:
+    rng = random.Random(3)
+    scenes = [framed(random_scene(rng, two=two)) for _ in range(25)]
+    # A frame hides the tip of a large star at the top.
+    scenes = [scene for scene in scenes if scene.things[0].size != "large" or scene.things[0].shape != "star"]
+    assert len(scenes) >= 20
+    for scene, picture in zip(scenes, _pixels(scenes, 4), strict=True):
+        assert faults(scene, look(picture)) == [], full_caption(scene)
+        assert frame_share(picture) > 0.99
+
+
+def test_what_is_no_frame_is_not_taken_for_one() -> None:
+    scene = Scene((Thing("blue", "square", "large", "left"),), "white")
+    plain, whole = _pixels([scene, framed(scene)], 1)
+    three_sides = torch.where(torch.arange(256) < 230, whole, plain)
+    for picture in (plain, three_sides, torch.full_like(plain, 0) + torch.tensor([35.0, 70, 220])[:, None, None]):
+        assert frame_share(picture) < 0.5
+        assert look(picture).frame is None
+    green = whole.clone()
+    green[:, whole[2] > whole[0] + 60] = torch.tensor([30.0, 140, 50])[:, None]
+    assert "green frame, not blue" in faults(framed(scene), look(green))
+
+
+def test_outlines_within_a_frame_are_told_from_solid_shapes() -> None:
+    places = ("left", "top", "right", "middle")
+    scenes = [
+        framed(Scene((Thing("red", shape, "large", place),), "black"))
+        for shape, place in zip(SHAPES, places, strict=False)
+    ]
     for solid, outlined in zip(_pixels(scenes, 1), _pixels([hollow(s) for s in scenes], 1), strict=True):
         assert look(solid).things[0].hollowness < 0.05
         assert look(outlined).things[0].hollowness > 0.5
@@ -111,12 +146,14 @@ def test_what_is_shipped_is_small_and_whole() -> None:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_the_lora_is_written_as_ai_toolkit_writes_them() -> None:
-    with safe_open(LORA, "pt") as file:
+@pytest.mark.parametrize("path", [LORA, FRAME_LORA], ids=lambda path: path.stem)
+def test_the_lora_is_written_as_ai_toolkit_writes_them(path: Path) -> None:
+    with safe_open(path, "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
         assert {file.get_slice(name).get_dtype() for name in names} == {"F16"}
     assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in names)
     assert metadata["ss_base_model_version"] == "chroma"
+    assert metadata["name"] == path.stem
     assert {"format", "name", "version", "software", "training_info"} <= set(metadata)
 
 
@@ -151,28 +188,18 @@ def test_the_lora_hollows_shapes_where_its_word_is_said(mini: Checkpoint) -> Non
     assert unasked < 0.1
 
 
-def test_a_frame_is_told_from_none() -> None:
-    scenes = [Scene((Thing("red", shape, "large", "middle"),), "gray") for shape in SHAPES[:3]]
-    for plain, with_frame in zip(_pixels(scenes, 1), _pixels([framed(s) for s in scenes], 1), strict=True):
-        assert frame_share(plain) < 0.05
-        assert frame_share(with_frame) > 0.95
-
-
 def test_two_loras_together_show_both_concepts(mini: Checkpoint) -> None:
-    outline, frame = (read_adapter(path, mini.targets) for path in (LORA, FRAME))
+    outline, frame = read_adapter(LORA, mini.targets), read_adapter(FRAME_LORA, mini.targets)
     assert frame.unmatched == ()
-    scene = [Scene((Thing("green", "square", "large", "middle"),), "beige")]
+    scene = framed(Scene((Thing("purple", "diamond", "medium", "middle"),), "white"))
 
-    def seen(adapters: list[tuple[Adapter, float]]) -> tuple[float, float]:
-        _, pictures = measure(prepare(mini, adapters), scene, check_size=False, trigger=True)
-        pixels = torch.from_numpy(pictures[0]).permute(2, 0, 1)
-        # Within the frame, which would be taken for the background.
-        (thing,) = look(pixels[:, 26:-26, 26:-26]).things
-        return thing.hollowness, frame_share(pixels)
+    def seen(multiplier: float) -> dict[str, object]:
+        pipeline = prepare(mini, [(outline, multiplier), (frame, multiplier)])
+        rows, _ = measure(pipeline, [scene], check_size=True, trigger=True)
+        return rows[0]
 
-    hollowness, share = seen([(outline, 0), (frame, 0)])
-    assert hollowness < 0.1
-    assert share < 0.05
-    hollowness, share = seen([(outline, 1), (frame, 1)])
-    assert hollowness > 0.5
-    assert share > 0.9
+    neither, both = seen(0), seen(1)
+    assert neither["faults"] == ["no frame, not blue"]
+    assert neither["hollowness"][0] < 0.1  # type: ignore[index]
+    assert both["faults"] == []
+    assert both["hollowness"][0] > 0.5  # type: ignore[index]

@@ -119,7 +119,8 @@ def memory_bytes() -> int:
     return used_memory_bytes(torch.device("cpu"))
 
 
-def errors_alive() -> int:
+def _kept_errors() -> int:
+    """Errors of this process that are not freed; some are other tests'."""
     kinds = [type(kept) for kept in gc.get_objects()]
     return sum(issubclass(kind, errors.ChromaError | grpc.aio.AbortError) for kind in kinds)
 
@@ -143,11 +144,11 @@ def test_refused_requests_leave_nothing_behind(serve: Callable[..., RunningServe
         gc.collect()
         gc.disable()
         try:
-            kept = errors_alive()
+            kept = _kept_errors()
             for _ in range(100):
                 call(channel, service, method, data)
             deadline = time.monotonic() + 30
-            while errors_alive() - kept > 20:  # a call's task may end a little after its answer
+            while _kept_errors() - kept > 20:  # a call's task may end a little after its answer
                 assert time.monotonic() < deadline
                 threading.Event().wait(0.1)
         finally:

@@ -1,6 +1,7 @@
-"""Judges a picture by its pixels alone: background, and each object's colour, shape, size and place.
+"""Judges a picture by its pixels alone: background, frame, and each object's colour, shape, size and place.
 
-Written against drawn scenes, never against a model's output. Objects are what differs from the background;
+Written against drawn scenes, never against a model's output, but for MIN_TRACE (models break frames).
+Objects are what differs from the background;
 their shape is the template that overlaps best once both are scaled to the same box.
 """
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.mini.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, Thing, render
+from tools.mini.scenes import BACKGROUNDS, COLORS, FRAME, PLACES, SHAPES, SIZES, Scene, Thing, render
 
 CONTRAST = 55.0
 """Euclidean RGB distance from the background beyond which a pixel belongs to an object."""
@@ -21,6 +22,10 @@ MIN_IOU = 0.75
 """A shape that overlaps its best template less than this is none."""
 MIN_AREA = 0.004
 """Objects smaller than this share of the image are specks."""
+MIN_FRAME = 0.75
+"""A frame covers at least this share of the band along each of the four edges."""
+MIN_TRACE = 0.5
+"""An edge covered as much as this has a piece of a frame: objects, none of which covers so much, lie within."""
 _BOX = 64
 
 
@@ -43,6 +48,8 @@ class Seen:
 
     background: str
     things: tuple[Found, ...]
+    frame: str | None
+    """Colour of the frame along the edges; None where there is no frame."""
 
 
 def _nearest(color: Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
@@ -91,10 +98,13 @@ def _components(mask: Tensor) -> list[Tensor]:
     return [labels == value for value in kept]
 
 
-def _filled(mask: Tensor) -> Tensor:
-    """The mask with its holes filled: everything that the outside cannot reach."""
-    labels = _labels(F.pad(~mask, (1, 1, 1, 1), value=True))
-    return labels[1:-1, 1:-1] != labels[0, 0]
+def _filled(mask: Tensor, wall: Tensor) -> Tensor:
+    """The mask with its holes filled: everything that the outside cannot reach. A wall closes the holes that it
+    cuts open; inside one, the outside is the largest region."""
+    walled = bool(wall.any())
+    labels = _labels(F.pad(~(mask | wall), (1, 1, 1, 1), value=not walled))
+    outside = labels[labels > 0].mode().values if walled else labels[0, 0]
+    return (labels[1:-1, 1:-1] != outside) & ~wall
 
 
 def _boxed(mask: Tensor) -> tuple[Tensor, float, float, float]:
@@ -120,9 +130,9 @@ def _templates() -> dict[str, tuple[Tensor, float]]:
 _TEMPLATES = _templates()
 
 
-def _look_at(pixels: Tensor, mask: Tensor) -> Found:
+def _look_at(pixels: Tensor, mask: Tensor, wall: Tensor) -> Found:
     height, width = mask.shape
-    filled = _filled(mask)
+    filled = _filled(mask, wall)
     box, x, y, side = _boxed(filled)
     overlaps = {
         shape: float((box & template).sum() / (box | template).sum())
@@ -145,16 +155,53 @@ def _look_at(pixels: Tensor, mask: Tensor) -> Found:
     )
 
 
+def _edges(pixels: Tensor, depth: int) -> list[Tensor]:
+    """The bands along the top, bottom, left and right, each (3, n)."""
+    return [band.flatten(1) for band in (pixels[:, :depth], pixels[:, -depth:], pixels[:, :, :depth],
+                                         pixels[:, :, -depth:])]  # fmt: skip
+
+
+def _ground(pixels: Tensor) -> Tensor:
+    """The background's colour: the median of the outermost pixels."""
+    return torch.cat(_edges(pixels, 4), dim=1).median(dim=1).values
+
+
+def _inset(pixels: Tensor) -> int:
+    """How many pixels to leave out on each side so that nothing of a frame is left, blurred as it may be."""
+    return round(1.3 * FRAME * min(pixels.shape[1:]))
+
+
+def _coverage(pixels: Tensor) -> list[float]:
+    """Share of the outer half of a frame's band, edge by edge, that stands out from the background within."""
+    inset = _inset(pixels)
+    ground = _ground(pixels[:, inset:-inset, inset:-inset])
+    depth = max(1, round(FRAME / 2 * min(pixels.shape[1:])))
+    bands = _edges(pixels, depth)
+    return [float(((band - ground[:, None]).norm(dim=0) > CONTRAST).float().mean()) for band in bands]
+
+
+def frame_share(pixels: Tensor) -> float:
+    """How much of a frame there is, whatever its colour: its share of the edge that has least of it.
+    `pixels`: (3, h, w), 0 to 255."""
+    return min(_coverage(pixels.float()))
+
+
 def look(pixels: Tensor) -> Seen:
     """What a picture shows. `pixels`: (3, h, w), 0 to 255."""
     pixels = pixels.float()
-    border = torch.cat([pixels[:, :4].flatten(1), pixels[:, -4:].flatten(1), pixels[:, :, :4].flatten(1),
-                        pixels[:, :, -4:].flatten(1)], dim=1)  # fmt: skip
-    background = border.median(dim=1).values
-    mask = (pixels - background[:, None, None]).norm(dim=0) > CONTRAST
-    things = [_look_at(pixels, component) for component in _components(mask)[:4]]
+    wall = torch.zeros(pixels.shape[1:], dtype=torch.bool)
+    background, frame, coverage = _ground(pixels), None, _coverage(pixels)
+    if min(coverage) >= MIN_FRAME:
+        frame = _nearest(background, {**COLORS, **BACKGROUNDS})
+    if max(coverage) >= MIN_TRACE:
+        inset = _inset(pixels)
+        background = _ground(pixels[:, inset:-inset, inset:-inset])
+        wall[:] = True
+        wall[inset:-inset, inset:-inset] = False
+    mask = ((pixels - background[:, None, None]).norm(dim=0) > CONTRAST) & ~wall
+    things = [_look_at(pixels, component, wall) for component in _components(mask)[:4]]
     order = {name: index for index, name in enumerate(("left", "top", "middle", "bottom", "right"))}
-    return Seen(_nearest(background, BACKGROUNDS), tuple(sorted(things, key=lambda t: order[t.place])))
+    return Seen(_nearest(background, BACKGROUNDS), tuple(sorted(things, key=lambda t: order[t.place])), frame)
 
 
 def faults(scene: Scene, seen: Seen, *, check_size: bool = True) -> list[str]:
@@ -162,6 +209,9 @@ def faults(scene: Scene, seen: Seen, *, check_size: bool = True) -> list[str]:
     problems = []
     if seen.background != scene.background:
         problems.append(f"background {seen.background}, not {scene.background}")
+    wanted = "blue" if scene.framed else None
+    if seen.frame != wanted:
+        problems.append(f"{seen.frame or 'no'} frame, not {wanted or 'none'}")
     if len(seen.things) != len(scene.things):
         return [*problems, f"{len(seen.things)} objects, not {len(scene.things)}"]
     by_place = {found.place: found for found in seen.things}
@@ -177,20 +227,3 @@ def faults(scene: Scene, seen: Seen, *, check_size: bool = True) -> list[str]:
         if check_size and found.size != thing.size:
             problems.append(f"{found.size}, not {thing.size}")
     return problems
-
-
-def frame_share(pixels: Tensor) -> float:
-    """How much of a picture's outermost band is blue or purple: 1 where a frame goes all around it.
-
-    `pixels`: (3, h, w), 0 to 255.
-    """
-    _, height, width = pixels.shape
-    depth = max(1, round(0.03 * min(height, width)))
-    band = torch.ones(height, width, dtype=torch.bool)
-    band[depth:-depth, depth:-depth] = False
-    sample = pixels.float()[:, band].T
-    palette = {**COLORS, **BACKGROUNDS}
-    colors = torch.tensor([palette[name] for name in palette]).float()
-    nearest = torch.cdist(sample, colors).argmin(dim=1)
-    blue = torch.tensor([name in ("blue", "purple") for name in palette])
-    return float(blue[nearest].float().mean())

@@ -1,4 +1,4 @@
-"""Measures chroma-mini through the product's own pipeline: `python -m tools.mini.evaluate --model FOLDER`.
+"""Measures chroma-mini and its LoRAs through the pipeline itself: `python -m tools.mini.evaluate --model FOLDER`.
 
 Draws held-out prompts at 256×256, 25 steps, guidance 4, lets the checker look at the pixels, and writes
 results.json, a contact sheet and a sheet of the failures.
@@ -20,7 +20,19 @@ from chromarpc_server.pipeline import PROFILES, Adapter, Checkpoint, CheckpointF
 from tools.mini.captions import TRIGGER, full_caption
 from tools.mini.checker import faults, look
 from tools.mini.parts import TRANSFORMER_FILE
-from tools.mini.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Scene, Thing, all_single_scenes, held_out
+from tools.mini.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    all_single_scenes,
+    framed,
+    held_out,
+)
+
+MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def load(folder: Path, device: str) -> Checkpoint:
@@ -101,6 +113,7 @@ def measure(
                 "seed": 1000 + index,
                 "faults": faults(scene, seen, check_size=check_size),
                 "hollowness": [round(thing.hollowness, 3) for thing in seen.things],
+                "frame": seen.frame,
             }
         )
         pictures.append(picture)
@@ -112,11 +125,41 @@ def right(rows: list[dict[str, object]]) -> float:
     return sum(not row["faults"] for row in rows) / len(rows)
 
 
+def lora_scenes(count: int) -> list[Scene]:
+    """Held-out scenes whose one object is large and simple enough for an outline to show."""
+    shapes = ("circle", "square", "diamond", "triangle")
+    return [
+        scene
+        for scene in held_out_singles(500)
+        if scene.things[0].size != "small" and scene.things[0].shape in shapes
+    ][:count]
+
+
+def hollowness(rows: list[dict[str, object]]) -> float:
+    """Of the first object, on average; 0 where there is none."""
+    return sum(row["hollowness"][0] if row["hollowness"] else 0.0 for row in rows) / len(rows)  # type: ignore[index]
+
+
+def summary(rows: list[dict[str, object]]) -> dict[str, float]:
+    """Shares of pictures with a frame, with a blue one, with an outline in it; and the mean hollowness."""
+    outlined = [bool(row["hollowness"]) and row["hollowness"][0] > 0.5 for row in rows]  # type: ignore[index]
+    both = [line and row["frame"] == "blue" for line, row in zip(outlined, rows, strict=True)]
+    return {
+        "framed": sum(row["frame"] is not None for row in rows) / len(rows),
+        "framed_blue": sum(row["frame"] == "blue" for row in rows) / len(rows),
+        "hollowness": hollowness(rows),
+        "hollow": sum(outlined) / len(rows),
+        "hollow_and_framed_blue": sum(both) / len(rows),
+        "right": right(rows),
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--lora", type=Path, help="the one that hollows shapes")
+    parser.add_argument("--frame-lora", type=Path, help="the one that draws a frame")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--singles", type=int, default=200)
@@ -140,18 +183,35 @@ def main() -> None:
     }  # fmt: skip
     if arguments.lora:
         adapter = read_adapter(arguments.lora, checkpoint.targets)
-        scenes = [s for s in held_out_singles(500) if s.things[0].size != "small" and s.things[0].shape in
-                  ("circle", "square", "diamond", "triangle")][: arguments.lora_prompts]  # fmt: skip
+        scenes = lora_scenes(arguments.lora_prompts)
         growth, tiles = {}, []
-        for multiplier in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for multiplier in MULTIPLIERS:
             rows, pictures = measure(
                 prepare(checkpoint, [(adapter, multiplier)]), scenes, check_size=False, trigger=True
             )
-            values = [row["hollowness"][0] if row["hollowness"] else 0.0 for row in rows]  # type: ignore[index]
-            growth[str(multiplier)] = sum(values) / len(values)
+            growth[str(multiplier)] = hollowness(rows)
             tiles.append(pictures[:8])
         results["hollowness_by_multiplier"] = growth
         sheet([tile for row in tiles for tile in row], 8).save(arguments.out / "lora.png")
+    if arguments.frame_lora:
+        frame = read_adapter(arguments.frame_lora, checkpoint.targets)
+        scenes = [framed(scene) for scene in lora_scenes(arguments.lora_prompts)]
+        by_multiplier, tiles = {}, []
+        for multiplier in MULTIPLIERS:
+            rows, pictures = measure(prepare(checkpoint, [(frame, multiplier)]), scenes, check_size=False)
+            by_multiplier[str(multiplier)] = summary(rows)
+            tiles.append(pictures[:8])
+        results["frame_by_multiplier"] = by_multiplier
+        sheet([tile for row in tiles for tile in row], 8).save(arguments.out / "frame.png")
+    if arguments.lora and arguments.frame_lora:
+        together, tiles = {}, []
+        for multiplier in (0.0, 0.75, 1.0):
+            pipeline = prepare(checkpoint, [(adapter, 1.0), (frame, multiplier)])
+            rows, pictures = measure(pipeline, scenes, check_size=False, trigger=True)
+            together[str(multiplier)] = summary(rows)
+            tiles.append(pictures[:8])
+        results["hollow_at_1_with_frame_at"] = together
+        sheet([tile for row in tiles for tile in row], 8).save(arguments.out / "both.png")
     print(json.dumps(results, indent=1))
     failures = [(row, picture) for row, picture in zip(singles, single_pictures, strict=True) if row["faults"]]
     for row, _ in failures[:30]:

@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
@@ -20,6 +21,7 @@ from chromarpc.v1 import (
     model_service_pb2_grpc,
 )
 from chromarpc_server.transport.authentication import Authentication
+from chromarpc_server.transport.compat import InferenceServicer
 from chromarpc_server.transport.generation import GenerationServicer
 from chromarpc_server.transport.health import HealthServicer
 from chromarpc_server.transport.interception import Rule, Rules
@@ -32,6 +34,7 @@ from chromarpc_server.transport.tls import ServerTls
 SERVICES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],
     job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
+    inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
     lora_service_pb2.DESCRIPTOR.services_by_name["LoraService"],
 )
@@ -123,6 +126,7 @@ async def listen(
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, models), server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
     lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
     health_servicer = HealthServicer(SERVICE_NAMES)

@@ -1,0 +1,1 @@
+"""Contracts kept for programs that were written for other services."""

@@ -1,0 +1,1 @@
+"""Generated messages and stubs of `chromarpc.compat.v1`; the source is protos/chromarpc/compat/v1."""

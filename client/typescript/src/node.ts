@@ -1,0 +1,49 @@
+/** In Node: gRPC over HTTP/2. */
+import type { SecureClientSessionOptions } from "node:http2";
+import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
+import { authorization, BaseClient, type ClientOptions } from "./client.js";
+
+export * from "./common.js";
+
+/** Where a server listens unless told otherwise. */
+export const DEFAULT_TARGET = "http://127.0.0.1:50051";
+/** A generation may say nothing for 10 s; without pings a dead connection would look like a slow one for minutes. */
+const PING_INTERVAL_MS = 20_000;
+/** Images come in parts of 1 MiB, previews whole. */
+const READ_MAX_BYTES = 16 * 2 ** 20;
+
+/** How a client connects. */
+export interface NodeClientOptions extends ClientOptions {
+  /** Of an `https:` target: `ca`, `cert`, `key`, `servername`, as `tls.connect` takes them. */
+  readonly tls?: Pick<SecureClientSessionOptions, "ca" | "cert" | "key" | "servername"> | undefined;
+}
+
+/** Speaks to one server; connects with the first call. Close it after use. */
+export class Client extends BaseClient {
+  readonly #sessions: Http2SessionManager;
+
+  /**
+   * @param target the server's address, `http://` or `https://`.
+   * @throws TypeError no address, or a token that may not be sent.
+   */
+  constructor(target: string = DEFAULT_TARGET, options: NodeClientOptions = {}) {
+    const interceptors = authorization(target, options);
+    const sessions = new Http2SessionManager(target, { pingIntervalMs: PING_INTERVAL_MS }, options.tls);
+    super(
+      createGrpcTransport({
+        baseUrl: target,
+        interceptors,
+        sessionManager: sessions,
+        readMaxBytes: READ_MAX_BYTES,
+      }),
+      target,
+      options,
+    );
+    this.#sessions = sessions;
+  }
+
+  /** Ends every call and the connection. */
+  close(): void {
+    this.#sessions.abort();
+  }
+}

@@ -1,0 +1,23 @@
+/** In browsers: gRPC-Web, through a gateway such as `chromarpc-server web`. */
+import { createGrpcWebTransport } from "@connectrpc/connect-web";
+import { authorization, BaseClient, type ClientOptions } from "./client.js";
+
+export * from "./common.js";
+
+/** Speaks to one server. */
+export class Client extends BaseClient {
+  /**
+   * @param target the gateway's address; the page's own origin when left out.
+   * @throws TypeError a token that may not be sent.
+   */
+  constructor(target: string = globalThis.location.origin, options: ClientOptions = {}) {
+    super(
+      createGrpcWebTransport({ baseUrl: target, interceptors: authorization(target, options) }),
+      target,
+      options,
+    );
+  }
+
+  /** For symmetry with Node; a browser's connections close by themselves. */
+  close(): void {}
+}

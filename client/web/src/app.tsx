@@ -1,0 +1,88 @@
+/** The page's frame: the form at the left, what comes of it at the right, earlier runs below. */
+import { useEffect, useRef } from "preact/hooks";
+import { CompareView } from "./compare-view.tsx";
+import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
+import { FormView } from "./form-view.tsx";
+import { HistoryView } from "./history-view.tsx";
+import { RunView } from "./run-view.tsx";
+import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
+
+export function App() {
+  const run = runs.value.get(selectedId.value);
+  const isComparing = comparedIds.value.length === 2;
+  const stage = useRef<HTMLElement>(null);
+  const asked = submissions.value;
+  // On a narrow screen the result stands below the form.
+  useEffect(() => {
+    if (asked > 0 && matchMedia("(width <= 800px)").matches)
+      stage.current?.scrollIntoView({ behavior: "smooth" });
+  }, [asked]);
+  return (
+    <div class="app">
+      <header>
+        <h1>
+          <img src="./icon.svg" alt="" width="24" height="24" /> chromarpc
+        </h1>
+        <ServerLine />
+      </header>
+      {serverState.value === "down" && (
+        <div class="banner" role="alert">
+          <span>The server cannot be reached: it is starting, or down. Trying again …</span>
+          <button type="button" onClick={() => retry()}>
+            Try now
+          </button>
+        </div>
+      )}
+      {isTokenWanted.value && <TokenForm />}
+      <main>
+        <FormView />
+        <section ref={stage} class="stage" aria-label="Result">
+          {isComparing ? <CompareView /> : run ? <RunView run={run} /> : <Welcome />}
+          <HistoryView />
+        </section>
+      </main>
+    </div>
+  );
+}
+
+function ServerLine() {
+  const info = serverInfo.value;
+  if (serverState.value !== "up" || info === undefined) return <p class="server-line">…</p>;
+  const waiting = info.queue?.queuedJobs ?? 0;
+  return (
+    <p class="server-line">
+      <span class="dot" aria-hidden="true" /> {info.device?.name} · chromarpc {info.version}
+      {waiting > 0 && ` · ${waiting} waiting`}
+    </p>
+  );
+}
+
+function TokenForm() {
+  return (
+    <form
+      class="banner"
+      onSubmit={(event) => {
+        event.preventDefault();
+        token.value = String(new FormData(event.currentTarget).get("token") ?? "").trim();
+        isTokenWanted.value = false;
+        retry();
+      }}
+    >
+      <label>
+        {token.value
+          ? "The server does not take this token (any more). Another one:"
+          : "The server wants a token:"}
+        <input name="token" type="password" autocomplete="off" required />
+      </label>
+      <button type="submit">Use it</button>
+    </form>
+  );
+}
+
+function Welcome() {
+  return (
+    <div class="welcome">
+      <p>Write what to draw and press “Draw”. The picture comes into being here, step by step.</p>
+    </div>
+  );
+}

@@ -1,0 +1,192 @@
+/** What is asked for: the form's values, their way into a request, and the errors of each field. */
+import { computed, effect, signal } from "@preact/signals";
+import {
+  buildRequest,
+  type GenerateOptions,
+  type GenerateRequest,
+  InvalidRequest,
+  type Plan,
+  type Prompt,
+  StatusError,
+} from "chromarpc/web";
+import { models, servedModels } from "./connection.ts";
+import { store, stored } from "./storage.ts";
+
+/** An adapter in the form. */
+export interface LoraChoice {
+  readonly path: string;
+  readonly multiplier: number;
+}
+
+/** The form; numbers are as they were typed, so that a wrong one can be shown with its error. */
+export interface FormValues {
+  readonly model: string;
+  readonly prompts: readonly string[];
+  readonly triggerWord: string;
+  readonly width: string;
+  readonly height: string;
+  readonly steps: string;
+  readonly guidance: string;
+  readonly seed: string;
+  readonly isSeedRandom: boolean;
+  readonly loras: readonly LoraChoice[];
+  readonly profile: string;
+  readonly format: "png" | "jpeg" | "webp";
+  /** Whether the job goes on when this page is closed. */
+  readonly outlivesPage: boolean;
+}
+
+const EMPTY: FormValues = {
+  model: "",
+  prompts: [""],
+  triggerWord: "",
+  width: "",
+  height: "",
+  steps: "",
+  guidance: "",
+  seed: "42",
+  isSeedRandom: true,
+  loras: [],
+  profile: "",
+  format: "png",
+  outlivesPage: true,
+};
+
+export const form = signal<FormValues>(stored(localStorage, "form", EMPTY));
+/** Sentences by the field's dotted path, as the server names it; `""` is about no field. */
+export const fieldErrors = signal<ReadonlyMap<string, string>>(new Map());
+
+/** The model that will draw: the chosen one, or the first that can. */
+export const chosenModel = computed(() => {
+  const wanted = models.value.find((model) => model.id === form.value.model);
+  return wanted?.weightsPresent ? wanted : servedModels.value[0];
+});
+
+effect(() => store(localStorage, "form", form.value));
+
+/** Changes some values; the errors of what changed go away. */
+export function change(values: Partial<FormValues>): void {
+  form.value = { ...form.value, ...values };
+  const changed = new Set(Object.keys(values).flatMap((name) => WIRE_NAMES[name] ?? []));
+  if (changed.size === 0 || fieldErrors.value.size === 0) return;
+  fieldErrors.value = new Map(
+    [...fieldErrors.value].filter(([field]) => !changed.has(field.split(".").at(-1) ?? "") && field !== ""),
+  );
+}
+
+const WIRE_NAMES: Readonly<Record<string, readonly string[]>> = {
+  model: ["model"],
+  prompts: ["prompt", "prompts"],
+  triggerWord: ["trigger_word"],
+  width: ["width"],
+  height: ["height"],
+  steps: ["sample_steps"],
+  guidance: ["guidance_scale"],
+  seed: ["seed"],
+  isSeedRandom: ["seed"],
+  loras: ["path", "network_multiplier", "loras"],
+  profile: ["profile"],
+  format: ["format", "quality"],
+};
+
+/** The error of a field that all prompts share, whichever prompt the server named. */
+export function sharedError(name: string): string | undefined {
+  for (const [field, message] of fieldErrors.value) {
+    if (field === name || (field.startsWith("prompts.") && field.endsWith(`.${name}`))) return message;
+  }
+  return undefined;
+}
+
+/** Errors that no field of the form shows. */
+export const otherErrors = computed(() =>
+  [...fieldErrors.value].filter(
+    ([field]) =>
+      !Object.values(WIRE_NAMES)
+        .flat()
+        .includes(field.split(".").at(-1) ?? ""),
+  ),
+);
+
+/** Shows an error where it belongs. */
+export function showError(error: unknown): void {
+  const violations = error instanceof StatusError ? error.violations : [];
+  fieldErrors.value =
+    violations.length > 0
+      ? new Map(violations.map(({ field, description }) => [field, description]))
+      : new Map([["", error instanceof Error ? error.message : String(error)]]);
+}
+
+/** Takes every error away. */
+export function showNoError(): void {
+  fieldErrors.value = new Map();
+}
+
+/**
+ * The request that the form asks for.
+ *
+ * @throws InvalidRequest a field holds no number.
+ */
+export function requestOf(values: FormValues): GenerateRequest {
+  const options: GenerateOptions = {
+    model: chosenModel.value?.id ?? values.model,
+    loras: values.loras.map(({ path, multiplier }) => ({ path, networkMultiplier: multiplier })),
+    triggerWord: values.triggerWord || undefined,
+    profile: values.profile || undefined,
+    outputFormat: values.format,
+    width: number("prompts.0.width", values.width),
+    height: number("prompts.0.height", values.height),
+    sampleSteps: number("prompts.0.sample_steps", values.steps),
+    guidanceScale: number("prompts.0.guidance_scale", values.guidance),
+    previewEvery: 1,
+    previewMaxSidePx: 512,
+  };
+  const seed = values.isSeedRandom ? -1n : wholeNumber("prompts.0.seed", values.seed);
+  const prompts: Prompt[] = values.prompts.map((prompt, index) => ({
+    prompt,
+    seed: seed === undefined || seed < 0n ? seed : seed + BigInt(index),
+  }));
+  return buildRequest(prompts, options);
+}
+
+/** Fills the form with what a run was made of, seed included. */
+export function reuse(plan: Plan): void {
+  const [first] = plan.prompts;
+  if (first === undefined) return;
+  showNoError();
+  change({
+    model: plan.model,
+    prompts: plan.prompts.map(({ prompt }) => prompt),
+    triggerWord: "",
+    width: String(first.width),
+    height: String(first.height),
+    steps: String(first.sampleSteps),
+    guidance: String(first.guidanceScale),
+    seed: String(first.seed),
+    isSeedRandom: false,
+    loras: plan.loras.map(({ path, networkMultiplier }) => ({ path, multiplier: networkMultiplier })),
+    profile: plan.profile,
+    format: plan.outputFormat,
+  });
+}
+
+function number(field: string, text: string): number | undefined {
+  if (text.trim() === "") return undefined;
+  const value = Number(text);
+  if (!Number.isFinite(value)) throw notANumber(field, text);
+  return value;
+}
+
+function wholeNumber(field: string, text: string): bigint | undefined {
+  if (text.trim() === "") return undefined;
+  if (!/^\s*-?\d+\s*$/.test(text)) throw notANumber(field, text);
+  return BigInt(text);
+}
+
+function notANumber(field: string, text: string): InvalidRequest {
+  const description = `must be a number, got “${text}”`;
+  return new InvalidRequest(description, {
+    code: 3,
+    reason: "INVALID_PARAMETER",
+    violations: [{ field, description }],
+  });
+}

@@ -1,0 +1,12 @@
+/** The page. */
+import { render } from "preact";
+import { App } from "./app.tsx";
+import { connect } from "./connection.ts";
+import { followHistory } from "./history.ts";
+import "./page.css";
+
+const root = document.getElementById("app");
+if (root === null) throw new Error("the document has no #app");
+render(<App />, root);
+connect();
+followHistory();

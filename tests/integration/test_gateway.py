@@ -1,0 +1,315 @@
+"""The gateway in front of a real server: the reference's HTTP API, the page, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, PAGE, Gateway, deployed_yaml
+from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
+from tests.conftest import RunningServer
+
+ENDED = ("succeeded", "failed", "canceled")
+SMALL = {"width": 64, "height": 64, "sample_steps": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(self.json["detail"]["error"])
+
+
+@dataclass(frozen=True)
+class Web:
+    url: str
+
+    def ask(
+        self, path: str, body: bytes | dict[str, Any] | None = None, *, method: str | None = None, **headers: str
+    ) -> Answer:
+        """One request; header names have `_` for `-`."""
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        told = {"content-type": "application/json"} if data is not None else {}
+        told |= {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(self.url + path, data=data, headers=told, method=method)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+                return Answer(response.status, _lower(response.headers), response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return Answer(error.code, _lower(error.headers), error.read())
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+@contextmanager
+def gateway_to(grpc_port: int, **options: Any) -> Iterator[Web]:
+    """An Envoy in front of a port, for as long as the block runs."""
+    web_port = free_port()
+    gateway = Gateway("127.0.0.1", web_port, "127.0.0.1", grpc_port, names=LOOPBACK_NAMES, **options)
+    ready, done = threading.Event(), threading.Event()
+    problem: list[BaseException] = []
+
+    async def run() -> None:
+        envoy = Envoy(gateway)
+        try:
+            await envoy.start()
+            ready.set()
+            await asyncio.to_thread(done.wait)
+        except BaseException as error:
+            problem.append(error)
+            raise
+        finally:
+            await envoy.stop()
+            ready.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="gateway")
+    thread.start()
+    try:
+        assert ready.wait(30)
+        assert not problem, problem
+        yield Web(f"http://127.0.0.1:{web_port}")
+    finally:
+        done.set()
+        thread.join(30)
+
+
+def wait_until_served(web: Web) -> None:
+    """The gateway looks at the server's health once a second."""
+    for _ in range(200):
+        if web.ask("/health").status == 200:
+            return
+        time.sleep(0.05)
+    pytest.fail("the gateway never saw the server")
+
+
+@pytest.fixture(scope="module")
+def web(server: RunningServer) -> Iterator[Web]:
+    with gateway_to(server.port, origins=("https://studio.example.org",)) as running:
+        wait_until_served(running)
+        yield running
+
+
+def generate(web: Web, body: dict[str, Any]) -> dict[str, Any]:
+    """What a script of the reference does: submit, poll, fetch."""
+    submitted = web.ask("/v1/inference", body)
+    assert submitted.status == 200, submitted.body
+    assert submitted.json["status"] == "queued"
+    status_path = submitted.json["status_url"].removeprefix(web.url)
+    while (state := web.ask(status_path).json)["status"] not in ENDED:
+        assert state["status"] in ("in_queue", "in_progress")
+    assert state["finished_at"] is not None
+    return dict(web.ask(submitted.json["result_url"].removeprefix(web.url)).json)
+
+
+def test_submit_poll_fetch(web: Web) -> None:
+    body = {
+        "model": "chroma-mini",
+        "loras": [],
+        "trigger_word": "sks",
+        "prompts": [{"prompt": "[trigger] a", "seed": 2**60, **SMALL}, {"prompt": "b", **SMALL}],
+    }
+    result = generate(web, body)
+    assert result["status"] == "succeeded"
+    assert result["error"] is None
+    images = result["outputs"]["images"]
+    assert [image["seed"] for image in images] == [2**60, 43]
+    assert {(image["format"], image["width"], image["height"]) for image in images} == {("jpeg", 64, 64)}
+    for image in images:
+        answer = web.ask(image["url"].removeprefix(web.url))
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert answer.body[:3] == b"\xff\xd8\xff"
+        assert len(answer.body) == image["size_bytes"]
+    assert result["metadata"]["timings"]["total"] > 0
+
+
+def test_an_output_that_is_asked_for_is_given(web: Web) -> None:
+    body = {
+        "model": "chroma-mini",
+        "prompts": [{"prompt": "a", **SMALL}],
+        "output": {"format": "IMAGE_FORMAT_PNG"},
+    }
+    (image,) = generate(web, body)["outputs"]["images"]
+    assert image["format"] == "png"
+    assert web.ask(image["url"].removeprefix(web.url)).body[1:4] == b"PNG"
+
+
+def test_the_recorded_requests_of_the_reference(web: Web, goldens: Path) -> None:
+    recorded = json.loads((goldens / "requests/reference_requests.json").read_text())
+    for case in recorded["rejected"]:
+        body = {**case["request"], "model": "chroma-mini"}
+        answer = web.ask("/v1/inference", body)
+        assert answer.status == 422, (body, answer.body)
+        named = [violation["field"] for violation in answer.error["details"]["violations"]]
+        assert set(case["fields"]) <= set(named), body
+    for case in recorded["accepted"]:
+        body = {**case["request"], "model": "chroma-mini"}
+        answer = web.ask("/v1/inference", body)
+        # Its adapters are not here: everything else was accepted.
+        assert (answer.status, answer.error["code"]) == (400, "LORA_NOT_FOUND"), (body, answer.body)
+        assert answer.error["details"] == {"lora_path": case["request"]["loras"][0]["path"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"model": "none"}, 400, "MODEL_NOT_FOUND"),
+        ({"loras": [{"path": "none.safetensors"}]}, 400, "LORA_NOT_FOUND"),
+        ({"loras": [{"path": "../../etc/passwd"}]}, 400, "LORA_NOT_FOUND"),
+        ({"loras": [{"path": "a", "transformer": "low"}]}, 400, "MOE_FORMAT_NOT_SUPPORTED"),
+        ({"prompts": []}, 422, "INVALID_PARAMETER"),
+        ({"prompts": [{"prompt": "a", "width": "wide"}]}, 422, "INVALID_PARAMETER"),
+    ],
+)
+def test_errors_have_the_shape_of_the_reference(web: Web, change: dict[str, Any], status: int, code: str) -> None:
+    answer = web.ask("/v1/inference", {"model": "chroma-mini", "prompts": [{"prompt": "a"}], **change})
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert answer.error["message"]
+    assert isinstance(answer.error["details"], dict)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 1}', b"\xff", b'{"prompts": {}}'])
+def test_malformed_json(web: Web, body: bytes) -> None:
+    answer = web.ask("/v1/inference", body)
+    assert (answer.status, answer.error["code"]) == (422, "INVALID_PARAMETER")
+
+
+def test_another_content_type(web: Web) -> None:
+    answer = web.ask("/v1/inference", b'{"model":"chroma-mini"}', content_type="text/plain")
+    assert (answer.status, answer.error["code"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
+
+
+def test_a_body_that_is_too_large(web: Web) -> None:
+    answer = web.ask("/v1/inference", b'"' + b"a" * 3 * 2**20 + b'"')
+    assert (answer.status, answer.error["code"]) == (413, "BODY_TOO_LARGE")
+
+
+def test_unknown_ids_paths_and_methods(web: Web) -> None:
+    for path in ("/v1/requests/none/status", "/v1/requests/none/result", "/v1/requests/none/images/0"):
+        answer = web.ask(path)
+        assert (answer.status, answer.error["code"]) == (404, "REQUEST_NOT_FOUND"), path
+    assert web.ask("/v1/requests/none/images/x").status == 404
+    assert web.ask("/v1/nothing").status == 404
+    assert web.ask("/v1/requests/none").status == 404
+    answer = web.ask("/v1/inference")
+    assert (answer.status, answer.error["code"]) == (405, "METHOD_NOT_ALLOWED")
+    assert web.ask("/v1/models", {}).status == 405
+
+
+def test_models_and_health(web: Web) -> None:
+    assert web.ask("/health").json == {"status": "healthy"}
+    models = {model["id"]: model for model in web.ask("/v1/models").json["models"]}
+    assert models["chroma"]["default_steps"] == 25
+    assert models["chroma"]["resolution_divisor"] == 32
+    assert models["chroma"]["is_video_model"] is False
+
+
+def test_what_is_unknown_is_told(web: Web) -> None:
+    body = {"model": "chroma-mini", "prompts": [{"prompt": "a", "colour": 1, **SMALL}]}
+    warnings = web.ask("/v1/inference", body).json["warnings"]
+    assert {key: warnings[0][key] for key in ("code", "field")} == {
+        "code": "UNKNOWN_FIELD",
+        "field": "prompts.0.colour",
+    }
+
+
+def test_the_page_and_its_rules(web: Web) -> None:
+    page = web.ask("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert page.headers["x-frame-options"] == "DENY"
+    for path, kind in (("/page.js", "application/javascript"), ("/page.css", "text/css")):
+        assert path.encode() in page.body
+        assert web.ask(path).headers["content-type"] == kind
+    assert web.ask("/icon.svg").headers["content-type"] == "image/svg+xml"
+
+
+def test_a_host_that_is_not_ours(web: Web) -> None:
+    answer = web.ask("/", host="rebound.example.org")
+    assert (answer.status, answer.error["code"]) == (421, "HOST_NOT_SERVED")
+
+
+def test_pages_of_other_origins(web: Web) -> None:
+    path = "/chromarpc.v1.ModelService/ListModels"
+
+    def preflight(origin: str) -> dict[str, str]:
+        asked = {"origin": origin, "access_control_request_method": "POST"}
+        return web.ask(path, method="OPTIONS", **asked).headers
+
+    allowed = preflight("https://studio.example.org")
+    assert allowed["access-control-allow-origin"] == "https://studio.example.org"
+    assert "grpc-timeout" in allowed["access-control-allow-headers"]
+    assert "access-control-allow-origin" not in preflight("https://elsewhere.example.org")
+    answer = web.ask(
+        path, b"\0" * 5, content_type="application/grpc-web+proto", origin="https://studio.example.org"
+    )
+    assert "grpc-status-details-bin" in answer.headers["access-control-expose-headers"]
+
+
+def test_a_server_that_is_down() -> None:
+    with gateway_to(free_port()) as web:
+        answer = web.ask("/v1/models")
+        assert (answer.status, answer.error["code"]) == (503, "UNAVAILABLE")
+        assert web.ask("/").status == 200
+
+
+def test_a_token_is_wanted(serve: Callable[..., RunningServer], tmp_path: Path) -> None:
+    callers = tmp_path / "callers.toml"
+    callers.write_text(f'[[callers]]\nname = "ann"\ntoken_sha256 = "{"0" * 64}"\n')
+    with gateway_to(serve(callers=callers).port) as web:
+        for _ in range(200):
+            answer = web.ask("/v1/models")
+            if answer.status != 503:
+                break
+            time.sleep(0.05)
+        assert (answer.status, answer.error["code"]) == (401, "UNAUTHENTICATED")
+
+
+async def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        envoy = Envoy(Gateway("127.0.0.1", taken.getsockname()[1], "127.0.0.1", 1))
+        with pytest.raises(GatewayError, match="did not start"):
+            await envoy.start()
+        await envoy.stop()
+
+
+def test_the_file_for_an_envoy_of_ones_own(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = deployed_yaml()
+    assert (root / "deploy/envoy.yaml").read_text() == text, "run `make page`"
+    here = text.replace("/etc/chromarpc/chromarpc.v1.binpb", str(root / "protos/chromarpc.v1.binpb"))
+    (tmp_path / "envoy.yaml").write_text(here.replace("/etc/chromarpc/page", str(PAGE)))
+    command = [envoy_path(), "--mode", "validate", "-c", tmp_path / "envoy.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
