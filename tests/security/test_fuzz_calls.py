@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,10 @@ def test_refused_requests_leave_nothing_behind(serve: Callable[..., RunningServe
             kept = _kept_errors()
             for _ in range(100):
                 call(channel, service, method, data)
-            assert _kept_errors() - kept < 20
+            deadline = time.monotonic() + 30
+            while _kept_errors() - kept > 20:  # a call's task may end a little after its answer
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.1)
         finally:
             gc.enable()
 
