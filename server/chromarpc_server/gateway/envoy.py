@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import tempfile
 from collections import deque
 from pathlib import Path
@@ -53,6 +54,7 @@ class Envoy:
         Raises:
             GatewayError: it did not start, with its own last words.
         """
+        self._require_port()
         folder = Path(self._folder.name)
         descriptor, configuration = folder / "descriptor.binpb", folder / "envoy.yaml"
         await asyncio.to_thread(descriptor.write_bytes, descriptor_set())
@@ -97,6 +99,18 @@ class Envoy:
             await self._reading
         await asyncio.to_thread(self._folder.cleanup)
 
+    def _require_port(self) -> None:
+        """Where somebody else listens, a connection would reach them before Envoy could say that it cannot."""
+        host, port = self._gateway.web_host, self._gateway.web_port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise GatewayError(f"Envoy did not start on {host}:{port}: {reason}") from None
+
     async def _listening(self) -> None:
         host, port = self._gateway.web_host, self._gateway.web_port
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
@@ -104,10 +118,7 @@ class Envoy:
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection(reachable, port)
                 writer.close()
-                # Where somebody else listens already, Envoy ends about now.
-                await asyncio.wait({self._ended}, timeout=0.3)
-                if not self._ended.done():
-                    return
+                return
             await asyncio.wait({self._ended}, timeout=0.05)
         raise GatewayError(f"Envoy did not start on {host}:{port}:\n{self.last_words()}")
 
