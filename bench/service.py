@@ -92,7 +92,7 @@ def server(arguments: list[str], cache: Path) -> Iterator[tuple[str, float]]:
             line = process.stdout.readline()
             if "listens on" not in line:
                 sys.exit(f"the server did not start (exit code {process.wait()})")
-            yield line.rsplit(" ", 1)[1].strip(), time.perf_counter() - begun
+            yield line.split("listens on ", 1)[1].split()[0], time.perf_counter() - begun
         finally:
             process.terminate()
 

@@ -23,7 +23,7 @@ def running_server() -> Iterator[str]:
             first = process.stdout.readline()
             if "listens on" not in first:
                 sys.exit(f"the server did not start (exit code {process.wait()})")
-            yield first.rsplit(" ", 1)[1].strip()
+            yield first.split("listens on ", 1)[1].split()[0]
         finally:
             process.terminate()
 
