@@ -90,7 +90,7 @@ bench: setup  ## Speed, error, the service around it, responsiveness, adapter sw
 	PYTHONPATH=. $(BIN)/python -m bench.error
 	PYTHONPATH=. $(BIN)/python -m bench.service
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
-	PYTHONPATH=. $(BIN)/python bench/switching.py
+	PYTHONPATH=. $(BIN)/python -m bench.switching
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
 
 fuzz: setup  ## Feed damaged adapter files to the reader for ten minutes

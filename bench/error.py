@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench import synthetic
-from bench.speed import PROMPT, commit, mini
+from bench.machine import commit
+from bench.speed import PROMPT, mini
 from chromarpc_server.pipeline import PROFILES, Checkpoint, PreparedTransformer, choose_device, describe_device
 from chromarpc_server.pipeline import checkpoint as drawing
 from chromarpc_server.pipeline.sampling import draw_noise

@@ -22,6 +22,7 @@ from pathlib import Path
 from google.protobuf.json_format import MessageToDict
 
 import chromarpc
+from bench.machine import commit
 from chromarpc import Client
 from chromarpc.events import Completed, ImageReady, Loading, Prepared, Preview, Step
 
@@ -175,6 +176,8 @@ def main() -> None:
         ):
             compiled = sum(1 for _ in cache.rglob("*")) if cache.is_dir() else 0
             print(f"serving after {started:.1f} s, {compiled} compiled files")
+            information = client.server_info()
+            device, versions = information.device.name, information.library_versions
             plan = next(m for m in client.list_models() if m.id == model).memory_plan
             print(f"memory plan: {str(plan).replace(chr(10), ' ')}")
             print(f"{'profile':10}{'size':>10}{'tokens':>7}{'client s':>9}{'pipeline':>9}{'png':>7}", end="")
@@ -199,6 +202,10 @@ def main() -> None:
     if arguments.out:
         result = {
             "bench": "service",
+            "device": device,
+            "versions": dict(versions),
+            "commit": commit(),
+            "device_memory_limit": arguments.device_memory,
             "serving_after_s": started,
             "compiled_after_warm_up": after - compiled,
             "previews_cost": slower,

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.machine import commit
 from chromarpc_server.pipeline import (
     PROFILES,
     Checkpoint,
@@ -186,18 +185,6 @@ def mini(device: torch.device) -> Checkpoint:
         vae=folder / "vae",
     )
     return Checkpoint.load(files, device=device, dtype=torch.float32)
-
-
-def commit() -> str:
-    """Of the code that was measured; `COMMIT` in the environment says it where there is no repository."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """How long switching adapters takes beside a cold build, and that both give the same bits.
 
-`python bench/switching.py [--size full|mini] [--ranks 16 128] [--repeats 10]`: random weights of Chroma1-Base's
+`python -m bench.switching [--size full|mini] [--ranks 16 128] [--repeats 10]`: random weights of Chroma1-Base's
 shapes on a GPU (or of chroma-mini's on a CPU), random low-rank adapters on every linear of the blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, synchronize
+from bench.machine import commit
+from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, library_versions, synchronize
 from chromarpc_server.pipeline.adapters.change import LowRank
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
@@ -48,6 +52,21 @@ MINI = ChromaConfig(
     approximator_depth=2,
     approximator_hidden_size=96,
 )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; seconds."""
+
+    profile: str
+    master: str
+    rank: int
+    modules: int
+    cold_s: float
+    switch_s: float
+    scale_s: float
+    worst_s: float
+    equal_bits: bool
 
 
 def random_master(config: ChromaConfig, device: torch.device) -> dict[str, Tensor]:
@@ -102,6 +121,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--profiles", nargs="+", default=["reference", "exact"])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = arguments.size or ("full" if device.type == "cuda" else "mini")
@@ -124,6 +144,7 @@ def main() -> None:
         synchronize(device)
         return time.monotonic() - begun
 
+    figures: list[Figure] = []
     print("profile    master       rank modules   cold s  switch s  scale s  worst s  bits")
     for rank in arguments.ranks:
         one, other = (random_adapter(on_device, rank, seed) for seed in (1, 2))
@@ -138,12 +159,35 @@ def main() -> None:
                     switches.append(timed(prepared, [((other, one)[repeat % 2], 1.0)]))
                     scales.append(timed(prepared, [((other, one)[repeat % 2], 0.5)]))
                 timed(prepared, [(other, 0.8)])
+                figure = Figure(
+                    profile,
+                    place,
+                    rank,
+                    len(one.changes),
+                    cold_s,
+                    statistics.median(switches),
+                    statistics.median(scales),
+                    max(switches),
+                    same_bits(prepared, cold),
+                )
+                figures.append(figure)
+                bits = "equal" if figure.equal_bits else "DIFFERENT"
                 print(
-                    f"{profile:10} {place:12} {rank:4} {len(one.changes):7} {cold_s:8.3f} "
-                    f"{statistics.median(switches):9.3f} {statistics.median(scales):8.3f} {max(switches):8.3f}  "
-                    f"{'equal' if same_bits(prepared, cold) else 'DIFFERENT'}"
+                    f"{profile:10} {place:12} {rank:4} {figure.modules:7} {cold_s:8.3f} {figure.switch_s:9.3f} "
+                    f"{figure.scale_s:8.3f} {figure.worst_s:8.3f}  {bits}",
+                    flush=True,
                 )
                 del cold, prepared
+    if arguments.out:
+        result = {
+            "bench": "switching",
+            "device": name,
+            "versions": dict(library_versions()),
+            "commit": commit(),
+            "repeats": arguments.repeats,
+            "figures": [asdict(figure) for figure in figures],
+        }
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
