@@ -23,7 +23,7 @@ demo: setup  ## Start a server with the bundled checkpoint, stream one generatio
 	$(BIN)/python tools/demo.py
 
 demo-web: setup  ## Open a page on the bundled checkpoint: prints its address
-	$(BIN)/chromarpc-server web --port 0 --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
+	$(BIN)/chromarpc-server web --port 0 --store memory --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
 serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras

@@ -17,6 +17,7 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
+from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings, parse_size
@@ -100,6 +101,8 @@ class App:
         metrics = None if settings.metrics_port is None else Metrics(version=version)
         tracing = Tracing(version=version) if settings.traces else None
         await asyncio.to_thread(library.clean)
+        retention = settings.retention()
+        store = await JobStore.open(settings.data_dir / "jobs" if settings.store == "disk" else None, retention)
         engine = Engine(
             choice,
             model_files=model_files,
@@ -107,7 +110,10 @@ class App:
             max_queued_jobs=serving.limits.max_queued_jobs,
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,
-            retention=settings.retention(),
+            store=store,
+            retention=retention,
+            restarts=settings.restarts(),
+            store_prompts=settings.store_prompts,
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         models = ModelServicer(
@@ -123,16 +129,21 @@ class App:
         address = (
             f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
         )
-        listening = await listen(
-            address,
-            GenerationServicer(engine, serving),
-            JobServicer(engine, serving),
-            models,
-            LoraServicer(library, serving, model_files),
-            access=access,
-            rules=[] if metrics is None else [metrics.rule],
-            interceptors=[] if tracing is None else [tracing.interceptor()],
-        )
+        try:
+            await engine.resume(serving.models)
+            listening = await listen(
+                address,
+                GenerationServicer(engine, serving),
+                JobServicer(engine, serving),
+                models,
+                LoraServicer(library, serving, model_files),
+                access=access,
+                rules=[] if metrics is None else [metrics.rule],
+                interceptors=[] if tracing is None else [tracing.interceptor()],
+            )
+        except BaseException:
+            await engine.drain(0)
+            raise
         status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         try:
             stopping = asyncio.create_task(self._stop.wait())

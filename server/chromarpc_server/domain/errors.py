@@ -16,6 +16,11 @@ ChromaError
 ├── ImageNotFound           IMAGE_NOT_FOUND      the job has no such image, or not yet
 ├── JobNotEnded             JOB_NOT_ENDED        the job waits or runs
 ├── RequestIdReused         REQUEST_ID_REUSED    another request was made under this request id
+├── StoreUnavailable        STORE_UNAVAILABLE    the job, or what came of it, cannot be stored
+├── RestartError
+│   ├── AttemptsExhausted   ATTEMPTS_EXHAUSTED   the server was stopped each time it ran the job
+│   ├── LoraChanged         LORA_CHANGED         an adapter is not what it was before the restart
+│   └── NotKept             NOT_KEPT             the server does not store what the job needs to run again
 ├── QueueTimeExceeded       QUEUE_TIME_EXCEEDED  the job waited longer than its request allows
 ├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
 ├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
@@ -196,6 +201,34 @@ class RequestIdReused(ChromaError):
     """Another request was made under this request id."""
 
     reason = "REQUEST_ID_REUSED"
+
+
+class StoreUnavailable(ChromaError):
+    """The store cannot take the job, or what came of it: a full disk, or one that fails."""
+
+    reason = "STORE_UNAVAILABLE"
+
+
+class RestartError(ChromaError):
+    """A job that was accepted before the server was restarted cannot be run by it now."""
+
+
+class AttemptsExhausted(RestartError):
+    """The server was stopped, or died, each time it ran the job."""
+
+    reason = "ATTEMPTS_EXHAUSTED"
+
+
+class LoraChanged(RestartError):
+    """An adapter has other bytes than before, or is gone, so the picture would be another one."""
+
+    reason = "LORA_CHANGED"
+
+
+class NotKept(RestartError):
+    """The job needs something that the server does not store: a token, or its prompts."""
+
+    reason = "NOT_KEPT"
 
 
 class QueueTimeExceeded(ChromaError):
