@@ -48,6 +48,7 @@ class App:
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._callers: CallersFile | None = None
+        self._engine: Engine | None = None
         self.metrics_port: int | None = None
         """Where metrics are served, once they are."""
 
@@ -59,6 +60,13 @@ class App:
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
         self._stop.set()
+
+    def signalled(self) -> None:
+        """Somebody wants the process to end: the first time in good order, the second time at once."""
+        if self._stop.is_set() and self._engine is not None:
+            log.warning("server.hurried")
+            self._engine.hurry()
+        self.stop()
 
     def _device_lost(self) -> None:
         self._exit_code = EXIT_DEVICE_LOST
@@ -87,15 +95,7 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
-        downloaded = settings.data_dir / "downloads"
-        library = AdapterLibrary(
-            settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=downloaded
-        )
-        downloads = (
-            AdapterDownloads(downloaded, settings.download_limits(), allowed_hosts=settings.lora_hosts)
-            if settings.lora_urls
-            else None
-        )
+        library, adapters = self._adapters()
         access = self._access()
         version = metadata.version("chromarpc")
         metrics = None if settings.metrics_port is None else Metrics(version=version)
@@ -106,7 +106,7 @@ class App:
         engine = Engine(
             choice,
             model_files=model_files,
-            adapters=AdapterSources(library, downloads),
+            adapters=adapters,
             max_queued_jobs=serving.limits.max_queued_jobs,
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,
@@ -114,8 +114,10 @@ class App:
             retention=retention,
             restarts=settings.restarts(),
             store_prompts=settings.store_prompts,
+            patience=settings.patience(),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
+        self._engine = engine
         models = ModelServicer(
             engine,
             serving,
@@ -169,6 +171,15 @@ class App:
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
+
+    def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:
+        settings = self._settings
+        folder = settings.data_dir / "downloads"
+        library = AdapterLibrary(settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=folder)
+        downloads = None
+        if settings.lora_urls:
+            downloads = AdapterDownloads(folder, settings.download_limits(), allowed_hosts=settings.lora_hosts)
+        return library, AdapterSources(library, downloads)
 
     def _access(self) -> Access:
         """Who may call.
@@ -255,7 +266,7 @@ async def serve(settings: ServerSettings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows has no loop signal handlers
-            loop.add_signal_handler(number, app.stop)
+            loop.add_signal_handler(number, app.signalled)
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:

@@ -29,6 +29,7 @@ from chromarpc_server.domain.limits import (
     Limits,
     MasterPlace,
     MemoryChoice,
+    Patience,
     RestartLimits,
     Tiling,
     UploadLimits,
@@ -42,6 +43,7 @@ _DOWNLOADS = DownloadLimits()
 _RETENTION = JobRetention()
 _CALLER = CallerLimits()
 _RESTARTS = RestartLimits()
+_PATIENCE = Patience()
 
 
 def is_loopback(host: str) -> bool:
@@ -292,6 +294,14 @@ class ServerSettings(BaseSettings):
         _RESTARTS.max_attempts,
         description="how often a job is begun when the server dies or is killed while it runs",
     )
+    step_timeout_s: float = Field(
+        _PATIENCE.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
+    )
+    load_timeout_s: float = Field(
+        _PATIENCE.other_s,
+        gt=0,
+        description="seconds for anything else it does, loading and compiling, after which it is taken to hang",
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port of /metrics, /livez and /readyz; 0 picks a free one; none if unset"
@@ -322,6 +332,10 @@ class ServerSettings(BaseSettings):
         default = _RETENTION.keep_bytes if self.store == "disk" else MEMORY_STORE_BYTES
         keep_bytes = default if self.job_keep_bytes is None else self.job_keep_bytes
         return JobRetention(keep_s=self.job_keep_s, keep_bytes=keep_bytes)
+
+    def patience(self) -> Patience:
+        """How long the device may take."""
+        return Patience(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
 
     def restarts(self) -> RestartLimits:
         """What becomes of jobs that an earlier process left."""

@@ -61,11 +61,10 @@ def test_a_whole_job_becomes_typed_events() -> None:
 
 def test_a_restart_makes_what_came_before_void() -> None:
     story = Story()
-    cut_off = list(story.image(DATA))[:-1]
     events = read(
         story.accepted(REQUEST),
         story.prepared(REQUEST),
-        *cut_off,
+        *list(story.image(DATA))[:-1],
         story.restarted(2),
         story.prepared(REQUEST),
         *story.image(DATA),

@@ -31,7 +31,9 @@ ChromaError
 ├── Draining                DRAINING             the server is starting or stopping
 ├── JobCancelled            CANCELLED            by the caller, or because it went away
 ├── JobDeadlineExceeded     DEADLINE_EXCEEDED    the caller's deadline passed
-├── DeviceLost              DEVICE_LOST          the device cannot be used any more
+├── DeviceError
+│   ├── DeviceLost          DEVICE_LOST          the device cannot be used any more
+│   └── DeviceHung          DEVICE_HUNG          the device does not answer
 └── InternalError           INTERNAL             anything else; the error id is in the log too
 
 Messages are written for the client: they hold no server path, no token and no traceback. What gRPC status
@@ -303,8 +305,18 @@ class JobDeadlineExceeded(ChromaError):
     reason = "DEADLINE_EXCEEDED"
 
 
-class DeviceLost(ChromaError):
-    """The device's context is poisoned; the process must be restarted."""
+class DeviceError(ChromaError):
+    """The process can compute nothing any more, and must be restarted."""
+
+
+class DeviceHung(DeviceError):
+    """The device, or the thread that owns it, does not answer."""
+
+    reason = "DEVICE_HUNG"
+
+
+class DeviceLost(DeviceError):
+    """The device's context is poisoned, or the thread that owns it died."""
 
     reason = "DEVICE_LOST"
 

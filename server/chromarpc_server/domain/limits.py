@@ -58,6 +58,18 @@ class RestartLimits:
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long the device may take before it is taken to hang."""
+
+    step_s: float = 600.0
+    """One denoising step; longer only where a longer one is expected."""
+    step_factor: float = 10.0
+    """How many times its expected time a step may take."""
+    other_s: float = 1800.0
+    """Anything else without a sign of life: reading weights, compiling, decoding."""
+
+
+@dataclass(frozen=True)
 class UploadLimits:
     """What uploads of adapters may take."""
 

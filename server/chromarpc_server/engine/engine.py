@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
-    DeviceLost,
+    DeviceError,
     Draining,
     InternalError,
     JobCancelled,
@@ -35,7 +35,7 @@ from chromarpc_server.domain.errors import (
     StoreUnavailable,
 )
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Prepared, Queued, Step, Terminal
-from chromarpc_server.domain.limits import Budgets, JobRetention, RestartLimits
+from chromarpc_server.domain.limits import Budgets, JobRetention, Patience, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.engine.adapter_sources import AdapterSources
@@ -64,6 +64,7 @@ from chromarpc_server.engine.step_times import StepTimes
 from chromarpc_server.engine.store.database import StoreSize
 from chromarpc_server.engine.store.job_store import JobStore, Unfinished
 from chromarpc_server.engine.store.records import KnownAdapter
+from chromarpc_server.engine.supervision import DeviceWatch
 from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone
 from chromarpc_server.pipeline import (
     DeviceChoice,
@@ -107,6 +108,7 @@ class Engine:
         retention: JobRetention,
         restarts: RestartLimits | None = None,
         store_prompts: bool = True,
+        patience: Patience | None = None,
         observers: Sequence[JobObserver] = (),
     ) -> None:
         """Prepares everything and starts nothing; see `start`.
@@ -122,9 +124,11 @@ class Engine:
             retention: how long it keeps those that ended.
             restarts: what becomes of those that an earlier process left.
             store_prompts: whether a store on disk gets to see what prompts say.
+            patience: how long the device may take.
             observers: are told of every event of every job.
         """
         self._observers = tuple(observers)
+        self._watch = DeviceWatch(patience or Patience())
         self._store = store
         self._restarts = restarts or RestartLimits()
         self._store_prompts = store_prompts
@@ -152,6 +156,7 @@ class Engine:
         """What must be done before the engine ends."""
         self._housekeeper: asyncio.Task[None] | None = None
         self._accepting = False
+        self._device_failed = False
         self._snapshot = CacheSnapshot()
         self._step_times = StepTimes()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -168,6 +173,7 @@ class Engine:
         worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
         self._worker, self._description = worker, description
         self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
+        self._dispatcher.add_done_callback(self._dispatcher_ended)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
         self._accepting = True
         return description
@@ -223,7 +229,8 @@ class Engine:
             raise RuntimeError("preload before start")
         files = await asyncio.to_thread(self._model_files.require, spec)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile, sizes)
+        load = partial(self._worker.load, spec.id, files, profile, sizes)
+        await self._watch.guard(loop.run_in_executor(self._device_thread, load))
 
     @property
     def description(self) -> DeviceDescription:
@@ -474,6 +481,11 @@ class Engine:
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
 
+    def hurry(self) -> None:
+        """Ends the grace of a drain."""
+        if self._running is not None:
+            self._running.job.cancellation.cancel(_stopping())
+
     def _stop_waiting(self, waiting: Waiting) -> None:
         """Leaves a job that waits to the next process, or ends it."""
         if self._store.is_durable:
@@ -549,13 +561,25 @@ class Engine:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
 
         cache = ModelCache(self._choice, self._budgets, publish=publish)
-        return DeviceWorker(self._choice, description, cache), description
+        return DeviceWorker(self._choice, description, cache, self._watch), description
 
     def _take_snapshot(self, snapshot: CacheSnapshot) -> None:
         self._snapshot = snapshot
 
+    def _fail_device(self) -> None:
+        """Nothing can be computed in this process any more."""
+        self._accepting = False
+        self._device_failed = True
+        self._on_device_lost()
+
+    def _dispatcher_ended(self, dispatcher: asyncio.Task[None]) -> None:
+        """Without it no job would run, and nobody would be told."""
+        if not dispatcher.cancelled() and dispatcher.exception() is not None:
+            log.critical("dispatcher.ended", exc_info=dispatcher.exception())
+            self._fail_device()
+
     async def _dispatch(self, worker: DeviceWorker) -> None:
-        while True:
+        while not self._device_failed:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -583,21 +607,22 @@ class Engine:
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
             await self._store.begin(job)
-            done = await loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
+            work = loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
+            done = await self._watch.guard(work)
         except ChromaError as error:
-            if self._store.is_durable and isinstance(error, Draining | DeviceLost):
+            if self._store.is_durable and isinstance(error, Draining | DeviceError):
                 await self._set_aside(job, error)
             else:
                 self._end_early(job, error)
-            if isinstance(error, DeviceLost):
-                self._on_device_lost()
+            if isinstance(error, DeviceError):
+                self._fail_device()
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             self._end_early(job, self._unforeseen(job, error))
         else:
             # The next job starts while this one's last image is still being encoded.
             self._track(self._finish(waiting, done))
 
-    async def _set_aside(self, job: Job, error: Draining | DeviceLost) -> None:
+    async def _set_aside(self, job: Job, error: Draining | DeviceError) -> None:
         """Leaves a job that ran to the next process."""
         if isinstance(error, Draining):
             with suppress(StoreUnavailable):

@@ -13,6 +13,7 @@ from chromarpc_server.domain.errors import (
     MAX_LISTED,
     AttemptsExhausted,
     ChromaError,
+    DeviceHung,
     DeviceLost,
     Draining,
     FieldViolation,
@@ -81,6 +82,7 @@ CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     JobCancelled: grpc.StatusCode.CANCELLED,
     JobDeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    DeviceHung: grpc.StatusCode.INTERNAL,
     DeviceLost: grpc.StatusCode.INTERNAL,
     InternalError: grpc.StatusCode.INTERNAL,
 }
