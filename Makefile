@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-gpu test-clients test-browser test-foreign check check-protos check-clients protos page format verify bench fuzz clean
+.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos page format verify bench fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -23,13 +23,16 @@ demo: setup  ## Start a server with the bundled checkpoint, stream one generatio
 	$(BIN)/python tools/demo.py
 
 demo-web: setup  ## Open a page on the bundled checkpoint: prints its address
-	$(BIN)/chromarpc-server web --port 0 --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
+	$(BIN)/chromarpc-server web --port 0 --store memory --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
 serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 	$(BIN)/chromarpc-server --preload chroma-mini --alias chroma=chroma-mini --lora-root server/chromarpc_server/assets/loras
 
 test: setup  ## Run the tests (CPU only)
 	$(BIN)/python -m pytest
+
+test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 times: python -m tests.faults.kill_nine)
+	$(BIN)/python -m pytest tests/faults tests/security/test_hostile_connections.py tests/integration/test_lifecycle.py tests/integration/test_device_errors.py
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -84,7 +84,9 @@ def serve(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Runni
     def start(**settings: Any) -> RunningServer:
         settings.setdefault("model_folder", {"chroma-mini": tiny_checkpoint})
         settings.setdefault("grace_s", 0)
-        settings.setdefault("data_dir", tmp_path / "data")
+        # A server that was stopped hands its jobs to the next one; servers side by side have nothing in common.
+        beside = sum(server.thread.is_alive() for server in servers)
+        settings.setdefault("data_dir", tmp_path / (f"data{beside}" if beside else "data"))
         servers.append(start_server(**settings))
         return servers[-1]
 

@@ -17,6 +17,7 @@ BIN = Path(sys.executable).parent
 def running_server() -> Iterator[str]:
     """A server on a free port; gives its address."""
     command = [BIN / "chromarpc-server", "--port", "0", "--preload", "chroma-mini", "--log-level", "warning"]
+    command += ["--store", "memory"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

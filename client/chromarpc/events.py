@@ -2,7 +2,8 @@
 
 Accepted, Queued*, Loading*, Prepared, then for each prompt Step*, Preview*, ImageReady, and Completed last;
 Heartbeat whenever nothing else was said for a while. A generation that fails or is cancelled raises instead
-(see `chromarpc.errors`), so `Completed` is the only last event.
+(see `chromarpc.errors`), so `Completed` is the only last event. `Restarted` makes what came before it void, but
+for `Accepted`.
 """
 
 from __future__ import annotations
@@ -265,5 +266,15 @@ class Heartbeat(_Event):
     """Nothing happened for a while; the job is alive. Repeats the sequence of the event before it."""
 
 
-Event: TypeAlias = Accepted | Queued | Loading | Prepared | Step | Preview | ImageReady | Completed | Heartbeat
+@dataclass(frozen=True, kw_only=True)
+class Restarted(_Event):
+    """The server was stopped while the job ran, and runs it again: steps count from 1, images come again."""
+
+    attempt: int
+    """The one that is to come, from 1."""
+
+
+Event: TypeAlias = (
+    Accepted | Queued | Loading | Prepared | Step | Preview | ImageReady | Completed | Heartbeat | Restarted
+)
 """Anything that `generate` yields."""

@@ -105,13 +105,14 @@ class StreamReader:
                 return self._continue_image(sequence, time, message.image_chunk)
             case "completed":
                 return self._complete(sequence, time, message.completed)
-            case "failed":
-                self.ending = _failed(message.failed)
-            case "cancelled":
-                reason = message.cancelled.message or "the server cancelled the job"
-                self.ending = Cancelled(reason, code=status_code(1), reason="CANCELLED")
+            case "failed" | "cancelled":
+                self.ending = _ending(message)
             case "heartbeat":
                 return events.Heartbeat(sequence=sequence, time=time)
+            case "restarted":
+                self._prepared, self._images_read = None, 0
+                self._header, self._data = None, bytearray()
+                return events.Restarted(sequence=sequence, time=time, attempt=message.restarted.attempt)
         return None
 
     def finish(self) -> None:
@@ -340,6 +341,13 @@ def _preview(sequence: int, time: datetime, message: job_event_pb2.Preview) -> e
         height=message.height,
         data=message.data,
     )
+
+
+def _ending(message: job_event_pb2.JobEvent) -> StatusError:
+    if message.HasField("failed"):
+        return _failed(message.failed)
+    reason = message.cancelled.message or "the server cancelled the job"
+    return Cancelled(reason, code=status_code(1), reason="CANCELLED")
 
 
 def _failed(message: job_event_pb2.Failed) -> StatusError:

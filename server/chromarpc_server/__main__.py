@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,17 @@ def _serve(arguments: list[str]) -> int:
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
     from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 
-    return asyncio.run(serve(settings))
+    return _leave(asyncio.run(serve(settings)))
+
+
+def _leave(code: int) -> int:
+    """Ends the process at once where something failed: Python would wait for a device thread that hangs."""
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _web(arguments: list[str]) -> int:
@@ -61,7 +72,7 @@ def _web(arguments: list[str]) -> int:
     if settings is None:
         return EXIT_USAGE
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
-    return asyncio.run(serve_web(settings))
+    return _leave(asyncio.run(serve_web(settings)))
 
 
 def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:

@@ -17,6 +17,7 @@ from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
+from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
 from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings, parse_size
@@ -47,6 +48,7 @@ class App:
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._callers: CallersFile | None = None
+        self._engine: Engine | None = None
         self.metrics_port: int | None = None
         """Where metrics are served, once they are."""
 
@@ -58,6 +60,13 @@ class App:
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
         self._stop.set()
+
+    def signalled(self) -> None:
+        """Somebody wants the process to end: the first time in good order, the second time at once."""
+        if self._stop.is_set() and self._engine is not None:
+            log.warning("server.hurried")
+            self._engine.hurry()
+        self.stop()
 
     def _device_lost(self) -> None:
         self._exit_code = EXIT_DEVICE_LOST
@@ -86,30 +95,29 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
-        downloaded = settings.data_dir / "downloads"
-        library = AdapterLibrary(
-            settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=downloaded
-        )
-        downloads = (
-            AdapterDownloads(downloaded, settings.download_limits(), allowed_hosts=settings.lora_hosts)
-            if settings.lora_urls
-            else None
-        )
+        library, adapters = self._adapters()
         access = self._access()
         version = metadata.version("chromarpc")
         metrics = None if settings.metrics_port is None else Metrics(version=version)
         tracing = Tracing(version=version) if settings.traces else None
         await asyncio.to_thread(library.clean)
+        retention = settings.retention()
+        store = await JobStore.open(settings.data_dir / "jobs" if settings.store == "disk" else None, retention)
         engine = Engine(
             choice,
             model_files=model_files,
-            adapters=AdapterSources(library, downloads),
+            adapters=adapters,
             max_queued_jobs=serving.limits.max_queued_jobs,
             budgets=settings.budgets(),
             on_device_lost=self._device_lost,
-            retention=settings.retention(),
+            store=store,
+            retention=retention,
+            restarts=settings.restarts(),
+            store_prompts=settings.store_prompts,
+            patience=settings.patience(),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
+        self._engine = engine
         models = ModelServicer(
             engine,
             serving,
@@ -123,16 +131,21 @@ class App:
         address = (
             f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
         )
-        listening = await listen(
-            address,
-            GenerationServicer(engine, serving),
-            JobServicer(engine, serving),
-            models,
-            LoraServicer(library, serving, model_files),
-            access=access,
-            rules=[] if metrics is None else [metrics.rule],
-            interceptors=[] if tracing is None else [tracing.interceptor()],
-        )
+        try:
+            await engine.resume(serving.models)
+            listening = await listen(
+                address,
+                GenerationServicer(engine, serving),
+                JobServicer(engine, serving),
+                models,
+                LoraServicer(library, serving, model_files),
+                access=access,
+                rules=[] if metrics is None else [metrics.rule],
+                interceptors=[] if tracing is None else [tracing.interceptor()],
+            )
+        except BaseException:
+            await engine.drain(0)
+            raise
         status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         try:
             stopping = asyncio.create_task(self._stop.wait())
@@ -158,6 +171,15 @@ class App:
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
+
+    def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:
+        settings = self._settings
+        folder = settings.data_dir / "downloads"
+        library = AdapterLibrary(settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=folder)
+        downloads = None
+        if settings.lora_urls:
+            downloads = AdapterDownloads(folder, settings.download_limits(), allowed_hosts=settings.lora_hosts)
+        return library, AdapterSources(library, downloads)
 
     def _access(self) -> Access:
         """Who may call.
@@ -244,7 +266,7 @@ async def serve(settings: ServerSettings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows has no loop signal handlers
-            loop.add_signal_handler(number, app.stop)
+            loop.add_signal_handler(number, app.signalled)
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:

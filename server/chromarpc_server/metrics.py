@@ -19,6 +19,7 @@ from chromarpc_server.domain.events import (
     Failed,
     ImageHeader,
     Prepared,
+    Restarted,
     Step,
 )
 from chromarpc_server.engine.engine import Engine
@@ -54,6 +55,12 @@ class Metrics:
             "chromarpc_jobs",
             "Jobs that ended, by outcome (succeeded, failed, cancelled) and, unless they succeeded, by reason",
             ["model", "profile", "outcome", "reason"],
+            registry=registry,
+        )
+        self._restarts = Counter(
+            "chromarpc_job_restarts",
+            "Jobs that were running when an earlier process ended, and are run again",
+            ["model", "profile"],
             registry=registry,
         )
         self._job_s = Histogram(
@@ -143,6 +150,8 @@ class Metrics:
             case Prepared(weights=weights):
                 self._weights.labels(model, weights.source.value).inc()
                 self._switch_s.labels(weights.source.value).observe(weights.duration_s)
+            case Restarted():
+                self._restarts.labels(model, profile).inc()
             case Step(prompt_index=index, duration_s=seconds):
                 prompt = job.plan.prompts[index]
                 size = size_label(prompt.width * prompt.height)
@@ -220,6 +229,8 @@ class _EngineCollector(Collector):
             "chromarpc_queued_jobs", "Jobs waiting for their downloads or for the device", status.queued_jobs
         )
         yield _gauge("chromarpc_running_jobs", "Jobs on the device", status.running_jobs)
+        yield _gauge("chromarpc_stored_jobs", "Jobs that ended and are kept", status.stored.jobs)
+        yield _gauge("chromarpc_stored_bytes", "Of their events and pictures", status.stored.bytes)
         counters = cache.counters
         events = CounterMetricFamily(
             "chromarpc_prepared_sets",

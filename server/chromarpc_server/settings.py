@@ -29,6 +29,8 @@ from chromarpc_server.domain.limits import (
     Limits,
     MasterPlace,
     MemoryChoice,
+    Patience,
+    RestartLimits,
     Tiling,
     UploadLimits,
     WeightsPlace,
@@ -40,6 +42,8 @@ _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
 _RETENTION = JobRetention()
 _CALLER = CallerLimits()
+_RESTARTS = RestartLimits()
+_PATIENCE = Patience()
 
 
 def is_loopback(host: str) -> bool:
@@ -53,6 +57,8 @@ def is_loopback(host: str) -> bool:
 Dtype = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+StoreKind = Literal["disk", "memory"]
+MEMORY_STORE_BYTES = 512 * 1024**2
 Profile = Literal["reference", "exact", "fp8"]
 
 
@@ -198,7 +204,8 @@ class ServerSettings(BaseSettings):
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
-        description="folder that uploaded adapters are kept in; by default the platform's for this user's data",
+        description="folder of jobs, their pictures, uploaded and fetched adapters; by default the platform's for "
+        "this user's data; one server at a time",
     )
     max_upload_bytes: ByteSize = Field(
         ByteSize(_UPLOADS.max_file_bytes), description="bytes of one uploaded adapter; 0 takes no uploads"
@@ -267,11 +274,33 @@ class ServerSettings(BaseSettings):
         description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
     )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
+    store: StoreKind = Field(
+        "disk",
+        description="where jobs are kept: disk (below the data folder; they outlive the process) or memory",
+    )
+    store_prompts: bool = Field(
+        True,
+        description="write prompts to the store on disk; without, jobs that did not end before a restart fail",
+    )
     job_keep_s: float = Field(
         _RETENTION.keep_s, gt=0, description="seconds that an ended job and its pictures can be asked for"
     )
-    job_keep_bytes: ByteSize = Field(
-        ByteSize(_RETENTION.keep_bytes), description="memory for pictures of ended jobs; the oldest go first"
+    job_keep_bytes: ByteSize | None = Field(
+        None,
+        description="room for ended jobs and their pictures, the oldest go first; by default 10 GiB on disk, "
+        "512 MiB in memory",
+    )
+    job_attempts: PositiveInt = Field(
+        _RESTARTS.max_attempts,
+        description="how often a job is begun when the server dies or is killed while it runs",
+    )
+    step_timeout_s: float = Field(
+        _PATIENCE.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
+    )
+    load_timeout_s: float = Field(
+        _PATIENCE.other_s,
+        gt=0,
+        description="seconds for anything else it does, loading and compiling, after which it is taken to hang",
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that SIGTERM gives the running job to finish")
     metrics_port: int | None = Field(
@@ -300,7 +329,17 @@ class ServerSettings(BaseSettings):
 
     def retention(self) -> JobRetention:
         """How long ended jobs stay."""
-        return JobRetention(keep_s=self.job_keep_s, keep_bytes=self.job_keep_bytes)
+        default = _RETENTION.keep_bytes if self.store == "disk" else MEMORY_STORE_BYTES
+        keep_bytes = default if self.job_keep_bytes is None else self.job_keep_bytes
+        return JobRetention(keep_s=self.job_keep_s, keep_bytes=keep_bytes)
+
+    def patience(self) -> Patience:
+        """How long the device may take."""
+        return Patience(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
+
+    def restarts(self) -> RestartLimits:
+        """What becomes of jobs that an earlier process left."""
+        return RestartLimits(max_attempts=self.job_attempts)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""

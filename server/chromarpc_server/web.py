@@ -120,7 +120,7 @@ async def _with_server(settings: WebSettings) -> int:
     from chromarpc_server.domain.errors import ChromaError  # noqa: PLC0415
 
     app = App(settings)
-    _on_signals(app.stop)
+    _on_signals(app.signalled)
     if hasattr(signal, "SIGHUP"):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.reload)
     started: asyncio.Future[int] = asyncio.get_running_loop().create_future()

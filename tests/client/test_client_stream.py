@@ -21,6 +21,7 @@ from chromarpc import (
     Prepared,
     ProtocolError,
     Queued,
+    Restarted,
     Step,
 )
 from chromarpc.request import build_request
@@ -56,6 +57,22 @@ def test_a_whole_job_becomes_typed_events() -> None:
     assert len(events[7].sigmas) == events[7].total_steps + 1
     assert isinstance(events[-1], Completed)
     assert events[-1].timings.total_s == 1.5
+
+
+def test_a_restart_makes_what_came_before_void() -> None:
+    story = Story()
+    events = read(
+        story.accepted(REQUEST),
+        story.prepared(REQUEST),
+        *list(story.image(DATA))[:-1],
+        story.restarted(2),
+        story.prepared(REQUEST),
+        *story.image(DATA),
+        story.completed(),
+    )
+    assert [type(event) for event in events] == [Accepted, Prepared, Restarted, Prepared, ImageReady, Completed]
+    assert isinstance(events[2], Restarted)
+    assert events[2].attempt == 2
 
 
 def test_an_image_carries_its_plan_and_only_its_own_warnings() -> None:

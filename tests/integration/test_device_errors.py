@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import chromarpc
-from chromarpc_server.pipeline import checkpoint
+from chromarpc_server.domain.errors import DeviceLost
+from chromarpc_server.engine import worker
+from chromarpc_server.pipeline import checkpoint, probe_device
 from tests.conftest import RunningServer
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
@@ -28,6 +30,13 @@ def _fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
             yield step
 
     monkeypatch.setattr(checkpoint, "denoise_from", denoise_from)
+
+
+def test_the_probe_finds_a_device_that_answers_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_device(torch.device("cpu"))
+    monkeypatch.setattr(torch, "arange", lambda *_, **__: torch.zeros(256))
+    with pytest.raises(DeviceLost):
+        probe_device(torch.device("cpu"))
 
 
 def test_out_of_memory_is_told_and_the_next_request_works(
@@ -57,6 +66,10 @@ def test_the_unforeseen_has_an_id_and_tells_nothing_else(
 def test_a_lost_device_ends_the_process_with_70(
     serve: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def probe(_: torch.device) -> None:
+        raise DeviceLost("the device failed and cannot be used any more")
+
+    monkeypatch.setattr(worker, "probe_device", probe)
     _fail_once(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
     server = serve()
     with chromarpc.Client(server.target) as client, pytest.raises(chromarpc.DeviceLost):

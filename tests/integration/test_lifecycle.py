@@ -170,9 +170,9 @@ def test_a_grace_time_that_is_over_ends_the_job_as_draining(serve: Serve) -> Non
     assert server.stop() == 0
 
 
-def test_sigterm_ends_the_process_with_0(tiny_checkpoint: Path) -> None:
+def test_sigterm_ends_the_process_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--device", "cpu"]
-    command += ["--model-folder", f"chroma-mini={tiny_checkpoint}"]
+    command += ["--model-folder", f"chroma-mini={tiny_checkpoint}", "--data-dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "listens on 127.0.0.1:" in process.stdout.readline()

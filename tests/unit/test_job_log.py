@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from chromarpc_server.domain.errors import JobCancelled
+import pytest
+
+from chromarpc_server.domain.errors import Draining, JobCancelled
 from chromarpc_server.domain.events import Cancelled, ImageChunk, Loading, LoadingStage, Preview, Step
 from chromarpc_server.engine.job_log import KEPT_UNREAD, JobLog
 
@@ -67,16 +69,37 @@ async def test_a_quiet_log_gives_signs_of_life() -> None:
     assert await anext(stream) is not None
 
 
-async def test_every_reader_gets_the_bytes_and_the_log_knows_their_weight() -> None:
-    ended: list[int] = []
-    log = JobLog(lambda: ended.append(log.last_sequence))
+async def test_an_end_is_decided_before_it_is_seen() -> None:
+    log = JobLog()
     for offset in range(3):
         log.append(ImageChunk(0, offset, b"x" * 1000))
-    assert not ended
-    log.append(_end())
-    assert ended == [4]
-    assert log.image_bytes == 3000
+    assert log.seal(_end()).sequence == 4
+    log.append(_step(9))
+    assert (log.sealed, log.closed, log.ending) == (True, False, None)
+    reading = asyncio.create_task(_sequences(log))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    assert log.entries[-1].sequence == 4
+    log.close()
     assert log.ending is not None
-    assert log.ending.sequence == 4
     for _ in range(2):
         assert await _sequences(log) == [1, 2, 3, 4]
+    assert await reading == [1, 2, 3, 4]
+
+
+async def test_readers_of_a_suspended_log_get_everything_and_are_told() -> None:
+    log = JobLog()
+    log.append(_step(1))
+    reading = asyncio.create_task(_sequences(log))
+    await asyncio.sleep(0)
+    log.suspend(Draining("stopping"))
+    with pytest.raises(Draining):
+        await reading
+
+
+async def test_numbers_go_on_elsewhere_after_a_restart() -> None:
+    log = JobLog()
+    log.append(_step(1))
+    log.skip_to(1000)
+    log.append(_end())
+    assert await _sequences(log) == [1, 1001]

@@ -20,6 +20,7 @@ from chromarpc.events import (
     Loading,
     Prepared,
     Queued,
+    Restarted,
     Step,
 )
 
@@ -77,6 +78,9 @@ class Lines:
         match event:
             case Queued():
                 say(queue_text(event))
+            case Restarted():
+                self._stage = ""
+                say(restart_text(event))
             case Loading(stage=stage) if stage != self._stage:
                 self._stage = stage
                 say(f"loading: {stage}")
@@ -134,6 +138,10 @@ class Bars:
                 self._wait("accepted", None)
             case Queued():
                 self._wait(queue_text(event), None)
+            case Restarted():
+                for index in list(self._images):
+                    self._end_image(index)
+                self._print(restart_text(event))
             case Loading():
                 amount = f"{bytes_text(event.done_bytes)} of {bytes_text(event.total_bytes)}"
                 self._wait(f"loading: {event.stage}", event.fraction, amount if event.total_bytes else "")
@@ -205,6 +213,11 @@ def queue_text(event: Queued) -> str:
     """The place in the queue, and how long it lasts if known."""
     place = "next in the queue" if event.position == 1 else f"number {event.position} in the queue"
     return place if event.estimated_wait_s is None else f"{place}, about {seconds_text(event.estimated_wait_s)}"
+
+
+def restart_text(event: Restarted) -> str:
+    """That everything begins again."""
+    return f"the server was restarted; attempt {event.attempt} begins"
 
 
 def image_text(event: ImageReady, path: Path | None) -> str:

@@ -106,6 +106,7 @@ class JobEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESTARTED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the job's log, counted from 1. Gaps mean that progress was coalesced for a slow reader.
     A heartbeat is not in the log: it repeats the sequence of the event sent before it.
@@ -162,6 +163,10 @@ class JobEvent(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Nothing happened for a while; the job is alive."""
 
+    @_builtins.property
+    def restarted(self) -> Global___Restarted:
+        """The server was restarted, and runs the job again from its beginning."""
+
     def __init__(
         self,
         *,
@@ -179,12 +184,13 @@ class JobEvent(_message.Message):
         failed: Global___Failed | None = ...,
         cancelled: Global___Cancelled | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        restarted: Global___Restarted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "completed", b"completed", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "image_chunk", b"image_chunk", "image_header", b"image_header", "loading", b"loading", "prepared", b"prepared", "preview", b"preview", "queued", b"queued", "step", b"step", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "completed", b"completed", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "image_chunk", b"image_chunk", "image_header", b"image_header", "loading", b"loading", "prepared", b"prepared", "preview", b"preview", "queued", b"queued", "restarted", b"restarted", "step", b"step", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "completed", b"completed", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "image_chunk", b"image_chunk", "image_header", b"image_header", "loading", b"loading", "prepared", b"prepared", "preview", b"preview", "queued", b"queued", "sequence", b"sequence", "step", b"step", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "completed", b"completed", "event", b"event", "failed", b"failed", "heartbeat", b"heartbeat", "image_chunk", b"image_chunk", "image_header", b"image_header", "loading", b"loading", "prepared", b"prepared", "preview", b"preview", "queued", b"queued", "restarted", b"restarted", "sequence", b"sequence", "step", b"step", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "queued", "loading", "prepared", "step", "preview", "image_header", "image_chunk", "completed", "failed", "cancelled", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "queued", "loading", "prepared", "step", "preview", "image_header", "image_chunk", "completed", "failed", "cancelled", "heartbeat", "restarted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -349,6 +355,30 @@ class PlannedLora(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedLora: _TypeAlias = PlannedLora  # noqa: Y015
+
+@_typing.final
+class Restarted(_message.Message):
+    """The server was stopped while the job ran, and runs it again from its beginning, with the same seeds and the same
+    adapters. What came before is void: steps are counted from 1 again, and images come again, with the same bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """The attempt that is to come, from 1."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Restarted: _TypeAlias = Restarted  # noqa: Y015
 
 @_typing.final
 class Queued(_message.Message):

@@ -209,6 +209,16 @@ export interface Heartbeat extends EventBase {
   readonly type: "heartbeat";
 }
 
+/**
+ * The server was stopped while the job ran, and runs it again: what came before is void, steps count from 1, images
+ * come again.
+ */
+export interface Restarted extends EventBase {
+  readonly type: "restarted";
+  /** The attempt that is to come, from 1. */
+  readonly attempt: number;
+}
+
 /** Anything that `generate` yields. */
 export type GenerationEvent =
   | Accepted
@@ -219,4 +229,5 @@ export type GenerationEvent =
   | Preview
   | ImageReady
   | Completed
-  | Heartbeat;
+  | Heartbeat
+  | Restarted;

@@ -62,6 +62,11 @@ export class ImageAssembler {
     this.#open = { header, data: new Uint8Array(size), have: 0 };
   }
 
+  /** Forgets an image whose rest will not come. */
+  reset(): void {
+    this.#open = undefined;
+  }
+
   /** Whether a header came whose parts did not. */
   get isOpen(): boolean {
     return this.#open !== undefined;
@@ -208,6 +213,11 @@ export class StreamReader {
         return undefined;
       case "heartbeat":
         return { type: "heartbeat", ...base };
+      case "restarted":
+        this.#prepared = undefined;
+        this.#imagesRead = 0;
+        this.#images.reset();
+        return { type: "restarted", ...base, attempt: event.value.attempt };
       case undefined:
         return undefined;
     }

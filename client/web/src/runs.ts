@@ -189,6 +189,15 @@ function noteEvent(jobId: string, event: GenerationEvent): void {
         endsAt: undefined,
       });
       break;
+    case "restarted":
+      update(jobId, {
+        state: "queued",
+        loading: undefined,
+        prepared: undefined,
+        doneSteps: 0,
+        endsAt: undefined,
+      });
+      break;
     case "heartbeat":
       break;
   }

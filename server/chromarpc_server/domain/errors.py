@@ -16,6 +16,11 @@ ChromaError
 ├── ImageNotFound           IMAGE_NOT_FOUND      the job has no such image, or not yet
 ├── JobNotEnded             JOB_NOT_ENDED        the job waits or runs
 ├── RequestIdReused         REQUEST_ID_REUSED    another request was made under this request id
+├── StoreUnavailable        STORE_UNAVAILABLE    the job, or what came of it, cannot be stored
+├── RestartError
+│   ├── AttemptsExhausted   ATTEMPTS_EXHAUSTED   the server was stopped each time it ran the job
+│   ├── LoraChanged         LORA_CHANGED         an adapter is not what it was before the restart
+│   └── NotKept             NOT_KEPT             the server does not store what the job needs to run again
 ├── QueueTimeExceeded       QUEUE_TIME_EXCEEDED  the job waited longer than its request allows
 ├── WeightsMissing          WEIGHTS_MISSING      the model's files are not on this machine
 ├── WeightsInvalid          WEIGHTS_INVALID      they are, and cannot be used
@@ -26,7 +31,9 @@ ChromaError
 ├── Draining                DRAINING             the server is starting or stopping
 ├── JobCancelled            CANCELLED            by the caller, or because it went away
 ├── JobDeadlineExceeded     DEADLINE_EXCEEDED    the caller's deadline passed
-├── DeviceLost              DEVICE_LOST          the device cannot be used any more
+├── DeviceError
+│   ├── DeviceLost          DEVICE_LOST          the device cannot be used any more
+│   └── DeviceHung          DEVICE_HUNG          the device does not answer
 └── InternalError           INTERNAL             anything else; the error id is in the log too
 
 Messages are written for the client: they hold no server path, no token and no traceback. What gRPC status
@@ -198,6 +205,34 @@ class RequestIdReused(ChromaError):
     reason = "REQUEST_ID_REUSED"
 
 
+class StoreUnavailable(ChromaError):
+    """The store cannot take the job, or what came of it: a full disk, or one that fails."""
+
+    reason = "STORE_UNAVAILABLE"
+
+
+class RestartError(ChromaError):
+    """A job that was accepted before the server was restarted cannot be run by it now."""
+
+
+class AttemptsExhausted(RestartError):
+    """The server was stopped, or died, each time it ran the job."""
+
+    reason = "ATTEMPTS_EXHAUSTED"
+
+
+class LoraChanged(RestartError):
+    """An adapter has other bytes than before, or is gone, so the picture would be another one."""
+
+    reason = "LORA_CHANGED"
+
+
+class NotKept(RestartError):
+    """The job needs something that the server does not store: a token, or its prompts."""
+
+    reason = "NOT_KEPT"
+
+
 class QueueTimeExceeded(ChromaError):
     """The job waited longer than its request allows."""
 
@@ -270,8 +305,18 @@ class JobDeadlineExceeded(ChromaError):
     reason = "DEADLINE_EXCEEDED"
 
 
-class DeviceLost(ChromaError):
-    """The device's context is poisoned; the process must be restarted."""
+class DeviceError(ChromaError):
+    """The process can compute nothing any more, and must be restarted."""
+
+
+class DeviceHung(DeviceError):
+    """The device, or the thread that owns it, does not answer."""
+
+    reason = "DEVICE_HUNG"
+
+
+class DeviceLost(DeviceError):
+    """The device's context is poisoned, or the thread that owns it died."""
 
     reason = "DEVICE_LOST"
 

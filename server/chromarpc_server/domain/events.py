@@ -19,6 +19,14 @@ class Accepted:
 
 
 @dataclass(frozen=True)
+class Restarted:
+    """The server was stopped while the job ran, and runs it again from its beginning."""
+
+    attempt: int
+    """The one that is to come, from 1."""
+
+
+@dataclass(frozen=True)
 class Queued:
     """The job waits; `position` 1 is next."""
 
@@ -195,6 +203,7 @@ class Cancelled:
 
 Event = (
     Accepted
+    | Restarted
     | Queued
     | Loading
     | Prepared
@@ -208,7 +217,6 @@ Event = (
 )
 
 Terminal = Completed | Failed | Cancelled
-TERMINAL = (Completed, Failed, Cancelled)
 
 
 def may_coalesce(event: Event) -> bool:

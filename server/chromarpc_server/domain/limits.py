@@ -41,10 +41,32 @@ class CallerLimits:
 class JobRetention:
     """How long jobs that ended, and their pictures, can be asked for."""
 
-    keep_s: float = 3600.0
-    keep_bytes: int = 512 * 1024**2
-    """Of pictures in memory."""
-    keep_jobs: int = 10_000
+    keep_s: float = 24 * 3600.0
+    keep_bytes: int = 10 * 1024**3
+    """Of pictures and events; the newest job is kept in any case."""
+    keep_jobs: int = 100_000
+
+
+@dataclass(frozen=True)
+class RestartLimits:
+    """What becomes of jobs that a server finds when it starts."""
+
+    max_attempts: int = 2
+    """How often a job may be begun."""
+    reattach_s: float = 60.0
+    """How long a job that ends with its caller waits for the caller to come back."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the device may take before it is taken to hang."""
+
+    step_s: float = 600.0
+    """One denoising step; longer only where a longer one is expected."""
+    step_factor: float = 10.0
+    """How many times its expected time a step may take."""
+    other_s: float = 1800.0
+    """Anything else without a sign of life: reading weights, compiling, decoding."""
 
 
 @dataclass(frozen=True)

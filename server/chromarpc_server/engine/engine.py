@@ -1,7 +1,7 @@
-"""The engine's front door: admits plans, runs them one at a time, fills their logs.
+"""The engine's front door: admits plans, runs them one at a time, fills their logs, stores what becomes of them.
 
-Lives on the event loop. The device thread and the image encoder are executors of one thread each; nothing here
-waits for them without yielding.
+Lives on the event loop. The device thread, the image encoder and the store are executors of one thread each;
+nothing here waits for them without yielding.
 """
 
 from __future__ import annotations
@@ -10,31 +10,35 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any, TypeVar
 
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
-    DeviceLost,
+    DeviceError,
     Draining,
     InternalError,
     JobCancelled,
     JobDeadlineExceeded,
+    ModelNotFound,
     QueueFull,
     QueueTimeExceeded,
     QuotaExceeded,
     QuotaViolation,
+    StoreUnavailable,
 )
-from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Queued, Step
-from chromarpc_server.domain.limits import Budgets, JobRetention
+from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, Prepared, Queued, Step, Terminal
+from chromarpc_server.domain.limits import Budgets, JobRetention, Patience, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
-from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
+from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.images import (
     RenderedImage,
     RenderedPreview,
@@ -42,16 +46,27 @@ from chromarpc_server.engine.images import (
     encode_preview,
     split_chunks,
 )
-from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.job import AnyJob, Cancellation, Job
 from chromarpc_server.engine.job_book import JobBook
-from chromarpc_server.engine.job_log import JobLog
 from chromarpc_server.engine.job_observer import JobObserver, StageDone
+from chromarpc_server.engine.job_queue import JobQueue, Waiting
 from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.engine.recovery import (
+    find_again,
+    known_adapters,
+    refuse_hopeless,
+    require_same,
+    restored_job,
+    tell_again,
+)
 from chromarpc_server.engine.step_times import StepTimes
+from chromarpc_server.engine.store.database import StoreSize
+from chromarpc_server.engine.store.job_store import JobStore, Unfinished
+from chromarpc_server.engine.store.records import KnownAdapter
+from chromarpc_server.engine.supervision import DeviceWatch
 from chromarpc_server.engine.worker import DeviceWorker, Report, WorkDone
 from chromarpc_server.pipeline import (
-    CheckpointFiles,
     DeviceChoice,
     DeviceDescription,
     describe_device,
@@ -60,9 +75,10 @@ from chromarpc_server.pipeline import (
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 RETRY_AFTER_DRAIN_S = 5.0
-MAX_OVERTAKEN = 4
-"""How many later jobs may run before a waiting one because their weights are resident."""
+HOUSEKEEPING_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,20 +88,8 @@ class EngineStatus:
     queued_jobs: int
     running_jobs: int
     cache: CacheSnapshot
-
-
-@dataclass
-class _Waiting:
-    """A job in the queue, with what its run needs."""
-
-    job: Job
-    files: CheckpointFiles
-    adapters: FoundAdapters
-    fetching: asyncio.Task[None] | None = None
-    """Its downloads; it joins the queue once they are done."""
-    image_encoding_s: float = 0.0
-    images: int = 0
-    encodings: set[asyncio.Task[None]] = field(default_factory=set)
+    stored: StoreSize = StoreSize(0, 0)
+    """Jobs that ended and are kept."""
 
 
 class Engine:
@@ -100,15 +104,35 @@ class Engine:
         max_queued_jobs: int,
         budgets: Budgets,
         on_device_lost: Callable[[], None],
-        retention: JobRetention | None = None,
+        store: JobStore,
+        retention: JobRetention,
+        restarts: RestartLimits | None = None,
+        store_prompts: bool = True,
+        patience: Patience | None = None,
         observers: Sequence[JobObserver] = (),
     ) -> None:
         """Prepares everything and starts nothing; see `start`.
 
-        `observers` are told of every event of every job.
+        Args:
+            choice: the device.
+            model_files: where models lie.
+            adapters: where adapters come from.
+            max_queued_jobs: more are refused.
+            budgets: how much may be resident.
+            on_device_lost: called when the process must be restarted.
+            store: keeps jobs; closed by `drain`.
+            retention: how long it keeps those that ended.
+            restarts: what becomes of those that an earlier process left.
+            store_prompts: whether a store on disk gets to see what prompts say.
+            patience: how long the device may take.
+            observers: are told of every event of every job.
         """
         self._observers = tuple(observers)
-        self.jobs = JobBook(retention or JobRetention())
+        self._watch = DeviceWatch(patience or Patience())
+        self._store = store
+        self._restarts = restarts or RestartLimits()
+        self._store_prompts = store_prompts
+        self.jobs = JobBook(store, retention)
         self._choice = choice
         self._model_files = model_files
         self._adapters = adapters
@@ -117,15 +141,22 @@ class Engine:
         self._on_device_lost = on_device_lost
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._image_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
-        self._queue: deque[_Waiting] = deque()
-        self._fetching: list[_Waiting] = []
+        self._queue = JobQueue()
+        self._fetching: list[Waiting] = []
         """Admitted jobs whose adapters are being downloaded."""
+        self._entering: Counter[str] = Counter()
+        """How many jobs of each caller are being stored before they are admitted."""
+        self._unstored: list[Job] = []
+        """Jobs that ended and whose end could not be stored yet."""
         self._arrived = asyncio.Event()
-        self._running: _Waiting | None = None
+        self._running: Waiting | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._finishing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        """What must be done before the engine ends."""
+        self._housekeeper: asyncio.Task[None] | None = None
         self._accepting = False
+        self._device_failed = False
         self._snapshot = CacheSnapshot()
         self._step_times = StepTimes()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -142,8 +173,51 @@ class Engine:
         worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
         self._worker, self._description = worker, description
         self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
+        self._dispatcher.add_done_callback(self._dispatcher_ended)
+        self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
         self._accepting = True
         return description
+
+    async def resume(self, models: Mapping[str, ModelSpec]) -> int:
+        """Takes over what an earlier process was told to run. Returns how many jobs.
+
+        Args:
+            models: those that are served, by id.
+
+        Raises:
+            StoreUnavailable: they cannot be read.
+        """
+        left = await self._store.take_over()
+        for stored in left:
+            job = restored_job(stored)
+            self._observe(job)
+            self.jobs.add(job)
+            tell_again(job, stored.starts)
+            log.info("job.resumed", extra={"job_id": job.id, "caller": job.owner, "attempts_before": job.attempts})
+            try:
+                await self._readmit(job, stored, models)
+            except ChromaError as error:
+                self._end_early(job, error)
+            except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+                self._end_early(job, self._unforeseen(job, error))
+        return len(left)
+
+    async def _readmit(self, job: Job, stored: Unfinished, models: Mapping[str, ModelSpec]) -> None:
+        refuse_hopeless(stored, self._restarts.max_attempts)
+        spec = models.get(job.plan.served_model)
+        if spec is None:
+            raise ModelNotFound(f"the server was restarted, and serves no model {job.plan.served_model}")
+        found = await find_again(stored, self._adapters)
+        files = await asyncio.to_thread(self._model_files.require, spec)
+        job.adapter_files = found.complete
+        if not job.plan.detached:
+            job.is_orphan = True
+            asyncio.get_running_loop().call_later(self._restarts.reattach_s, self._end_orphan, job)
+        self._set_going(Waiting(job, files, found), hf_token=None)
+
+    def _end_orphan(self, job: Job) -> None:
+        if job.is_orphan:
+            self.cancel(job, JobCancelled("its caller did not come back after the server was restarted"))
 
     async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Makes a model resident before any request asks for it, warmed up for pictures of these sizes.
@@ -155,7 +229,8 @@ class Engine:
             raise RuntimeError("preload before start")
         files = await asyncio.to_thread(self._model_files.require, spec)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._device_thread, self._worker.load, spec.id, files, profile, sizes)
+        load = partial(self._worker.load, spec.id, files, profile, sizes)
+        await self._watch.guard(loop.run_in_executor(self._device_thread, load))
 
     @property
     def description(self) -> DeviceDescription:
@@ -166,7 +241,12 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """What the engine is doing now; answers at once."""
-        return EngineStatus(len(self._queue) + len(self._fetching), int(self._running is not None), self._snapshot)
+        return EngineStatus(
+            len(self._queue) + len(self._fetching),
+            int(self._running is not None),
+            self._snapshot,
+            self._store.size,
+        )
 
     def memory_used_bytes(self) -> int:
         """What the process holds of the device's memory now, of the host's on a CPU."""
@@ -181,7 +261,7 @@ class Engine:
         hf_token: str | None = None,
         caller: Caller = NOBODY,
         fingerprint: str = "",
-    ) -> tuple[Job, bool]:
+    ) -> tuple[AnyJob, bool]:
         """Admits a plan as a job, whose log then fills by itself, or finds the one that the same request made.
 
         Args:
@@ -201,10 +281,35 @@ class Engine:
             InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
             QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
-            QueueFull, Draining: no job is taken now.
+            QueueFull, Draining, StoreUnavailable: no job is taken now.
         """
+        submitting = self._track(self._submit(plan, spec, deadline_s, hf_token, caller, fingerprint))
+        try:
+            # Stored or not, but never half: the caller may go away meanwhile.
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(self._abandoned)
+            raise
+
+    def _abandoned(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
+        """The caller went away before it was told of its job."""
+        if submitting.cancelled() or submitting.exception() is not None:
+            return
+        job, existed = submitting.result()
+        if isinstance(job, Job) and not existed and not job.attached and not job.plan.detached:
+            self.cancel(job, JobCancelled("the caller cancelled or went away"))
+
+    async def _submit(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        deadline_s: float | None,
+        hf_token: str | None,
+        caller: Caller,
+        fingerprint: str,
+    ) -> tuple[AnyJob, bool]:
         async with self.jobs.creating(caller.name, plan.request_id):
-            known = self.jobs.existing(caller.name, plan.request_id, fingerprint)
+            known = await self.jobs.existing(caller.name, plan.request_id, fingerprint)
             if known is not None:
                 return known, True
             return await self._admit(plan, spec, deadline_s, hf_token, caller, fingerprint), False
@@ -220,24 +325,24 @@ class Engine:
     ) -> Job:
         _refuse_size(plan, caller)
         self._refuse_if_closed(caller)
+        deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
         found = await self._adapters.find(plan.loras, caller.name)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed(caller)
-        deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
         job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name, fingerprint=fingerprint)
-        job.log = JobLog(lambda: self._ended(job))
-        for observer in self._observers:
-            job.log.observe(partial(observer.on_event, job), observer.on_read)
-        job.log.append(Accepted(job.id, plan))
+        self._observe(job)
+        self._entering[caller.name] += 1
+        try:
+            await self._store.insert(
+                job,
+                with_prompts=self._store_prompts or not self._store.is_durable,
+                needs_token=hf_token is not None and None in found.files,
+                adapters=[None if file is None else KnownAdapter.of(file) for file in found.files],
+            )
+        finally:
+            self._entering[caller.name] -= 1
         self.jobs.add(job)
-        if plan.max_queue_s is not None:
-            asyncio.get_running_loop().call_later(plan.max_queue_s, self._expire, job)
-        waiting = _Waiting(job, files, found)
-        if None in found.files:
-            self._fetching.append(waiting)
-            waiting.fetching = asyncio.create_task(self._fetch(waiting, hf_token))
-        else:
-            self._enqueue(waiting)
+        job.log.append(Accepted(job.id, plan))
         log.info(
             "job.accepted",
             extra={
@@ -250,29 +355,79 @@ class Engine:
                 "pixel_steps": plan.pixel_steps,
             },
         )
+        self._set_going(Waiting(job, files, found), hf_token)
         return job
 
-    def _ended(self, job: Job) -> None:
-        job.ended_at = time.monotonic()
-        self.jobs.sweep()
+    def _observe(self, job: Job) -> None:
+        for observer in self._observers:
+            job.log.observe(partial(observer.on_event, job), observer.on_read)
+
+    def _set_going(self, waiting: Waiting, hf_token: str | None) -> None:
+        """Puts a job that is stored into the queue, once its adapters are here."""
+        job = waiting.job
+        if not self._accepting:
+            self._stop_waiting(waiting)
+            return
+        if job.plan.max_queue_s is not None:
+            waited_s = time.monotonic() - job.admitted_at
+            asyncio.get_running_loop().call_later(job.plan.max_queue_s - waited_s, self._expire, job)
+        if None in waiting.adapters.files:
+            self._fetching.append(waiting)
+            waiting.fetching = asyncio.create_task(self._fetch(waiting, hf_token))
+        else:
+            self._enqueue(waiting)
+
+    def _track(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _keep_house(self) -> None:
+        """Stores what could not be stored, and forgets what need not be kept longer."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            with suppress(StoreUnavailable):
+                await self._settle()
+                await self._store.sweep()
+
+    async def _settle(self) -> None:
+        while self._unstored:
+            job = self._unstored[0]
+            if job.log.ending is not None:
+                await self._store.finish(job, job.log.ending)
+            self._unstored.remove(job)
+            self.jobs.ended(job)
 
     def _expire(self, job: Job) -> None:
         """Ends a job that waited too long; one that runs or ended is left alone."""
-        if job.started_at is None and not job.log.closed:
+        if job.started_at is None and not job.log.sealed:
             seconds = job.plan.max_queue_s
             self.cancel(
                 job, QueueTimeExceeded(f"the job waited longer than {seconds:g} s", field="max_queue_time")
             )
 
-    def detach(self, job: Job, cause: ChromaError) -> None:
-        """Somebody who held on to a job let go; unless it may go on alone, the last one ends it."""
-        job.attached -= 1
-        if job.attached <= 0 and not job.plan.detached:
-            self.cancel(job, cause)
+    def attach(self, job: AnyJob) -> None:
+        """Somebody holds on to a job from now on, until `detach`."""
+        if isinstance(job, Job):
+            job.attached += 1
+            job.is_orphan = False
 
-    def cancel(self, job: Job, cause: ChromaError) -> None:
+    def detach(self, job: AnyJob, cause: ChromaError) -> None:
+        """Somebody who held on to a job let go; unless it may go on alone, the last one ends it."""
+        if isinstance(job, Job):
+            job.attached -= 1
+            if job.attached <= 0 and not job.plan.detached and not job.log.suspended:
+                self.cancel(job, cause)
+
+    def watch(self, job: AnyJob) -> None:
+        """Somebody looks at a job, without holding on to it."""
+        if isinstance(job, Job):
+            job.is_orphan = False
+
+    def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
-        if job.log.closed:
+        if not isinstance(job, Job) or job.log.sealed:
             return
         job.cancellation.cancel(cause)
         for waiting in self._fetching:
@@ -288,33 +443,57 @@ class Engine:
                 self._tell_positions()
                 return
 
+    async def settled(self, job: AnyJob) -> None:
+        """Returns once an end that is decided is stored, and so can be seen."""
+        if isinstance(job, Job) and job.log.sealed and not job.log.closed:
+            async for _ in job.log.follow(job.log.last_sequence):
+                pass
+
     async def drain(self, grace_s: float) -> None:
-        """Takes no more jobs, lets the running one finish within `grace_s`, ends the others."""
+        """Takes no more jobs and lets the running one finish within `grace_s`.
+
+        What did not end is left to the next process, or ended where the store does not outlive this one.
+        """
         self._accepting = False
-        stopping = Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
-        for waiting in self._fetching:
-            self._end_early(waiting.job, stopping)
-            if waiting.fetching is not None:
+        for waiting in (*self._fetching, *self._queue):
+            if waiting.fetching is not None and not waiting.fetching.done():
                 waiting.fetching.cancel()
-        while self._queue:
-            waiting = self._queue.popleft()
-            waiting.adapters.release()
-            self._end_early(waiting.job, stopping)
+            else:
+                self._queue.remove(waiting)
+                waiting.adapters.release()
+            self._stop_waiting(waiting)
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
             if self._running is not None:
                 log.warning("job.grace_over", extra={"job_id": self._running.job.id, "grace_s": grace_s})
-                self._running.job.cancellation.cancel(stopping)
+                self._running.job.cancellation.cancel(_stopping())
             await self._idle.wait()
-        if self._finishing:
-            await asyncio.wait(self._finishing)
-        if self._dispatcher is not None:
-            self._dispatcher.cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        loops = [task for task in (self._dispatcher, self._housekeeper) if task is not None]
+        for task in loops:
+            task.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        with suppress(StoreUnavailable):
+            await self._settle()
+        await self._store.close()
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
 
-    async def _fetch(self, waiting: _Waiting, hf_token: str | None) -> None:
+    def hurry(self) -> None:
+        """Ends the grace of a drain."""
+        if self._running is not None:
+            self._running.job.cancellation.cancel(_stopping())
+
+    def _stop_waiting(self, waiting: Waiting) -> None:
+        """Leaves a job that waits to the next process, or ends it."""
+        if self._store.is_durable:
+            waiting.job.log.suspend(_stopping())
+        else:
+            self._end_early(waiting.job, _stopping())
+
+    async def _fetch(self, waiting: Waiting, hf_token: str | None) -> None:
         """Downloads a job's adapters; then it joins the queue."""
         job = waiting.job
         try:
@@ -325,24 +504,37 @@ class Engine:
             self._end_early(job, error)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             self._end_early(job, self._unforeseen(job, error))
+        else:
+            job.adapter_files = waiting.adapters.complete
+            await self._note_fetched(waiting)
         finally:
             self._fetching.remove(waiting)
-        if job.log.closed:
+        if job.log.sealed:
             waiting.adapters.release()
-            return
-        job.adapter_files = waiting.adapters.complete
-        self._enqueue(waiting)
+        elif not self._accepting:
+            waiting.adapters.release()
+            self._stop_waiting(waiting)
+        else:
+            self._enqueue(waiting)
 
-    def _enqueue(self, waiting: _Waiting) -> None:
-        self._queue.append(waiting)
+    async def _note_fetched(self, waiting: Waiting) -> None:
+        """What was fetched with a token need not be fetched again after a restart."""
+        job = waiting.job
+        fetched = iter(waiting.adapters.downloads)
+        hashes = [next(fetched).sha256 if lora.is_url else None for lora in job.plan.loras]
+        with suppress(StoreUnavailable):
+            await self._store.note_adapters(job, known_adapters(job, hashes))
+
+    def _enqueue(self, waiting: Waiting) -> None:
+        self._queue.add(waiting)
         self._tell_positions()
         self._arrived.set()
 
     def _refuse_if_closed(self, caller: Caller) -> None:
         if not self._accepting:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
-        count = len(self._queue) + len(self._fetching)
-        wait_s = self._wait_before(len(self._queue))
+        count = len(self._queue) + len(self._fetching) + self._entering.total()
+        wait_s = self._wait_for(list(self._queue))
         retry_after_s = max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0
         if count >= self._max_queued_jobs:
             message = f"{count} jobs are waiting already, and no more may"
@@ -352,6 +544,7 @@ class Engine:
                 quota=QuotaViolation("server", "max_queued_jobs", self._max_queued_jobs, message),
             )
         own = sum(waiting.job.owner == caller.name for waiting in (*self._queue, *self._fetching))
+        own += self._entering[caller.name]
         if own >= caller.limits.max_queued_jobs:
             raise QuotaExceeded.of(
                 "caller",
@@ -368,17 +561,29 @@ class Engine:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
 
         cache = ModelCache(self._choice, self._budgets, publish=publish)
-        return DeviceWorker(self._choice, description, cache), description
+        return DeviceWorker(self._choice, description, cache, self._watch), description
 
     def _take_snapshot(self, snapshot: CacheSnapshot) -> None:
         self._snapshot = snapshot
 
+    def _fail_device(self) -> None:
+        """Nothing can be computed in this process any more."""
+        self._accepting = False
+        self._device_failed = True
+        self._on_device_lost()
+
+    def _dispatcher_ended(self, dispatcher: asyncio.Task[None]) -> None:
+        """Without it no job would run, and nobody would be told."""
+        if not dispatcher.cancelled() and dispatcher.exception() is not None:
+            log.critical("dispatcher.ended", exc_info=dispatcher.exception())
+            self._fail_device()
+
     async def _dispatch(self, worker: DeviceWorker) -> None:
-        while True:
+        while not self._device_failed:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
-            waiting = self._take_next()
+            waiting = self._queue.take(self._snapshot.holds)
             self._running = waiting
             self._idle.clear()
             self._tell_positions()
@@ -389,54 +594,59 @@ class Engine:
                 self._running = None
                 self._idle.set()
 
-    def _take_next(self) -> _Waiting:
-        """The first job whose weights are resident, unless it overtakes one that was overtaken too often."""
-        chosen = 0
-        for index, waiting in enumerate(self._queue):
-            if self._snapshot.holds(waiting.job.set_key):
-                chosen = index
-                break
-            if waiting.job.overtaken >= MAX_OVERTAKEN:
-                break
-        for index in range(chosen):
-            self._queue[index].job.overtaken += 1
-        waiting = self._queue[chosen]
-        del self._queue[chosen]
-        return waiting
-
-    async def _run(self, worker: DeviceWorker, waiting: _Waiting) -> None:
+    async def _run(self, worker: DeviceWorker, waiting: Waiting) -> None:
         loop = asyncio.get_running_loop()
         job = waiting.job
         job.started_at = time.monotonic()
         job.started = datetime.now(UTC)
+        job.attempts += 1
 
         def emit(report: Report) -> None:
             loop.call_soon_threadsafe(self._take, waiting, report)
 
         try:
-            done = await loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
+            # Counted before it is made: a job that takes the process down with it must not do so for ever.
+            await self._store.begin(job)
+            work = loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
+            done = await self._watch.guard(work)
         except ChromaError as error:
-            self._end_early(job, error)
-            if isinstance(error, DeviceLost):
-                self._on_device_lost()
+            if self._store.is_durable and isinstance(error, Draining | DeviceError):
+                await self._set_aside(job, error)
+            else:
+                self._end_early(job, error)
+            if isinstance(error, DeviceError):
+                self._fail_device()
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             self._end_early(job, self._unforeseen(job, error))
         else:
             # The next job starts while this one's last image is still being encoded.
-            finishing = asyncio.create_task(self._finish(waiting, done))
-            self._finishing.add(finishing)
-            finishing.add_done_callback(self._finishing.discard)
+            self._track(self._finish(waiting, done))
 
-    def _take(self, waiting: _Waiting, report: Report) -> None:
+    async def _set_aside(self, job: Job, error: Draining | DeviceError) -> None:
+        """Leaves a job that ran to the next process."""
+        if isinstance(error, Draining):
+            with suppress(StoreUnavailable):
+                await self._store.unbegin(job)
+        log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
+        job.log.suspend(error)
+
+    def _take(self, waiting: Waiting, report: Report) -> None:
         job = waiting.job
         match report:
             case RenderedImage() | RenderedPreview():
-                task = asyncio.create_task(self._encode(waiting, report))
-                waiting.encodings.add(task)
-                task.add_done_callback(waiting.encodings.discard)
+                task = self._track(self._encode(waiting, report))
+                job.encodings.add(task)
+                task.add_done_callback(job.encodings.discard)
             case StageDone():
                 for observer in self._observers:
                     observer.on_stage(job, report)
+            case Prepared():
+                job.log.append(report)
+                changed = require_same(job, report.adapters)
+                if changed is not None:
+                    job.cancellation.cancel(changed)
+                elif report.adapters and self._store.is_durable:
+                    self._track(self._note_hashes(job, [adapter.sha256 for adapter in report.adapters]))
             case Step():
                 prompt = job.plan.prompts[report.prompt_index]
                 pixels = prompt.width * prompt.height
@@ -447,7 +657,11 @@ class Engine:
             case _:
                 job.log.append(report)
 
-    async def _encode(self, waiting: _Waiting, report: RenderedImage | RenderedPreview) -> None:
+    async def _note_hashes(self, job: Job, hashes: Sequence[str]) -> None:
+        with suppress(StoreUnavailable):
+            await self._store.note_adapters(job, known_adapters(job, hashes))
+
+    async def _encode(self, waiting: Waiting, report: RenderedImage | RenderedPreview) -> None:
         loop = asyncio.get_running_loop()
         job = waiting.job
         started = time.monotonic()
@@ -462,16 +676,25 @@ class Engine:
             self._end_early(job, failure)
             return
         waiting.image_encoding_s += time.monotonic() - started
+        if job.log.sealed:
+            return
         waiting.images += 1
         job.log.append(header)
         for chunk in split_chunks(report.prompt_index, data):
             job.log.append(chunk)
+        try:
+            await self._store.put_image(header, data)
+        except StoreUnavailable as error:
+            waiting.unstored = error
 
-    async def _finish(self, waiting: _Waiting, done: WorkDone) -> None:
+    async def _finish(self, waiting: Waiting, done: WorkDone) -> None:
         job = waiting.job
         # The device thread's reports were scheduled before its return, so every encoding has begun by now.
-        while waiting.encodings:
-            await asyncio.wait(waiting.encodings)
+        while job.encodings:
+            await asyncio.wait(job.encodings)
+        if waiting.unstored is not None:
+            self._end_early(job, waiting.unstored)
+            return
         now = time.monotonic()
         started_at = job.started_at if job.started_at is not None else now
         timings = replace(
@@ -480,28 +703,45 @@ class Engine:
             image_encoding_s=waiting.image_encoding_s,
             total_s=now - job.admitted_at,
         )
-        if job.log.closed:
-            return
-        job.log.append(Completed(timings, done.peak_memory_bytes, waiting.images))
-        log.info(
-            "job.completed",
-            extra={"job_id": job.id, "caller": job.owner, "images": waiting.images, **_rounded(timings)},
+        self._conclude(
+            job,
+            Completed(timings, done.peak_memory_bytes, waiting.images),
+            {"images": waiting.images, **_rounded(timings)},
         )
 
     def _end_early(self, job: Job, error: ChromaError) -> None:
-        if job.log.closed:
-            return
-        fields: dict[str, object] = {"job_id": job.id, "caller": job.owner, "reason": error.reason}
+        fields: dict[str, object] = {"reason": error.reason}
         if job.cancellation.requested_at is not None:
             fields["freed_after_ms"] = round(1000 * (time.monotonic() - job.cancellation.requested_at), 1)
         if job.started_at is not None:
             fields["ran_s"] = round(time.monotonic() - job.started_at, 3)
-        if isinstance(error, JobCancelled | JobDeadlineExceeded):
-            job.log.append(Cancelled(error))
-            log.info("job.cancelled", extra=fields)
-        else:
-            job.log.append(Failed(error))
-            log.warning("job.failed", extra=fields)
+        is_cancelled = isinstance(error, JobCancelled | JobDeadlineExceeded)
+        self._conclude(job, Cancelled(error) if is_cancelled else Failed(error), fields)
+
+    def _conclude(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
+        """Decides on a job's end, which readers see once it is stored. The first decision stands."""
+        if not job.log.sealed:
+            job.log.seal(event)
+            self._track(self._commit(job, event, fields))
+
+    async def _commit(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
+        while job.encodings:
+            await asyncio.wait(job.encodings)
+        try:
+            await self._store.finish(job, job.log.seal(event))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
+            reason = error if isinstance(error, StoreUnavailable) else self._unforeseen(job, error)
+            if isinstance(event, Completed):
+                event, fields = Failed(reason), {"reason": reason.reason}
+            try:
+                await self._store.finish(job, job.log.seal(event))
+            except StoreUnavailable:
+                self._unstored.append(job)
+        job.log.close()
+        if job not in self._unstored:
+            self.jobs.ended(job)
+        level = logging.WARNING if isinstance(event, Failed) else logging.INFO
+        log.log(level, _LOG_NAMES[type(event)], extra={"job_id": job.id, "caller": job.owner, **fields})
 
     def _unforeseen(self, job: Job, error: Exception) -> InternalError:
         error_id = uuid.uuid4().hex[:12]
@@ -513,19 +753,17 @@ class Engine:
         return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
 
     def _tell_positions(self) -> None:
-        for index, waiting in enumerate(self._queue):
-            position = index + 1
+        ahead: list[Waiting] = []
+        for position, waiting in enumerate(self._queue, 1):
             if waiting.job.position != position:
                 waiting.job.position = position
-                waiting.job.log.append(Queued(position, self._wait_before(index)))
+                waiting.job.log.append(Queued(position, self._wait_for(ahead)))
+            ahead.append(waiting)
 
-    def _wait_before(self, index: int) -> float | None:
-        """Seconds until the job at `index` of the queue starts; None while nothing was measured."""
-        ahead = ([self._running] if self._running is not None else []) + [
-            self._queue[place] for place in range(index)
-        ]
+    def _wait_for(self, ahead: Sequence[Waiting]) -> float | None:
+        """Seconds until the running job and those `ahead` are done; None while nothing was measured."""
         total = 0.0
-        for waiting in ahead:
+        for waiting in (*([self._running] if self._running is not None else []), *ahead):
             plan = waiting.job.plan
             left = plan.pixel_steps - waiting.job.pixel_steps_done
             estimate = self._step_times.estimate_s(plan.served_model, plan.profile, left)
@@ -533,6 +771,17 @@ class Engine:
                 return None
             total += estimate
         return total
+
+
+_LOG_NAMES: Mapping[type[Terminal], str] = {
+    Completed: "job.completed",
+    Failed: "job.failed",
+    Cancelled: "job.cancelled",
+}
+
+
+def _stopping() -> Draining:
+    return Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
 
 
 def _refuse_size(plan: Plan, caller: Caller) -> None:

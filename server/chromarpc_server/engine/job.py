@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from chromarpc_server.domain.errors import ChromaError, JobDeadlineExceeded
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.engine.adapter_cache import AdapterFile
-from chromarpc_server.engine.job_log import JobLog
+from chromarpc_server.engine.job_log import EndedLog, JobLog
 from chromarpc_server.engine.model_cache import SetKey
 
 
@@ -62,17 +63,41 @@ class Job:
     """Of the request, to tell the same one from another under one request id."""
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: datetime | None = None
-    """When it began to run."""
-    ended_at: float | None = None
-    """`time.monotonic()` of its last event."""
+    """When it last began to run."""
+    attempts: int = 0
+    """How often it began to run, in earlier processes too."""
     attached: int = 0
     """Callers that hold on to it."""
     done_steps: int = 0
     pixel_steps_done: int = 0
     overtaken: int = 0
-    """How many jobs that came later ran first, because their weights were resident."""
+    """How many jobs ran first although it was this one's turn, because their weights were resident."""
+    adapter_hashes: tuple[str | None, ...] = ()
+    """SHA-256 of each adapter as an earlier process read it."""
+    encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    """Pictures that are being encoded and stored."""
+    is_orphan: bool = False
+    """Whether it ends with its caller, and the caller has not come back since the server was restarted."""
 
     @property
     def set_key(self) -> SetKey:
         """The prepared set it needs."""
         return SetKey.of(self.plan.served_model, self.plan.profile, self.adapter_files, self.plan.loras)
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """A job that ended, out of the store."""
+
+    plan: Plan
+    owner: str
+    id: str
+    log: EndedLog
+    fingerprint: str
+    created: datetime
+    started: datetime | None
+    attempts: int
+    done_steps: int
+
+
+AnyJob = Job | EndedJob

@@ -2,30 +2,42 @@
 
 Lives on the event loop: `append` and `follow` are called there and nowhere else. What a slow reader has not
 read yet is bounded: progress and previews beyond a few are dropped, oldest first; facts, image bytes and the
-terminal event never are.
+terminal event never are. The terminal event has its number before it is stored (`seal`), and readers see it
+after (`close`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import (
-    TERMINAL,
     Event,
     ImageChunk,
+    ImageHeader,
     Loading,
     Preview,
     Queued,
     Step,
+    Terminal,
     may_coalesce,
 )
 
 KEPT_UNREAD: dict[type[object], int] = {Queued: 1, Loading: 32, Step: 512, Preview: 4}
 """How many events of each coalescing kind the log keeps."""
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A part of an image whose bytes are in the store."""
+
+    prompt_index: int
+    offset_bytes: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -37,14 +49,21 @@ class LoggedEvent:
     event: Event
 
 
-class JobLog:
-    """Events of one job, numbered from 1."""
+@dataclass(frozen=True)
+class StoredEvent:
+    """The same, out of the store."""
 
-    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
-        """`on_end` is called once, with the terminal event in the log."""
-        self._on_end = on_end
+    sequence: int
+    time: datetime
+    event: Event | StoredChunk
+
+
+class JobLog:
+    """Events of one job that has not ended, numbered from 1."""
+
+    def __init__(self) -> None:
         self._ending: LoggedEvent | None = None
-        self._image_bytes = 0
+        self._suspended: ChromaError | None = None
         self._entries: list[LoggedEvent] = []
         self._last_sequence = 0
         self._changed = asyncio.Event()
@@ -53,11 +72,16 @@ class JobLog:
         self._on_read: list[Callable[[LoggedEvent], None]] = []
 
     def observe(self, on_append: Callable[[Event], None], on_read: Callable[[LoggedEvent], None]) -> None:
-        """Has one function called with every event that is added, one with every event that a reader
+        """Has one function called with every event that readers may see, one with every event that a reader
         has taken that followed when it happened.
         """
         self._on_append.append(on_append)
         self._on_read.append(on_read)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the terminal event is decided, if not yet for readers to see."""
+        return self._ending is not None
 
     @property
     def closed(self) -> bool:
@@ -65,9 +89,14 @@ class JobLog:
         return self._closed
 
     @property
+    def suspended(self) -> bool:
+        """Whether nothing more will come although the job has not ended."""
+        return self._suspended is not None
+
+    @property
     def ending(self) -> LoggedEvent | None:
-        """The terminal event."""
-        return self._ending
+        """The terminal event, once readers may see it."""
+        return self._ending if self._closed else None
 
     @property
     def last_sequence(self) -> int:
@@ -76,31 +105,72 @@ class JobLog:
 
     @property
     def entries(self) -> tuple[LoggedEvent, ...]:
-        """What is kept."""
-        return tuple(self._entries)
+        """What is kept, the terminal event included once it is decided."""
+        sealed = self._ending is not None and not self._closed
+        return (*self._entries, self._ending) if sealed and self._ending else tuple(self._entries)
 
     @property
-    def image_bytes(self) -> int:
-        """Of the images that are kept."""
-        return self._image_bytes
+    def headers(self) -> tuple[ImageHeader, ...]:
+        """What pictures there are so far, in the order of prompts."""
+        found = (entry.event for entry in self._entries if isinstance(entry.event, ImageHeader))
+        return tuple(sorted(found, key=lambda header: header.prompt_index))
 
     def append(self, event: Event) -> None:
-        """Adds an event and wakes every follower. After a terminal event it does nothing."""
-        if self._closed:
+        """Adds an event and wakes every follower. Once the end is decided it does nothing."""
+        if self._ending is not None:
+            return
+        if isinstance(event, Terminal):
+            self.seal(event)
+            self.close()
             return
         self._last_sequence += 1
-        self._entries.append(LoggedEvent(self._last_sequence, datetime.now(UTC), event))
-        self._closed = isinstance(event, TERMINAL)
-        if isinstance(event, ImageChunk):
-            self._image_bytes += len(event.data)
-        self._coalesce(type(event))
+        self._add(LoggedEvent(self._last_sequence, datetime.now(UTC), event))
+
+    def skip_to(self, sequence: int) -> None:
+        """Numbers what follows from `sequence` + 1 on: of a job that is run again after a restart, no number
+        may come twice.
+        """
+        self._last_sequence = max(self._last_sequence, sequence)
+
+    def seal(self, event: Terminal) -> LoggedEvent:
+        """Decides on the terminal event. Replaces an earlier decision that readers have not seen.
+
+        Raises:
+            ValueError: they have.
+        """
+        if self._closed:
+            raise ValueError("the log is closed")
+        self._ending = LoggedEvent(self._last_sequence + 1, datetime.now(UTC), event)
+        return self._ending
+
+    def close(self) -> None:
+        """Lets readers see the end.
+
+        Raises:
+            ValueError: no end was decided.
+        """
+        if self._ending is None:
+            raise ValueError("the log is not sealed")
+        if not self._closed:
+            self._closed = True
+            self._last_sequence = self._ending.sequence
+            self._add(self._ending)
+
+    def suspend(self, error: ChromaError) -> None:
+        """Tells every follower, once it has read everything, that this process will say no more of the job."""
+        self._suspended = error
+        self._wake()
+
+    def _add(self, entry: LoggedEvent) -> None:
+        self._entries.append(entry)
+        self._coalesce(type(entry.event))
+        self._wake()
+        for observe in self._on_append:
+            observe(entry.event)
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-        if self._closed:
-            self._ending = self._entries[-1]
-            self._on_end()
-        for observe in self._on_append:
-            observe(event)
 
     def _coalesce(self, kind: type[object]) -> None:
         limit = KEPT_UNREAD.get(kind)
@@ -115,13 +185,17 @@ class JobLog:
         return self._entries[index] if index < len(self._entries) else None
 
     async def follow(
-        self, after_sequence: int = 0, *, idle_s: float | None = None
+        self, after_sequence: int = 0, *, idle_s: float | None = None, omit_image_bytes: bool = False
     ) -> AsyncIterator[LoggedEvent | None]:
         """Yields events after `after_sequence` until the terminal one.
 
         Args:
             after_sequence: the last sequence the reader has.
             idle_s: yield None whenever nothing has happened for so many seconds.
+            omit_image_bytes: leave out every `ImageChunk`.
+
+        Raises:
+            ChromaError: this process will say no more of the job, which has not ended.
         """
         sequence = after_sequence
         seen_before = self._last_sequence
@@ -131,13 +205,100 @@ class JobLog:
             if entry is None:
                 if self._closed:
                     return
+                if self._suspended is not None:
+                    raise self._suspended
                 try:
                     await asyncio.wait_for(changed.wait(), idle_s)
                 except TimeoutError:
                     yield None
                 continue
+            sequence = entry.sequence
+            if omit_image_bytes and isinstance(entry.event, ImageChunk):
+                continue
             yield entry
             if entry.sequence > seen_before:
                 for observe in self._on_read:
                     observe(entry)
-            sequence = entry.sequence
+
+    async def image_chunks(self, prompt_index: int, offset_bytes: int = 0) -> AsyncIterator[ImageChunk]:
+        """An image's bytes from an offset on; nothing where they are not all here."""
+        for entry in self.entries:
+            chunk = entry.event
+            if isinstance(chunk, ImageChunk) and chunk.prompt_index == prompt_index:
+                skipped = max(0, offset_bytes - chunk.offset_bytes)
+                if skipped < len(chunk.data):
+                    yield ImageChunk(prompt_index, chunk.offset_bytes + skipped, chunk.data[skipped:])
+
+    def has_image(self, header: ImageHeader) -> bool:
+        """Whether all its bytes are here."""
+        chunks = (entry.event for entry in self._entries if isinstance(entry.event, ImageChunk))
+        have = sum(len(chunk.data) for chunk in chunks if chunk.prompt_index == header.prompt_index)
+        return have == header.size_bytes
+
+
+class EndedLog:
+    """The log of a job that ended, out of the store; read only when somebody follows it."""
+
+    sealed = True
+    closed = True
+    suspended = False
+
+    def __init__(
+        self,
+        ending: LoggedEvent,
+        headers: tuple[ImageHeader, ...],
+        *,
+        load: Callable[[], Awaitable[tuple[StoredEvent, ...]]],
+        read: Callable[[ImageHeader, int, int], Awaitable[bytes]],
+        chunk_bytes: int,
+    ) -> None:
+        """`load` gets all events; `read` a part of an image: its offset and size, in bytes."""
+        self.ending = ending
+        self.headers = headers
+        self._load = load
+        self._read = read
+        self._chunk_bytes = chunk_bytes
+
+    @property
+    def last_sequence(self) -> int:
+        """Of the terminal event."""
+        return self.ending.sequence
+
+    async def follow(
+        self,
+        after_sequence: int = 0,
+        *,
+        idle_s: float | None = None,  # noqa: ARG002 - an ended log never idles
+        omit_image_bytes: bool = False,
+    ) -> AsyncIterator[LoggedEvent | None]:
+        """As `JobLog.follow`; never waits.
+
+        Raises:
+            JobNotFound: the job was deleted meanwhile.
+        """
+        headers = {header.prompt_index: header for header in self.headers}
+        for entry in await self._load():
+            event = entry.event
+            if entry.sequence <= after_sequence:
+                continue
+            if isinstance(event, StoredChunk):
+                if omit_image_bytes:
+                    continue
+                data = await self._read(headers[event.prompt_index], event.offset_bytes, event.size_bytes)
+                event = ImageChunk(event.prompt_index, event.offset_bytes, data)
+            yield LoggedEvent(entry.sequence, entry.time, event)
+
+    async def image_chunks(self, prompt_index: int, offset_bytes: int = 0) -> AsyncIterator[ImageChunk]:
+        """An image's bytes from an offset on.
+
+        Raises:
+            JobNotFound: the job was deleted meanwhile.
+        """
+        header = next(header for header in self.headers if header.prompt_index == prompt_index)
+        for offset in range(offset_bytes, header.size_bytes, self._chunk_bytes):
+            size = min(self._chunk_bytes, header.size_bytes - offset)
+            yield ImageChunk(prompt_index, offset, await self._read(header, offset, size))
+
+    def has_image(self, header: ImageHeader) -> bool:
+        """Whether its bytes are kept."""
+        return header in self.headers

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from chromarpc_server.domain.errors import ChromaError, OutOfMemory
+from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.models import MemoryPlan
@@ -31,7 +31,7 @@ from chromarpc_server.pipeline import (
     SwitchReport,
     free_memory_bytes,
     release_memory,
-    translate_device_error,
+    translate_memory_error,
 )
 
 Progress = Callable[[LoadProgress], None]
@@ -232,7 +232,7 @@ class ModelCache:
             try:
                 return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
             except Exception as error:
-                if not alike or not isinstance(translate_device_error(error), OutOfMemory):
+                if not alike or translate_memory_error(error) is None:
                     raise
                 # There was less room than it seemed: switch what is there instead.
                 self._slots.remove(fresh)

@@ -6,11 +6,12 @@ through `emit`; the only thing that comes back is the cancellation, read between
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, DeviceLost
 from chromarpc_server.domain.events import (
     Event,
     Loading,
@@ -24,6 +25,7 @@ from chromarpc_server.engine.job import Cancellation, Job
 from chromarpc_server.engine.job_observer import StageDone
 from chromarpc_server.engine.model_cache import ModelCache, SetKey
 from chromarpc_server.engine.prepared import prepared_event
+from chromarpc_server.engine.supervision import DeviceWatch
 from chromarpc_server.pipeline import (
     CheckpointFiles,
     DeviceChoice,
@@ -33,10 +35,13 @@ from chromarpc_server.pipeline import (
     PromptEmbedding,
     library_versions,
     peak_memory_bytes,
+    probe_device,
     reset_peak_memory,
     synchronize,
-    translate_device_error,
+    translate_memory_error,
 )
+
+log = logging.getLogger(__name__)
 
 Report = Event | RenderedImage | RenderedPreview | StageDone
 Emit = Callable[[Report], None]
@@ -70,8 +75,11 @@ class _Clock:
 class DeviceWorker:
     """Runs jobs, one at a time, on the thread that owns the device."""
 
-    def __init__(self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache) -> None:
-        """`choice`: device and dtype to compute with; `cache`: what is resident there."""
+    def __init__(
+        self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache, watch: DeviceWatch
+    ) -> None:
+        """`choice`: device and dtype; `cache`: what is resident there; `watch`: is told what is done."""
+        self._watch = watch
         self._choice = choice
         self._description = description
         self._cache = cache
@@ -81,6 +89,13 @@ class DeviceWorker:
         """Makes a model resident before any request asks for it, and on a GPU compiles, plans and records what
         pictures of these sizes (width, height) need.
         """
+        self._watch.other("loading a model")
+        try:
+            self._load(model_id, files, profile, sizes)
+        finally:
+            self._watch.idle()
+
+    def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
         checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
         key = SetKey(model_id, profile, ())
         pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
@@ -100,16 +115,30 @@ class DeviceWorker:
             # A traceback holds the frames that hold the tensors, and the job outlives its run.
             raise error.with_traceback(None) from None
         except Exception as error:
-            translated = translate_device_error(error)
-            if translated is None:
+            out_of_memory = translate_memory_error(error)
+            if out_of_memory is not None:
+                error.__traceback__ = None
+                self._cache.clear()
+            self._watch.other("probing the device")
+            try:
+                probe_device(self._choice.device)
+            except DeviceLost as lost:
+                log.exception("device.lost", extra={"job_id": job.id, "cause": type(error).__name__})
+                raise lost.with_traceback(None) from None
+            if out_of_memory is None:
                 raise
-            error.__traceback__ = None
-            self._cache.clear()
-            raise translated from None
+            raise out_of_memory from None
+        except BaseException as error:
+            # Nothing that ends a thread may end this one unnoticed.
+            log.critical("device.thread_ended", exc_info=error, extra={"job_id": job.id})
+            raise DeviceLost("the thread that owns the device was ended") from None
+        finally:
+            self._watch.idle()
 
     def _run(
         self, plan: Plan, job: Job, files: CheckpointFiles, cancellation: Cancellation, emit: Emit
     ) -> WorkDone:
+        self._watch.other("preparing a job")
         reset_peak_memory(self._choice.device)
         clock = _Clock(emit)
         check = cancellation.check
@@ -136,6 +165,7 @@ class DeviceWorker:
         remaining = _Remaining(plan)
         for index, tokens in enumerate(tokenized):
             check()
+            self._watch.other("encoding a prompt")
             embedding = pipeline.encode(tokens)
             synchronize(self._choice.device)
             clock.lap("text_encoding_s", index)
@@ -158,6 +188,8 @@ class DeviceWorker:
         prompt = plan.prompts[index]
         started = time.monotonic()
         latents = None
+        expected_s = None
+        self._watch.step()
         for done in pipeline.denoise(
             embedding,
             width=prompt.width,
@@ -181,6 +213,7 @@ class DeviceWorker:
                     sigmas=done.sigmas if done.index == 0 else (),
                 )
             )
+            expected_s = now - started
             step = done.index + 1
             if plan.preview and step < done.total and step % plan.preview.every_n_steps == 0:
                 emit(
@@ -192,7 +225,9 @@ class DeviceWorker:
                 )
             latents = done.latents
             check()
+            self._watch.step(expected_s)
             started = time.monotonic()
+        self._watch.other("decoding a picture")
         clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")

@@ -21,10 +21,11 @@ from chromarpc_server.pipeline.device import (
     free_memory_bytes,
     library_versions,
     peak_memory_bytes,
+    probe_device,
     release_memory,
     reset_peak_memory,
     synchronize,
-    translate_device_error,
+    translate_memory_error,
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
@@ -56,11 +57,12 @@ __all__ = [
     "free_memory_bytes",
     "library_versions",
     "peak_memory_bytes",
+    "probe_device",
     "read_adapter",
     "release_memory",
     "reset_peak_memory",
     "served_profiles",
     "synchronize",
-    "translate_device_error",
+    "translate_memory_error",
     "used_memory_bytes",
 ]

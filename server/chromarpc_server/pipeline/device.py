@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from chromarpc_server.domain.errors import ChromaError, DeviceLost, OutOfMemory, WeightsInvalid
+from chromarpc_server.domain.errors import DeviceLost, OutOfMemory, WeightsInvalid
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,27 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def translate_device_error(error: Exception) -> ChromaError | None:
-    """What an exception from torch means for the client; None where it is not the device's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+def translate_memory_error(error: Exception) -> OutOfMemory | None:
+    """An exception that means too little memory, as the client is told of it; None for any other."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    # A CPU's allocator raises a RuntimeError that only its text tells apart.
+    on_cpu = "not enough memory" in text or "can't allocate memory" in text
+    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return OutOfMemory("the device has too little memory for this job")
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        if "not enough memory" in text or "can't allocate memory" in text:
-            return OutOfMemory("the device has too little memory for this job")
-        if "CUDA error" in text or ("cuDNN" in text and "EXECUTION_FAILED" in text):
-            return DeviceLost("the device failed and cannot be used any more")
     return None
+
+
+def probe_device(device: torch.device) -> None:
+    """Has the device do a small sum and looks at what comes back.
+
+    Raises:
+        DeviceLost: it cannot, or its answer is wrong. A poisoned CUDA context fails every call.
+    """
+    try:
+        numbers = torch.arange(256, dtype=torch.float32, device=device)
+        answer = float((numbers + 1).sum().item())
+        synchronize(device)
+    except Exception:  # noqa: BLE001 - whatever it is, the device does not work
+        answer = float("nan")
+    if answer != 256 * 257 / 2:
+        raise DeviceLost("the device failed and cannot be used any more")

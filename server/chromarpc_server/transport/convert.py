@@ -128,6 +128,8 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
     match event:
         case events.Accepted():
             message.accepted.CopyFrom(accepted_message(event.job_id, event.plan))
+        case events.Restarted():
+            message.restarted.attempt = event.attempt
         case events.Queued():
             message.queued.position = event.position
             if event.estimated_wait_s is not None:
@@ -160,11 +162,16 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
             message.image_chunk.data = event.data
         case events.Completed():
             message.completed.CopyFrom(_completed(event))
-        case events.Failed():
-            message.failed.CopyFrom(failed_message(event.error))
-        case events.Cancelled():
-            message.cancelled.message = shorten(event.error.message)
+        case events.Failed() | events.Cancelled():
+            _tell_ending(message, event)
     return message
+
+
+def _tell_ending(message: job_event_pb2.JobEvent, event: events.Failed | events.Cancelled) -> None:
+    if isinstance(event, events.Failed):
+        message.failed.CopyFrom(failed_message(event.error))
+    else:
+        message.cancelled.message = shorten(event.error.message)
 
 
 def image_header_message(event: events.ImageHeader) -> job_event_pb2.ImageHeader:

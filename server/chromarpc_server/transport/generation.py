@@ -49,7 +49,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             return
         ending: ChromaError | None = None
         sequence = 0
-        job.attached += 1
+        self._engine.attach(job)
         try:
             async for logged in job.log.follow(idle_s=HEARTBEAT_S):
                 if logged is None:
@@ -59,6 +59,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 if isinstance(logged.event, Failed | Cancelled):
                     ending = logged.event.error
                 yield Response(event=job_event(logged))
+        except ChromaError as error:  # the server stops, and another process will go on with the job
+            ending = error
         finally:
             # Reached early when the caller cancels, its deadline passes, or it goes away.
             self._engine.detach(job, _why_gone(context))

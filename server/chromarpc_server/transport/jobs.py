@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,10 +15,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chromarpc.v1 import job_event_pb2, job_service_pb2, job_service_pb2_grpc
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.errors import ImageNotFound, InvalidParameter, JobCancelled
-from chromarpc_server.domain.events import Cancelled, Completed, Failed, ImageChunk, ImageHeader
+from chromarpc_server.domain.events import Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
-from chromarpc_server.engine.job import Job
+from chromarpc_server.engine.job import AnyJob, Job
+from chromarpc_server.engine.job_book import QUEUED, RUNNING, Selection, place, state_of
+from chromarpc_server.engine.store.job_store import CANCELLED, FAILED, SUCCEEDED
 from chromarpc_server.transport.convert import (
     accepted_message,
     failed_message,
@@ -32,6 +34,14 @@ from chromarpc_server.transport.convert import (
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 HEARTBEAT_S = 10.0
+_STATES = {
+    QUEUED: job_service_pb2.JOB_STATE_QUEUED,
+    RUNNING: job_service_pb2.JOB_STATE_RUNNING,
+    SUCCEEDED: job_service_pb2.JOB_STATE_SUCCEEDED,
+    FAILED: job_service_pb2.JOB_STATE_FAILED,
+    CANCELLED: job_service_pb2.JOB_STATE_CANCELLED,
+}
+_STATES_BACK = {value: key for key, value in _STATES.items()}
 
 
 class JobServicer(job_service_pb2_grpc.JobServiceServicer):
@@ -63,22 +73,23 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         self, request: job_service_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[job_service_pb2.WatchJobResponse]:
         """Streams a job's events from any point until its last one."""
-        job = self._find(request.job_id)
+        job = await self._find(request.job_id)
+        self._engine.watch(job)
         sequence = request.after_sequence
-        async for logged in job.log.follow(sequence, idle_s=HEARTBEAT_S):
+        async for logged in job.log.follow(
+            sequence, idle_s=HEARTBEAT_S, omit_image_bytes=request.omit_image_bytes
+        ):
             if logged is None:
                 yield job_service_pb2.WatchJobResponse(event=heartbeat(sequence))
                 continue
             sequence = logged.sequence
-            if request.omit_image_bytes and isinstance(logged.event, ImageChunk):
-                continue
             yield job_service_pb2.WatchJobResponse(event=job_event(logged))
 
     async def GetJob(  # noqa: N802
         self, request: job_service_pb2.GetJobRequest, context: Any
     ) -> job_service_pb2.GetJobResponse:
         """Tells how a job is."""
-        return job_service_pb2.GetJobResponse(job=self._message(self._find(request.job_id)))
+        return job_service_pb2.GetJobResponse(job=self._message(await self._find(request.job_id)))
 
     async def ListJobs(  # noqa: N802
         self, request: job_service_pb2.ListJobsRequest, context: Any
@@ -87,17 +98,9 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         size = _page_size(request.page_size)
         after = _read_token(request.page_token) if request.page_token else None
         since = _time(request.created_after, "created_after") if request.HasField("created_after") else None
-        found = []
-        for job in self._engine.jobs.newest_first(current_caller().name):
-            if after is not None and (job.created.timestamp(), job.id) >= after:
-                continue
-            if since is not None and job.created < since:
-                break
-            if request.states and _state(job) not in request.states:
-                continue
-            found.append(job)
-            if len(found) > size:
-                break
+        states = {_STATES_BACK.get(state, "") for state in request.states} or None
+        selection = Selection(before=after, since=since, states=states)
+        found = await self._engine.jobs.page(current_caller().name, size + 1, selection)
         page = found[:size]
         token = _page_token(page[-1]) if len(found) > size else ""
         return job_service_pb2.ListJobsResponse(jobs=[self._message(job) for job in page], next_page_token=token)
@@ -106,8 +109,9 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         self, request: job_service_pb2.CancelJobRequest, context: Any
     ) -> job_service_pb2.CancelJobResponse:
         """Stops a job."""
-        job = self._find(request.job_id)
+        job = await self._find(request.job_id)
         self._engine.cancel(job, JobCancelled("the job was cancelled"))
+        await self._engine.settled(job)
         return job_service_pb2.CancelJobResponse(job=self._message(job))
 
     async def DeleteJob(  # noqa: N802
@@ -115,56 +119,57 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
     ) -> job_service_pb2.DeleteJobResponse:
         """Forgets a job that ended."""
         _require_id(request.job_id)
-        self._engine.jobs.delete(current_caller().name, request.job_id)
+        await self._engine.jobs.delete(current_caller().name, request.job_id)
         return job_service_pb2.DeleteJobResponse()
 
     async def GetImage(  # noqa: N802
         self, request: job_service_pb2.GetImageRequest, context: Any
     ) -> AsyncIterator[job_service_pb2.GetImageResponse]:
         """Streams one picture again."""
-        job = self._find(request.job_id)
-        header, chunks = _image(job, request.prompt_index)
+        job = await self._find(request.job_id)
+        index = request.prompt_index
+        header = next((header for header in job.log.headers if header.prompt_index == index), None)
+        if header is None or not job.log.has_image(header):
+            raise ImageNotFound(
+                f"the job has no image of prompt {index}" + ("" if job.log.closed else " yet"),
+                field="prompt_index",
+            )
         if request.offset_bytes > header.size_bytes:
             raise InvalidParameter(f"the image has {header.size_bytes} bytes", field="offset_bytes")
         yield job_service_pb2.GetImageResponse(image_header=image_header_message(header))
-        for chunk in chunks:
-            skipped = max(0, request.offset_bytes - chunk.offset_bytes)
-            if skipped >= len(chunk.data):
-                continue
+        async for chunk in job.log.image_chunks(index, request.offset_bytes):
             yield job_service_pb2.GetImageResponse(
                 image_chunk=job_event_pb2.ImageChunk(
-                    prompt_index=chunk.prompt_index,
-                    offset_bytes=chunk.offset_bytes + skipped,
-                    data=chunk.data[skipped:],
+                    prompt_index=chunk.prompt_index, offset_bytes=chunk.offset_bytes, data=chunk.data
                 )
             )
 
-    def _find(self, job_id: str) -> Job:
+    async def _find(self, job_id: str) -> AnyJob:
         _require_id(job_id)
-        return self._engine.jobs.get(current_caller().name, job_id)
+        return await self._engine.jobs.get(current_caller().name, job_id)
 
-    def _message(self, job: Job) -> job_service_pb2.Job:
+    def _message(self, job: AnyJob) -> job_service_pb2.Job:
         message = job_service_pb2.Job(
             job_id=job.id,
             request_id=job.plan.request_id or "",
-            state=_state(job),
+            state=_STATES[state_of(job)],
             create_time=_timestamp(job.created),
             plan=accepted_message(job.id, job.plan),
             last_sequence=job.log.last_sequence,
-            queue_position=job.position if not job.log.closed and job.started is None else 0,
+            queue_position=job.position if isinstance(job, Job) and state_of(job) == QUEUED else 0,
             done_steps=job.done_steps,
             total_steps=sum(prompt.sample_steps for prompt in job.plan.prompts),
-            images=[image_header_message(header) for header in _headers(job)],
-            attempt_count=int(job.started is not None),
+            images=[image_header_message(header) for header in job.log.headers],
+            attempt_count=job.attempts,
         )
         if job.started is not None:
             message.start_time.CopyFrom(_timestamp(job.started))
         ending = job.log.ending
         if ending is not None:
             message.end_time.CopyFrom(_timestamp(ending.time))
-            expires_s = self._engine.jobs.expires_in_s(job)
-            if expires_s is not None:
-                message.expire_time.CopyFrom(_timestamp(datetime.now(UTC) + timedelta(seconds=expires_s)))
+            expires = self._engine.jobs.expires(job)
+            if expires is not None:
+                message.expire_time.CopyFrom(_timestamp(expires))
             if isinstance(ending.event, Failed):
                 message.failure.CopyFrom(failed_message(ending.event.error))
         return message
@@ -173,39 +178,6 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
 def _require_id(job_id: str) -> None:
     if not job_id:
         raise InvalidParameter("a job id is required", field="job_id")
-
-
-def _state(job: Job) -> job_service_pb2.JobState.ValueType:
-    ending = job.log.ending
-    if ending is None:
-        return job_service_pb2.JOB_STATE_QUEUED if job.started is None else job_service_pb2.JOB_STATE_RUNNING
-    match ending.event:
-        case Completed():
-            return job_service_pb2.JOB_STATE_SUCCEEDED
-        case Cancelled():
-            return job_service_pb2.JOB_STATE_CANCELLED
-        case _:
-            return job_service_pb2.JOB_STATE_FAILED
-
-
-def _headers(job: Job) -> Iterator[ImageHeader]:
-    headers = (logged.event for logged in job.log.entries if isinstance(logged.event, ImageHeader))
-    return iter(sorted(headers, key=lambda header: header.prompt_index))
-
-
-def _image(job: Job, prompt_index: int) -> tuple[ImageHeader, list[ImageChunk]]:
-    header = next((header for header in _headers(job) if header.prompt_index == prompt_index), None)
-    chunks = [
-        logged.event
-        for logged in job.log.entries
-        if isinstance(logged.event, ImageChunk) and logged.event.prompt_index == prompt_index
-    ]
-    if header is None or sum(len(chunk.data) for chunk in chunks) != header.size_bytes:
-        raise ImageNotFound(
-            f"the job has no image of prompt {prompt_index}" + ("" if job.log.closed else " yet"),
-            field="prompt_index",
-        )
-    return header, chunks
 
 
 def _timestamp(time: datetime) -> Timestamp:
@@ -232,13 +204,15 @@ def _page_size(asked: int) -> int:
     return asked or DEFAULT_PAGE_SIZE
 
 
-def _page_token(last: Job) -> str:
-    return base64.urlsafe_b64encode(json.dumps([last.created.timestamp(), last.id]).encode()).decode()
+def _page_token(last: AnyJob) -> str:
+    return base64.urlsafe_b64encode(json.dumps(place(last)).encode()).decode()
 
 
-def _read_token(token: str) -> tuple[float, str]:
+def _read_token(token: str) -> tuple[int, str]:
     try:
-        created, job_id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        return float(created), str(job_id)
+        match json.loads(base64.b64decode(token, altchars=b"-_", validate=True)):
+            case [int(created_us), str(job_id)] if abs(created_us) < 2**63:
+                return created_us, job_id
     except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError):
-        raise InvalidParameter("not a token that this server gave", field="page_token") from None
+        pass
+    raise InvalidParameter("not a token that this server gave", field="page_token")

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/job_event.proto.
  */
 export const file_chromarpc_v1_job_event: GenFile = /*@__PURE__*/
-  fileDesc("ChxjaHJvbWFycGMvdjEvam9iX2V2ZW50LnByb3RvEgxjaHJvbWFycGMudjEi3QQKCEpvYkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEigKBHRpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEioKCGFjY2VwdGVkGAMgASgLMhYuY2hyb21hcnBjLnYxLkFjY2VwdGVkSAASJgoGcXVldWVkGAQgASgLMhQuY2hyb21hcnBjLnYxLlF1ZXVlZEgAEigKB2xvYWRpbmcYBSABKAsyFS5jaHJvbWFycGMudjEuTG9hZGluZ0gAEioKCHByZXBhcmVkGAYgASgLMhYuY2hyb21hcnBjLnYxLlByZXBhcmVkSAASIgoEc3RlcBgHIAEoCzISLmNocm9tYXJwYy52MS5TdGVwSAASKAoHcHJldmlldxgIIAEoCzIVLmNocm9tYXJwYy52MS5QcmV2aWV3SAASMQoMaW1hZ2VfaGVhZGVyGAkgASgLMhkuY2hyb21hcnBjLnYxLkltYWdlSGVhZGVySAASLwoLaW1hZ2VfY2h1bmsYCiABKAsyGC5jaHJvbWFycGMudjEuSW1hZ2VDaHVua0gAEiwKCWNvbXBsZXRlZBgLIAEoCzIXLmNocm9tYXJwYy52MS5Db21wbGV0ZWRIABImCgZmYWlsZWQYDCABKAsyFC5jaHJvbWFycGMudjEuRmFpbGVkSAASLAoJY2FuY2VsbGVkGA0gASgLMhcuY2hyb21hcnBjLnYxLkNhbmNlbGxlZEgAEiwKCWhlYXJ0YmVhdBgOIAEoCzIXLmNocm9tYXJwYy52MS5IZWFydGJlYXRIAEIHCgVldmVudCI3CgdXYXJuaW5nEgwKBGNvZGUYASABKAkSDQoFZmllbGQYAiABKAkSDwoHbWVzc2FnZRgDIAEoCSKrAgoIQWNjZXB0ZWQSDgoGam9iX2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhQKDHNlcnZlZF9tb2RlbBgDIAEoCRIPCgdwcm9maWxlGAQgASgJEisKCm5vaXNlX2RyYXcYBSABKA4yFy5jaHJvbWFycGMudjEuTm9pc2VEcmF3EiwKB3Byb21wdHMYBiADKAsyGy5jaHJvbWFycGMudjEuUGxhbm5lZFByb21wdBIoCgVsb3JhcxgHIAMoCzIZLmNocm9tYXJwYy52MS5QbGFubmVkTG9yYRIrCgZvdXRwdXQYCCABKAsyGy5jaHJvbWFycGMudjEuT3V0cHV0T3B0aW9ucxInCgh3YXJuaW5ncxgJIAMoCzIVLmNocm9tYXJwYy52MS5XYXJuaW5nInoKDVBsYW5uZWRQcm9tcHQSDgoGcHJvbXB0GAEgASgJEg0KBXdpZHRoGAIgASgFEg4KBmhlaWdodBgDIAEoBRIUCgxzYW1wbGVfc3RlcHMYBCABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYBSABKAESDAoEc2VlZBgGIAEoAyI3CgtQbGFubmVkTG9yYRIMCgRwYXRoGAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASJNCgZRdWV1ZWQSEAoIcG9zaXRpb24YASABKAUSMQoOZXN0aW1hdGVkX3dhaXQYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ibwoHTG9hZGluZxIpCgVzdGFnZRgBIAEoDjIaLmNocm9tYXJwYy52MS5Mb2FkaW5nU3RhZ2USEAoIZnJhY3Rpb24YAiABKAESEgoKZG9uZV9ieXRlcxgDIAEoBBITCgt0b3RhbF9ieXRlcxgEIAEoBCKlAgoNQWRhcHRlclJlcG9ydBIMCgRwYXRoGAEgASgJEg4KBnNoYTI1NhgCIAEoCRIOCgZmb3JtYXQYAyABKAkSGgoSbmV0d29ya19tdWx0aXBsaWVyGAQgASgBEgwKBHJhbmsYBSABKAUSGQoRbWF0Y2hlZF9rZXlfY291bnQYBiABKAUSGwoTdW5tYXRjaGVkX2tleV9jb3VudBgHIAEoBRIWCg51bm1hdGNoZWRfa2V5cxgIIAMoCRI7CghtZXRhZGF0YRgJIAMoCzIpLmNocm9tYXJwYy52MS5BZGFwdGVyUmVwb3J0Lk1ldGFkYXRhRW50cnkaLwoNTWV0YWRhdGFFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIicKClRva2VuQ291bnQSDAoEdXNlZBgBIAEoBRILCgNjdXQYAiABKAUi0QIKCFByZXBhcmVkEi0KCGFkYXB0ZXJzGAEgAygLMhsuY2hyb21hcnBjLnYxLkFkYXB0ZXJSZXBvcnQSFgoObW9kZWxfcmV2aXNpb24YAiABKAkSLgoMdG9rZW5fY291bnRzGAMgAygLMhguY2hyb21hcnBjLnYxLlRva2VuQ291bnQSNgoIdmVyc2lvbnMYBCADKAsyJC5jaHJvbWFycGMudjEuUHJlcGFyZWQuVmVyc2lvbnNFbnRyeRIOCgZkZXZpY2UYBSABKAkSJwoId2FybmluZ3MYBiADKAsyFS5jaHJvbWFycGMudjEuV2FybmluZxIsCgd3ZWlnaHRzGAcgASgLMhsuY2hyb21hcnBjLnYxLldlaWdodHNSZXBvcnQaLwoNVmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIr0BCg1XZWlnaHRzUmVwb3J0EisKBnNvdXJjZRgBIAEoDjIbLmNocm9tYXJwYy52MS5XZWlnaHRzU291cmNlEh4KFnJld3JpdHRlbl90ZW5zb3JfY291bnQYAiABKAUSKwoIZHVyYXRpb24YAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SGgoScmVzaWRlbnRfc2V0X2NvdW50GAQgASgFEhYKDnJlc2lkZW50X2J5dGVzGAUgASgEItUBCgRTdGVwEhQKDHByb21wdF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhMKC3RvdGFsX3N0ZXBzGAMgASgFEg0KBXNpZ21hGAQgASgBEhAKCHRpbWVzdGVwGAUgASgBEisKCGR1cmF0aW9uGAYgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SDgoGc2lnbWFzGAggAygBIm4KB1ByZXZpZXcSFAoMcHJvbXB0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEgoKbWVkaWFfdHlwZRgDIAEoCRINCgV3aWR0aBgEIAEoBRIOCgZoZWlnaHQYBSABKAUSDAoEZGF0YRgGIAEoDCKIAQoLSW1hZ2VIZWFkZXISFAoMcHJvbXB0X2luZGV4GAEgASgFEhIKCm1lZGlhX3R5cGUYAiABKAkSEgoKc2l6ZV9ieXRlcxgDIAEoBBINCgV3aWR0aBgEIAEoBRIOCgZoZWlnaHQYBSABKAUSDgoGc2hhMjU2GAYgASgJEgwKBHNlZWQYByABKAMiRgoKSW1hZ2VDaHVuaxIUCgxwcm9tcHRfaW5kZXgYASABKAUSFAoMb2Zmc2V0X2J5dGVzGAIgASgEEgwKBGRhdGEYAyABKAwiygIKB1RpbWluZ3MSKQoGcXVldWVkGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEioKB2xvYWRpbmcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNdGV4dF9lbmNvZGluZxgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIsCglkZW5vaXNpbmcYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKwoIZGVjb2RpbmcYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMQoOaW1hZ2VfZW5jb2RpbmcYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iYwoJQ29tcGxldGVkEiYKB3RpbWluZ3MYASABKAsyFS5jaHJvbWFycGMudjEuVGltaW5ncxIZChFwZWFrX21lbW9yeV9ieXRlcxgCIAEoBBITCgtpbWFnZV9jb3VudBgDIAEoBSI0Cg5GaWVsZFZpb2xhdGlvbhINCgVmaWVsZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSKAAgoGRmFpbGVkEgwKBGNvZGUYASABKAUSDgoGcmVhc29uGAIgASgJEg8KB21lc3NhZ2UYAyABKAkSMAoKdmlvbGF0aW9ucxgEIAMoCzIcLmNocm9tYXJwYy52MS5GaWVsZFZpb2xhdGlvbhI0CghtZXRhZGF0YRgFIAMoCzIiLmNocm9tYXJwYy52MS5GYWlsZWQuTWV0YWRhdGFFbnRyeRIuCgtyZXRyeV9hZnRlchgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiHAoJQ2FuY2VsbGVkEg8KB21lc3NhZ2UYASABKAkiCwoJSGVhcnRiZWF0Kr0BCgxMb2FkaW5nU3RhZ2USHQoZTE9BRElOR19TVEFHRV9VTlNQRUNJRklFRBAAEh0KGUxPQURJTkdfU1RBR0VfRE9XTkxPQURJTkcQARIZChVMT0FESU5HX1NUQUdFX1JFQURJTkcQAhIZChVMT0FESU5HX1NUQUdFX01FUkdJTkcQAxIcChhMT0FESU5HX1NUQUdFX1FVQU5USVpJTkcQBBIbChdMT0FESU5HX1NUQUdFX0NPTVBJTElORxAFKoMBCg1XZWlnaHRzU291cmNlEh4KGldFSUdIVFNfU09VUkNFX1VOU1BFQ0lGSUVEEAASGwoXV0VJR0hUU19TT1VSQ0VfUkVTSURFTlQQARIbChdXRUlHSFRTX1NPVVJDRV9TV0lUQ0hFRBACEhgKFFdFSUdIVFNfU09VUkNFX0JVSUxUEANiBnByb3RvMw", [file_chromarpc_v1_options, file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("ChxjaHJvbWFycGMvdjEvam9iX2V2ZW50LnByb3RvEgxjaHJvbWFycGMudjEiiwUKCEpvYkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEigKBHRpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEioKCGFjY2VwdGVkGAMgASgLMhYuY2hyb21hcnBjLnYxLkFjY2VwdGVkSAASJgoGcXVldWVkGAQgASgLMhQuY2hyb21hcnBjLnYxLlF1ZXVlZEgAEigKB2xvYWRpbmcYBSABKAsyFS5jaHJvbWFycGMudjEuTG9hZGluZ0gAEioKCHByZXBhcmVkGAYgASgLMhYuY2hyb21hcnBjLnYxLlByZXBhcmVkSAASIgoEc3RlcBgHIAEoCzISLmNocm9tYXJwYy52MS5TdGVwSAASKAoHcHJldmlldxgIIAEoCzIVLmNocm9tYXJwYy52MS5QcmV2aWV3SAASMQoMaW1hZ2VfaGVhZGVyGAkgASgLMhkuY2hyb21hcnBjLnYxLkltYWdlSGVhZGVySAASLwoLaW1hZ2VfY2h1bmsYCiABKAsyGC5jaHJvbWFycGMudjEuSW1hZ2VDaHVua0gAEiwKCWNvbXBsZXRlZBgLIAEoCzIXLmNocm9tYXJwYy52MS5Db21wbGV0ZWRIABImCgZmYWlsZWQYDCABKAsyFC5jaHJvbWFycGMudjEuRmFpbGVkSAASLAoJY2FuY2VsbGVkGA0gASgLMhcuY2hyb21hcnBjLnYxLkNhbmNlbGxlZEgAEiwKCWhlYXJ0YmVhdBgOIAEoCzIXLmNocm9tYXJwYy52MS5IZWFydGJlYXRIABIsCglyZXN0YXJ0ZWQYDyABKAsyFy5jaHJvbWFycGMudjEuUmVzdGFydGVkSABCBwoFZXZlbnQiNwoHV2FybmluZxIMCgRjb2RlGAEgASgJEg0KBWZpZWxkGAIgASgJEg8KB21lc3NhZ2UYAyABKAkiqwIKCEFjY2VwdGVkEg4KBmpvYl9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIUCgxzZXJ2ZWRfbW9kZWwYAyABKAkSDwoHcHJvZmlsZRgEIAEoCRIrCgpub2lzZV9kcmF3GAUgASgOMhcuY2hyb21hcnBjLnYxLk5vaXNlRHJhdxIsCgdwcm9tcHRzGAYgAygLMhsuY2hyb21hcnBjLnYxLlBsYW5uZWRQcm9tcHQSKAoFbG9yYXMYByADKAsyGS5jaHJvbWFycGMudjEuUGxhbm5lZExvcmESKwoGb3V0cHV0GAggASgLMhsuY2hyb21hcnBjLnYxLk91dHB1dE9wdGlvbnMSJwoId2FybmluZ3MYCSADKAsyFS5jaHJvbWFycGMudjEuV2FybmluZyJ6Cg1QbGFubmVkUHJvbXB0Eg4KBnByb21wdBgBIAEoCRINCgV3aWR0aBgCIAEoBRIOCgZoZWlnaHQYAyABKAUSFAoMc2FtcGxlX3N0ZXBzGAQgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAUgASgBEgwKBHNlZWQYBiABKAMiNwoLUGxhbm5lZExvcmESDAoEcGF0aBgBIAEoCRIaChJuZXR3b3JrX211bHRpcGxpZXIYAiABKAEiHAoJUmVzdGFydGVkEg8KB2F0dGVtcHQYASABKAUiTQoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjEKDmVzdGltYXRlZF93YWl0GAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIm8KB0xvYWRpbmcSKQoFc3RhZ2UYASABKA4yGi5jaHJvbWFycGMudjEuTG9hZGluZ1N0YWdlEhAKCGZyYWN0aW9uGAIgASgBEhIKCmRvbmVfYnl0ZXMYAyABKAQSEwoLdG90YWxfYnl0ZXMYBCABKAQipQIKDUFkYXB0ZXJSZXBvcnQSDAoEcGF0aBgBIAEoCRIOCgZzaGEyNTYYAiABKAkSDgoGZm9ybWF0GAMgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgEIAEoARIMCgRyYW5rGAUgASgFEhkKEW1hdGNoZWRfa2V5X2NvdW50GAYgASgFEhsKE3VubWF0Y2hlZF9rZXlfY291bnQYByABKAUSFgoOdW5tYXRjaGVkX2tleXMYCCADKAkSOwoIbWV0YWRhdGEYCSADKAsyKS5jaHJvbWFycGMudjEuQWRhcHRlclJlcG9ydC5NZXRhZGF0YUVudHJ5Gi8KDU1ldGFkYXRhRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASInCgpUb2tlbkNvdW50EgwKBHVzZWQYASABKAUSCwoDY3V0GAIgASgFItECCghQcmVwYXJlZBItCghhZGFwdGVycxgBIAMoCzIbLmNocm9tYXJwYy52MS5BZGFwdGVyUmVwb3J0EhYKDm1vZGVsX3JldmlzaW9uGAIgASgJEi4KDHRva2VuX2NvdW50cxgDIAMoCzIYLmNocm9tYXJwYy52MS5Ub2tlbkNvdW50EjYKCHZlcnNpb25zGAQgAygLMiQuY2hyb21hcnBjLnYxLlByZXBhcmVkLlZlcnNpb25zRW50cnkSDgoGZGV2aWNlGAUgASgJEicKCHdhcm5pbmdzGAYgAygLMhUuY2hyb21hcnBjLnYxLldhcm5pbmcSLAoHd2VpZ2h0cxgHIAEoCzIbLmNocm9tYXJwYy52MS5XZWlnaHRzUmVwb3J0Gi8KDVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASK9AQoNV2VpZ2h0c1JlcG9ydBIrCgZzb3VyY2UYASABKA4yGy5jaHJvbWFycGMudjEuV2VpZ2h0c1NvdXJjZRIeChZyZXdyaXR0ZW5fdGVuc29yX2NvdW50GAIgASgFEisKCGR1cmF0aW9uGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhoKEnJlc2lkZW50X3NldF9jb3VudBgEIAEoBRIWCg5yZXNpZGVudF9ieXRlcxgFIAEoBCLVAQoEU3RlcBIUCgxwcm9tcHRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRITCgt0b3RhbF9zdGVwcxgDIAEoBRINCgVzaWdtYRgEIAEoARIQCgh0aW1lc3RlcBgFIAEoARIrCghkdXJhdGlvbhgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhI2ChNlc3RpbWF0ZWRfcmVtYWluaW5nGAcgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEg4KBnNpZ21hcxgIIAMoASJuCgdQcmV2aWV3EhQKDHByb21wdF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhIKCm1lZGlhX3R5cGUYAyABKAkSDQoFd2lkdGgYBCABKAUSDgoGaGVpZ2h0GAUgASgFEgwKBGRhdGEYBiABKAwiiAEKC0ltYWdlSGVhZGVyEhQKDHByb21wdF9pbmRleBgBIAEoBRISCgptZWRpYV90eXBlGAIgASgJEhIKCnNpemVfYnl0ZXMYAyABKAQSDQoFd2lkdGgYBCABKAUSDgoGaGVpZ2h0GAUgASgFEg4KBnNoYTI1NhgGIAEoCRIMCgRzZWVkGAcgASgDIkYKCkltYWdlQ2h1bmsSFAoMcHJvbXB0X2luZGV4GAEgASgFEhQKDG9mZnNldF9ieXRlcxgCIAEoBBIMCgRkYXRhGAMgASgMIsoCCgdUaW1pbmdzEikKBnF1ZXVlZBgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIqCgdsb2FkaW5nGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDXRleHRfZW5jb2RpbmcYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SLAoJZGVub2lzaW5nGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEisKCGRlY29kaW5nGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjEKDmltYWdlX2VuY29kaW5nGAYgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEigKBXRvdGFsGAcgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uImMKCUNvbXBsZXRlZBImCgd0aW1pbmdzGAEgASgLMhUuY2hyb21hcnBjLnYxLlRpbWluZ3MSGQoRcGVha19tZW1vcnlfYnl0ZXMYAiABKAQSEwoLaW1hZ2VfY291bnQYAyABKAUiNAoORmllbGRWaW9sYXRpb24SDQoFZmllbGQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkigAIKBkZhaWxlZBIMCgRjb2RlGAEgASgFEg4KBnJlYXNvbhgCIAEoCRIPCgdtZXNzYWdlGAMgASgJEjAKCnZpb2xhdGlvbnMYBCADKAsyHC5jaHJvbWFycGMudjEuRmllbGRWaW9sYXRpb24SNAoIbWV0YWRhdGEYBSADKAsyIi5jaHJvbWFycGMudjEuRmFpbGVkLk1ldGFkYXRhRW50cnkSLgoLcmV0cnlfYWZ0ZXIYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24aLwoNTWV0YWRhdGFFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIhwKCUNhbmNlbGxlZBIPCgdtZXNzYWdlGAEgASgJIgsKCUhlYXJ0YmVhdCq9AQoMTG9hZGluZ1N0YWdlEh0KGUxPQURJTkdfU1RBR0VfVU5TUEVDSUZJRUQQABIdChlMT0FESU5HX1NUQUdFX0RPV05MT0FESU5HEAESGQoVTE9BRElOR19TVEFHRV9SRUFESU5HEAISGQoVTE9BRElOR19TVEFHRV9NRVJHSU5HEAMSHAoYTE9BRElOR19TVEFHRV9RVUFOVElaSU5HEAQSGwoXTE9BRElOR19TVEFHRV9DT01QSUxJTkcQBSqDAQoNV2VpZ2h0c1NvdXJjZRIeChpXRUlHSFRTX1NPVVJDRV9VTlNQRUNJRklFRBAAEhsKF1dFSUdIVFNfU09VUkNFX1JFU0lERU5UEAESGwoXV0VJR0hUU19TT1VSQ0VfU1dJVENIRUQQAhIYChRXRUlHSFRTX1NPVVJDRV9CVUlMVBADYgZwcm90bzM", [file_chromarpc_v1_options, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * One thing that happened to a job.
@@ -138,6 +138,14 @@ export type JobEvent = Message<"chromarpc.v1.JobEvent"> & {
      */
     value: Heartbeat;
     case: "heartbeat";
+  } | {
+    /**
+     * The server was restarted, and runs the job again from its beginning.
+     *
+     * @generated from field: chromarpc.v1.Restarted restarted = 15;
+     */
+    value: Restarted;
+    case: "restarted";
   } | { case: undefined; value?: undefined };
 };
 
@@ -345,6 +353,28 @@ export const PlannedLoraSchema: GenMessage<PlannedLora> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_job_event, 4);
 
 /**
+ * The server was stopped while the job ran, and runs it again from its beginning, with the same seeds and the same
+ * adapters. What came before is void: steps are counted from 1 again, and images come again, with the same bytes.
+ *
+ * @generated from message chromarpc.v1.Restarted
+ */
+export type Restarted = Message<"chromarpc.v1.Restarted"> & {
+  /**
+   * The attempt that is to come, from 1.
+   *
+   * @generated from field: int32 attempt = 1;
+   */
+  attempt: number;
+};
+
+/**
+ * Describes the message chromarpc.v1.Restarted.
+ * Use `create(RestartedSchema)` to create a new message.
+ */
+export const RestartedSchema: GenMessage<Restarted> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_job_event, 5);
+
+/**
  * The job waits for the device.
  *
  * @generated from message chromarpc.v1.Queued
@@ -370,7 +400,7 @@ export type Queued = Message<"chromarpc.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 5);
+  messageDesc(file_chromarpc_v1_job_event, 6);
 
 /**
  * Weights or adapters are being made ready.
@@ -412,7 +442,7 @@ export type Loading = Message<"chromarpc.v1.Loading"> & {
  * Use `create(LoadingSchema)` to create a new message.
  */
 export const LoadingSchema: GenMessage<Loading> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 6);
+  messageDesc(file_chromarpc_v1_job_event, 7);
 
 /**
  * What an adapter file turned out to be.
@@ -489,7 +519,7 @@ export type AdapterReport = Message<"chromarpc.v1.AdapterReport"> & {
  * Use `create(AdapterReportSchema)` to create a new message.
  */
 export const AdapterReportSchema: GenMessage<AdapterReport> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 7);
+  messageDesc(file_chromarpc_v1_job_event, 8);
 
 /**
  * How a prompt was tokenized.
@@ -517,7 +547,7 @@ export type TokenCount = Message<"chromarpc.v1.TokenCount"> & {
  * Use `create(TokenCountSchema)` to create a new message.
  */
 export const TokenCountSchema: GenMessage<TokenCount> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 8);
+  messageDesc(file_chromarpc_v1_job_event, 9);
 
 /**
  * Everything is ready; denoising starts.
@@ -580,7 +610,7 @@ export type Prepared = Message<"chromarpc.v1.Prepared"> & {
  * Use `create(PreparedSchema)` to create a new message.
  */
 export const PreparedSchema: GenMessage<Prepared> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 9);
+  messageDesc(file_chromarpc_v1_job_event, 10);
 
 /**
  * What it took to have the weights with a job's adapters merged.
@@ -629,7 +659,7 @@ export type WeightsReport = Message<"chromarpc.v1.WeightsReport"> & {
  * Use `create(WeightsReportSchema)` to create a new message.
  */
 export const WeightsReportSchema: GenMessage<WeightsReport> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 10);
+  messageDesc(file_chromarpc_v1_job_event, 11);
 
 /**
  * One denoising step is done.
@@ -699,7 +729,7 @@ export type Step = Message<"chromarpc.v1.Step"> & {
  * Use `create(StepSchema)` to create a new message.
  */
 export const StepSchema: GenMessage<Step> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 11);
+  messageDesc(file_chromarpc_v1_job_event, 12);
 
 /**
  * A small picture of what the model predicts the finished image to be.
@@ -755,7 +785,7 @@ export type Preview = Message<"chromarpc.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 12);
+  messageDesc(file_chromarpc_v1_job_event, 13);
 
 /**
  * An image is ready; its chunks follow.
@@ -818,7 +848,7 @@ export type ImageHeader = Message<"chromarpc.v1.ImageHeader"> & {
  * Use `create(ImageHeaderSchema)` to create a new message.
  */
 export const ImageHeaderSchema: GenMessage<ImageHeader> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 13);
+  messageDesc(file_chromarpc_v1_job_event, 14);
 
 /**
  * A part of an image's bytes, at most 1 MiB, in order.
@@ -853,7 +883,7 @@ export type ImageChunk = Message<"chromarpc.v1.ImageChunk"> & {
  * Use `create(ImageChunkSchema)` to create a new message.
  */
 export const ImageChunkSchema: GenMessage<ImageChunk> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 14);
+  messageDesc(file_chromarpc_v1_job_event, 15);
 
 /**
  * How long each stage of a job took.
@@ -916,7 +946,7 @@ export type Timings = Message<"chromarpc.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 15);
+  messageDesc(file_chromarpc_v1_job_event, 16);
 
 /**
  * The job is done.
@@ -951,7 +981,7 @@ export type Completed = Message<"chromarpc.v1.Completed"> & {
  * Use `create(CompletedSchema)` to create a new message.
  */
 export const CompletedSchema: GenMessage<Completed> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 16);
+  messageDesc(file_chromarpc_v1_job_event, 17);
 
 /**
  * One thing wrong with one field of a request.
@@ -979,7 +1009,7 @@ export type FieldViolation = Message<"chromarpc.v1.FieldViolation"> & {
  * Use `create(FieldViolationSchema)` to create a new message.
  */
 export const FieldViolationSchema: GenMessage<FieldViolation> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 17);
+  messageDesc(file_chromarpc_v1_job_event, 18);
 
 /**
  * The job failed. The call ends with the same status and the same details.
@@ -1035,7 +1065,7 @@ export type Failed = Message<"chromarpc.v1.Failed"> & {
  * Use `create(FailedSchema)` to create a new message.
  */
 export const FailedSchema: GenMessage<Failed> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 18);
+  messageDesc(file_chromarpc_v1_job_event, 19);
 
 /**
  * The job was cancelled.
@@ -1056,7 +1086,7 @@ export type Cancelled = Message<"chromarpc.v1.Cancelled"> & {
  * Use `create(CancelledSchema)` to create a new message.
  */
 export const CancelledSchema: GenMessage<Cancelled> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 19);
+  messageDesc(file_chromarpc_v1_job_event, 20);
 
 /**
  * Nothing happened for a while; the job is alive.
@@ -1071,7 +1101,7 @@ export type Heartbeat = Message<"chromarpc.v1.Heartbeat"> & {
  * Use `create(HeartbeatSchema)` to create a new message.
  */
 export const HeartbeatSchema: GenMessage<Heartbeat> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_event, 20);
+  messageDesc(file_chromarpc_v1_job_event, 21);
 
 /**
  * What is being done before denoising can start.

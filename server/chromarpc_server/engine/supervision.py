@@ -1,0 +1,72 @@
+"""Whether the device thread still gets on: it says what it does, and the event loop looks at the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import sys
+import time
+from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from chromarpc_server.domain.errors import DeviceHung
+from chromarpc_server.domain.limits import Patience
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Doing:
+    what: str
+    until: float
+
+
+class DeviceWatch:
+    """The device thread writes, the event loop reads; each value is replaced whole."""
+
+    def __init__(self, patience: Patience) -> None:
+        """`patience`: how long each thing may take."""
+        self._patience = patience
+        self._doing: _Doing | None = None
+
+    def step(self, expected_s: float | None = None) -> None:
+        """A denoising step begins, which probably takes `expected_s`."""
+        expected = 0.0 if expected_s is None else self._patience.step_factor * expected_s
+        self._begin("a denoising step", max(self._patience.step_s, expected))
+
+    def other(self, what: str) -> None:
+        """Something else begins: reading weights, compiling, decoding."""
+        self._begin(what, self._patience.other_s)
+
+    def idle(self) -> None:
+        """Nothing is done now."""
+        self._doing = None
+
+    async def guard(self, work: Awaitable[_T]) -> _T:
+        """What `work`, which runs on the device thread, gives.
+
+        Raises:
+            DeviceHung: something takes too long; every thread's stack has gone to standard error.
+        """
+        future = asyncio.ensure_future(work)
+        while True:
+            await asyncio.wait({future}, timeout=LOOK_EVERY_S)
+            if future.done():
+                return future.result()
+            doing = self._doing
+            if doing is not None and time.monotonic() > doing.until:
+                log.critical("device.hung", extra={"doing": doing.what})
+                with suppress(OSError, ValueError):  # standard error may be closed, or no file
+                    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                future.cancel()
+                raise DeviceHung(f"the device does not answer: {doing.what} takes too long")
+
+    def _begin(self, what: str, limit_s: float) -> None:
+        self._doing = _Doing(what, time.monotonic() + limit_s)

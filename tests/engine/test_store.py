@@ -1,0 +1,220 @@
+"""The job store: ended once, found again, forgotten in time, and never silently damaged."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from chromarpc_server.domain.limits import JobRetention
+from chromarpc_server.engine.store.database import Database, EndRow, NewRow, StoreUnusable
+from chromarpc_server.engine.store.image_files import ImageFolder
+from chromarpc_server.engine.store.job_store import JobStore
+from chromarpc_server.engine.store.schema import MIGRATIONS
+
+HASHES = [f"{digit}" * 64 for digit in "abcdef"]
+DAY_US = 24 * 3600 * 10**6
+
+
+@dataclass
+class Kept:
+    """A store in a folder, and the time in it."""
+
+    folder: Path
+    retention: JobRetention
+    now: float = 1e9
+
+    def open(self) -> Database:
+        return Database(
+            self.folder / "jobs.sqlite3",
+            ImageFolder(self.folder / "images"),
+            self.retention,
+            clock=lambda: self.now,
+        )
+
+    def images(self) -> set[str]:
+        return {path.name for path in (self.folder / "images").glob("*/*")}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Kept:
+    return Kept(tmp_path, JobRetention(keep_s=3600))
+
+
+@pytest.fixture
+def database(kept: Kept) -> Iterator[Database]:
+    opened = kept.open()
+    yield opened
+    opened.close()
+
+
+def _row(number: int, **changes: object) -> NewRow:
+    row = NewRow(f"job{number}", "me", None, "f", 10**15 + number, "{}", True, False, "[]")
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+def _end(number: int, kept: Kept, *images: str, size: int = 100) -> EndRow:
+    return EndRow(
+        f"job{number}", round(kept.now * 1e6), "succeeded", 3, "[]", "[]", b"", list(images), size * len(images)
+    )
+
+
+def _finish(database: Database, kept: Kept, number: int, *images: str) -> None:
+    database.insert(_row(number))
+    for sha256 in images:
+        database.put_image(sha256, b"x" * 100)
+    assert database.finish(_end(number, kept, *images))
+    kept.now += 1
+
+
+def test_a_job_ends_once(database: Database, kept: Kept) -> None:
+    _finish(database, kept, 1, HASHES[0])
+    assert not database.finish(replace(_end(1, kept), state="failed"))
+    row = database.ended("me", "job1")
+    assert row is not None
+    assert row["state"] == "succeeded"
+    assert database.ended("you", "job1") is None
+    assert not database.finish(_end(2, kept))
+
+
+def test_what_did_not_end_is_taken_over_in_order(kept: Kept) -> None:
+    first = kept.open()
+    for number in (3, 1, 2):
+        first.insert(_row(number))
+    first.begin("job1", 5)
+    first.finish(_end(2, kept))
+    first.close()
+    second = kept.open()
+    taken = second.take_over()
+    assert [(row["id"], row["attempts"], row["starts"]) for row in taken] == [("job3", 0, 1), ("job1", 1, 1)]
+    second.unbegin("job1")
+    assert [row["attempts"] for row in second.take_over()] == [0, 0]
+    second.close()
+
+
+def test_a_picture_goes_with_the_last_job_that_names_it(database: Database, kept: Kept) -> None:
+    _finish(database, kept, 1, HASHES[0], HASHES[1])
+    _finish(database, kept, 2, HASHES[0])
+    assert database.delete("job1")
+    assert kept.images() == {HASHES[0]}
+    database.put_image(HASHES[0], b"x" * 100)  # of a job that still runs
+    assert database.delete("job2")
+    assert kept.images() == {HASHES[0]}
+    database.insert(_row(3))
+    assert database.finish(_end(3, kept))
+    assert not database.delete("job2")
+
+
+def test_the_old_go_and_then_the_oldest_of_too_much(database: Database, kept: Kept) -> None:
+    kept.retention = JobRetention(keep_s=3600, keep_bytes=250)
+    for number, sha256 in enumerate(HASHES[:2]):
+        _finish(database, kept, number, sha256)
+    database.close()
+    database = kept.open()
+    for number, sha256 in enumerate(HASHES[2:4], 2):
+        _finish(database, kept, number, sha256)
+    assert kept.images() == set(HASHES[2:4])
+    assert (database.size.jobs, database.size.bytes) == (2, 200)
+    kept.now += 3600
+    assert database.ended("me", "job3") is None  # too old to be told of, swept or not
+    database.sweep()
+    assert kept.images() == set()
+    assert database.size.jobs == 0
+    database.close()
+
+
+def test_the_newest_job_stays_however_large_it_is(database: Database, kept: Kept) -> None:
+    kept.retention = JobRetention(keep_bytes=1)
+    database.close()
+    database = kept.open()
+    _finish(database, kept, 1, HASHES[0])
+    _finish(database, kept, 2, HASHES[1])
+    assert kept.images() == {HASHES[1]}
+    database.close()
+
+
+def test_what_an_interrupted_write_left_is_removed(kept: Kept) -> None:
+    database = kept.open()
+    _finish(database, kept, 1, HASHES[0])
+    database.put_image(HASHES[1], b"of a job that never ended")
+    database.close()
+    (kept.folder / "images" / "aa" / "1234.part").write_bytes(b"half")
+    kept.open().close()
+    assert kept.images() == {HASHES[0]}
+
+
+def test_pages_are_newest_first_and_do_not_overlap(database: Database, kept: Kept) -> None:
+    for number in range(5):
+        _finish(database, kept, number)
+    first = database.page("me", 2, before=None, since_us=None, states=None)
+    last = (first[-1]["created_us"], first[-1]["id"])
+    rest = database.page("me", 9, before=last, since_us=10**15 + 1, states=["succeeded"])
+    assert [row["id"] for row in (*first, *rest)] == ["job4", "job3", "job2", "job1"]
+    assert database.page("me", 9, before=None, since_us=None, states=["failed"]) == []
+
+
+def test_one_request_id_makes_one_row(database: Database) -> None:
+    database.insert(_row(1, request_id="r"))
+    database.insert(_row(2, request_id="r", owner="you"))
+    with pytest.raises(sqlite3.IntegrityError):
+        database.insert(_row(3, request_id="r"))
+
+
+def test_files_are_for_the_server_alone(kept: Kept) -> None:
+    async def go() -> None:
+        store = await JobStore.open(kept.folder / "jobs", kept.retention)
+        await store.close()
+
+    import asyncio
+
+    asyncio.run(go())
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (kept.folder / "jobs").iterdir()}
+    assert modes["jobs.sqlite3"] == 0o600
+    assert modes["images"] == 0o700
+
+
+def test_a_damaged_database_is_left_alone_and_named(kept: Kept) -> None:
+    path = kept.folder / "jobs.sqlite3"
+    database = kept.open()
+    for number in range(200):
+        database.insert(_row(number, plan="x" * 1000))
+    database.close()
+    whole = path.read_bytes()
+    for damaged in (b"no database at all" * 500, whole[:8192] + b"\xff" * 8192 + whole[16384:]):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreUnusable, match=r"jobs\.sqlite3 is damaged .*\.recover"):
+            kept.open()
+        assert path.read_bytes() == damaged
+
+
+def test_a_newer_schema_is_left_alone_and_named(kept: Kept) -> None:
+    kept.open().close()
+    with sqlite3.connect(kept.folder / "jobs.sqlite3") as connection:
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    connection.close()
+    with pytest.raises(StoreUnusable, match="written by a newer chromarpc"):
+        kept.open()
+
+
+def test_two_servers_do_not_share_a_store(database: Database, kept: Kept) -> None:
+    database.insert(_row(1))
+    with pytest.raises(StoreUnusable, match="in use by another process"):
+        kept.open()
+
+
+def test_a_first_version_database_is_still_read(kept: Kept) -> None:
+    # The statements of the first release, as they were: the step itself may never change.
+    recorded = (Path(__file__).parent / "store_schema_1.sql").read_text(encoding="utf-8")
+    kept.now = 4e9
+    with sqlite3.connect(kept.folder / "jobs.sqlite3") as connection:
+        connection.executescript(recorded)
+    connection.close()
+    database = kept.open()
+    (left,) = database.take_over()
+    assert (left["id"], left["owner"], left["attempts"]) == ("job1", "me", 1)
+    ended = database.page("me", 9, before=None, since_us=None, states=None)
+    assert [row["id"] for row in ended] == ["job2"]
+    database.close()

@@ -1,0 +1,67 @@
+"""The server as it is shipped, with one fault planted in its pipeline.
+
+Run as `FAULT=name python -m tests.faults.server` with the server's own flags. The fault happens once, before the
+second step of the first job.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from chromarpc_server.__main__ import main
+from chromarpc_server.engine import worker
+from chromarpc_server.pipeline import checkpoint
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def _lose_device() -> None:
+    def probe(_: torch.device) -> None:
+        raise worker.DeviceLost("the device failed and cannot be used any more")
+
+    worker.probe_device = probe
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def _hang() -> None:
+    threading.Event().wait()
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "device_lost": _lose_device,
+    "frightening_text": _raise(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    "hang": _hang,
+    "out_of_memory": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")),
+    "exception": _raise(KeyError("/secret/path")),
+    "thread_ends": _raise(SystemExit(3)),
+}
+
+
+def plant(name: str) -> None:
+    """Puts the fault into its place."""
+    real = checkpoint.denoise_from
+    happened = threading.Event()
+
+    def denoise_from(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        for index, step in enumerate(real(*arguments, **keywords)):
+            if index == 1 and not happened.is_set():
+                happened.set()
+                FAULTS[name]()
+            yield step
+
+    checkpoint.denoise_from = denoise_from
+
+
+if __name__ == "__main__":
+    plant(os.environ["FAULT"])
+    main()

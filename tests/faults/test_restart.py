@@ -1,0 +1,287 @@
+"""What jobs are after the server's end, orderly or not."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import chromarpc
+from chromarpc.v1 import job_service_pb2
+from chromarpc_server import settings as settings_module
+from chromarpc_server.domain.limits import RestartLimits
+from tests.conftest import RunningServer
+from tests.faults import kill_nine
+from tests.faults.processes import ServerProcess, server_process
+
+Serve = Callable[..., RunningServer]
+State = job_service_pb2.JobState
+SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
+LONG: dict[str, Any] = {"model": "chroma-mini", "width": 256, "height": 256, "sample_steps": 100}
+
+
+def _until_step(events: Any, step: int = 1) -> int:
+    for event in events:
+        if isinstance(event, chromarpc.Step) and event.step >= step:
+            sequence: int = event.sequence
+            return sequence
+    raise AssertionError("the stream ended before the step")
+
+
+def _reason(client: chromarpc.Client, job_id: str) -> str | None:
+    with pytest.raises(chromarpc.StatusError) as error:
+        list(client.watch_job(job_id))
+    return error.value.reason
+
+
+def test_after_kill_nine_jobs_are_where_they_were_and_give_the_same_pictures(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = {**LONG, "width": 128, "height": 128}
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        ended = client.create_job("an end", seed=1, **options)
+        before = [event.sequence for event in client.watch_job(ended.job_id)]
+        picture = client.get_image_bytes(ended.job_id)
+        running = client.create_job("an end", seed=1, **options)
+        waiting = [client.create_job("a", seed=seed, **SMALL).job_id for seed in (2, 3)]
+        seen = _until_step(client.watch_job(running.job_id), 5)
+        server.kill()
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        assert [event.sequence for event in client.watch_job(ended.job_id)] == before
+        assert client.get_image_bytes(ended.job_id) == picture
+        # As a client of before the crash comes back.
+        events = list(client.watch_job(running.job_id))
+        kinds = [type(event).__name__ for event in events]
+        assert kinds[:2] == ["Accepted", "Restarted"]
+        assert isinstance(events[1], chromarpc.Restarted)
+        assert events[1].attempt == 2
+        assert events[1].sequence > seen
+        done = client.get_job(running.job_id)
+        assert (done.state, done.attempt_count) == (State.JOB_STATE_SUCCEEDED, 2)
+        assert client.get_image_bytes(running.job_id) == picture
+        ends = []
+        for job_id in waiting:
+            list(client.watch_job(job_id))
+            ends.append(client.get_job(job_id).end_time.ToNanoseconds())
+        assert ends == sorted(ends)
+        assert done.end_time.ToNanoseconds() < ends[0]
+        assert server.stop() == 0
+
+
+def test_a_job_that_was_killed_as_often_as_it_may_fails_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    job_id = ""
+    for _ in range(2):
+        with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+            job_id = job_id or client.create_job("a", **LONG).job_id
+            _until_step(client.watch_job(job_id))
+            server.kill()
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        assert _reason(client, job_id) == "ATTEMPTS_EXHAUSTED"
+        assert client.get_job(job_id).attempt_count == 2
+        assert client.generate_images("the next one runs", **SMALL)
+
+
+def test_kill_nine_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    report = kill_nine.run(rounds=3, seed=7, folder=tmp_path)
+    assert report.problems == []
+    assert (report.lost, report.duplicated) == (0, 0)
+    assert report.accepted > 0
+    assert report.succeeded + report.exhausted == report.accepted
+
+
+def test_a_stop_in_good_order_keeps_jobs_and_counts_no_attempt(serve: Serve) -> None:
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        job = client.create_job("a", **LONG)
+        waiting = client.create_job("b", **SMALL)
+        _until_step(client.watch_job(job.job_id))
+        told: list[BaseException] = []
+
+        def follow() -> None:
+            try:
+                with chromarpc.Client(server.target) as other:
+                    list(other.generate("c", **SMALL))
+            except chromarpc.ChromarpcError as error:
+                told.append(error)
+
+        follower = threading.Thread(target=follow)
+        follower.start()
+        while len(client.list_jobs()) < 3:
+            pass
+        assert server.stop() == 0
+        follower.join(20)
+    assert isinstance(told[0], chromarpc.Draining)
+    assert told[0].retry_after_s is not None
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        assert [job.state for job in client.list_jobs()].count(State.JOB_STATE_FAILED) == 0
+        client.cancel_job(job.job_id)
+        assert _reason(client, job.job_id) == "CANCELLED"
+        assert client.get_job(job.job_id).attempt_count <= 1
+        assert isinstance(list(client.watch_job(waiting.job_id))[-1], chromarpc.Completed)
+
+
+def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_module, "RestartLimits", partial(RestartLimits, reattach_s=3.0))
+    server = serve()
+    streams = []
+    with chromarpc.Client(server.target) as client:
+        blocker = client.create_job("a", **{**LONG, "sample_steps": 150})
+        for request_id in ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"):
+            streams.append(client.generate("b", request_id=request_id, **SMALL))
+            next(streams[-1])
+        server.stop()
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        back = client.generate("b", request_id="11111111-1111-4111-8111-111111111111", **SMALL)
+        mine = next(back).job_id  # type: ignore[union-attr]
+        (gone,) = (job.job_id for job in client.list_jobs() if job.job_id not in (mine, blocker.job_id))
+        deadline = time.monotonic() + 30
+        while client.get_job(gone).state != State.JOB_STATE_CANCELLED:
+            assert time.monotonic() < deadline
+        client.cancel_job(blocker.job_id)
+        assert isinstance(list(back)[-1], chromarpc.Completed)
+
+
+def test_an_adapter_that_changed_meanwhile_fails_the_job_by_name(serve: Serve, tmp_path: Path) -> None:
+    assets = Path(settings_module.__file__).parent / "assets" / "loras"
+    root = tmp_path / "loras"
+    root.mkdir()
+    for name in ("same", "changed", "gone"):
+        tensors = load_file(assets / "hollow_shapes.safetensors")
+        save_file(tensors, root / f"{name}.safetensors")
+    serve_mini = partial(serve, model_folder={}, lora_root=root)
+    server = serve_mini()
+    jobs = {}
+    with chromarpc.Client(server.target) as client:
+        blocker = client.create_job("a", **LONG)
+        for name in ("same", "changed", "gone"):
+            jobs[name] = client.create_job("b", loras=[f"{name}.safetensors"], **SMALL).job_id
+        server.stop()
+    save_file({key: value * 2 for key, value in tensors.items()}, root / "changed.safetensors")
+    (root / "gone.safetensors").unlink()
+    server = serve_mini()
+    with chromarpc.Client(server.target) as client:
+        client.cancel_job(blocker.job_id)
+        assert isinstance(list(client.watch_job(jobs["same"]))[-1], chromarpc.Completed)
+        for name in ("changed", "gone"):
+            assert _reason(client, jobs[name]) == "LORA_CHANGED"
+            assert client.get_job(jobs[name]).failure.violations[0].field == "loras.0.path"
+
+
+def test_prompts_that_are_not_stored_are_nowhere_and_their_job_fails_by_name(serve: Serve, tmp_path: Path) -> None:
+    server = serve(store_prompts=False)
+    with chromarpc.Client(server.target) as client:
+        done = client.create_job("a planted secret", **SMALL)
+        list(client.watch_job(done.job_id))
+        assert client.get_job(done.job_id).plan.prompts[0].prompt == ""
+        running = client.create_job("another planted secret", **LONG)
+        assert client.get_job(running.job_id).plan.prompts[0].prompt == "another planted secret"
+        server.stop()
+    assert all(b"planted" not in path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file())
+    server = serve(store_prompts=False)
+    with chromarpc.Client(server.target) as client:
+        assert _reason(client, running.job_id) == "NOT_KEPT"
+        assert client.get_image_bytes(done.job_id)
+
+
+def test_a_store_in_memory_forgets_everything(serve: Serve, tmp_path: Path) -> None:
+    server = serve(store="memory")
+    with chromarpc.Client(server.target) as client:
+        done, running = client.create_job("a", **SMALL), client.create_job("a", **LONG)
+        list(client.watch_job(done.job_id))
+        assert client.get_image_bytes(done.job_id)
+        watcher = client.watch_job(running.job_id)
+        _until_step(watcher)
+        server.loop.call_soon_threadsafe(server.app.stop)
+        with pytest.raises(chromarpc.Draining):
+            list(watcher)
+        server.stop()
+    assert not (tmp_path / "data" / "jobs").exists()
+    server = serve(store="memory")
+    with chromarpc.Client(server.target) as client:
+        assert client.list_jobs() == ()
+
+
+def _refusal(checkpoint: Path, data_dir: Path) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "chromarpc_server",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--data-dir",
+        str(data_dir),
+    ]
+    command += ["--model-folder", f"chroma-mini={checkpoint}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_a_store_that_cannot_be_used_is_named_and_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        job = client.create_job("a", **SMALL)
+        list(client.watch_job(job.job_id))
+        assert "in use by another process" in _refusal(tiny_checkpoint, tmp_path)
+        assert client.get_job(job.job_id).state == State.JOB_STATE_SUCCEEDED
+        server.stop()
+    path = tmp_path / "jobs" / "jobs.sqlite3"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in _refusal(tiny_checkpoint, tmp_path)
+    assert path.read_bytes() == whole[: len(whole) // 2]
+    path.write_bytes(whole)
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        image = client.get_job(job.job_id).images[0]
+        assert hashlib.sha256(client.get_image_bytes(job.job_id)).hexdigest() == image.sha256
+
+
+def _limit_files(server: ServerProcess, size: int) -> None:
+    hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process's files")
+def test_a_full_disk_refuses_jobs_fails_the_running_one_and_passes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        running = client.create_job("a", **{**LONG, "sample_steps": 40})
+        watcher = client.watch_job(running.job_id)
+        _until_step(watcher)
+        _limit_files(server, 1)  # no write beyond the first byte of any file succeeds
+        with pytest.raises(chromarpc.ServerUnavailable) as refused:
+            client.create_job("b", **SMALL)
+        assert refused.value.reason == "STORE_UNAVAILABLE"
+        assert refused.value.retry_after_s is not None
+        with pytest.raises(chromarpc.StatusError) as failed:
+            list(watcher)
+        assert failed.value.reason == "STORE_UNAVAILABLE"
+        assert client.get_job(running.job_id).failure.reason == "STORE_UNAVAILABLE"
+        assert client.health()
+        _limit_files(server, resource.RLIM_INFINITY)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                job = client.create_job("b", **SMALL)
+                break
+            except chromarpc.ServerUnavailable:
+                assert time.monotonic() < deadline
+        assert isinstance(list(client.watch_job(job.job_id))[-1], chromarpc.Completed)
+        assert server.stop() == 0
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        assert client.get_job(running.job_id).failure.reason == "STORE_UNAVAILABLE"
