@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,55 @@ def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) 
     for one, other, third in zip(plain, recorded, held, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
+
+
+def test_the_probe_passes_on_a_device_that_works_and_finds_one_that_is_poisoned() -> None:
+    from chromarpc_server.pipeline import probe_device
+
+    probe_device(torch.device("cuda"))
+    poisoned = (
+        "import torch\n"
+        "from chromarpc_server.domain.errors import DeviceLost\n"
+        "from chromarpc_server.pipeline import probe_device\n"
+        "try:\n"
+        "    torch.zeros(4, device='cuda')[torch.tensor([10**6], device='cuda')].sum().item()\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+        "try:\n"
+        "    probe_device(torch.device('cuda'))\n"
+        "except DeviceLost:\n"
+        "    print('lost')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", poisoned], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1:] == ["lost"], ended.stdout + ended.stderr
+
+
+def test_too_little_memory_is_told_as_such_and_what_was_held_is_freed() -> None:
+    from chromarpc_server.pipeline import release_memory
+    from chromarpc_server.pipeline.device import probe_device, translate_memory_error
+
+    device = torch.device("cuda")
+    before = torch.cuda.memory_allocated(device)
+    try:
+        torch.empty(2**50, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        assert translate_memory_error(error) is not None
+    else:
+        raise AssertionError("a petabyte was allocated")
+    release_memory(device)
+    probe_device(device)
+    assert torch.cuda.memory_allocated(device) == before
+
+
+def test_files_are_staged_onto_the_device_as_they_are(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from chromarpc_server.pipeline.safetensors_file import open_safetensors
+    from chromarpc_server.pipeline.staging import read_onto
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{index}": torch.randn(3000, 3000 + index, generator=generator).bfloat16() for index in range(40)}
+    save_file(tensors, tmp_path / "weights.safetensors")
+    file = open_safetensors(tmp_path / "weights.safetensors")
+    for name, tensor, _ in read_onto(file, torch.device("cuda")):
+        assert torch.equal(tensor.cpu(), tensors[name])

@@ -143,6 +143,7 @@ class ModelCache:
             return found
         while len(self._checkpoints) >= self._budgets.max_checkpoints:
             self._evict_checkpoint()
+        began = time.monotonic()
         loaded = Checkpoint.load(
             files,
             device=self._device.device,
@@ -152,6 +153,8 @@ class ModelCache:
             check=check,
         )
         self._checkpoints[model_id] = loaded
+        seconds = round(time.monotonic() - began, 2)
+        log.info("checkpoint.loaded", extra={"model": model_id, "seconds": seconds, "bytes": loaded.size_bytes})
         if loaded.memory is not None:
             log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
         self._tell()

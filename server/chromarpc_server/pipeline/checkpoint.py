@@ -30,6 +30,7 @@ from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.sampling import DenoiseStep
+from chromarpc_server.pipeline.staging import tensor_hash_prefix
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
 from chromarpc_server.pipeline.transformer import (
     ChromaConfig,
@@ -297,7 +298,7 @@ class Checkpoint:
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
             text_encoder.text_encoder_config(files.text_encoder),
-            text_encoder.read_all(encoder_files, reading),
+            text_encoder.read_all(encoder_files, reading, _onto(device, plan, encoder_files)),
             device=device,
             dtype=dtype,
             quantize=True,
@@ -406,25 +407,42 @@ def _part_sizes(
     return PartSizes(stored, count * wide, float8, text, pixels)
 
 
+def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[SafetensorsFile]) -> torch.device | None:
+    """The device, where these files fit there as they are beside everything else; None where they do not."""
+    if plan is None:
+        return None
+    size = sum(entry.size_bytes for file in files for entry in file.tensors.values())
+    return device if plan.usable_bytes - plan.estimated_bytes > size else None
+
+
 def _read_master(
     reading: ReadingProgress, file: SafetensorsFile, device: torch.device, plan: MemoryPlan | None
 ) -> tuple[dict[str, Tensor], str]:
     """The transformer's weights where the plan wants them, and their hash, computed meanwhile by other threads."""
     master: dict[str, Tensor] = {}
+    if plan is not None and plan.master == "device":
+        hashes = {}
+        for name, tensor, digest in reading.read_onto(file, device):
+            master[name], hashes[name] = tensor, digest
+        return master, _join_hashes(hashes)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
         digests = {}
         for name, tensor in reading.read(file):
             digests[name] = pool.submit(_tensor_hash, name, tensor)
-            master[name] = tensor.to(device) if plan is not None and plan.master == "device" else tensor
-        revision = hashlib.sha256("".join(digests[name].result() for name in sorted(digests)).encode()).hexdigest()
+            master[name] = tensor
+        revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
     if plan is not None and plan.master == "host":
         master = pin(master)
     return master, revision
 
 
+def _join_hashes(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+
+
 def _tensor_hash(name: str, tensor: Tensor) -> str:
     """Hash over name, dtype, shape and values, hexadecimal."""
-    digest = hashlib.sha256(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    digest = hashlib.sha256(tensor_hash_prefix(name, tensor.dtype, tuple(tensor.shape)))
     values: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     digest.update(values)
     return digest.hexdigest()

@@ -62,6 +62,11 @@ class TensorEntry:
     """Where its bytes begin, counted from the header's end."""
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch names it."""
+        return _DTYPES[self.dtype]
+
+    @property
     def is_floating_point(self) -> bool:
         """Whether its values are floating-point numbers."""
         return self.dtype.startswith(("F", "BF"))
@@ -142,6 +147,18 @@ class SafetensorsFile:
         except OSError as error:
             raise SafetensorsError(f"cannot be read: {error.strerror}") from None
         return tensors, digest.hexdigest()
+
+    def require_unchanged(self, descriptor: int) -> int:
+        """Looks at the header of the file again. Returns where the tensors begin.
+
+        Raises:
+            SafetensorsError: it is another one.
+            OSError: it cannot be read.
+        """
+        begin = 8 + self._header_bytes
+        if hashlib.sha256(os.pread(descriptor, begin, 0)).digest() != self._header_digest:
+            raise SafetensorsError("it changed while it was read")
+        return begin
 
     def sha256(self, check: Callable[[], None] = lambda: None) -> str:
         """Hash of the file's bytes, hexadecimal; `check` is called between pieces and may raise."""

@@ -214,8 +214,12 @@ def open_text_encoder(folder: Path) -> tuple[SafetensorsFile, ...]:
     return tuple(open_weights(path) for path in shard_paths(folder))
 
 
-def read_all(files: tuple[SafetensorsFile, ...], reading: ReadingProgress) -> dict[str, Tensor]:
-    """Every tensor of several files."""
+def read_all(
+    files: tuple[SafetensorsFile, ...], reading: ReadingProgress, onto: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of several files, mapped, or on a device."""
+    if onto is not None:
+        return {name: tensor for file in files for name, tensor, _ in reading.read_onto(file, onto)}
     return {name: tensor for file in files for name, tensor in reading.read(file)}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.safetensors_file import SafetensorsError, SafetensorsFile, open_safetensors
+from chromarpc_server.pipeline.staging import read_onto
 
 PAGE_BYTES = 4096
 
@@ -144,6 +145,21 @@ class ReadingProgress:
                 finally:
                     for touch in touched:
                         touch.cancel()
+        except SafetensorsError as error:
+            raise WeightsInvalid(f"{file.path.name}: {error}") from None
+
+    def read_onto(self, file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str, Tensor, str]]:
+        """The same, on a device, each with its hash over name, dtype, shape and values.
+
+        Raises:
+            WeightsInvalid: the file cannot be read after all.
+        """
+        try:
+            for name, tensor, digest in read_onto(file, device):
+                self._check()
+                yield name, tensor, digest
+                self._done += file.tensors[name].size_bytes
+                self._progress(LoadProgress("reading", self._done, self._total))
         except SafetensorsError as error:
             raise WeightsInvalid(f"{file.path.name}: {error}") from None
 
