@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--profiles", nargs=2, default=["reference", "fp8"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    checkpoint = mini(choose_device("auto", "auto").device)
+    choice = choose_device("auto", "auto")
+    checkpoint = mini(choice.device, choice.dtype)
     rows = []
     for profile in arguments.profiles:
         pipeline = checkpoint.prepare([], PROFILES[profile])

@@ -175,7 +175,7 @@ def measure(
     return figure, done[-1][0]
 
 
-def mini(device: torch.device) -> Checkpoint:
+def mini(device: torch.device, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """chroma-mini, for machines without a GPU."""
     folder = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini"
     files = CheckpointFiles(
@@ -184,7 +184,7 @@ def mini(device: torch.device) -> Checkpoint:
         tokenizer=folder / "tokenizer_2",
         vae=folder / "vae",
     )
-    return Checkpoint.load(files, device=device, dtype=torch.float32)
+    return Checkpoint.load(files, device=device, dtype=dtype)
 
 
 def main() -> None:

@@ -337,9 +337,12 @@ def scaled_product(
     """See `plain.scaled_product`."""
     if out is None:
         out = torch.empty(x.shape[0], weight.shape[0], dtype=bias.dtype, device=x.device)
-    return torch._scaled_mm(
-        x, weight.t(), x_scale, weight_scale[None], bias=bias, out_dtype=bias.dtype, use_fast_accum=True, out=out
+    is_wide = bias.dtype == torch.float32  # for which the library adds no bias
+    added = None if is_wide else bias
+    product = torch._scaled_mm(
+        x, weight.t(), x_scale, weight_scale[None], bias=added, out_dtype=bias.dtype, use_fast_accum=True, out=out
     )
+    return product.add_(bias) if is_wide else product
 
 
 def _quantized_like(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
