@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,9 @@ def headline() -> str:
         f = figure(speed, profile, 1024, 1024)
         told.append(f"`{profile}` {f['step_s']:.3f} s a step, {f['peak_gb']:.1f} GB at most")
     return (
-        f"Full size, one H100, 1024×1024: {'; '.join(told)}; a server serves {warm['serving_after_s']:.1f} s after its "
-        f"process began, warm-up included ({cold['serving_after_s']:.1f} s when all kernels are compiled anew)."
+        f"Full size, one H100, 1024×1024: {'; '.join(told)}; "
+        f"a server serves {warm['serving_after_s']:.1f} s after its process began, "
+        f"warm-up included ({cold['serving_after_s']:.1f} s when all kernels are compiled anew)."
     )
 
 
@@ -176,7 +177,8 @@ def _service_verdict(name: str) -> str:
     cost = result["previews_cost"]
     return (
         f"Beyond pipeline and PNG: {min(over):.1f} to {max(over):.1f} ms an image, "
-        f"{within} of {len(over)} within the target of 10 ms. A preview at every step cost {100 * cost:.1f} % of the time "
+        f"{within} of {len(over)} within the target of 10 ms. "
+        f"A preview at every step cost {100 * cost:.1f} % of the time "
         f"(target 1 %: {judge(cost, 0.01)}). "
         f"Files compiled after warm-up: {result['compiled_after_warm_up']}."
     )
@@ -284,7 +286,7 @@ def cpu_speed_table() -> str:
     return table(header, rows)
 
 
-PARTS = {
+PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "rates": rates,
     "speed": speed_table,
