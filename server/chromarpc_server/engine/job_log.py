@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from chromarpc_server.domain.errors import ChromaError
@@ -47,6 +47,16 @@ class LoggedEvent:
     sequence: int
     time: datetime
     event: Event
+    _encoded: list[bytes] = field(default_factory=list, repr=False, compare=False)
+
+    def encoded(self, encode: Callable[[LoggedEvent], bytes]) -> bytes:
+        """The event as its readers get it, made once for all of them; image bytes are not kept twice."""
+        if self._encoded:
+            return self._encoded[0]
+        made = encode(self)
+        if not isinstance(self.event, ImageChunk):
+            self._encoded.append(made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class JobLog:
         self._suspended: ChromaError | None = None
         self._entries: list[LoggedEvent] = []
         self._last_sequence = 0
-        self._changed = asyncio.Event()
+        self._waiters: list[asyncio.Future[bool]] = []
         self._closed = False
         self._on_append: list[Callable[[Event], None]] = []
         self._on_read: list[Callable[[LoggedEvent], None]] = []
@@ -169,8 +179,28 @@ class JobLog:
             observe(entry.event)
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            _resolve(waiter, True)
+
+    async def _wait(self, idle_s: float | None) -> bool:
+        """Returns True once something has happened, False after `idle_s` without."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.append(waiter)
+        timer = None if idle_s is None else loop.call_later(idle_s, _resolve, waiter, False)
+        try:
+            if await waiter:
+                return True
+        except asyncio.CancelledError:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._waiters.remove(waiter)
+        return False
 
     def _coalesce(self, kind: type[object]) -> None:
         limit = KEPT_UNREAD.get(kind)
@@ -200,16 +230,13 @@ class JobLog:
         sequence = after_sequence
         seen_before = self._last_sequence
         while True:
-            changed = self._changed
             entry = self._next_after(sequence)
             if entry is None:
                 if self._closed:
                     return
                 if self._suspended is not None:
                     raise self._suspended
-                try:
-                    await asyncio.wait_for(changed.wait(), idle_s)
-                except TimeoutError:
+                if not await self._wait(idle_s):
                     yield None
                 continue
             sequence = entry.sequence
@@ -234,6 +261,11 @@ class JobLog:
         chunks = (entry.event for entry in self._entries if isinstance(entry.event, ImageChunk))
         have = sum(len(chunk.data) for chunk in chunks if chunk.prompt_index == header.prompt_index)
         return have == header.size_bytes
+
+
+def _resolve(waiter: asyncio.Future[bool], happened: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(happened)
 
 
 class EndedLog:

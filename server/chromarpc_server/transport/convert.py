@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 from google.protobuf import duration_pb2, unknown_fields
 from google.protobuf.message import Message
 
-from chromarpc.v1 import generation_service_pb2, job_event_pb2, options_pb2
+from chromarpc.v1 import generation_service_pb2, job_event_pb2, job_service_pb2, options_pb2
 from chromarpc_server.domain import events
 from chromarpc_server.domain.errors import MAX_LISTED, ChromaError
 from chromarpc_server.domain.plan import Plan, PlannedOutput, PlanWarning
@@ -172,6 +173,18 @@ def _tell_ending(message: job_event_pb2.JobEvent, event: events.Failed | events.
         message.failed.CopyFrom(failed_message(event.error))
     else:
         message.cancelled.message = shorten(event.error.message)
+
+
+def encoded_event(logged: LoggedEvent) -> Any:
+    """The response of `Generate` or `WatchJob` that holds a logged event, made once for all its readers.
+
+    It is bytes, the same for both, and whoever surrounds the handlers lets bytes through; hence no message's type.
+    """
+    return logged.encoded(_encode)
+
+
+def _encode(logged: LoggedEvent) -> bytes:
+    return job_service_pb2.WatchJobResponse(event=job_event(logged)).SerializeToString()
 
 
 def image_header_message(event: events.ImageHeader) -> job_event_pb2.ImageHeader:

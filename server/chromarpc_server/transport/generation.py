@@ -12,7 +12,7 @@ from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlin
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
-from chromarpc_server.transport.convert import fingerprint, generation_request, heartbeat, job_event
+from chromarpc_server.transport.convert import encoded_event, fingerprint, generation_request, heartbeat
 from chromarpc_server.transport.status import code_of, trailing_metadata
 
 HEARTBEAT_S = 10.0
@@ -58,7 +58,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 sequence = logged.sequence
                 if isinstance(logged.event, Failed | Cancelled):
                     ending = logged.event.error
-                yield Response(event=job_event(logged))
+                yield encoded_event(logged)
         except ChromaError as error:  # the server stops, and another process will go on with the job
             ending = error
         finally:

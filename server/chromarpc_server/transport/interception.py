@@ -76,7 +76,7 @@ class Rules(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, method, handler.request_deserializer),
                 None,
-                handler.response_serializer,
+                _unless_bytes(handler.response_serializer),
             )
         if handler.stream_stream is not None and inspect.isasyncgenfunction(handler.stream_stream):
             return grpc.stream_stream_rpc_method_handler(
@@ -127,6 +127,15 @@ class Rules(grpc.aio.ServerInterceptor):
                 del ending, requests, context
 
         return ruled
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Lets through what was serialized before, for many readers at once."""
+
+    def serialized(message: Any) -> bytes:
+        return message if isinstance(message, bytes) else serialize(message)
+
+    return serialized
 
 
 async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:

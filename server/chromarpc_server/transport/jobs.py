@@ -23,12 +23,12 @@ from chromarpc_server.engine.job_book import QUEUED, RUNNING, Selection, place, 
 from chromarpc_server.engine.store.job_store import CANCELLED, FAILED, SUCCEEDED
 from chromarpc_server.transport.convert import (
     accepted_message,
+    encoded_event,
     failed_message,
     fingerprint,
     generation_request,
     heartbeat,
     image_header_message,
-    job_event,
 )
 
 DEFAULT_PAGE_SIZE = 100
@@ -83,7 +83,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
                 yield job_service_pb2.WatchJobResponse(event=heartbeat(sequence))
                 continue
             sequence = logged.sequence
-            yield job_service_pb2.WatchJobResponse(event=job_event(logged))
+            yield encoded_event(logged)
 
     async def GetJob(  # noqa: N802
         self, request: job_service_pb2.GetJobRequest, context: Any
