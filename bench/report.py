@@ -286,7 +286,7 @@ def cpu_speed_table() -> str:
     return table(header, rows)
 
 
-def watchers_table() -> str:
+def watchers_table(name: str) -> str:
     """Many watchers of one running job."""
     header = ["watchers", "events", "saw all, in order", "median ms", "99th percentile ms", "ms a step", "slower"]
     return table(
@@ -302,7 +302,7 @@ def watchers_table() -> str:
                 f"{100 * w['slowdown']:.0f} %",
                 f"+{w['rss_growth_mb']:.0f}",
             ]
-            for w in load("cpu-watchers")["watched"]
+            for w in load(name)["watched"]
         ),
     )
 
@@ -312,10 +312,11 @@ def watchers_verdict() -> str:
     result = load("cpu-watchers")
     made, again = result["created"], sorted(result["reattach_ms"])
     return (
-        f"An idle server takes {100 * result['idle_cpu']:.2f} % of a core (target 1 %). After a cut the first missed event "
-        f"comes {again[len(again) // 2]:.0f} ms after the new call, at worst {again[-1]:.0f} ms (target 50 ms). 20 "
-        f"`CreateJob` a second for 30 s: {made['calls']} calls, {made['accepted']} accepted, {made['refused_full']} "
-        f"`QUEUE_FULL`, {made['other']} with another answer; the server lists {made['listed']} of them."
+        f"An idle server takes {100 * result['idle_cpu']:.2f} % of a core (target 1 %). After a cut the first "
+        f"missed event comes {again[len(again) // 2]:.0f} ms after the new call, at worst {again[-1]:.0f} ms "
+        f"(target 50 ms). 20 `CreateJob` a second for 30 s: {made['calls']} calls, {made['accepted']} accepted, "
+        f"{made['refused_full']} `QUEUE_FULL`, {made['other']} with another answer; the server lists "
+        f"{made['listed']} of them."
     )
 
 
@@ -341,7 +342,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cpu error": lambda: _error_table("cpu-error"),
     "cpu service": lambda: _service_table("cpu-service"),
     "cpu service verdict": lambda: _service_verdict("cpu-service"),
-    "watchers": watchers_table,
+    "watchers": lambda: watchers_table("cpu-watchers"),
     "watchers verdict": watchers_verdict,
     "watchers origin": lambda: f"commit {load('cpu-watchers')['commit']}",
     "cpu switching": lambda: _switching_table("cpu-switching", targets=False),

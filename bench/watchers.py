@@ -30,12 +30,18 @@ from bench.machine import commit
 from chromarpc import Client
 from chromarpc.v1 import generation_service_pb2, job_service_pb2, job_service_pb2_grpc
 
-MODEL = "chroma-mini"
 PER_PROCESS = 125
 """Watchers in one process."""
-SIDE = 256
-STEPS = 150
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 16 * 2**20)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is drawn while others watch."""
+
+    model: str
+    side: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class ServerProcess:
 @contextlib.contextmanager
 def server(data: str, cores: set[int], *flags: str) -> Iterator[tuple[str, ServerProcess]]:
     """A server on some cores: its address and process."""
-    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--device", "cpu", "--preload", MODEL]
-    command += ["--data-dir", data, "--log-level", "warning", *flags]
+    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--data-dir", data]
+    command += ["--log-level", "warning", *flags]
     with subprocess.Popen(
         ["taskset", "-c", ",".join(map(str, cores)), *command], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -108,16 +114,16 @@ def server(data: str, cores: set[int], *flags: str) -> Iterator[tuple[str, Serve
             process.terminate()
 
 
-def _request(steps: int, seed: int = 1) -> generation_service_pb2.GenerateRequest:
-    request = generation_service_pb2.GenerateRequest(model=MODEL, request_id=str(uuid.uuid4()))
-    request.prompts.add(prompt="a red circle", width=SIDE, height=SIDE, sample_steps=steps, seed=seed)
+def _request(work: Work, steps: int) -> generation_service_pb2.GenerateRequest:
+    request = generation_service_pb2.GenerateRequest(model=work.model, request_id=str(uuid.uuid4()))
+    request.prompts.add(prompt="a red circle", width=work.side, height=work.side, sample_steps=steps, seed=1)
     return request
 
 
-def _create(target: str, steps: int) -> str:
+def _create(target: str, work: Work, steps: int) -> str:
     with grpc.insecure_channel(target) as channel:
         stub = job_service_pb2_grpc.JobServiceStub(channel)
-        created = stub.CreateJob(job_service_pb2.CreateJobRequest(request=_request(steps)), timeout=30)
+        created = stub.CreateJob(job_service_pb2.CreateJobRequest(request=_request(work, steps)), timeout=30)
         return created.job.job_id
 
 
@@ -163,14 +169,15 @@ def _steps(target: str, job_id: str) -> list[float]:
         return [1000 * event.duration_s for event in client.watch_job(job_id) if hasattr(event, "sigma")][5:]
 
 
-def watched(target: str, process: ServerProcess, count: int, cores: set[int], alone_ms: float | None) -> Watched:
+def watched(target: str, work: Work, process: ServerProcess, count: int, cores: set[int]) -> Watched:
     """One job and so many watchers of it."""
+    alone_ms = alone(target, work)
     context = get_context("spawn")
     ready, go, told = context.Semaphore(0), context.Event(), context.Queue()
     shares = [min(PER_PROCESS, count - begin) for begin in range(0, count, PER_PROCESS)]
     # Something runs meanwhile, so that the job that is measured begins once everybody watches it.
-    before = _create(target, 60)
-    job_id = _create(target, STEPS)
+    before = _create(target, work, max(work.steps // 2, 10))
+    job_id = _create(target, work, work.steps)
     watchers = [
         context.Process(target=_watch_many, args=(target, job_id, share, cores, ready, go, told))
         for share in shares
@@ -205,22 +212,22 @@ def watched(target: str, process: ServerProcess, count: int, cores: set[int], al
         p99_ms=1000 * _percentile(late, 0.99),
         worst_ms=1000 * max(late, default=0.0),
         step_ms=step_ms,
-        slowdown=step_ms / ((alone_ms + alone(target)) / 2) - 1,
+        slowdown=step_ms / ((alone_ms + alone(target, work)) / 2) - 1,
         rss_growth_mb=(peak - rss) / 1e6,
         server_cpu=spent / seconds,
     )
 
 
-def alone(target: str) -> float:
+def alone(target: str, work: Work) -> float:
     """The step time of a job that nobody watches, in milliseconds."""
-    job_id = _create(target, STEPS)
+    job_id = _create(target, work, work.steps)
     with Client(target) as client:
         while not client.get_job(job_id).HasField("end_time"):
             time.sleep(0.25)
     return median(_steps(target, job_id))
 
 
-async def created(target: str, rate: int, seconds: float) -> Created:
+async def created(target: str, work: Work, rate: int, seconds: float) -> Created:
     """So many `CreateJob` a second."""
     outcomes: dict[str, int] = {"OK": 0}
     took: list[float] = []
@@ -229,7 +236,7 @@ async def created(target: str, rate: int, seconds: float) -> Created:
     async def one(stub: Any) -> None:
         begun = time.monotonic()
         try:
-            answer = await stub.CreateJob(job_service_pb2.CreateJobRequest(request=_request(1)), timeout=30)
+            answer = await stub.CreateJob(job_service_pb2.CreateJobRequest(request=_request(work, 1)), timeout=30)
         except grpc.aio.AioRpcError as error:
             outcomes[error.code().name] = outcomes.get(error.code().name, 0) + 1
         else:
@@ -262,10 +269,10 @@ async def _all(stub: Any) -> list[Any]:
             return found
 
 
-def reattached(target: str) -> list[float]:
+def reattached(target: str, work: Work) -> list[float]:
     """Milliseconds from a new `WatchJob` over a standing connection to the first event that was missed."""
     found = []
-    job_id = _create(target, STEPS)
+    job_id = _create(target, work, work.steps)
     with grpc.insecure_channel(target) as channel:
         stub = job_service_pb2_grpc.JobServiceStub(channel)
         sequence = 0
@@ -294,12 +301,18 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--watchers", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--threads", type=int, default=1, help="of the pipeline")
+    parser.add_argument("--threads", type=int, default=1, help="of the pipeline on a CPU")
+    parser.add_argument("--folder", help="full-size checkpoint: served on a GPU, 1024x1024")
     parser.add_argument("--create-s", type=float, default=30.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     mine, others = set(cores[:2]), set(cores[2:]) or set(cores[:2])
+    work, flags = Work("chroma-mini", 256, 150), ["--device", "cpu", "--threads", str(arguments.threads)]
+    if arguments.folder:
+        work, flags = Work("chroma", 1024, 50), ["--model-folder", f"chroma={arguments.folder}"]
+        mine = set(cores[: len(cores) // 2])
+        others = set(cores) - mine
     os.sched_setaffinity(0, others)
     result: dict[str, Any] = {
         "bench": "watchers",
@@ -307,31 +320,31 @@ def main() -> None:
         "server_cores": len(mine),
         "watcher_cores": len(others),
         "watchers_share_cores": mine == others,
-        "pipeline_threads": arguments.threads,
+        "work": asdict(work),
     }
     with (
         tempfile.TemporaryDirectory() as data,
-        server(data, mine, "--threads", str(arguments.threads)) as (target, process),
+        server(data, mine, "--preload", work.model, *flags) as (target, process),
     ):
         result["idle_cpu"] = idle(process)
         print(f"idle: {100 * result['idle_cpu']:.2f} % of a core", flush=True)
-        alone(target)  # what is slow the first time
+        alone(target, work)  # what is slow the first time
         print(f"{'watchers':>9}{'events':>9}{'complete':>9}{'p50 ms':>8}{'p99 ms':>8}{'worst':>8}", end="")
         print(f"{'ms/step':>9}{'slower':>8}{'RSS MB':>8}{'CPU':>6}", flush=True)
         result["watched"] = []
         for count in arguments.watchers:
-            w = watched(target, process, count, others, alone(target))
+            w = watched(target, work, process, count, others)
             result["watched"].append(asdict(w))
             print(
                 f"{w.watchers:>9}{w.events:>9}{w.complete:>9}{w.p50_ms:>8.1f}{w.p99_ms:>8.1f}{w.worst_ms:>8.1f}"
                 f"{w.step_ms:>9.1f}{100 * w.slowdown:>7.1f}%{w.rss_growth_mb:>8.1f}{w.server_cpu:>6.2f}",
                 flush=True,
             )
-        result["reattach_ms"] = reattached(target)
+        result["reattach_ms"] = reattached(target, work)
         print(
             f"reattached: median {median(result['reattach_ms']):.1f} ms, worst {max(result['reattach_ms']):.1f} ms"
         )
-        made = asyncio.run(created(target, 20, arguments.create_s))
+        made = asyncio.run(created(target, work, 20, arguments.create_s))
         result["created"] = asdict(made)
         print(
             f"CreateJob, 20 a second: {made.calls} calls, {made.accepted} accepted, "
