@@ -15,8 +15,9 @@ from chromarpc_server.domain.events import ImageChunk, ImageHeader, Preview
 from chromarpc_server.domain.plan import PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat
 
-CHUNK_BYTES = 1024 * 1024
-"""Default gRPC clients reject messages over 4 MiB; chunks stay well below."""
+CHUNK_BYTES = 128 * 1024
+"""What each stream may have on its way at once: with chunks of 1 MiB a thousand watchers of one picture held 570 MB,
+and took 2.7 times as long, than with these (26 MB; 64 KiB: 1.4 times as long)."""
 PNG_COMPRESS_LEVEL = 4
 
 Pixels = npt.NDArray[np.uint8]
