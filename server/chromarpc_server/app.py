@@ -19,7 +19,7 @@ from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
-from chromarpc_server.pipeline import PROFILES, choose_device, library_versions, served_profiles
+from chromarpc_server.pipeline import PROFILES, choose_device, import_ahead, library_versions, served_profiles
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.status_port import StatusPort
 from chromarpc_server.tracing import Tracing
@@ -84,6 +84,7 @@ class App:
             OSError: the address cannot be bound.
         """
         settings = self._settings
+        import_ahead()
         choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
         profiles = served_profiles(choice.device)
         if settings.profile not in profiles:

@@ -5,12 +5,6 @@ whose result draws.
 Knows torch and the plan's values; knows no queue and no wire.
 """
 
-import logging
-
-for _noisy in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
-    # diffusers imports torchao, which complains about kernels this package does not use.
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
-
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline
 from chromarpc_server.pipeline.device import (
@@ -28,6 +22,7 @@ from chromarpc_server.pipeline.device import (
     translate_memory_error,
     used_memory_bytes,
 )
+from chromarpc_server.pipeline.libraries import import_ahead
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep
@@ -55,6 +50,7 @@ __all__ = [
     "choose_device",
     "describe_device",
     "free_memory_bytes",
+    "import_ahead",
     "library_versions",
     "peak_memory_bytes",
     "probe_device",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
+from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.weights import require_same_keys
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def build_autoencoder(
@@ -20,7 +25,7 @@ def build_autoencoder(
         WeightsInvalid: tensors are missing or unknown.
     """
     with torch.device("meta"):
-        model = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        model = libraries().autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     require_same_keys(model.state_dict(), weights, "autoencoder")
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     model.load_state_dict(placed, assign=True)

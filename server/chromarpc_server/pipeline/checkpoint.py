@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from chromarpc_server.domain.limits import MemoryChoice
@@ -48,6 +48,9 @@ from chromarpc_server.pipeline.weights import (
     require_same_keys,
     shard_paths,
 )
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 TILE_PX = 512
 """Side of a tile, where pictures are decoded in tiles."""
@@ -297,8 +300,9 @@ class Checkpoint:
         master, revision = _read_master(reading, transformer_file, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
-            text_encoder.text_encoder_config(files.text_encoder),
-            text_encoder.read_all(encoder_files, reading, _onto(device, plan, encoder_files)),
+            # Read before transformers is asked for, which a starting server is still importing.
+            weights=text_encoder.read_all(encoder_files, reading, _onto(device, plan, encoder_files)),
+            config=text_encoder.text_encoder_config(files.text_encoder),
             device=device,
             dtype=dtype,
             quantize=True,

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from chromarpc_server.pipeline.libraries import libraries
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 LATENT_CHANNELS = 16
 PATCH = 2
@@ -93,7 +98,7 @@ def shift_mu(image_tokens: int) -> float:
 
 def make_scheduler(image_tokens: int, steps: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
     """A fresh flow-match Euler scheduler with its sigmas set; it holds the state of one run."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    scheduler = libraries().scheduler(
         shift=3.0,
         use_dynamic_shifting=True,
         base_shift=BASE_SHIFT,

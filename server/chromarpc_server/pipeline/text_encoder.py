@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
@@ -31,6 +32,9 @@ from chromarpc_server.pipeline.weights import (
     require_same_keys,
     shard_paths,
 )
+
+if TYPE_CHECKING:
+    from transformers import T5Config, T5EncoderModel
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +144,7 @@ def build_text_encoder(
         WeightsInvalid: tensors are missing or unknown.
     """
     with torch.device("meta"):
-        model = T5EncoderModel(config)
+        model = libraries().t5_encoder(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shared = weights.get(_SHARED, weights.get(_EMBED))
     if shared is None:
@@ -206,7 +210,9 @@ def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
 def text_encoder_config(folder: Path) -> T5Config:
     """Sizes of the encoder in a Hugging Face folder."""
-    return T5Config(**{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"})
+    return libraries().t5_config(
+        **{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"}
+    )
 
 
 def open_text_encoder(folder: Path) -> tuple[SafetensorsFile, ...]:

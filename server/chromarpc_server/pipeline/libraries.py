@@ -1,0 +1,52 @@
+"""What is taken from diffusers and transformers, imported when first needed.
+
+The two take as long to import as a full-size checkpoint takes to be read. A server begins with `import_ahead`, and
+reads weights meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from transformers import T5Config, T5EncoderModel
+
+_ONE_IMPORTER = threading.Lock()
+"""Two threads that import modules which import each other may see half of them."""
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """Classes that the pipeline builds."""
+
+    autoencoder: type[AutoencoderKL]
+    scheduler: type[FlowMatchEulerDiscreteScheduler]
+    t5_config: type[T5Config]
+    t5_encoder: type[T5EncoderModel]
+
+
+def libraries() -> Libraries:
+    """The classes; waits where they are being imported."""
+    with _ONE_IMPORTER:
+        return _import()
+
+
+def import_ahead() -> None:
+    """Begins to import them, in a thread of its own."""
+    threading.Thread(target=libraries, name="imports").start()
+
+
+@cache
+def _import() -> Libraries:
+    for noisy in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        # diffusers imports torchao, which complains about kernels this package does not use.
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
+    from transformers import T5Config, T5EncoderModel  # noqa: PLC0415
+
+    return Libraries(AutoencoderKL, FlowMatchEulerDiscreteScheduler, T5Config, T5EncoderModel)
