@@ -16,8 +16,8 @@ from chromarpc_server.domain.plan import PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat
 
 CHUNK_BYTES = 128 * 1024
-"""What each stream may have on its way at once. A thousand watchers of a picture of 3 MB hold 26 MB; with chunks of
-1 MiB they held 570 MB and it took 2.7 times as long; with chunks of 64 KiB, 1.4 times as long."""
+"""What each stream may have on its way at once. A thousand watchers of a picture of 3 MB hold 26 MB; with chunks
+of 1 MiB they held 570 MB and it took 2.7 times as long; with chunks of 64 KiB, 1.4 times as long."""
 PNG_COMPRESS_LEVEL = 4
 
 Pixels = npt.NDArray[np.uint8]
