@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 _ONE_IMPORTER = threading.Lock()
 """Two threads that import modules which import each other may see half of them."""
-_TURN_S = 0.0002
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def _import() -> Libraries:
     for noisy in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         # diffusers imports torchao, which complains about kernels this package does not use.
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with _beside_others():
+    with _uncollected():
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
         from transformers import T5Config, T5EncoderModel  # noqa: PLC0415
 
@@ -59,14 +57,12 @@ def _import() -> Libraries:
 
 
 @contextmanager
-def _beside_others() -> Iterator[None]:
-    """Imports never wait, so that threads that read would get their turn only every 5 ms, at each piece of theirs."""
-    interval, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(_TURN_S)
-    gc.disable()  # a sixth of the time, for nothing: what is imported stays
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: what is imported stays, and looking for more takes a sixth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
         if collects:
             gc.enable()
-        sys.setswitchinterval(interval)
