@@ -307,14 +307,14 @@ def watchers_table(name: str) -> str:
     )
 
 
-def watchers_verdict() -> str:
+def watchers_verdict(name: str) -> str:
     """The rest of that bench."""
-    result = load("cpu-watchers")
+    result = load(name)
     made, again = result["created"], sorted(result["reattach_ms"])
     return (
         f"An idle server takes {100 * result['idle_cpu']:.2f} % of a core (target 1 %). After a cut the first "
         f"missed event comes {again[len(again) // 2]:.0f} ms after the new call, at worst {again[-1]:.0f} ms "
-        f"(target 50 ms). 20 `CreateJob` a second for 30 s: {made['calls']} calls, {made['accepted']} accepted, "
+        f"(target 50 ms). 20 `CreateJob` a second for {made['calls'] / 20:.0f} s: {made['calls']} calls, {made['accepted']} accepted, "
         f"{made['refused_full']} `QUEUE_FULL`, {made['other']} with another answer; the server lists "
         f"{made['listed']} of them."
     )
@@ -343,7 +343,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "cpu service": lambda: _service_table("cpu-service"),
     "cpu service verdict": lambda: _service_verdict("cpu-service"),
     "watchers": lambda: watchers_table("cpu-watchers"),
-    "watchers verdict": watchers_verdict,
+    "watchers verdict": lambda: watchers_verdict("cpu-watchers"),
+    "h100 watchers": lambda: watchers_table("h100-watchers"),
+    "h100 watchers verdict": lambda: watchers_verdict("h100-watchers"),
+    "h100 watchers origin": lambda: f"commit {load('h100-watchers')['commit']}",
     "watchers origin": lambda: f"commit {load('cpu-watchers')['commit']}",
     "cpu switching": lambda: _switching_table("cpu-switching", targets=False),
 }
