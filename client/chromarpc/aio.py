@@ -229,11 +229,18 @@ class AsyncClient:
             InvalidRequest: an argument that no request can hold, or that the server refuses.
             StatusError: see `chromarpc.errors`.
         """
-        request = build_request(prompts, **options)
-        if not request.HasField("request_id"):
-            request.request_id = str(uuid.uuid4())
+        return await self.create_job_request(build_request(prompts, **options), timeout_s=timeout_s)
+
+    async def create_job_request(
+        self, request: generation_service_pb2.GenerateRequest, *, timeout_s: float | None = None
+    ) -> job_service_pb2.Job:
+        """The same for a ready message, such as `parse_request_json` gives."""
+        sent = generation_service_pb2.GenerateRequest()
+        sent.CopyFrom(request)
+        if not sent.HasField("request_id"):
+            sent.request_id = str(uuid.uuid4())
         stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
-        response = await self._ask(stub.CreateJob, job_service_pb2.CreateJobRequest(request=request), timeout_s)
+        response = await self._ask(stub.CreateJob, job_service_pb2.CreateJobRequest(request=sent), timeout_s)
         return response.job
 
     def watch_job(self, job_id: str, *, timeout_s: float | None = None) -> AsyncEventStream:

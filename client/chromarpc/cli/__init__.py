@@ -1,7 +1,7 @@
 """The `chromarpc` command: generates pictures, and asks a server what it serves.
 
 `generate.py` runs a generation, `sweep.py` one for each multiplier; `inquiry.py` holds the short questions;
-`loras.py` looks after adapters; `connection.py` their common options.
+`loras.py` looks after adapters, `jobs.py` after jobs; `connection.py` has their common options.
 Every error ends in `exits.py`, which alone knows sentences and exit codes.
 """
 
@@ -15,6 +15,7 @@ import typer
 from chromarpc.cli.exits import EXIT_CODES_HELP
 from chromarpc.cli.generate import EXAMPLES, generate
 from chromarpc.cli.inquiry import health, info, models
+from chromarpc.cli.jobs import job_app
 from chromarpc.cli.loras import lora_app
 from chromarpc.cli.sweep import SWEEP_EXAMPLES, sweep
 from chromarpc.version import __version__
@@ -34,6 +35,7 @@ app.command()(models)
 app.command()(info)
 app.command()(health)
 app.add_typer(lora_app, name="lora")
+app.add_typer(job_app, name="job")
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from chromarpc.errors import ChromarpcError, StatusError
 from chromarpc.events import Event
@@ -41,19 +42,32 @@ def error_line(error: ChromarpcError) -> str:
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """A message under its schema's names, every field present, 64-bit numbers as numbers."""
-    values: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if isinstance(value, Message):
-            values[field.name] = message_json(value)
-        elif isinstance(value, Mapping):
-            values[field.name] = dict(value)
-        elif field.is_repeated:
-            values[field.name] = [message_json(item) if isinstance(item, Message) else item for item in value]
-        else:
-            values[field.name] = value
-    return values
+    """A message under its schema's names, every field present, 64-bit numbers as numbers, enums by name.
+
+    A message that was left out is None; a time is RFC 3339 text in UTC.
+    """
+    return {field.name: _field_json(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _field_json(message: Message, field: Any) -> Any:
+    value = getattr(message, field.name)
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    if isinstance(value, Mapping):
+        return dict(value)
+    if field.is_repeated:
+        return [_value_json(item, field) for item in value]
+    return _value_json(value, field)
+
+
+def _value_json(value: Any, field: Any) -> Any:
+    if isinstance(value, Timestamp):
+        return value.ToJsonString()
+    if isinstance(value, Message):
+        return message_json(value)
+    if field.enum_type is not None:
+        return field.enum_type.values_by_number[value].name if value in field.enum_type.values_by_number else value
+    return value
 
 
 def _fields(value: Any) -> dict[str, Any]:

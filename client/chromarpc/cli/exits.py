@@ -49,7 +49,7 @@ Exit codes:
   4    the server cannot serve this: weights are missing, a LoRA does not fit
   5    no room: the queue is full, or the device's memory
   6    cancelled by the server, or --timeout passed
-  130  interrupted by Ctrl-C, which cancels the job
+  130  interrupted by Ctrl-C, which cancels a job of `generate`
 """
 _CODES: tuple[tuple[type[ChromarpcError], ExitCode], ...] = (
     (InvalidRequest, ExitCode.INVALID),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from chromarpc.cli.connection import with_client
-from chromarpc.cli.event_json import error_line, event_line
 from chromarpc.cli.exits import UsageError
-from chromarpc.cli.files import ImageFiles, image_files, preview_folder, preview_name
-from chromarpc.cli.progress import Display, display
+from chromarpc.cli.files import ImageFiles, image_files, preview_folder
+from chromarpc.cli.following import follow
+from chromarpc.cli.progress import display
 from chromarpc.cli.request import parse_lora, read_json_request, request_format
-from chromarpc.client import Client, EventStream
-from chromarpc.errors import ChromarpcError
-from chromarpc.events import Event, ImageReady, Preview
-from chromarpc.images import write_file
+from chromarpc.client import Client
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2
 
@@ -29,6 +25,7 @@ Examples:
   chromarpc generate "[trigger] a cat" --trigger-word sks --lora job/my.safetensors:0.8
   chromarpc generate --json request.json --events
   chromarpc generate --json circle.png -o again.png
+  chromarpc job watch $(chromarpc generate --detach "a red circle")
 """
 
 
@@ -106,6 +103,12 @@ def generate(
             "a PNG of this command holds, to draw it again.",
         ),
     ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="Queue it, print the job's id and leave; `chromarpc job watch` saves its pictures."
+        ),
+    ] = False,
     events: Annotated[
         bool, typer.Option("--events", help="Print every event on stdout, one JSON object a line.")
     ] = False,
@@ -138,12 +141,19 @@ def generate(
         "preview_every": preview_every,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    request, files = _prepare(prompts or [], given, json_file, output, preview_dir)
+    if detach:
+        unused = {"-o": output, "--preview-dir": preview_dir, "--events": events, "--timeout": timeout}
+        unwanted = [name for name, value in unused.items() if value]
+        if unwanted:
+            raise UsageError(f"--detach waits for nothing; leave out {', '.join(unwanted)}")
+        typer.echo(client.create_job_request(_request(prompts or [], given, json_file)).job_id)
+        return
+    request, files = _request_and_files(prompts or [], given, json_file, output, preview_dir)
     with (
         client.generate_request(request, timeout_s=timeout) as stream,
         display(quiet=quiet or events) as shown,
     ):
-        _run(stream, files, preview_dir, shown, events=events)
+        follow(stream, files, preview_dir, shown, events=events)
 
 
 _OPTION_NAMES = {
@@ -155,7 +165,22 @@ _OPTION_NAMES = {
 }
 
 
-def _prepare(
+def _request(
+    prompts: list[str], options: dict[str, Any], json_file: Path | None
+) -> generation_service_pb2.GenerateRequest:
+    """From a body, or from prompts and options, but not from both."""
+    if json_file is None:
+        if not prompts:
+            raise UsageError("say what to draw: a PROMPT, or a request by --json")
+        return build_request(prompts, **options)
+    names = [_OPTION_NAMES.get(name, "--" + name.replace("_", "-")) for name in options]
+    unwanted = (["PROMPT"] if prompts else []) + names
+    if unwanted:
+        raise UsageError(f"--json sends a body as it is; leave out {', '.join(unwanted)}")
+    return read_json_request(json_file)
+
+
+def _request_and_files(
     prompts: list[str],
     options: dict[str, Any],
     json_file: Path | None,
@@ -164,49 +189,15 @@ def _prepare(
 ) -> tuple[generation_service_pb2.GenerateRequest, ImageFiles]:
     """The request, and the files that its images go to; everything is checked before anything is sent."""
     if json_file is not None:
-        names = [_OPTION_NAMES.get(name, "--" + name.replace("_", "-")) for name in options]
-        unwanted = (["PROMPT"] if prompts else []) + names
-        if unwanted:
-            raise UsageError(f"--json sends a body as it is; leave out {', '.join(unwanted)}")
-        request = read_json_request(json_file)
-        files, _ = image_files(output, request_format(request), len(request.prompts))
+        request = _request(prompts, options, json_file)
+        files, _ = image_files(output, request_format(request.output), len(request.prompts))
     else:
-        if not prompts:
-            raise UsageError("say what to draw: a PROMPT, or a request by --json")
         if "preview_every" in options and preview_dir is None:
             raise UsageError("--preview-every needs --preview-dir to write the previews to")
-        files, image_format = image_files(output, options.get("output_format"), len(prompts))
         if preview_dir is not None:
             options = {"preview_every": DEFAULT_PREVIEW_EVERY, **options}
-        request = build_request(prompts, **{**options, "output_format": image_format})
+        files, image_format = image_files(output, options.get("output_format"), len(prompts))
+        request = _request(prompts, {**options, "output_format": image_format}, None)
     if preview_dir is not None:
         preview_folder(preview_dir)
     return request, files
-
-
-def _run(
-    stream: EventStream, files: ImageFiles, preview_dir: Path | None, shown: Display, *, events: bool
-) -> None:
-    on_screen = sys.stdout.isatty() and sys.stderr.isatty()  # then the display has told the paths already
-    try:
-        for event in stream:
-            path = _save(event, files, preview_dir)
-            shown.show(event, path)
-            if events:
-                typer.echo(event_line(event, path))
-            elif isinstance(event, ImageReady) and not on_screen:
-                typer.echo(str(path))
-    except ChromarpcError as error:
-        if events:
-            typer.echo(error_line(error))
-        raise
-
-
-def _save(event: Event, files: ImageFiles, preview_dir: Path | None) -> Path | None:
-    match event:
-        case ImageReady(image=image):
-            return image.save(files.path(image.prompt_index, image.seed))
-        case Preview() if preview_dir is not None:
-            name = preview_name(event.prompt_index, event.step, event.media_type)
-            return write_file(preview_dir / name, event.data)
-    return None

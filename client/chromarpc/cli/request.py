@@ -56,9 +56,9 @@ def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:
     return parsed.request
 
 
-def request_format(request: generation_service_pb2.GenerateRequest) -> ImageFormat:
-    """The format that a request's images come in."""
-    return _FORMATS.get(request.output.format, "png")
+def request_format(output: options_pb2.OutputOptions) -> ImageFormat:
+    """The format that images come in."""
+    return _FORMATS.get(output.format, "png")
 
 
 def _recorded_request(source: Path, picture: bytes) -> bytes:

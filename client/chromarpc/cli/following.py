@@ -1,0 +1,56 @@
+"""A job's events as they come: pictures and previews to files, progress to a person, lines to a script."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from chromarpc.cli.event_json import error_line, event_line
+from chromarpc.cli.files import ImageFiles, preview_name
+from chromarpc.cli.progress import Display
+from chromarpc.client import EventStream
+from chromarpc.errors import ChromarpcError
+from chromarpc.events import Event, ImageReady, Preview
+from chromarpc.images import write_file
+
+
+def follow(
+    stream: EventStream, files: ImageFiles, preview_dir: Path | None, shown: Display, *, events: bool
+) -> None:
+    """Saves and shows all that comes.
+
+    Args:
+        stream: of one job, from its first event on.
+        files: where images go.
+        preview_dir: where previews go; None keeps none.
+        shown: for people.
+        events: print every event as a line of JSON.
+
+    Raises:
+        ChromarpcError: how the stream ended, where it did not end well.
+    """
+    on_screen = sys.stdout.isatty() and sys.stderr.isatty()  # then the display has told the paths already
+    try:
+        for event in stream:
+            path = _save(event, files, preview_dir)
+            shown.show(event, path)
+            if events:
+                typer.echo(event_line(event, path))
+            elif isinstance(event, ImageReady) and not on_screen:
+                typer.echo(str(path))
+    except ChromarpcError as error:
+        if events:
+            typer.echo(error_line(error))
+        raise
+
+
+def _save(event: Event, files: ImageFiles, preview_dir: Path | None) -> Path | None:
+    match event:
+        case ImageReady(image=image):
+            return image.save(files.path(image.prompt_index, image.seed))
+        case Preview() if preview_dir is not None:
+            name = preview_name(event.prompt_index, event.step, event.media_type)
+            return write_file(preview_dir / name, event.data)
+    return None
