@@ -314,7 +314,8 @@ def watchers_verdict(name: str) -> str:
     return (
         f"An idle server takes {100 * result['idle_cpu']:.2f} % of a core (target 1 %). After a cut the first "
         f"missed event comes {again[len(again) // 2]:.0f} ms after the new call, at worst {again[-1]:.0f} ms "
-        f"(target 50 ms). 20 `CreateJob` a second for {made['calls'] / 20:.0f} s: {made['calls']} calls, {made['accepted']} accepted, "
+        f"(target 50 ms). 20 `CreateJob` a second for {made['calls'] / 20:.0f} s: "
+        f"{made['calls']} calls, {made['accepted']} accepted, "
         f"{made['refused_full']} `QUEUE_FULL`, {made['other']} with another answer; the server lists "
         f"{made['listed']} of them."
     )
