@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from typer.testing import CliRunner
 from chromarpc import Lora, parse_request_json
 from chromarpc.cli import app, progress
 from chromarpc.cli.exits import _CODES, EXIT_CODES_HELP, ExitCode
+from chromarpc.cli.interrupt import interruptible
 from chromarpc.cli.progress import Bars, bytes_text, seconds_text
 from chromarpc.cli.request import parse_lora
 from chromarpc.errors import CODE_ERRORS, REASON_ERRORS
@@ -500,6 +502,24 @@ def test_ctrl_c_cancels_the_job_and_exits_130(server: FakeServer, tmp_path: Path
     _, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, err) == (130, "interrupted\n")
     assert server.ended.wait(PATIENCE_S)
+
+
+def test_an_interrupt_never_reaches_the_thread_that_speaks_to_the_server() -> None:
+    """There it could leave a lock of gRPC taken."""
+    ended, seen = threading.Event(), []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)  # Python hands it to the main thread
+            assert ended.wait(PATIENCE_S)
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, ended.set)
+    assert ended.is_set()
+    assert seen == []
 
 
 def test_a_reader_that_has_enough_is_no_error_message(server: FakeServer, tmp_path: Path) -> None:

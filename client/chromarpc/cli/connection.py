@@ -13,6 +13,7 @@ import typer
 
 from chromarpc.channel import DEFAULT_TARGET, TlsOptions
 from chromarpc.cli.exits import UsageError, reported
+from chromarpc.cli.interrupt import interruptible
 from chromarpc.client import Client
 
 TOKEN_VARIABLE = "CHROMARPC_TOKEN"  # noqa: S105 - the name of a variable
@@ -68,7 +69,7 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**options: Any) -> None:
         with reported(), connect(**{name: options.pop(name) for name in shared}) as client:
-            command(client, **options)
+            interruptible(lambda: command(client, **options), client.close)
 
     parameters = [*own, *shared.values()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
