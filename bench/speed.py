@@ -26,6 +26,7 @@ from chromarpc_server.pipeline import (
     Pipeline,
     choose_device,
     describe_device,
+    finished_steps,
     library_versions,
     synchronize,
 )
@@ -122,10 +123,10 @@ def draw(pipeline: Pipeline, width: int, height: int, steps: int) -> tuple[Tenso
     times["text"] = time.perf_counter() - begun
     lap = time.perf_counter()
     latents = None
-    for done in pipeline.denoise(
+    given = pipeline.denoise(
         embedding, width=width, height=height, steps=steps, guidance_scale=GUIDANCE, seed=42, noise_draw="float32"
-    ):
-        synchronize(device)  # as the server does, to tell of the step
+    )
+    for done in finished_steps(given, device, _pause):
         latents = done.latents
     assert latents is not None
     times["denoise"] = time.perf_counter() - lap
@@ -135,6 +136,10 @@ def draw(pipeline: Pipeline, width: int, height: int, steps: int) -> tuple[Tenso
     times["decode"] = time.perf_counter() - lap
     times["total"] = time.perf_counter() - begun
     return latents, times
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(max(0.0, seconds))
 
 
 def measure(

@@ -21,6 +21,7 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.switching import FULL
 from chromarpc_server.pipeline import Checkpoint, autoencoder, text_encoder
+from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.text_encoder import Tokenizer
 from chromarpc_server.pipeline.transformer import ChromaTransformer
@@ -101,6 +102,7 @@ def checkpoint(device: torch.device) -> Checkpoint:
         master=master,
         text_encoder=text_encoder.RecordedEncoder(t5),
         autoencoder=decoder,
+        fused_autoencoder=with_fused_decoder(decoder),
         tokenizer=tokenizer,
         latent_preview=LatentPreview.flux(),
         device=device,

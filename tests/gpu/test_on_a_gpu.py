@@ -174,3 +174,127 @@ def test_files_are_staged_onto_the_device_as_they_are(tmp_path: Path) -> None:
     file = open_safetensors(tmp_path / "weights.safetensors")
     for name, tensor, _ in read_onto(file, torch.device("cuda")):
         assert torch.equal(tensor.cpu(), tensors[name])
+
+
+def _autoencoder(dtype: torch.dtype) -> object:
+    from bench.synthetic import FLUX_VAE, _parts, _random
+    from chromarpc_server.pipeline.autoencoder import build_autoencoder
+
+    device = torch.device("cuda")
+    weights = dict(_random(_parts()[2], device, 3))
+    for name, tensor in weights.items():  # norms and biases that are not ones and zeros
+        if tensor.ndim == 1:
+            weights[name] = tensor + 0.1 * torch.randn(tensor.shape, device=device).bfloat16()
+    return build_autoencoder(FLUX_VAE, weights, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("channels", [24, 64, 512])
+def test_decoder_kernels_give_what_plain_torch_gives(channels: int) -> None:
+    from chromarpc_server.pipeline.fused import decoder_kernels, plain
+
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+
+    x, y = (draw(1, channels, 37, 29).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    bias, weight, shift = draw(channels), draw(channels), draw(channels)
+    for given in (bias, None):
+        for activates in (True, False):
+            found = decoder_kernels.group_norm(x + 3, given, weight, shift, 8, 1e-6, activates=activates)
+            expected = plain.group_norm(x + 3, given, weight, shift, 8, 1e-6, activates=activates)
+            assert _relative(found, expected) < 3e-4
+            assert found.is_contiguous(memory_format=torch.channels_last)
+    doubled = decoder_kernels.double_size(x)
+    assert torch.equal(doubled, plain.double_size(x))
+    assert torch.equal(decoder_kernels.add_residual(x, y.clone(), bias), plain.add_residual(x, y.clone(), bias))
+
+
+@torch.inference_mode()
+def test_the_fused_decoder_is_as_close_to_float32_as_diffusers_and_always_the_same() -> None:
+    from chromarpc_server.pipeline.fused.decoder import FusedDecoder, with_fused_decoder
+
+    model = _autoencoder(torch.bfloat16)
+    fused = with_fused_decoder(model)  # type: ignore[arg-type]
+    assert isinstance(fused.decoder, FusedDecoder)
+    latents = torch.randn(
+        1, 16, 40, 24, generator=torch.Generator("cuda").manual_seed(1), device="cuda"
+    ).bfloat16()
+    found = fused.decode(latents)[0]
+    assert torch.equal(found, fused.decode(latents)[0])
+    plain_found = model.decode(latents)[0]  # type: ignore[attr-defined]
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        truth = model.float().decode(latents.float())[0]  # type: ignore[attr-defined]
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
+    assert _relative(found, truth) <= 1.1 * _relative(plain_found, truth)
+
+
+def test_steps_given_ahead_are_the_same_steps_and_a_stop_leaves_nothing_running() -> None:
+    from collections.abc import Iterator
+
+    from chromarpc_server.pipeline import DenoiseStep, finished_steps
+
+    device = torch.device("cuda")
+    weight = torch.randn(4096, 4096, device=device).bfloat16() / 64
+
+    def steps(given: list[int]) -> Iterator[DenoiseStep]:
+        latents = torch.ones(4096, 4096, device=device).bfloat16()
+        for index in range(8):
+            for _ in range(40):
+                latents = latents @ weight
+            given.append(index)
+            yield DenoiseStep(index, 8, 1.0, 1000.0, (1.0, 0.0), latents, latents)
+
+    given: list[int] = []
+    ahead = []
+    for step in finished_steps(steps(given), device, lambda _: None):
+        ahead.append(len(given) - 1 - step.index)
+        assert torch.cuda.current_stream(device).query() or ahead[-1] == 1
+    assert ahead == [1] * 7 + [0]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(seconds: float) -> None:
+        if len(given) == 4:
+            raise Stopped
+
+    given.clear()
+    with pytest.raises(Stopped):
+        for _ in finished_steps(steps(given), device, stop):
+            pass
+    assert given == [0, 1, 2, 3]
+    assert torch.cuda.current_stream(device).query()
+
+
+def test_shapes_recorded_ahead_give_the_bits_of_those_that_ran_first() -> None:
+    from bench.switching import MINI, random_master
+    from chromarpc_server.pipeline import PROFILES, PreparedTransformer
+
+    device = torch.device("cuda", 0)
+    prepared = PreparedTransformer(
+        MINI, random_master(MINI, device), PROFILES["reference"], device=device, dtype=torch.bfloat16
+    )
+    prepared.switch([])
+    run = prepared.run
+    if not run.records_ahead:
+        pytest.skip("FlashAttention-3 is not installed: lengths are planned while they run")
+    generator = torch.Generator(device).manual_seed(1)
+    latents = torch.randn(256, 64, generator=generator, device=device).bfloat16()
+    with torch.inference_mode():
+        modulations = prepared.model.modulations(torch.tensor([0.7], device=device).bfloat16())[0]
+        for length in (11, 50):
+            texts = [torch.randn(n, 128, generator=generator, device=device).bfloat16() for n in (length, 2)]
+            conditioning = run.fused.condition(texts, (16, 16))
+            run.record(latents, conditioning, modulations)
+            assert run.recorded_count == (0 if length == 11 else 2), "the first shape has to run"
+            if length == 11:
+                expected = run(latents, conditioning, modulations)
+                assert torch.equal(run(latents, conditioning, modulations), expected)
+            else:
+                assert torch.equal(
+                    run(latents, conditioning, modulations), run.fused(latents, conditioning, modulations)
+                )

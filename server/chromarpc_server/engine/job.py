@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class Cancellation:
         """`deadline_at`: `time.monotonic()` at which the caller stops waiting; None if it never does."""
         self._deadline_at = deadline_at
         self._cause: ChromaError | None = None
+        self._asked = threading.Event()
         self.requested_at: float | None = None
 
     @property
@@ -34,6 +36,15 @@ class Cancellation:
         if self._cause is None:
             self.requested_at = time.monotonic()
             self._cause = cause
+            self._asked.set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits so long, none if negative, or until the job is to stop; then `check`."""
+        if self._deadline_at is not None:
+            seconds = min(seconds, self._deadline_at - time.monotonic())
+        if seconds > 0:
+            self._asked.wait(seconds)
+        self.check()
 
     def check(self) -> None:
         """Raises the cause once the job is to stop, or JobDeadlineExceeded once the deadline has passed."""

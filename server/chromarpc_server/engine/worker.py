@@ -33,6 +33,7 @@ from chromarpc_server.pipeline import (
     LoadProgress,
     Pipeline,
     PromptEmbedding,
+    finished_steps,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -170,7 +171,16 @@ class DeviceWorker:
             synchronize(self._choice.device)
             clock.lap("text_encoding_s", index)
             check()
-            self._draw(pipeline, embedding, plan, index, remaining=remaining, check=check, clock=clock, emit=emit)
+            self._draw(
+                pipeline,
+                embedding,
+                plan,
+                index,
+                remaining=remaining,
+                cancellation=cancellation,
+                clock=clock,
+                emit=emit,
+            )
         return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
 
     def _draw(
@@ -181,16 +191,15 @@ class DeviceWorker:
         index: int,
         *,
         remaining: _Remaining,
-        check: Callable[[], None],
+        cancellation: Cancellation,
         clock: _Clock,
         emit: Emit,
     ) -> None:
         prompt = plan.prompts[index]
-        started = time.monotonic()
+        ended = time.monotonic()
         latents = None
-        expected_s = None
         self._watch.step()
-        for done in pipeline.denoise(
+        steps = pipeline.denoise(
             embedding,
             width=prompt.width,
             height=prompt.height,
@@ -198,9 +207,11 @@ class DeviceWorker:
             guidance_scale=prompt.guidance_scale,
             seed=prompt.seed,
             noise_draw=plan.noise_draw.value,
-        ):
-            synchronize(self._choice.device)
-            now = time.monotonic()
+        )
+        for done in finished_steps(steps, self._choice.device, cancellation.pause):
+            began, ended = ended, time.monotonic()
+            # The next step is being computed while this one is told of.
+            self._watch.step(ended - began)
             emit(
                 Step(
                     prompt_index=index,
@@ -208,12 +219,11 @@ class DeviceWorker:
                     total_steps=done.total,
                     sigma=done.sigma,
                     timestep=done.timestep,
-                    duration_s=now - started,
-                    estimated_remaining_s=remaining.after(prompt, now - started),
+                    duration_s=ended - began,
+                    estimated_remaining_s=remaining.after(prompt, ended - began),
                     sigmas=done.sigmas if done.index == 0 else (),
                 )
             )
-            expected_s = now - started
             step = done.index + 1
             if plan.preview and step < done.total and step % plan.preview.every_n_steps == 0:
                 emit(
@@ -224,16 +234,14 @@ class DeviceWorker:
                     )
                 )
             latents = done.latents
-            check()
-            self._watch.step(expected_s)
-            started = time.monotonic()
+        cancellation.check()
         self._watch.other("decoding a picture")
         clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
         pixels = pipeline.decode(latents, prompt.width, prompt.height)
         clock.lap("decoding_s", index)
-        check()
+        cancellation.check()
         emit(RenderedImage(index, prompt.seed, pixels))
 
 

@@ -23,6 +23,7 @@ from chromarpc_server.pipeline.device import (
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
+from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep
@@ -49,6 +50,7 @@ __all__ = [
     "TokenizedPrompt",
     "choose_device",
     "describe_device",
+    "finished_steps",
     "free_memory_bytes",
     "import_ahead",
     "library_versions",

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.check import warm_up_kernels
+from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
+from chromarpc_server.pipeline.pacing import beside
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
@@ -56,6 +59,8 @@ TILE_PX = 512
 """Side of a tile, where pictures are decoded in tiles."""
 WARM_UP_WORDS = (8, 40, 72, 104)
 """Prompt lengths to warm up for: each falls into another of the fused forward's shapes."""
+GUIDED = 4.0
+"""A guidance scale that makes both passes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Pipeline:
         seed: int,
         noise_draw: str,
     ) -> Iterator[DenoiseStep]:
-        """Draws one image's latents, yielding after every step.
+        """Draws one image's latents, yielding after every step; a GPU may still be computing it then.
 
         Args:
             embedding: from `encode`.
@@ -129,21 +134,22 @@ class Pipeline:
         algorithms planned and graphs recorded before anybody waits for them.
         """
         warm_up_kernels(self.transformer.model.config, self.device)
-        for words in WARM_UP_WORDS:
-            embedding = self.encode(self.tokenize("a " * words))
-            for width, height in sizes:
-                steps = self.denoise(
-                    embedding,
-                    width=width,
-                    height=height,
-                    steps=3,
-                    guidance_scale=4.0,
-                    seed=0,
-                    noise_draw="float32",
-                )
-                *_, last = steps
-                if words == WARM_UP_WORDS[0]:
-                    self.decode(last.latents, width, height)
+        embeddings = [self.encode(self.tokenize("a " * words)) for words in WARM_UP_WORDS]
+        for width, height in sizes:
+            # Two steps: the first runs, the second is recorded and runs.
+            *_, last = self.denoise(
+                embeddings[0],
+                width=width,
+                height=height,
+                steps=2,
+                guidance_scale=GUIDED,
+                seed=0,
+                noise_draw="float32",
+            )
+            self.decode(last.latents, width, height)
+            if self.transformer.profile.fused and self.transformer.run.records_ahead:
+                for embedding in embeddings[1:]:
+                    _record_step(self.transformer, embedding, last.latents, width, height)
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
         """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
@@ -151,8 +157,9 @@ class Pipeline:
         return autoencoder.to_pixels(image)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
-        """A small picture (height, width, 3) uint8 of what a step predicts."""
-        return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
+        """A small picture (height, width, 3) uint8 of what a finished step predicts."""
+        with beside(self.device) if self.device.type == "cuda" else nullcontext():
+            return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
 
 
 @torch.inference_mode()
@@ -215,6 +222,22 @@ def _fused_velocity(
     return velocity
 
 
+@torch.inference_mode()
+def _record_step(
+    transformer: PreparedTransformer, embedding: PromptEmbedding, latents: Tensor, width: int, height: int
+) -> None:
+    """Has a step for prompts of this length and pictures of this size ready, without running it."""
+    texts = [
+        _Text.of(embedding.embeds, embedding.mask, latents),
+        _Text.of(embedding.empty_embeds, embedding.empty_mask, latents),
+    ]
+    modulations = transformer.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
+    conditioning = transformer.run.fused.condition(
+        [text.kept for text in texts], sampling.token_grid(width, height)
+    )
+    transformer.run.record(latents[0], conditioning, modulations[0])
+
+
 def _padded_velocity(
     transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
 ) -> sampling.Velocity:
@@ -242,6 +265,8 @@ class Checkpoint:
     """The transformer's parameters, on the device or in (pinned) host memory."""
     text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
+    fused_autoencoder: AutoencoderKL = field(repr=False)
+    """The same one for profiles that are fused: the same weights, another decoder where that is faster."""
     tokenizer: Tokenizer = field(repr=False)
     latent_preview: LatentPreview = field(repr=False)
     device: torch.device
@@ -328,6 +353,7 @@ class Checkpoint:
                 encoder, record=plan is not None and plan.record_graphs and plan.text_encoder == "device"
             ),
             autoencoder=vae,
+            fused_autoencoder=with_fused_decoder(vae),
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
             device=device,
@@ -367,7 +393,7 @@ class Checkpoint:
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
-            autoencoder=self.autoencoder,
+            autoencoder=self.fused_autoencoder if prepared.profile.fused else self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
             device=self.device,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.checkpoint import denoise_from
+from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.prepared import PreparedTransformer, prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding
@@ -170,14 +171,15 @@ def _image(folder: Path, name: str, case: dict[str, Tensor], device: torch.devic
     vae = Vectors.read(folder / "vae.safetensors").autoencoder(device, torch.bfloat16)
     width, height = (int(value) for value in case["args"][:2])
     latents = sampling.unpack(case["latents_packed_reference"].to(device), width, height)
-    pixels = torch.from_numpy(autoencoder.to_pixels(autoencoder.decode(vae, latents)))
-    expected = case["image_u8"].reshape(pixels.shape)
-    difference = (pixels.double() - expected.double()).abs()
-    mean, largest = float(difference.mean()), float(difference.max())
-    outcome = Outcome.PASS if mean <= IMAGE_MEAN and largest <= IMAGE_MAX else Outcome.FAIL
-    rel, _ = distance(pixels, expected)
-    tolerance = f"mean {IMAGE_MEAN:g}, max {IMAGE_MAX:g}"
-    reporter.add(Result(f"{name} image_u8", outcome, rel, largest, tolerance, f"mean {mean:.3g}"))
+    for label, decoder in (("image_u8", vae), ("image_u8 fused", fuse(vae))):
+        pixels = torch.from_numpy(autoencoder.to_pixels(autoencoder.decode(decoder, latents)))
+        expected = case["image_u8"].reshape(pixels.shape)
+        difference = (pixels.double() - expected.double()).abs()
+        mean, largest = float(difference.mean()), float(difference.max())
+        outcome = Outcome.PASS if mean <= IMAGE_MEAN and largest <= IMAGE_MAX else Outcome.FAIL
+        rel, _ = distance(pixels, expected)
+        tolerance = f"mean {IMAGE_MEAN:g}, max {IMAGE_MAX:g}"
+        reporter.add(Result(f"{name} {label}", outcome, rel, largest, tolerance, f"mean {mean:.3g}"))
 
 
 def _text(folder: Path, group: str, device: torch.device, reporter: Reporter) -> None:

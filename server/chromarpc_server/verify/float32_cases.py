@@ -11,6 +11,7 @@ import torch
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.adapters import read_adapter
 from chromarpc_server.pipeline.checkpoint import denoise_from
+from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.prepared import prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
@@ -160,7 +161,8 @@ def _pipeline(path: Path, reporter: Reporter) -> None:
             if vae is None:
                 reporter.add(skipped(f"{name} image", "vae_tiny.safetensors is not there"))
                 continue
-            image = autoencoder.decode(vae, sampling.unpack(last.latents, width, height))
+            decoder = fuse(vae) if profile.fused else vae
+            image = autoencoder.decode(decoder, sampling.unpack(last.latents, width, height))
             reporter.add(within_abs(f"{name} image", image.permute(0, 2, 3, 1), case["image"], 1e-4))
 
 

@@ -2,7 +2,7 @@
 
 A graph is recorded for a shape (image size, kept text rows), not for a prompt: whatever differs between prompts is
 copied into the tensors that it reads. The first call of a shape runs as it is, which also compiles and plans what
-is new to it; the second one records. Weights are switched in place, so graphs survive that.
+is new to it; the second one records, or `record` does. Weights are switched in place, so graphs survive that.
 """
 
 from __future__ import annotations
@@ -66,6 +66,20 @@ class GraphedForward:
     def recorded_count(self) -> int:
         """Graphs held."""
         return len(self._recorded)
+
+    @property
+    def records_ahead(self) -> bool:
+        """Whether `record` is any use: not where torch's own attention plans every length while it runs."""
+        return self._usable and self.fused.attention.any_length
+
+    def record(self, latents: Tensor, conditioning: Conditioning, modulations: Tensor) -> None:
+        """Records the shape of these inputs without running it, once another shape has run: all that shapes
+        share is compiled then.
+        """
+        shape = self._shape(conditioning)
+        if self.records_ahead and latents.is_cuda and self._met and shape not in self._recorded:
+            self._record(shape, latents, conditioning, modulations)
+            self._met.add(shape)
 
     def __call__(self, latents: Tensor, conditioning: Conditioning, modulations: Tensor) -> Tensor:
         """As `FusedTransformer.__call__`."""

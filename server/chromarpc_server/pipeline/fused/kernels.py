@@ -12,10 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chromarpc_server.pipeline.fused import decoder_kernels
 from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, SMALLEST_SCALE
 from chromarpc_server.pipeline.transformer import NORM_EPS
 
 SMALLEST_AMAX = 1e-12
+
+group_norm = decoder_kernels.group_norm
+add_residual = decoder_kernels.add_residual
+double_size = decoder_kernels.double_size
 
 
 @triton.jit

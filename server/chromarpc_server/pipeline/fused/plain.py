@@ -115,3 +115,35 @@ def scaled_product(
     """
     product = F.linear(x.float() * x_scale, weight.float() * weight_scale[:, None].float()) + bias.float()
     return product.to(bias.dtype) if out is None else out.copy_(product)
+
+
+def group_norm(
+    x: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, groups: int, eps: float, *, activates: bool
+) -> Tensor:
+    """Normalises groups of channels of x + bias, and takes SiLU of the result where it `activates`.
+
+    Args:
+        x: (1, C, H, W), channels innermost in memory.
+        bias: (C,), or none.
+        weight: (C,).
+        shift: (C,).
+        groups: what C is divided into.
+        eps: added to the variance.
+        activates: whether SiLU follows.
+
+    Returns:
+        Like x.
+    """
+    wide = x.float() if bias is None else x.float() + bias.float()[:, None, None]
+    normed = F.group_norm(wide, groups, weight.float(), shift.float(), eps)
+    return (F.silu(normed) if activates else normed).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def add_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """X + y + bias, in y. x and y (1, C, H, W), bias (C,)."""
+    return y.copy_(x.float() + y.float() + bias.float()[:, None, None])
+
+
+def double_size(x: Tensor) -> Tensor:
+    """Every pixel four times. (1, C, H, W) → (1, C, 2 · H, 2 · W), channels innermost in memory."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=torch.channels_last)
