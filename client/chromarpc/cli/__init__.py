@@ -1,7 +1,7 @@
 """The `chromarpc` command: generates pictures, and asks a server what it serves.
 
 `generate.py` runs a generation, `sweep.py` one for each multiplier; `inquiry.py` holds the short questions;
-`loras.py` looks after adapters, `jobs.py` after jobs; `connection.py` has their common options, `interrupt.py` their Ctrl-C.
+`loras.py` looks after adapters, `jobs.py` after jobs; `connection.py` has common options, `interrupt.py` Ctrl-C.
 Every error ends in `exits.py`, which alone knows sentences and exit codes.
 """
 

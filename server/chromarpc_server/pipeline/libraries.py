@@ -10,7 +10,7 @@ import gc
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -41,7 +41,13 @@ def libraries() -> Libraries:
 
 def import_ahead() -> None:
     """Begins to import them, in a thread of its own."""
-    threading.Thread(target=libraries, name="imports").start()
+    threading.Thread(target=_import_quietly, name="imports").start()
+
+
+def _import_quietly() -> None:
+    # Whoever needs them meets the same error; a server that ends before should say why, and not this.
+    with suppress(Exception):
+        libraries()
 
 
 @cache
