@@ -374,6 +374,14 @@ def test_an_inspection_tells_ranks_alphas_and_metadata(client: Client, root: Pat
         "LORA_FOR_ANOTHER_MODEL", "LORA_WITHOUT_EFFECT", "LORA_PART_UNSUPPORTED", "LORA_KEYS_UNMATCHED",
     ]  # fmt: skip
     assert "flux1\\x1b" in found.warnings[0].message
+    events = client.generate(
+        "a", model="chroma-mini", width=64, height=64, sample_steps=1, loras=["a.safetensors"]
+    )
+    (prepared,) = [event for event in events if isinstance(event, chromarpc.Prepared)]
+    assert [(warning.code, warning.message) for warning in prepared.warnings] == [
+        (warning.code, warning.message) for warning in found.warnings
+    ]
+    assert {warning.field for warning in prepared.warnings} == {"loras.0.path"}
 
 
 def test_an_alpha_that_float16_cannot_hold_is_told(client: Client, root: Path) -> None:

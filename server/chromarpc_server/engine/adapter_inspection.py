@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.pipeline import Adapter, CheckpointFiles
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
     read_adapter,
-    shown,
     squared_norm,
     value_count,
 )
@@ -25,9 +25,6 @@ from chromarpc_server.pipeline.weights import open_weights
 MAX_NUMBERS = 20
 """How many distinct ranks or alphas are told."""
 FIELD = "path"
-_BASE_MODEL = "ss_base_model_version"
-"""Key under which kohya's trainers and ai-toolkit name the model that they trained on."""
-_FAMILY = "chroma"
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def describe_adapter(adapter: Adapter, *, check: Callable[[], None] = lambda: No
         changed_parameters=len(adapter.changes),
         blocks=blocks,
         metadata=adapter.metadata,
-        warnings=tuple(_warnings(adapter, blocks)),
+        warnings=tuple(adapter_warnings(adapter, FIELD)),
     )
 
 
@@ -134,33 +131,3 @@ def _blocks(adapter: Adapter, check: Callable[[], None]) -> Iterator[BlockStreng
 def _by_number(block: str) -> tuple[str, int]:
     family, _, number = block.rpartition(".")
     return (family, int(number)) if number.isdigit() else (block, 0)
-
-
-def _warnings(adapter: Adapter, blocks: tuple[BlockStrength, ...]) -> Iterator[PlanWarning]:
-    base = adapter.metadata.get(_BASE_MODEL, "")
-    if base and not base.lower().startswith(_FAMILY):
-        yield PlanWarning(
-            "LORA_FOR_ANOTHER_MODEL", FIELD, f"the file says that it was trained on {shown(base)}, not on Chroma"
-        )
-    if not any(block.norm for block in blocks):
-        yield PlanWarning(
-            "LORA_WITHOUT_EFFECT", FIELD, "every change is zero, as in a file that was never trained"
-        )
-    for part in adapter.unsupported:
-        yield PlanWarning(
-            "LORA_PART_UNSUPPORTED",
-            FIELD,
-            f"{len(part.keys)} keys are {part.name}, which this server does not apply",
-        )
-    if adapter.unmatched:
-        total = len(adapter.matched) + len(adapter.unmatched)
-        yield PlanWarning(
-            "LORA_KEYS_UNMATCHED", FIELD, f"{len(adapter.unmatched)} of the file's {total} keys have no effect"
-        )
-    if adapter.unused_alphas:
-        yield PlanWarning(
-            "LORA_ALPHA_NOT_FINITE",
-            FIELD,
-            f"{len(adapter.unused_alphas)} alphas are not finite numbers, such as "
-            f"{shown(adapter.unused_alphas[0])}; they do not count here, but other programs may use them",
-        )
