@@ -282,7 +282,7 @@ def test_errors_of_an_upload_name_what_is_wrong(stub: lora_service_pb2_grpc.Lora
 
 def test_only_uploads_can_be_deleted(client: Client, root: Path) -> None:
     shutil.copy(RECORDED / "aitk.safetensors", root)
-    uploaded = client.upload_lora(RECORDED / "aitk.safetensors")
+    uploaded = client.upload_lora(RECORDED / "kohya.safetensors")
     client.delete_lora(uploaded.path)
     with pytest.raises(chromarpc.LoraNotFound):
         client.generate_images("a", loras=uploaded.path, **SMALL)
@@ -393,6 +393,14 @@ def test_an_alpha_that_float16_cannot_hold_is_told(client: Client, root: Path) -
     found = client.inspect_lora("a.safetensors")
     assert [warning.code for warning in found.warnings] == ["LORA_ALPHA_NOT_FINITE"]
     assert found.alphas == ()
+
+
+def test_a_file_below_the_root_is_named_by_the_hash_that_an_inspection_tells(client: Client, root: Path) -> None:
+    shutil.copy(RECORDED / "aitk.safetensors", root / "hashed.safetensors")
+    sha256 = client.inspect_lora("hashed.safetensors").sha256
+    (listed,) = [lora for lora in client.list_loras() if lora.path == "hashed.safetensors"]
+    assert listed.sha256 == sha256
+    assert client.inspect_lora(f"sha256:{sha256}").sha256 == sha256
 
 
 def test_what_cannot_be_inspected_is_told_as_a_generation_would(client: Client, root: Path) -> None:

@@ -22,12 +22,12 @@ from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,
     JobCancelled,
-    LoraError,
     ModelNotFound,
     first_named,
 )
 from chromarpc_server.domain.models import CHROMA, ModelSpec
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_inspection import AdapterInspection, inspect_adapter
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora
 from chromarpc_server.engine.model_files import ModelFiles
@@ -114,12 +114,15 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
                 raise JobCancelled("the caller cancelled or went away")
 
         def inspect() -> AdapterInspection:
-            path = self._library.locate(request.path, "path", owner)
+            file = AdapterFile.of(self._library.locate(request.path, "path", owner), "path")
             files = self._model_files.require(spec)
             try:
-                return inspect_adapter(path, files, check=check)
-            except LoraError as error:
+                found = inspect_adapter(file.path, files, check=check)
+                file.require_still()
+            except ChromaError as error:
                 raise error.at("path") from None
+            self._library.learn(file, found.sha256)
+            return found
 
         async with self._inspecting:
             try:
