@@ -337,10 +337,12 @@ def test_every_recorded_format_is_inspected(client: Client, root: Path, name: st
         strength = float(file.metadata()["strength"])
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
+    weights: dict[str, float] = {}
     for parameter, after in load_file(expected).items():
         block = re.sub(r"(\.\d+)\..*|\.linear\.weight", r"\1", parameter)
         added = (after.double() - before[parameter].double()) / strength
         squares[block] = squares.get(block, 0.0) + float(added.square().sum())
+        weights[block] = weights.get(block, 0.0) + float(before[parameter].double().square().sum())
         counts[block] = counts.get(block, 0) + int((added.abs().sum(-1) != 0).sum()) * added.shape[-1]
     assert [block.block for block in found.blocks] == sorted(squares)
     for block in found.blocks:
@@ -348,6 +350,8 @@ def test_every_recorded_format_is_inspected(client: Client, root: Path, name: st
             assert name == "kohya_dora"
         else:
             assert block.norm == pytest.approx(squares[block.block] ** 0.5, rel=1e-4)
+            relative = (squares[block.block] / weights[block.block]) ** 0.5
+            assert block.relative_norm == pytest.approx(relative, rel=1e-3)  # the server's weights are bf16
             if name != "full_diff":  # whose bias has one dimension
                 assert block.rms == pytest.approx((squares[block.block] / counts[block.block]) ** 0.5, rel=1e-4)
 
@@ -470,8 +474,9 @@ def test_the_command_uploads_lists_inspects_and_deletes(shell: Shell) -> None:
     assert "ai-toolkit LoRA" in inspected
     assert "double_blocks.0" in inspected
     assert "█" in inspected
+    assert re.search(r"double_blocks\.0 +\S+ +[\d.]+ %", inspected)
     blocks = json.loads(shell("lora", "inspect", path, "--json").stdout)["blocks"]
-    assert {"block", "norm", "rms", "has_magnitude"} == set(blocks[0])
+    assert {"block", "norm", "rms", "has_magnitude", "relative_norm"} == set(blocks[0])
     assert shell("lora", "rm", path).exit_code == 0
     again = shell("lora", "rm", path)
     assert (again.exit_code, again.stderr) == (2, "error: path: the server has no upload with this hash\n")

@@ -103,8 +103,11 @@ class SafetensorsFile:
         """Name to shape of every tensor."""
         return {name: entry.shape for name, entry in self.tensors.items()}
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, on the CPU, in the file's order, mapped rather than copied where that is possible.
+    def read(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Tensors on the CPU, in the file's order, mapped rather than copied where that is possible.
+
+        Args:
+            wanted: names of those to read; every one if None.
 
         Raises:
             SafetensorsError: the file changed since its header was checked.
@@ -112,7 +115,8 @@ class SafetensorsFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name in self.tensors:
-                    yield name, file.get_tensor(name)
+                    if wanted is None or name in wanted:
+                        yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise SafetensorsError(f"cannot be read: {error}") from None
 
