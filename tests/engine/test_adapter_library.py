@@ -7,7 +7,9 @@ import os
 import pickle
 import threading
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from chromarpc_server.domain.limits import UploadLimits
 from chromarpc_server.engine import adapter_library, root_hashes
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora, display_name
+from chromarpc_server.pipeline.adapters import require_adapter_file
 
 LIMITS = UploadLimits(max_file_bytes=4000, max_total_bytes=6000, max_chunk_bytes=1000, max_open=2, expiry_s=60)
 
@@ -180,6 +183,41 @@ def test_nobody_waits_long_for_a_large_root_to_be_hashed(root: Path, monkeypatch
     assert found is not None
     assert found.path == file
     assert len(calls) == 1
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """What is only the superuser's may not be read meanwhile, whoever runs the tests."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_root_that_cannot_be_read_answers_as_if_nothing_were_there(library: AdapterLibrary, root: Path) -> None:
+    (root / "a.safetensors").write_bytes(adapter_bytes())
+    root.chmod(0)
+    try:
+        with as_nobody():
+            for path in ("a.safetensors", "b.safetensors"):
+                with pytest.raises(LoraNotFound) as caught:
+                    library.locate(path, "path")
+                assert str(root) not in caught.value.message
+            assert library.listing().loras == ()
+    finally:
+        root.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_read_is_told_without_its_path(root: Path) -> None:
+    file = root / "a.safetensors"
+    file.write_bytes(adapter_bytes())
+    file.chmod(0)
+    with as_nobody(), pytest.raises(LoraInvalid, match="cannot be read: Permission denied") as caught:
+        require_adapter_file(file)
+    assert str(root) not in caught.value.message
 
 
 def test_a_pipe_below_the_root_keeps_nobody_waiting(library: AdapterLibrary, root: Path) -> None:
