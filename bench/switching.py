@@ -100,6 +100,8 @@ def random_adapter(master: Mapping[str, Tensor], rank: int, seed: int) -> Adapte
         unsupported=(),
         dtypes=("BF16",),
         unused_alphas=(),
+        has_effect=True,
+        unread_scales=(),
         metadata=MappingProxyType({}),
         changes=MappingProxyType(changes),
     )

@@ -406,13 +406,19 @@ class AsyncClient:
         return lora_list(pages)
 
     async def inspect_lora(
-        self, path: str, *, model: str | None = None, timeout_s: float | None = None
+        self,
+        path: str,
+        *,
+        model: str | None = None,
+        hf_token: str | None = None,
+        timeout_s: float | None = None,
     ) -> LoraInspection:
         """What an adapter is, and how strongly it changes a model.
 
         Args:
-            path: as `StoredLora.path` and requests have it.
+            path: as `StoredLora.path` and requests have it; a URL is fetched first.
             model: the model it is for, whose weights the server must have; `chroma` when left out.
+            hf_token: for a Hugging Face URL that needs one.
             timeout_s: deadline, 120 s where nobody says.
 
         Raises:
@@ -421,7 +427,7 @@ class AsyncClient:
             StatusError: see `chromarpc.errors`.
         """
         stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
-        request = lora_service_pb2.InspectLoraRequest(path=path, model=model)
+        request = lora_service_pb2.InspectLoraRequest(path=path, model=model, hf_token=hf_token)
         deadline_s = self._deadline_s(timeout_s)
         response = await self._ask(
             stub.InspectLora, request, INSPECT_TIMEOUT_S if deadline_s is None else deadline_s

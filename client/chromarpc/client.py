@@ -391,13 +391,19 @@ class Client:
         return lora_list(pages)
 
     def inspect_lora(
-        self, path: str, *, model: str | None = None, timeout_s: float | None = None
+        self,
+        path: str,
+        *,
+        model: str | None = None,
+        hf_token: str | None = None,
+        timeout_s: float | None = None,
     ) -> LoraInspection:
         """What an adapter is, and how strongly it changes a model.
 
         Args:
-            path: as `StoredLora.path` and requests have it.
+            path: as `StoredLora.path` and requests have it; a URL is fetched first.
             model: the model it is for, whose weights the server must have; `chroma` when left out.
+            hf_token: for a Hugging Face URL that needs one.
             timeout_s: deadline, 120 s where nobody says.
 
         Raises:
@@ -406,7 +412,7 @@ class Client:
             StatusError: see `chromarpc.errors`.
         """
         stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
-        request = lora_service_pb2.InspectLoraRequest(path=path, model=model)
+        request = lora_service_pb2.InspectLoraRequest(path=path, model=model, hf_token=hf_token)
         deadline_s = self._deadline_s(timeout_s)
         response = self._ask(stub.InspectLora, request, INSPECT_TIMEOUT_S if deadline_s is None else deadline_s)
         return lora_inspection(response.inspection)

@@ -188,6 +188,8 @@ class WeightsReport:
     """Adapter sets in memory now."""
     resident_bytes: int
     """Their size together."""
+    evicted_set_count: int
+    """Sets that made room for this one, by being switched or dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)

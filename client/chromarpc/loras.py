@@ -86,11 +86,13 @@ class BlockStrength:
     block: str
     """`double_blocks.3`, or `img_in` of what is in no block."""
     norm: float
-    """Frobenius norm of what is added to the block's weights; absolute, not relative to them."""
+    """Frobenius norm of what is added to the block's weights; absolute."""
     rms: float
     """Root mean square of what is added to one value; comparable between blocks of different sizes."""
     has_magnitude: bool
     """Whether DoRA scales the changed weights on top, which is not in the numbers."""
+    relative_norm: float | None
+    """`norm` relative to that of the model's own parameters that are changed; None where the server tells none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,13 @@ def lora_inspection(message: lora_service_pb2.LoraInspection) -> LoraInspection:
         ),
         changed_parameter_count=message.changed_parameter_count,
         blocks=tuple(
-            BlockStrength(block=block.block, norm=block.norm, rms=block.rms, has_magnitude=block.has_magnitude)
+            BlockStrength(
+                block=block.block,
+                norm=block.norm,
+                rms=block.rms,
+                has_magnitude=block.has_magnitude,
+                relative_norm=block.relative_norm if block.HasField("relative_norm") else None,
+            )
             for block in message.blocks
         ),
         metadata=dict(message.metadata),

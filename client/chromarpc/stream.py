@@ -308,6 +308,7 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
             rewritten_tensor_count=message.weights.rewritten_tensor_count,
             duration_s=message.weights.duration.ToTimedelta().total_seconds(),
             resident_set_count=message.weights.resident_set_count,
+            evicted_set_count=message.weights.evicted_set_count,
             resident_bytes=message.weights.resident_bytes,
         ),
         warnings=_warnings(message.warnings),

@@ -139,7 +139,7 @@ class App:
                 GenerationServicer(engine, serving),
                 JobServicer(engine, serving),
                 models,
-                LoraServicer(library, serving, model_files),
+                LoraServicer(library, adapters, serving, model_files),
                 access=access,
                 rules=[] if metrics is None else [metrics.rule],
                 interceptors=[] if tracing is None else [tracing.interceptor()],

@@ -95,6 +95,41 @@ def test_a_hostile_file_is_refused(name: str, tmp_path: Path, targets: Shapes) -
         open_safetensors(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("the same name twice", "same name twice: 'a'"),
+        ("the same option twice", "same name twice: 'dtype'"),
+        ("an overlap", "overlap: 'a' and 'b'"),
+        ("the same bytes twice", "overlap: 'a' and 'b'"),
+        ("a gap", "a gap of 4 bytes before 'b'"),
+        ("truncated", "the last of them is 'a'"),
+        ("an unknown dtype", "'a' is of a dtype that is not known: 'F32X'"),
+        ("a dtype that is none", "'a' is of a dtype"),
+        ("backwards", "'a' has a shape"),
+        ("no offsets", "'a' has offsets"),
+        ("hundred dimensions", "'a' has a shape"),
+        ("a lone surrogate", r"'\ud800'"),
+        ("an entry that is text", "no tensor under 'a'"),
+        ("a pickle", "it looks like a pickle"),
+        ("HTML", "it looks like a web page"),
+    ],
+)
+def test_the_refusal_names_the_key_and_what_is_wrong(name: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(FILES[name])
+    with pytest.raises(SafetensorsError) as caught:
+        open_safetensors(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_of_pytorchs_is_told_as_what_it_is(legacy: bool, tmp_path: Path) -> None:
+    torch.save(PAIR, tmp_path / "a.safetensors", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(SafetensorsError, match="looks like a pickle" if legacy else "looks like a zip archive"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, targets: Shapes) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -156,6 +191,28 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change: Callable[[Path]
     change(path)
     with pytest.raises(SafetensorsError):
         file.load(set(PAIR))
+
+
+def test_values_written_anew_below_the_same_header_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(GOOD)
+    os.utime(path, ns=(1, 1))
+    file = open_safetensors(path)
+    pieces = iter(range(2))
+
+    def rewrite() -> None:
+        if next(pieces) == 1:  # after the first tensor was read
+            path.write_bytes(GOOD[:-4] + bytes(4))
+
+    with pytest.raises(SafetensorsError, match="changed while it was read"):
+        file.load(set(PAIR), rewrite)
+
+
+def test_a_file_that_is_only_used_meanwhile_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(GOOD)
+    tensors, _ = open_safetensors(path).load(set(PAIR), lambda: os.utime(path, ns=(1, path.stat().st_mtime_ns)))
+    assert set(tensors) == set(PAIR)
 
 
 def test_what_was_read_no_longer_depends_on_the_file(tmp_path: Path, targets: Shapes) -> None:

@@ -161,3 +161,74 @@ def test_metadata_is_bounded(read: Read) -> None:
     adapter = read(PAIR, {"k" * 1000: "v" * 100_000, **{str(number): "" for number in range(500)}})
     assert len(adapter.metadata) == 100
     assert sum(len(key) + len(value) for key, value in adapter.metadata.items()) < 20_000
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {key: tensor * 1e30 for key, tensor in PAIR.items()},
+        {**PAIR, f"{STEM}.alpha": torch.tensor(3e38)},
+        {**PAIR, f"{STEM}.alpha": torch.tensor(-1e300, dtype=torch.float64)},
+        {**PAIR, f"{STEM}.dora_scale": torch.full((64, 1), 1e20)},
+        {f"{STEM}.diff": torch.full((64, 48), 1e20)},
+        {f"{STEM}.diff_b": torch.full((64,), -1e20)},
+        {f"{STEM}.lokr_w1": torch.full((8, 8), 1e10), f"{STEM}.lokr_w2": torch.full((8, 6), 1e10)},
+        {f"{STEM}.hada_w1_a": torch.full((64, 1), 1e20), f"{STEM}.hada_w1_b": torch.ones(1, 48)}
+        | {f"{STEM}.hada_w2_a": torch.ones(64, 1), f"{STEM}.hada_w2_b": torch.ones(1, 48)},
+        {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.full((1, 64), 1e10)}
+        | {"transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.full((64, 1), 1e10)},
+    ],
+)
+def test_finite_values_whose_products_are_not_are_refused_by_name(tensors: dict[str, Tensor], read: Read) -> None:
+    with pytest.raises(LoraInvalid, match=r"overflow, for (txt_in|double_blocks\.0\.img_attn\.qkv)\."):
+        read(tensors)
+
+
+def test_whatever_float16_holds_is_small_enough(read: Read) -> None:
+    adapter = read({key: torch.full_like(tensor, 65504).half() for key, tensor in PAIR.items()})
+    assert torch.isfinite(adapter.apply("txt_in.weight", torch.zeros(64, 48), 2.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "has_effect"),
+    [
+        (PAIR, True),
+        ({**PAIR, f"{STEM}.lora_B.weight": torch.zeros(64, 2)}, False),
+        ({**PAIR, f"{STEM}.alpha": torch.tensor(0.0)}, False),
+        ({f"{STEM}.diff": torch.zeros(64, 48)}, False),
+        # Trained magnitudes turn a weight even where the Δ below them is still zero.
+        ({**PAIR, f"{STEM}.lora_B.weight": torch.zeros(64, 2), f"{STEM}.dora_scale": torch.ones(64, 1)}, True),
+    ],
+)
+def test_a_file_that_changes_nothing_is_known(tensors: dict[str, Tensor], has_effect: bool, read: Read) -> None:
+    assert read(tensors).has_effect is has_effect
+
+
+@pytest.mark.parametrize(
+    ("header", "unread"),
+    [
+        ('{"transformer.lora_alpha": 2}', ()),
+        ('{"lora_alpha": 2, "alpha_pattern": {"^txt_in$": 1, "double_blocks\\\\.0": 2}}', ()),
+        ("{", ("lora_adapter_metadata",)),
+        ("[]", ("lora_adapter_metadata",)),
+        ('{"lora_alpha": "2"}', ("lora_alpha",)),
+        ('{"alpha_pattern": [1]}', ("alpha_pattern",)),
+        ('{"alpha_pattern": {".*attn.*": 1, "txt_in": NaN}}', ("alpha_pattern .*attn.*", "alpha_pattern txt_in")),
+    ],
+)
+def test_scales_in_the_header_that_cannot_be_followed_are_told(
+    header: str, unread: tuple[str, ...], read: Read
+) -> None:
+    assert read(PAIR, {"lora_adapter_metadata": header}).unread_scales == unread
+
+
+def test_a_pattern_of_the_header_may_escape_its_dots(read: Read) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    header = '{"alpha_pattern": {"^transformer_blocks\\\\.0\\\\.attn\\\\.to_q$": 1}}'
+    pair = {f"{stem}.lora_A.weight": values(2, 64), f"{stem}.lora_B.weight": values(64, 2)}
+    weight = torch.zeros(192, 64)
+    changed = read(pair, {"lora_adapter_metadata": header}).apply(
+        "double_blocks.0.img_attn.qkv.weight", weight, 1.0
+    )
+    expected = pair[f"{stem}.lora_B.weight"] @ pair[f"{stem}.lora_A.weight"] * 0.5
+    assert torch.allclose(changed[:64], expected)

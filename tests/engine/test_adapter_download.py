@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ from chromarpc_server.domain.errors import (
     LoraInvalid,
     LoraNotFound,
 )
+from chromarpc_server.engine import adapter_download
 from chromarpc_server.engine.adapter_download import AdapterDownloads, Downloaded, DownloadLimits
 from chromarpc_server.engine.public_address import IPAddress, is_public
 
@@ -407,6 +409,21 @@ async def test_an_empty_file_is_refused(downloads: AdapterDownloads, tmp_path: P
     async with serving() as host:
         host.on("/a", answer(b""))
         assert isinstance(await refused(downloads, host.url("/a")), LoraInvalid)
+    assert not files(tmp_path)
+
+
+async def test_a_full_disk_is_told_and_leaves_nothing(
+    downloads: AdapterDownloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_part: object, _block: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(adapter_download._PartFile, "write", no_room)
+    async with serving() as host:
+        host.on("/a", answer())
+        error = await refused(downloads, host.url("/a"))
+    assert isinstance(error, LoraDownloadFailed)
+    assert error.message == "the server's disk has no room for this adapter"
     assert not files(tmp_path)
 
 

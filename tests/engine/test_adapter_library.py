@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import threading
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -24,8 +27,10 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import UploadLimits
-from chromarpc_server.engine import adapter_library
+from chromarpc_server.engine import adapter_library, root_hashes
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora, display_name
+from chromarpc_server.pipeline.adapters import require_adapter_file
 
 LIMITS = UploadLimits(max_file_bytes=4000, max_total_bytes=6000, max_chunk_bytes=1000, max_open=2, expiry_s=60)
 
@@ -108,6 +113,118 @@ def test_the_same_bytes_twice_are_one_adapter_under_the_later_name(library: Adap
     upload(library, adapter_bytes(), "b.safetensors")
     (lora,) = library.listing().loras
     assert lora.filename == "b.safetensors"
+
+
+def test_the_same_bytes_again_leave_the_file_that_jobs_wait_with(library: AdapterLibrary) -> None:
+    path = upload(library, adapter_bytes()).path
+    before = library.locate(path, "path").stat()
+    upload(library, adapter_bytes())
+    after = library.locate(path, "path").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_file_below_the_root_can_be_named_by_its_hash(library: AdapterLibrary, root: Path) -> None:
+    (root / "job").mkdir()
+    for seed, name in enumerate(("a.safetensors", "job/b.safetensors")):
+        (root / name).write_bytes(adapter_bytes(seed))
+    for seed, name in enumerate(("a.safetensors", "job/b.safetensors")):
+        assert library.locate(f"sha256:{sha256_of(adapter_bytes(seed))}", "path", "anybody") == root / name
+    assert [lora.sha256 for lora in library.listing().loras] == [sha256_of(adapter_bytes(seed)) for seed in (0, 1)]
+    with pytest.raises(LoraNotFound, match="no adapter with this hash"):
+        library.locate(f"sha256:{sha256_of(b'')}", "path")
+
+
+def test_a_hash_below_the_root_follows_the_file(library: AdapterLibrary, root: Path) -> None:
+    file = root / "a.safetensors"
+    file.write_bytes(adapter_bytes(0))
+    old, new = (f"sha256:{sha256_of(adapter_bytes(seed))}" for seed in (0, 1))
+    assert library.locate(old, "path") == file
+    file.write_bytes(adapter_bytes(1))
+    os.utime(file, ns=(0, 0))
+    assert library.locate(new, "path") == file
+    with pytest.raises(LoraNotFound):
+        library.locate(old, "path")
+    file.unlink()
+    with pytest.raises(LoraNotFound):
+        library.locate(new, "path")
+
+
+def test_a_file_whose_hash_is_known_is_not_read_again(
+    library: AdapterLibrary, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = root / "a.safetensors"
+    file.write_bytes(adapter_bytes())
+    library.learn(AdapterFile.of(file, "path"), "ab" * 32)
+    monkeypatch.setattr(root_hashes, "_sha256", lambda _file: pytest.fail("it was read"))
+    assert library.locate("sha256:" + "ab" * 32, "path") == file
+    assert library.listing().loras[0].sha256 == "ab" * 32
+    with pytest.raises(LoraNotFound):
+        library.locate("sha256:" + "cd" * 32, "path")
+
+
+def test_nobody_waits_long_for_a_large_root_to_be_hashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = root / "a.safetensors"
+    file.write_bytes(adapter_bytes())
+    go_on = threading.Event()
+    calls: list[AdapterFile] = []
+
+    def slow(file: AdapterFile) -> str:
+        calls.append(file)
+        go_on.wait(10)
+        return "ab" * 32
+
+    monkeypatch.setattr(root_hashes, "_sha256", slow)
+    hashes = root_hashes.RootHashes(lambda: [AdapterFile.of(file, "path")])
+    for _ in range(3):
+        with pytest.raises(root_hashes.StillHashing):
+            hashes.find("ab" * 32, wait_s=0.01)
+    go_on.set()
+    found = hashes.find("ab" * 32)
+    assert found is not None
+    assert found.path == file
+    assert len(calls) == 1
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """What is only the superuser's may not be read meanwhile, whoever runs the tests."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_root_that_cannot_be_read_answers_as_if_nothing_were_there(library: AdapterLibrary, root: Path) -> None:
+    (root / "a.safetensors").write_bytes(adapter_bytes())
+    root.chmod(0)
+    try:
+        with as_nobody():
+            for path in ("a.safetensors", "b.safetensors"):
+                with pytest.raises(LoraNotFound) as caught:
+                    library.locate(path, "path")
+                assert str(root) not in caught.value.message
+            assert library.listing().loras == ()
+    finally:
+        root.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_read_is_told_without_its_path(root: Path) -> None:
+    file = root / "a.safetensors"
+    file.write_bytes(adapter_bytes())
+    file.chmod(0)
+    with as_nobody(), pytest.raises(LoraInvalid, match="cannot be read: Permission denied") as caught:
+        require_adapter_file(file)
+    assert str(root) not in caught.value.message
+
+
+def test_a_pipe_below_the_root_keeps_nobody_waiting(library: AdapterLibrary, root: Path) -> None:
+    os.mkfifo(root / "pipe.safetensors")
+    with pytest.raises(LoraNotFound):
+        library.locate(f"sha256:{sha256_of(b'')}", "path")
+    assert library.listing().loras == ()
 
 
 def test_uploads_outlive_the_process(library: AdapterLibrary, root: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import http.server
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,31 @@ def test_an_adapter_is_fetched_told_of_and_kept(serve_urls: Serve, host: Host, t
         f"{sha256}.safetensors",
         f"{sha256}.json",
     }
+
+
+def test_an_adapter_behind_a_url_is_inspected_and_kept(serve_urls: Serve, host: Host, tmp_path: Path) -> None:
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client:
+        found = client.inspect_lora(host.url("/a.safetensors"), model="chroma-mini")
+        assert (found.sha256, found.path) == (hashlib.sha256(FILE).hexdigest(), host.url("/a.safetensors"))
+        assert client.inspect_lora(f"sha256:{found.sha256}", model="chroma-mini").blocks == found.blocks
+        with pytest.raises(chromarpc.LoraNotFound) as caught:
+            client.inspect_lora(host.url("/missing"), model="chroma-mini")
+        assert [violation.field for violation in caught.value.violations] == ["path"]
+        with pytest.raises(chromarpc.InvalidRequest) as refused:
+            client.inspect_lora("http://elsewhere.example/a", model="chroma-mini", hf_token=SECRET)
+        assert [violation.field for violation in refused.value.violations] == ["path"]
+
+
+def test_an_inspection_of_a_slow_url_holds_up_no_other(serve_urls: Serve, host: Host) -> None:
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.inspect_lora, host.url("/slow"), model="chroma-mini")
+        assert host.half_sent.wait(10)
+        client.inspect_lora(host.url("/a.safetensors"), model="chroma-mini")
+        assert not slow.done()
+        host.release.set()
+        assert slow.result(10).sha256 == hashlib.sha256(FILE).hexdigest()
 
 
 def test_a_missing_file_is_told_at_its_field(serve_urls: Serve, host: Host) -> None:

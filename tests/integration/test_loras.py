@@ -282,7 +282,7 @@ def test_errors_of_an_upload_name_what_is_wrong(stub: lora_service_pb2_grpc.Lora
 
 def test_only_uploads_can_be_deleted(client: Client, root: Path) -> None:
     shutil.copy(RECORDED / "aitk.safetensors", root)
-    uploaded = client.upload_lora(RECORDED / "aitk.safetensors")
+    uploaded = client.upload_lora(RECORDED / "kohya.safetensors")
     client.delete_lora(uploaded.path)
     with pytest.raises(chromarpc.LoraNotFound):
         client.generate_images("a", loras=uploaded.path, **SMALL)
@@ -337,10 +337,12 @@ def test_every_recorded_format_is_inspected(client: Client, root: Path, name: st
         strength = float(file.metadata()["strength"])
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
+    weights: dict[str, float] = {}
     for parameter, after in load_file(expected).items():
         block = re.sub(r"(\.\d+)\..*|\.linear\.weight", r"\1", parameter)
         added = (after.double() - before[parameter].double()) / strength
         squares[block] = squares.get(block, 0.0) + float(added.square().sum())
+        weights[block] = weights.get(block, 0.0) + float(before[parameter].double().square().sum())
         counts[block] = counts.get(block, 0) + int((added.abs().sum(-1) != 0).sum()) * added.shape[-1]
     assert [block.block for block in found.blocks] == sorted(squares)
     for block in found.blocks:
@@ -348,6 +350,8 @@ def test_every_recorded_format_is_inspected(client: Client, root: Path, name: st
             assert name == "kohya_dora"
         else:
             assert block.norm == pytest.approx(squares[block.block] ** 0.5, rel=1e-4)
+            relative = (squares[block.block] / weights[block.block]) ** 0.5
+            assert block.relative_norm == pytest.approx(relative, rel=1e-3)  # the server's weights are bf16
             if name != "full_diff":  # whose bias has one dimension
                 assert block.rms == pytest.approx((squares[block.block] / counts[block.block]) ** 0.5, rel=1e-4)
 
@@ -374,6 +378,14 @@ def test_an_inspection_tells_ranks_alphas_and_metadata(client: Client, root: Pat
         "LORA_FOR_ANOTHER_MODEL", "LORA_WITHOUT_EFFECT", "LORA_PART_UNSUPPORTED", "LORA_KEYS_UNMATCHED",
     ]  # fmt: skip
     assert "flux1\\x1b" in found.warnings[0].message
+    events = client.generate(
+        "a", model="chroma-mini", width=64, height=64, sample_steps=1, loras=["a.safetensors"]
+    )
+    (prepared,) = [event for event in events if isinstance(event, chromarpc.Prepared)]
+    assert [(warning.code, warning.message) for warning in prepared.warnings] == [
+        (warning.code, warning.message) for warning in found.warnings
+    ]
+    assert {warning.field for warning in prepared.warnings} == {"loras.0.path"}
 
 
 def test_an_alpha_that_float16_cannot_hold_is_told(client: Client, root: Path) -> None:
@@ -385,6 +397,14 @@ def test_an_alpha_that_float16_cannot_hold_is_told(client: Client, root: Path) -
     found = client.inspect_lora("a.safetensors")
     assert [warning.code for warning in found.warnings] == ["LORA_ALPHA_NOT_FINITE"]
     assert found.alphas == ()
+
+
+def test_a_file_below_the_root_is_named_by_the_hash_that_an_inspection_tells(client: Client, root: Path) -> None:
+    shutil.copy(RECORDED / "aitk.safetensors", root / "hashed.safetensors")
+    sha256 = client.inspect_lora("hashed.safetensors").sha256
+    (listed,) = [lora for lora in client.list_loras() if lora.path == "hashed.safetensors"]
+    assert listed.sha256 == sha256
+    assert client.inspect_lora(f"sha256:{sha256}").sha256 == sha256
 
 
 def test_what_cannot_be_inspected_is_told_as_a_generation_would(client: Client, root: Path) -> None:
@@ -454,8 +474,9 @@ def test_the_command_uploads_lists_inspects_and_deletes(shell: Shell) -> None:
     assert "ai-toolkit LoRA" in inspected
     assert "double_blocks.0" in inspected
     assert "█" in inspected
+    assert re.search(r"double_blocks\.0 +\S+ +[\d.]+ %", inspected)
     blocks = json.loads(shell("lora", "inspect", path, "--json").stdout)["blocks"]
-    assert {"block", "norm", "rms", "has_magnitude"} == set(blocks[0])
+    assert {"block", "norm", "rms", "has_magnitude", "relative_norm"} == set(blocks[0])
     assert shell("lora", "rm", path).exit_code == 0
     again = shell("lora", "rm", path)
     assert (again.exit_code, again.stderr) == (2, "error: path: the server has no upload with this hash\n")

@@ -61,6 +61,7 @@ def test_alternating_requests_switch_in_place_where_only_one_set_fits(serve: Ser
             report = _weights(client, loras=_lora(name))
             assert report.source.value == "switched"
             assert report.resident_set_count == 1
+            assert report.evicted_set_count == 1
             assert report.rewritten_tensor_count > 0
         assert _source(client, loras=_lora("kohya", 0.5)) == "switched"
         assert _source(client, loras=_lora("kohya", 0.5)) == "resident"

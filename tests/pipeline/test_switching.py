@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
 from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, read_adapter
+from chromarpc_server.pipeline.adapters import reader
 from chromarpc_server.pipeline.transformer import ChromaConfig
 from tests.adapters.conftest import Shapes, values
 from tests.tiny_checkpoint import GOLDENS
@@ -125,10 +127,15 @@ def test_only_what_differs_is_rewritten(
 
 
 def test_a_change_that_overflows_is_refused_by_name_and_repaired(
-    weights: dict[str, Tensor], config: ChromaConfig, adapters: list[Adapter], tmp_path: Path
+    weights: dict[str, Tensor],
+    config: ChromaConfig,
+    adapters: list[Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from safetensors.torch import save_file
 
+    monkeypatch.setattr(reader, "MAX_CHANGE", math.inf)  # reading would refuse it before
     save_file({"diffusion_model.img_in.diff": values(*weights["img_in.weight"].shape) + 3e38}, tmp_path / "a")
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     huge = read_adapter(tmp_path / "a", shapes)

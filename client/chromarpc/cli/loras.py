@@ -26,6 +26,8 @@ from chromarpc.upload import UploadProgress
 
 BAR_WIDTH = 40
 """Characters of the longest bar."""
+MAX_KEYS = 3
+"""Keys without effect that are shown."""
 MAX_METADATA_TEXT = 100
 """Characters of one value of a file's header that are shown."""
 
@@ -123,7 +125,8 @@ def _inspection_lines(found: LoraInspection) -> Iterator[str]:
         yield f"  alphas    {', '.join(f'{alpha:g}' for alpha in found.alphas)}"
     yield f"  changes   {found.changed_parameter_count} parameters by {found.matched_key_count} keys"
     if found.unmatched_key_count:
-        yield f"  unused    {found.unmatched_key_count} keys: {', '.join(found.unmatched_keys[:3])}, …"
+        more = ", …" if found.unmatched_key_count > MAX_KEYS else ""
+        yield f"  unused    {found.unmatched_key_count} keys: {', '.join(found.unmatched_keys[:MAX_KEYS])}{more}"
     for part in found.unsupported:
         yield f"            {part.key_count} of them: {part.name}"
     for key, value in sorted(found.metadata.items()):
@@ -134,13 +137,23 @@ def _inspection_lines(found: LoraInspection) -> Iterator[str]:
 
 def _draw_blocks(blocks: tuple[BlockStrength, ...]) -> None:
     """A bar for each block; the longest is the strongest."""
-    most = max(block.rms for block in blocks)
-    table = Table("block", "rms change of a weight", "", box=None, pad_edge=False)
-    for block in blocks:
+    if any(block.relative_norm is not None for block in blocks):
+        title = "change, of the block's own norm"
+        strengths = [block.relative_norm or 0.0 for block in blocks]
+        numbers = [
+            "-" if block.relative_norm is None else f"{100 * block.relative_norm:.3g} %" for block in blocks
+        ]
+    else:  # a server that tells none
+        title = "rms change of a weight"
+        strengths = [block.rms for block in blocks]
+        numbers = [f"{block.rms:.3g}" for block in blocks]
+    most = max(strengths)
+    table = Table("block", title, "", box=None, pad_edge=False)
+    for block, strength, number in zip(blocks, strengths, numbers, strict=True):
         table.add_row(
             Text(printable(block.block)),
-            Bar(size=most or 1.0, begin=0, end=block.rms, width=BAR_WIDTH),
-            Text(f"{block.rms:.3g}{' and DoRA' if block.has_magnitude else ''}"),
+            Bar(size=most or 1.0, begin=0, end=strength, width=BAR_WIDTH),
+            Text(f"{number}{' and DoRA' if block.has_magnitude else ''}"),
         )
     Console(highlight=False).print(table)
 

@@ -633,6 +633,7 @@ class WeightsReport(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     RESIDENT_SET_COUNT_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_SET_COUNT_FIELD_NUMBER: _builtins.int
     source: Global___WeightsSource.ValueType
     """Where they came from."""
     rewritten_tensor_count: _builtins.int
@@ -641,6 +642,8 @@ class WeightsReport(_message.Message):
     """Adapter sets in memory now."""
     resident_bytes: _builtins.int
     """Their size together."""
+    evicted_set_count: _builtins.int
+    """Sets that made room for this one, by being switched or dropped."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """How long it took."""
@@ -653,10 +656,11 @@ class WeightsReport(_message.Message):
         duration: _duration_pb2.Duration | None = ...,
         resident_set_count: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
+        evicted_set_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "resident_bytes", b"resident_bytes", "resident_set_count", b"resident_set_count", "rewritten_tensor_count", b"rewritten_tensor_count", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "evicted_set_count", b"evicted_set_count", "resident_bytes", b"resident_bytes", "resident_set_count", b"resident_set_count", "rewritten_tensor_count", b"rewritten_tensor_count", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from chromarpc.v1 import job_event_pb2 as chromarpc_dot_v1_dot_job__event__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63hromarpc/v1/lora_service.proto\x12\x0c\x63hromarpc.v1\x1a\x1c\x63hromarpc/v1/job_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x01\n\nStoredLora\x12\x0c\n\x04path\x18\x01 \x01(\t\x12(\n\x06source\x18\x02 \x01(\x0e\x32\x18.chromarpc.v1.LoraSource\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x31\n\rmodified_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x66ilename\x18\x06 \x01(\t\"9\n\x10ListLorasRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"h\n\x11ListLorasResponse\x12\'\n\x05loras\x18\x01 \x03(\x0b\x32\x18.chromarpc.v1.StoredLora\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"@\n\x12InspectLoraRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\x05model\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"G\n\x13InspectLoraResponse\x12\x30\n\ninspection\x18\x01 \x01(\x0b\x32\x1c.chromarpc.v1.LoraInspection\"\xfa\x03\n\x0eLoraInspection\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x0e\n\x06\x64types\x18\x06 \x03(\t\x12\r\n\x05ranks\x18\x07 \x03(\x05\x12\x0e\n\x06\x61lphas\x18\x08 \x03(\x01\x12\x19\n\x11matched_key_count\x18\t \x01(\x05\x12\x1b\n\x13unmatched_key_count\x18\n \x01(\x05\x12\x16\n\x0eunmatched_keys\x18\x0b \x03(\t\x12\x32\n\x0bunsupported\x18\x0c \x03(\x0b\x32\x1d.chromarpc.v1.UnsupportedKeys\x12\x1f\n\x17\x63hanged_parameter_count\x18\r \x01(\x05\x12+\n\x06\x62locks\x18\x0e \x03(\x0b\x32\x1b.chromarpc.v1.BlockStrength\x12<\n\x08metadata\x18\x0f \x03(\x0b\x32*.chromarpc.v1.LoraInspection.MetadataEntry\x12\'\n\x08warnings\x18\x10 \x03(\x0b\x32\x15.chromarpc.v1.Warning\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x0fUnsupportedKeys\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tkey_count\x18\x02 \x01(\x05\"P\n\rBlockStrength\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0c\n\x04norm\x18\x02 \x01(\x01\x12\x0b\n\x03rms\x18\x03 \x01(\x01\x12\x15\n\rhas_magnitude\x18\x04 \x01(\x08\"!\n\x11\x44\x65leteLoraRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x14\n\x12\x44\x65leteLoraResponse\"_\n\x17\x43reateLoraUploadRequest\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x13\n\x06sha256\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_sha256\"\xa3\x01\n\x18\x43reateLoraUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\r\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x08\x65xisting\x18\x04 \x01(\x0b\x32\x18.chromarpc.v1.StoredLora\"K\n\x17\x41ppendLoraUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"`\n\x18\x41ppendLoraUploadResponse\x12\x13\n\x0bnext_offset\x18\x01 \x01(\x04\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\">\n\x19\x46inalizeLoraUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"D\n\x1a\x46inalizeLoraUploadResponse\x12&\n\x04lora\x18\x01 \x01(\x0b\x32\x18.chromarpc.v1.StoredLora*q\n\nLoraSource\x12\x1b\n\x17LORA_SOURCE_UNSPECIFIED\x10\x00\x12\x14\n\x10LORA_SOURCE_ROOT\x10\x01\x12\x16\n\x12LORA_SOURCE_UPLOAD\x10\x02\x12\x18\n\x14LORA_SOURCE_DOWNLOAD\x10\x03\x32\xaf\x04\n\x0bLoraService\x12L\n\tListLoras\x12\x1e.chromarpc.v1.ListLorasRequest\x1a\x1f.chromarpc.v1.ListLorasResponse\x12R\n\x0bInspectLora\x12 .chromarpc.v1.InspectLoraRequest\x1a!.chromarpc.v1.InspectLoraResponse\x12O\n\nDeleteLora\x12\x1f.chromarpc.v1.DeleteLoraRequest\x1a .chromarpc.v1.DeleteLoraResponse\x12\x61\n\x10\x43reateLoraUpload\x12%.chromarpc.v1.CreateLoraUploadRequest\x1a&.chromarpc.v1.CreateLoraUploadResponse\x12\x61\n\x10\x41ppendLoraUpload\x12%.chromarpc.v1.AppendLoraUploadRequest\x1a&.chromarpc.v1.AppendLoraUploadResponse\x12g\n\x12\x46inalizeLoraUpload\x12\'.chromarpc.v1.FinalizeLoraUploadRequest\x1a(.chromarpc.v1.FinalizeLoraUploadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63hromarpc/v1/lora_service.proto\x12\x0c\x63hromarpc.v1\x1a\x1c\x63hromarpc/v1/job_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x01\n\nStoredLora\x12\x0c\n\x04path\x18\x01 \x01(\t\x12(\n\x06source\x18\x02 \x01(\x0e\x32\x18.chromarpc.v1.LoraSource\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x31\n\rmodified_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x66ilename\x18\x06 \x01(\t\"9\n\x10ListLorasRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"h\n\x11ListLorasResponse\x12\'\n\x05loras\x18\x01 \x03(\x0b\x32\x18.chromarpc.v1.StoredLora\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"d\n\x12InspectLoraRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\x05model\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08hf_token\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06_modelB\x0b\n\t_hf_token\"G\n\x13InspectLoraResponse\x12\x30\n\ninspection\x18\x01 \x01(\x0b\x32\x1c.chromarpc.v1.LoraInspection\"\xfa\x03\n\x0eLoraInspection\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x0e\n\x06\x64types\x18\x06 \x03(\t\x12\r\n\x05ranks\x18\x07 \x03(\x05\x12\x0e\n\x06\x61lphas\x18\x08 \x03(\x01\x12\x19\n\x11matched_key_count\x18\t \x01(\x05\x12\x1b\n\x13unmatched_key_count\x18\n \x01(\x05\x12\x16\n\x0eunmatched_keys\x18\x0b \x03(\t\x12\x32\n\x0bunsupported\x18\x0c \x03(\x0b\x32\x1d.chromarpc.v1.UnsupportedKeys\x12\x1f\n\x17\x63hanged_parameter_count\x18\r \x01(\x05\x12+\n\x06\x62locks\x18\x0e \x03(\x0b\x32\x1b.chromarpc.v1.BlockStrength\x12<\n\x08metadata\x18\x0f \x03(\x0b\x32*.chromarpc.v1.LoraInspection.MetadataEntry\x12\'\n\x08warnings\x18\x10 \x03(\x0b\x32\x15.chromarpc.v1.Warning\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x0fUnsupportedKeys\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tkey_count\x18\x02 \x01(\x05\"~\n\rBlockStrength\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0c\n\x04norm\x18\x02 \x01(\x01\x12\x0b\n\x03rms\x18\x03 \x01(\x01\x12\x15\n\rhas_magnitude\x18\x04 \x01(\x08\x12\x1a\n\rrelative_norm\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_relative_norm\"!\n\x11\x44\x65leteLoraRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x14\n\x12\x44\x65leteLoraResponse\"_\n\x17\x43reateLoraUploadRequest\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x13\n\x06sha256\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_sha256\"\xa3\x01\n\x18\x43reateLoraUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\r\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x08\x65xisting\x18\x04 \x01(\x0b\x32\x18.chromarpc.v1.StoredLora\"K\n\x17\x41ppendLoraUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"`\n\x18\x41ppendLoraUploadResponse\x12\x13\n\x0bnext_offset\x18\x01 \x01(\x04\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\">\n\x19\x46inalizeLoraUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"D\n\x1a\x46inalizeLoraUploadResponse\x12&\n\x04lora\x18\x01 \x01(\x0b\x32\x18.chromarpc.v1.StoredLora*q\n\nLoraSource\x12\x1b\n\x17LORA_SOURCE_UNSPECIFIED\x10\x00\x12\x14\n\x10LORA_SOURCE_ROOT\x10\x01\x12\x16\n\x12LORA_SOURCE_UPLOAD\x10\x02\x12\x18\n\x14LORA_SOURCE_DOWNLOAD\x10\x03\x32\xaf\x04\n\x0bLoraService\x12L\n\tListLoras\x12\x1e.chromarpc.v1.ListLorasRequest\x1a\x1f.chromarpc.v1.ListLorasResponse\x12R\n\x0bInspectLora\x12 .chromarpc.v1.InspectLoraRequest\x1a!.chromarpc.v1.InspectLoraResponse\x12O\n\nDeleteLora\x12\x1f.chromarpc.v1.DeleteLoraRequest\x1a .chromarpc.v1.DeleteLoraResponse\x12\x61\n\x10\x43reateLoraUpload\x12%.chromarpc.v1.CreateLoraUploadRequest\x1a&.chromarpc.v1.CreateLoraUploadResponse\x12\x61\n\x10\x41ppendLoraUpload\x12%.chromarpc.v1.AppendLoraUploadRequest\x1a&.chromarpc.v1.AppendLoraUploadResponse\x12g\n\x12\x46inalizeLoraUpload\x12\'.chromarpc.v1.FinalizeLoraUploadRequest\x1a(.chromarpc.v1.FinalizeLoraUploadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LORAINSPECTION_METADATAENTRY']._loaded_options = None
   _globals['_LORAINSPECTION_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_LORASOURCE']._serialized_start=1864
-  _globals['_LORASOURCE']._serialized_end=1977
+  _globals['_LORASOURCE']._serialized_start=1946
+  _globals['_LORASOURCE']._serialized_end=2059
   _globals['_STOREDLORA']._serialized_start=113
   _globals['_STOREDLORA']._serialized_end=286
   _globals['_LISTLORASREQUEST']._serialized_start=288
@@ -44,33 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTLORASRESPONSE']._serialized_start=347
   _globals['_LISTLORASRESPONSE']._serialized_end=451
   _globals['_INSPECTLORAREQUEST']._serialized_start=453
-  _globals['_INSPECTLORAREQUEST']._serialized_end=517
-  _globals['_INSPECTLORARESPONSE']._serialized_start=519
-  _globals['_INSPECTLORARESPONSE']._serialized_end=590
-  _globals['_LORAINSPECTION']._serialized_start=593
-  _globals['_LORAINSPECTION']._serialized_end=1099
-  _globals['_LORAINSPECTION_METADATAENTRY']._serialized_start=1052
-  _globals['_LORAINSPECTION_METADATAENTRY']._serialized_end=1099
-  _globals['_UNSUPPORTEDKEYS']._serialized_start=1101
-  _globals['_UNSUPPORTEDKEYS']._serialized_end=1151
-  _globals['_BLOCKSTRENGTH']._serialized_start=1153
-  _globals['_BLOCKSTRENGTH']._serialized_end=1233
-  _globals['_DELETELORAREQUEST']._serialized_start=1235
-  _globals['_DELETELORAREQUEST']._serialized_end=1268
-  _globals['_DELETELORARESPONSE']._serialized_start=1270
-  _globals['_DELETELORARESPONSE']._serialized_end=1290
-  _globals['_CREATELORAUPLOADREQUEST']._serialized_start=1292
-  _globals['_CREATELORAUPLOADREQUEST']._serialized_end=1387
-  _globals['_CREATELORAUPLOADRESPONSE']._serialized_start=1390
-  _globals['_CREATELORAUPLOADRESPONSE']._serialized_end=1553
-  _globals['_APPENDLORAUPLOADREQUEST']._serialized_start=1555
-  _globals['_APPENDLORAUPLOADREQUEST']._serialized_end=1630
-  _globals['_APPENDLORAUPLOADRESPONSE']._serialized_start=1632
-  _globals['_APPENDLORAUPLOADRESPONSE']._serialized_end=1728
-  _globals['_FINALIZELORAUPLOADREQUEST']._serialized_start=1730
-  _globals['_FINALIZELORAUPLOADREQUEST']._serialized_end=1792
-  _globals['_FINALIZELORAUPLOADRESPONSE']._serialized_start=1794
-  _globals['_FINALIZELORAUPLOADRESPONSE']._serialized_end=1862
-  _globals['_LORASERVICE']._serialized_start=1980
-  _globals['_LORASERVICE']._serialized_end=2539
+  _globals['_INSPECTLORAREQUEST']._serialized_end=553
+  _globals['_INSPECTLORARESPONSE']._serialized_start=555
+  _globals['_INSPECTLORARESPONSE']._serialized_end=626
+  _globals['_LORAINSPECTION']._serialized_start=629
+  _globals['_LORAINSPECTION']._serialized_end=1135
+  _globals['_LORAINSPECTION_METADATAENTRY']._serialized_start=1088
+  _globals['_LORAINSPECTION_METADATAENTRY']._serialized_end=1135
+  _globals['_UNSUPPORTEDKEYS']._serialized_start=1137
+  _globals['_UNSUPPORTEDKEYS']._serialized_end=1187
+  _globals['_BLOCKSTRENGTH']._serialized_start=1189
+  _globals['_BLOCKSTRENGTH']._serialized_end=1315
+  _globals['_DELETELORAREQUEST']._serialized_start=1317
+  _globals['_DELETELORAREQUEST']._serialized_end=1350
+  _globals['_DELETELORARESPONSE']._serialized_start=1352
+  _globals['_DELETELORARESPONSE']._serialized_end=1372
+  _globals['_CREATELORAUPLOADREQUEST']._serialized_start=1374
+  _globals['_CREATELORAUPLOADREQUEST']._serialized_end=1469
+  _globals['_CREATELORAUPLOADRESPONSE']._serialized_start=1472
+  _globals['_CREATELORAUPLOADRESPONSE']._serialized_end=1635
+  _globals['_APPENDLORAUPLOADREQUEST']._serialized_start=1637
+  _globals['_APPENDLORAUPLOADREQUEST']._serialized_end=1712
+  _globals['_APPENDLORAUPLOADRESPONSE']._serialized_start=1714
+  _globals['_APPENDLORAUPLOADRESPONSE']._serialized_end=1810
+  _globals['_FINALIZELORAUPLOADREQUEST']._serialized_start=1812
+  _globals['_FINALIZELORAUPLOADREQUEST']._serialized_end=1874
+  _globals['_FINALIZELORAUPLOADRESPONSE']._serialized_start=1876
+  _globals['_FINALIZELORAUPLOADRESPONSE']._serialized_end=1944
+  _globals['_LORASERVICE']._serialized_start=2062
+  _globals['_LORASERVICE']._serialized_end=2621
 # @@protoc_insertion_point(module_scope)

@@ -159,22 +159,31 @@ class InspectLoraRequest(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    HF_TOKEN_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """As `GenerateRequest.loras.path` takes it."""
+    """As `GenerateRequest.loras.path` takes it; what a URL names is fetched first, and kept as for a job."""
     model: _builtins.str
     """The model it is for, whose weights must be on the server; `chroma` where left out."""
+    hf_token: _builtins.str
+    """Hugging Face token, for a URL that needs one."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         model: _builtins.str | None = ...,
+        hf_token: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_model", b"_model", "hf_token", b"hf_token", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_model", b"_model", "hf_token", b"hf_token", "model", b"model", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hf_token: _TypeAlias = _typing.Literal["hf_token"]  # noqa: Y015
+    _WhichOneofArgType__hf_token: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token"]  # noqa: Y015
     _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hf_token) -> _WhichOneofReturnType__hf_token | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
 
 Global___InspectLoraRequest: _TypeAlias = InspectLoraRequest  # noqa: Y015
@@ -357,16 +366,19 @@ class BlockStrength(_message.Message):
     NORM_FIELD_NUMBER: _builtins.int
     RMS_FIELD_NUMBER: _builtins.int
     HAS_MAGNITUDE_FIELD_NUMBER: _builtins.int
+    RELATIVE_NORM_FIELD_NUMBER: _builtins.int
     block: _builtins.str
     """Name such as `double_blocks.3`, or `img_in` of what is in no block."""
     norm: _builtins.float
-    """Frobenius norm of everything that is added to the block's weights. It is absolute: it does not depend on the
-    model's own weights, so it can be told without reading them.
-    """
+    """Frobenius norm of everything that is added to the block's weights; absolute."""
     rms: _builtins.float
     """Root mean square of what is added to one value: comparable between blocks of different sizes."""
     has_magnitude: _builtins.bool
     """Whether DoRA scales the changed weights on top of it, which is not part of the numbers above."""
+    relative_norm: _builtins.float
+    """`norm` relative to the norm of the model's own parameters that are changed in this block; absent where those are
+    all zero.
+    """
     def __init__(
         self,
         *,
@@ -374,12 +386,15 @@ class BlockStrength(_message.Message):
         norm: _builtins.float = ...,
         rms: _builtins.float = ...,
         has_magnitude: _builtins.bool = ...,
+        relative_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_relative_norm", b"_relative_norm", "relative_norm", b"relative_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "has_magnitude", b"has_magnitude", "norm", b"norm", "rms", b"rms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_relative_norm", b"_relative_norm", "block", b"block", "has_magnitude", b"has_magnitude", "norm", b"norm", "relative_norm", b"relative_norm", "rms", b"rms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__relative_norm: _TypeAlias = _typing.Literal["relative_norm"]  # noqa: Y015
+    _WhichOneofArgType__relative_norm: _TypeAlias = _typing.Literal["_relative_norm", b"_relative_norm"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relative_norm) -> _WhichOneofReturnType__relative_norm | None: ...
 
 Global___BlockStrength: _TypeAlias = BlockStrength  # noqa: Y015
 

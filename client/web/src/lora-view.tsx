@@ -181,7 +181,7 @@ function InspectionDialog() {
   useEffect(() => dialog.current?.showModal(), []);
   const { path, inspection, error } = inspected.value ?? { path: "" };
   const stored = loras.value.find((lora) => lora.path === path);
-  const strongest = Math.max(0, ...(inspection?.blocks.map(({ rms }) => rms) ?? []));
+  const strongest = Math.max(0, ...(inspection?.blocks.map(({ relativeNorm }) => relativeNorm ?? 0) ?? []));
   return (
     <dialog
       ref={dialog}
@@ -230,10 +230,10 @@ function InspectionDialog() {
           ))}
           <h3>How strongly it changes each block</h3>
           <div class="blocks">
-            {inspection.blocks.map(({ block, rms }) => (
-              <div key={block} title={`${block}: ${rms.toExponential(2)}`}>
+            {inspection.blocks.map(({ block, relativeNorm = 0 }) => (
+              <div key={block} title={`${block}: ${(100 * relativeNorm).toPrecision(3)} % of its own norm`}>
                 <span>{block}</span>
-                <meter value={rms} max={strongest} aria-label={block} />
+                <meter value={relativeNorm} max={strongest} aria-label={block} />
               </div>
             ))}
           </div>

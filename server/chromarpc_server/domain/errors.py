@@ -222,7 +222,7 @@ class AttemptsExhausted(RestartError):
 
 
 class LoraChanged(RestartError):
-    """An adapter has other bytes than before, or is gone, so the picture would be another one."""
+    """An adapter has other bytes than when the job was admitted, or is gone: the picture would be another one."""
 
     reason = "LORA_CHANGED"
 

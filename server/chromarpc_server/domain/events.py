@@ -100,6 +100,8 @@ class WeightsReport:
     """Sets in memory now."""
     resident_bytes: int
     """Their size together."""
+    evicted_sets: int = 0
+    """Sets that made room for this one, by being switched or dropped."""
 
 
 @dataclass(frozen=True)

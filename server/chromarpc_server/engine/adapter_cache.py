@@ -5,12 +5,13 @@ Keyed by what the file system says of a file, not by its name alone: a file that
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chromarpc_server.domain.errors import LoraNotFound
+from chromarpc_server.domain.errors import LoraChanged, LoraNotFound
 from chromarpc_server.pipeline import Adapter, read_adapter
 
 
@@ -35,6 +36,27 @@ class AdapterFile:
         except OSError:
             raise LoraNotFound("no such adapter below the server's adapter root", field=field) from None
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def is_same(self, status: os.stat_result) -> bool:
+        """Whether this is what the file system says of the same version of the file."""
+        return (status.st_size, status.st_mtime_ns, status.st_ino) == (
+            self.size_bytes,
+            self.modified_ns,
+            self.inode,
+        )
+
+    def require_still(self) -> None:
+        """Looks at the file again.
+
+        Raises:
+            LoraChanged: it was written anew, or went away.
+        """
+        try:
+            status = self.path.stat()
+        except OSError:
+            raise LoraChanged("the adapter went away while the job waited") from None
+        if not self.is_same(status):
+            raise LoraChanged("the adapter was written anew while the job waited")
 
 
 class AdapterCache:
@@ -62,13 +84,17 @@ class AdapterCache:
 
         Raises:
             LoraInvalid, LoraIncompatible: see `read_adapter`.
+            LoraChanged: the file is no longer the one that the job was admitted with.
         """
         key = (revision, file)
         found = self._held.get(key)
         if found is not None:
             self._held.move_to_end(key)
             return found
+        # Both here and in prepared sets the key stands for the bytes: another version must not come in under it.
+        file.require_still()
         adapter = read_adapter(file.path, targets, check=check)
+        file.require_still()
         self._held[key] = adapter
         while self._held and self.size_bytes > self._budget_bytes:
             self._held.popitem(last=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -57,6 +58,7 @@ MAX_REMEMBERED_URLS = 4096
 
 _IS_HTML = "the URL leads to an HTML page, not to an adapter file"
 _TRANSIENT = (429, 502, 503, 504)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _HTML_STARTS = (b"<!doctype html", b"<html")
 _FILE_PAGE = re.compile(rb"^(/(?:datasets/|spaces/)?[^/?]+(?:/[^/?]+)?)/blob/")
@@ -174,7 +176,8 @@ class AdapterDownloads:
             LoraNotFound: the host has no such file.
             LoraForbidden: the host wants a token, or another one.
             LoraInvalid: the answer is a web page, encoded, or empty.
-            LoraDownloadFailed: no connection, a broken answer, another status, or a time limit passed.
+            LoraDownloadFailed: no connection, a broken answer, another status, a time limit passed, or the disk is
+                full.
             OSError: the folder cannot be written.
         """
         try:
@@ -234,6 +237,11 @@ class AdapterDownloads:
                     pause_s *= 2
         except TimeoutError:
             raise LoraDownloadFailed(f"the download took longer than {self._limits.total_s:g} s") from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            log.error("adapter.download_without_room", extra={"host": flight.url.host})  # noqa: TRY400 - says it all
+            raise LoraDownloadFailed("the server's disk has no room for this adapter") from None
 
     async def _attempt(self, flight: _Flight) -> _Stored:
         """One try, over all redirects."""

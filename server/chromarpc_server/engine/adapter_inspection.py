@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.engine.adapter_warnings import adapter_warnings
+from chromarpc_server.engine.weight_norms import WeightNorms
 from chromarpc_server.pipeline import Adapter, CheckpointFiles
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
     read_adapter,
-    shown,
     squared_norm,
     value_count,
 )
@@ -25,9 +26,6 @@ from chromarpc_server.pipeline.weights import open_weights
 MAX_NUMBERS = 20
 """How many distinct ranks or alphas are told."""
 FIELD = "path"
-_BASE_MODEL = "ss_base_model_version"
-"""Key under which kohya's trainers and ai-toolkit name the model that they trained on."""
-_FAMILY = "chroma"
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,13 @@ class BlockStrength:
     block: str
     """`double_blocks.3`; of a parameter in no block, its module's first name."""
     norm: float
-    """‖Δ‖ in Frobenius' sense over the block's parameters: absolute, as it needs none of the model's values."""
+    """‖Δ‖ in Frobenius' sense over the block's parameters."""
     rms: float
     """Root mean square of Δ's values; comparable between blocks of different sizes."""
     has_magnitude: bool
     """Whether DoRA scales the changed weights as well, which is not in the numbers."""
+    relative_norm: float | None
+    """‖Δ‖ / ‖W‖ over the block's parameters that are changed; None where those are all zero."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,29 @@ class AdapterInspection:
 
 
 def inspect_adapter(
-    path: Path, files: CheckpointFiles, *, check: Callable[[], None] = lambda: None
+    path: Path, files: CheckpointFiles, norms: WeightNorms, *, check: Callable[[], None] = lambda: None
 ) -> AdapterInspection:
-    """Reads an adapter beside a model, of which only the header is read.
+    """Reads an adapter beside a model, of which only the header is read, and what `norms` does not know yet.
 
     Args:
         path: the adapter's file.
         files: the model's.
+        norms: of models' own parameters.
         check: called between pieces of work; may raise to stop.
 
     Raises:
         LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
         WeightsInvalid: the model's file cannot be read.
     """
-    return describe_adapter(read_adapter(path, open_weights(files.transformer).shapes, check=check), check=check)
+    model = open_weights(files.transformer)
+    adapter = read_adapter(path, model.shapes, check=check)
+    return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
 
 
 @torch.inference_mode()
-def describe_adapter(adapter: Adapter, *, check: Callable[[], None] = lambda: None) -> AdapterInspection:
-    """The same for an adapter that was read already."""
-    blocks = tuple(_blocks(adapter, check))
+def _describe(adapter: Adapter, squares: Mapping[str, float], check: Callable[[], None]) -> AdapterInspection:
+    """`squares`: ‖W‖² of each parameter that the adapter changes."""
+    blocks = tuple(_blocks(adapter, squares, check))
     alphas = sorted({alpha for change in adapter.changes.values() for alpha in alphas_of(change)})
     return AdapterInspection(
         format=adapter.format,
@@ -102,7 +105,7 @@ def describe_adapter(adapter: Adapter, *, check: Callable[[], None] = lambda: No
         changed_parameters=len(adapter.changes),
         blocks=blocks,
         metadata=adapter.metadata,
-        warnings=tuple(_warnings(adapter, blocks)),
+        warnings=tuple(adapter_warnings(adapter, FIELD)),
     )
 
 
@@ -112,7 +115,7 @@ def block_of(parameter: str) -> str:
     return found[0] if found else parameter.partition(".")[0]
 
 
-def _blocks(adapter: Adapter, check: Callable[[], None]) -> Iterator[BlockStrength]:
+def _blocks(adapter: Adapter, weights: Mapping[str, float], check: Callable[[], None]) -> Iterator[BlockStrength]:
     parameters: dict[str, list[str]] = {}
     for name in adapter.changes:
         parameters.setdefault(block_of(name), []).append(name)
@@ -123,44 +126,16 @@ def _blocks(adapter: Adapter, check: Callable[[], None]) -> Iterator[BlockStreng
             squares.append(squared_norm(adapter.changes[name]))
         changes = [adapter.changes[name] for name in parameters[block]]
         square = math.fsum(squares)
+        weight = math.fsum(weights[name] for name in parameters[block])
         yield BlockStrength(
             block=block,
             norm=math.sqrt(square),
             rms=math.sqrt(square / sum(map(value_count, changes))),
             has_magnitude=any(map(has_magnitude, changes)),
+            relative_norm=math.sqrt(square / weight) if weight else None,
         )
 
 
 def _by_number(block: str) -> tuple[str, int]:
     family, _, number = block.rpartition(".")
     return (family, int(number)) if number.isdigit() else (block, 0)
-
-
-def _warnings(adapter: Adapter, blocks: tuple[BlockStrength, ...]) -> Iterator[PlanWarning]:
-    base = adapter.metadata.get(_BASE_MODEL, "")
-    if base and not base.lower().startswith(_FAMILY):
-        yield PlanWarning(
-            "LORA_FOR_ANOTHER_MODEL", FIELD, f"the file says that it was trained on {shown(base)}, not on Chroma"
-        )
-    if not any(block.norm for block in blocks):
-        yield PlanWarning(
-            "LORA_WITHOUT_EFFECT", FIELD, "every change is zero, as in a file that was never trained"
-        )
-    for part in adapter.unsupported:
-        yield PlanWarning(
-            "LORA_PART_UNSUPPORTED",
-            FIELD,
-            f"{len(part.keys)} keys are {part.name}, which this server does not apply",
-        )
-    if adapter.unmatched:
-        total = len(adapter.matched) + len(adapter.unmatched)
-        yield PlanWarning(
-            "LORA_KEYS_UNMATCHED", FIELD, f"{len(adapter.unmatched)} of the file's {total} keys have no effect"
-        )
-    if adapter.unused_alphas:
-        yield PlanWarning(
-            "LORA_ALPHA_NOT_FINITE",
-            FIELD,
-            f"{len(adapter.unused_alphas)} alphas are not finite numbers, such as "
-            f"{shown(adapter.unused_alphas[0])}; they do not count here, but other programs may use them",
-        )

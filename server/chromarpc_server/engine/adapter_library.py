@@ -1,6 +1,6 @@
 """The adapters that requests can name: below the root, uploaded, downloaded.
 
-Uploaded and downloaded ones are named by what they hold, `sha256:` and the file's hash, and lie in folders of
+All can be named by what they hold, `sha256:` and the file's hash; uploaded and downloaded ones lie in folders of
 `<hash>.safetensors`. An upload grows in a file of its own and moves there, whole, at its end. Each belongs to the
 callers that sent or fetched its bytes, and to others does not exist. Everything here touches the disk: call it
 from a thread.
@@ -36,8 +36,10 @@ from chromarpc_server.domain.errors import (
 )
 from chromarpc_server.domain.limits import UploadLimits
 from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_owners import note_owners, owners_of
 from chromarpc_server.engine.adapter_root import AdapterRoot
+from chromarpc_server.engine.root_hashes import RootHashes, StillHashing
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 log = logging.getLogger(__name__)
@@ -146,6 +148,7 @@ class AdapterLibrary(AdapterRoot):
         self._uploads: dict[str, _Upload] = {}
         self._finished: dict[str, tuple[str, str, float]] = {}
         """Upload id to owner, hash and expiry, so that the end of an upload can be asked for again."""
+        self._root_hashes = RootHashes(self._root_files)
         self._noting = threading.Lock()
         """Held while owners are changed."""
 
@@ -168,7 +171,19 @@ class AdapterLibrary(AdapterRoot):
                 file = folder / f"{sha256}{SUFFIX}"
                 if _is_plain_file(file) and owner in owners_of(file):
                     return file
-        raise LoraNotFound("the server has no adapter with this hash", field=field)
+        message = "the server has no adapter with this hash"
+        if sha256 is not None and self._root is not None:
+            try:
+                if (found := self._root_hashes.find(sha256)) is not None:
+                    return found.path
+            except StillHashing:
+                message += " among those it knows; it is still hashing the files below its root: try again later"
+        raise LoraNotFound(message, field=field)
+
+    def learn(self, file: AdapterFile, sha256: str) -> None:
+        """Takes the hash of a file that was read; one below the root can be named by it from now on."""
+        if self._root is not None and file.path.is_relative_to(self._root):
+            self._root_hashes.learn(file, sha256)
 
     def listing(self, owner: str = NOBODY.name) -> Listing:
         """Every adapter that a request of `owner` could name now, as far as the bounds on looking allow."""
@@ -363,7 +378,9 @@ class AdapterLibrary(AdapterRoot):
         with self._noting:
             owners = owners_of(file) if _is_plain_file(file) else {}
             note_owners(file, {**owners, upload.owner: upload.filename})
-            upload.path.replace(file)
+            # The same bytes stay the same file: jobs that wait, and what is resident, know it by its inode.
+            if not _is_plain_file(file) or file.stat().st_size != upload.size_bytes:
+                upload.path.replace(file)
             _sync_folder(self._loras)
 
     @contextmanager
@@ -475,10 +492,19 @@ class AdapterLibrary(AdapterRoot):
         try:
             if path.startswith(HASH_PREFIX) or len(path.encode()) > MAX_LORA_PATH_BYTES:
                 return None
-            status = super().locate(path, "path").stat()
+            file = AdapterFile.of(super().locate(path, "path"), "path")
         except (LoraNotFound, OSError, UnicodeEncodeError):
             return None
-        return StoredLora(path, LoraSource.ROOT, status.st_size, "", _time(status.st_mtime))
+        sha256 = self._root_hashes.of(file)
+        return StoredLora(path, LoraSource.ROOT, file.size_bytes, sha256, _time(file.modified_ns / 1e9))
+
+    def _root_files(self) -> list[AdapterFile]:
+        """Those of the root's adapters that fit the bounds on looking, links to one file told once."""
+        files: dict[AdapterFile, None] = {}
+        for lora in self._below_root()[0]:
+            with suppress(LoraNotFound):
+                files[AdapterFile.of(super().locate(lora.path, "path"), "path")] = None
+        return list(files)
 
 
 def require_hash(text: str, field: str) -> str:

@@ -189,7 +189,7 @@ class ModelCache:
             LoraIncompatible: an adapter does not fit.
             OutOfMemory: the prepared weights do not fit.
         """
-        started = time.monotonic()
+        started, evictions = time.monotonic(), self._counters.evictions
         slot = next((slot for slot in self._slots if slot.key == key), None)
         if slot is not None:
             self._slots.remove(slot)
@@ -205,6 +205,7 @@ class ModelCache:
             duration_s=time.monotonic() - started,
             resident_sets=len(self._slots),
             resident_bytes=self._prepared_bytes(),
+            evicted_sets=self._counters.evictions - evictions,
         )
         return checkpoint.pipeline(slot.transformer), report
 

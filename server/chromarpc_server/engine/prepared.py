@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount, WeightsReport
 from chromarpc_server.domain.plan import Plan, PlanWarning
+from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.pipeline import Adapter, TokenizedPrompt
 
 
@@ -45,7 +46,11 @@ def prepared_event(
         weights=weights,
         warnings=(
             *_prompt_warnings(tokenized),
-            *_adapter_warnings(adapters),
+            *(
+                warning
+                for index, (adapter, _) in enumerate(adapters)
+                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+            ),
             *_tiling_warnings(plan, tiled_beyond_px),
         ),
     )
@@ -68,21 +73,4 @@ def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]
                 "IMAGE_TILED",
                 f"prompts.{index}",
                 "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
-            )
-
-
-def _adapter_warnings(adapters: Sequence[tuple[Adapter, float]]) -> Iterator[PlanWarning]:
-    for index, (adapter, _) in enumerate(adapters):
-        field = f"loras.{index}.path"
-        for part in adapter.unsupported:
-            yield PlanWarning(
-                "LORA_PART_UNSUPPORTED",
-                field,
-                f"{len(part.keys)} keys are {part.name}, which this server does not apply",
-            )
-        unmatched = len(adapter.unmatched)
-        if unmatched:
-            total = len(adapter.matched) + unmatched
-            yield PlanWarning(
-                "LORA_KEYS_UNMATCHED", field, f"{unmatched} of the file's {total} keys have no effect"
             )

@@ -33,6 +33,21 @@ MAX_METADATA_ENTRIES = 1_000
 MAX_JSON_CONTAINERS = 4 * MAX_TENSORS
 """Braces and brackets in a header, each of which may cost Python a hundred bytes."""
 _READ_BYTES = 4 * 1024 * 1024
+_MAX_NAME = 100
+"""Characters of a tensor's name that a message shows."""
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive, as PyTorch's pickles are",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"GGUF": "GGUF",
+    b"\x1f\x8b": "compressed by gzip",
+    b"<!": "a web page",
+    b"<html": "a web page",
+    b"version ": "a Git LFS pointer rather than the file",
+}
+"""How files begin that are renamed to safetensors, or saved in its place."""
 
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -88,8 +103,11 @@ class SafetensorsFile:
         """Name to shape of every tensor."""
         return {name: entry.shape for name, entry in self.tensors.items()}
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, on the CPU, in the file's order, mapped rather than copied where that is possible.
+    def read(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Tensors on the CPU, in the file's order, mapped rather than copied where that is possible.
+
+        Args:
+            wanted: names of those to read; every one if None.
 
         Raises:
             SafetensorsError: the file changed since its header was checked.
@@ -97,7 +115,8 @@ class SafetensorsFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name in self.tensors:
-                    yield name, file.get_tensor(name)
+                    if wanted is None or name in wanted:
+                        yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise SafetensorsError(f"cannot be read: {error}") from None
 
@@ -120,6 +139,7 @@ class SafetensorsFile:
         tensors: dict[str, Tensor] = {}
         try:
             with _open(self.path) as stream:
+                before = _version(stream)
                 header = stream.read(8 + self._header_bytes)
                 if hashlib.sha256(header).digest() != self._header_digest:
                     raise changed
@@ -142,7 +162,8 @@ class SafetensorsFile:
                         done += len(piece)
                     if keep:
                         tensors[name] = held.view(_DTYPES[entry.dtype]).reshape(entry.shape)
-                if stream.read(1):
+                # Bytes of two versions, with one header, would make an adapter that nobody ever saved.
+                if stream.read(1) or _version(stream) != before:
                     raise changed
         except OSError as error:
             raise SafetensorsError(f"cannot be read: {error.strerror}") from None
@@ -186,10 +207,12 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             if header_bytes > MAX_HEADER_BYTES:
                 raise SafetensorsError(
                     f"not a safetensors file: its header claims {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+                    f"{_other_format(prefix)}"
                 )
             if header_bytes > size - 8:
                 raise SafetensorsError(
                     f"truncated: its header claims {header_bytes} bytes, the file has {size - 8} more"
+                    f"{_other_format(prefix)}"
                 )
             raw = stream.read(header_bytes)
     except OSError as error:
@@ -211,6 +234,23 @@ def _open(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def _version(stream: BufferedReader) -> tuple[int, int]:
+    """What changes when somebody writes to an open file; a new name or another link to it changes neither."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _other_format(prefix: bytes) -> str:
+    """What a file that is not safetensors seems to be, as the end of a sentence; empty where that is not known."""
+    found = next((name for start, name in _OTHER_FORMATS.items() if prefix.startswith(start)), None)
+    return f"; it looks like {found}" if found else ""
+
+
+def _shown(name: str) -> str:
+    """A tensor's name as a message may carry it: printable and of bounded length."""
+    return ascii(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}...")
+
+
 def _parse(raw: bytes) -> dict[str, object]:
     if raw.count(b"{") + raw.count(b"[") > MAX_JSON_CONTAINERS:
         raise SafetensorsError("its header holds more objects than tensors can have")
@@ -222,16 +262,19 @@ def _parse(raw: bytes) -> dict[str, object]:
         raise SafetensorsError("not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         raise SafetensorsError("not a safetensors file: its header is not an object")
-    if not all(_encodable(name) for name in header):
-        raise SafetensorsError("its header names tensors in text that cannot be encoded")
+    for name in header:
+        if not _encodable(name):
+            raise SafetensorsError(f"its header names a tensor in text that cannot be encoded: {_shown(name)}")
     return header
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object's members; the same name twice would let two readers see two files."""
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise SafetensorsError("its header has the same name twice")
+    members: dict[str, object] = {}
+    for name, value in pairs:
+        if name in members:
+            raise SafetensorsError(f"its header has the same name twice: {_shown(name)}")
+        members[name] = value
     return members
 
 
@@ -255,40 +298,46 @@ def _metadata(metadata: object) -> dict[str, str]:
 
 
 def _entries(header: Mapping[str, object], data_bytes: int) -> dict[str, TensorEntry]:
-    spans: list[tuple[int, int]] = []
-    entries: dict[str, TensorEntry] = {}
-    for name, described in header.items():
-        entry, begin, end = _entry(name, described)
-        entries[name] = entry
-        spans.append((begin, end))
-    expected = 0
-    for begin, end in sorted(spans):
-        if begin != expected:
-            raise SafetensorsError("its tensors overlap or leave gaps")
-        expected = end
+    entries = {name: _entry(name, described) for name, described in header.items()}
+    expected, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].size_bytes)):
+        if entry.begin < expected:
+            raise SafetensorsError(f"its tensors overlap: {_shown(before)} and {_shown(name)}")
+        if entry.begin > expected:
+            raise SafetensorsError(
+                f"its tensors leave a gap of {entry.begin - expected} bytes before {_shown(name)}"
+            )
+        expected, before = entry.begin + entry.size_bytes, name
     if expected > data_bytes:
-        raise SafetensorsError(f"truncated: its tensors claim {expected} bytes, the file has {data_bytes}")
+        raise SafetensorsError(
+            f"truncated: its tensors claim {expected} bytes, the file has {data_bytes}; "
+            f"the last of them is {_shown(before)}"
+        )
     if expected < data_bytes:
         raise SafetensorsError(f"{data_bytes - expected} bytes at its end belong to no tensor")
     return entries
 
 
-def _entry(name: str, described: object) -> tuple[TensorEntry, int, int]:
-    bad = SafetensorsError(f"its header describes a tensor that cannot be: {name[:100]!a}")
+def _entry(name: str, described: object) -> TensorEntry:
+    """One tensor's entry, once everything in it agrees.
+
+    Raises:
+        SafetensorsError: naming the tensor and what is wrong with it.
+    """
     if not isinstance(described, dict):
-        raise bad
+        raise SafetensorsError(f"its header describes no tensor under {_shown(name)}")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
-    if (
-        not isinstance(dtype, str)
-        or dtype not in _ITEM_BYTES
-        or not _naturals(shape)
-        or len(shape) > MAX_DIMENSIONS
-        or not _naturals(offsets)
-        or len(offsets) != 2
-        or offsets[1] - offsets[0] != math.prod(shape) * _ITEM_BYTES[dtype]
-    ):
-        raise bad
-    return TensorEntry(dtype, tuple(shape), offsets[1] - offsets[0], offsets[0]), offsets[0], offsets[1]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        told = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
+        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{told}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise SafetensorsError(f"{_shown(name)} has a shape that cannot be")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise SafetensorsError(f"{_shown(name)} has offsets that cannot be")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise SafetensorsError(f"{_shown(name)} has a shape of {dtype} that its {end - begin} bytes do not make")
+    return TensorEntry(dtype, tuple(shape), end - begin, begin)
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:

@@ -296,6 +296,7 @@ def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
             duration=duration(event.weights.duration_s),
             resident_set_count=event.weights.resident_sets,
             resident_bytes=event.weights.resident_bytes,
+            evicted_set_count=event.weights.evicted_sets,
         ),
         warnings=_warnings(event.warnings),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import functools
 import json
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -22,20 +23,27 @@ from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,
     JobCancelled,
+    LoraChanged,
     LoraError,
     ModelNotFound,
     first_named,
 )
 from chromarpc_server.domain.models import CHROMA, ModelSpec
+from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_inspection import AdapterInspection, inspect_adapter
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora
+from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.engine.weight_norms import WeightNorms
 from chromarpc_server.transport.convert import MAX_METADATA_BYTES, MAX_UNMATCHED_BYTES
 from chromarpc_server.transport.status import code_of, shorten, trailing_metadata
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+MAX_FETCHING = 4
+"""Downloads at once that are for inspections; others wait. Those of jobs are bounded by the queue."""
 
 _SOURCES = {
     LoraSource.ROOT: lora_service_pb2.LORA_SOURCE_ROOT,
@@ -68,13 +76,18 @@ def _answering(
 class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
     """Answers from the disk, in threads; never waits for the device."""
 
-    def __init__(self, library: AdapterLibrary, serving: Serving, model_files: ModelFiles) -> None:
-        """`serving`: which models there are."""
+    def __init__(
+        self, library: AdapterLibrary, sources: AdapterSources, serving: Serving, model_files: ModelFiles
+    ) -> None:
+        """`sources`: where adapters come from, of the library or of URLs; `serving`: which models there are."""
         self._library = library
+        self._sources = sources
         self._serving = serving
         self._model_files = model_files
         self._inspecting = asyncio.Lock()
         """One at a time: each holds a whole file in memory."""
+        self._fetching = asyncio.Semaphore(MAX_FETCHING)
+        self._norms = WeightNorms()
 
     @_answering
     async def ListLoras(  # noqa: N802
@@ -113,17 +126,19 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
             if is_unwanted.is_set():
                 raise JobCancelled("the caller cancelled or went away")
 
-        def inspect() -> AdapterInspection:
-            path = self._library.locate(request.path, "path", owner)
+        def inspect(file: AdapterFile) -> AdapterInspection:
             files = self._model_files.require(spec)
             try:
-                return inspect_adapter(path, files, check=check)
-            except LoraError as error:
+                found = inspect_adapter(file.path, files, self._norms, check=check)
+                file.require_still()
+            except (LoraError, LoraChanged) as error:
                 raise error.at("path") from None
+            self._library.learn(file, found.sha256)
+            return found
 
-        async with self._inspecting:
+        async with self._found(request.path, request.hf_token or None, owner) as file, self._inspecting:
             try:
-                found = await asyncio.to_thread(inspect)
+                found = await asyncio.to_thread(inspect, file)
             finally:
                 is_unwanted.set()
         return lora_service_pb2.InspectLoraResponse(inspection=_inspection(request.path, spec.id, found))
@@ -190,6 +205,28 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
             self._library.finalize, request.upload_id, request.sha256, current_caller().name
         )
         return lora_service_pb2.FinalizeLoraUploadResponse(lora=_stored_lora(lora))
+
+    @contextlib.asynccontextmanager
+    async def _found(self, path: str, hf_token: str | None, owner: str) -> AsyncIterator[AdapterFile]:
+        """The adapter's file, which stays where it is while the context lasts.
+
+        Raises:
+            LoraError, InvalidParameter: blaming `path`; see `AdapterSources`.
+        """
+        asked = [PlannedLora(path, 1.0)]
+        try:
+            found = await self._sources.find(asked, owner)
+            if None in found.files:
+                async with self._fetching:
+                    found = await self._sources.fetch(
+                        asked, found, token=hf_token, emit=lambda _: None, owner=owner
+                    )
+        except ChromaError as error:
+            raise type(error)(error.message, field="path", retry_after_s=error.retry_after_s) from None
+        try:
+            yield found.complete[0]
+        finally:
+            found.release()
 
     def _model(self, model_id: str) -> ModelSpec:
         models = self._serving.models
@@ -264,7 +301,11 @@ def _inspection(path: str, model: str, found: AdapterInspection) -> lora_service
         changed_parameter_count=found.changed_parameters,
         blocks=[
             lora_service_pb2.BlockStrength(
-                block=block.block, norm=block.norm, rms=block.rms, has_magnitude=block.has_magnitude
+                block=block.block,
+                norm=block.norm,
+                rms=block.rms,
+                has_magnitude=block.has_magnitude,
+                relative_norm=block.relative_norm,
             )
             for block in found.blocks
         ],

@@ -5,7 +5,7 @@ by both, `change` is the common form with its arithmetic, `reader` puts them tog
 vouches for, `strength` measures what came out.
 """
 
-from chromarpc_server.pipeline.adapters.keys import Unsupported, shown
+from chromarpc_server.pipeline.adapters.keys import Unsupported, named, shown
 from chromarpc_server.pipeline.adapters.reader import Adapter, read_adapter, require_adapter_file
 from chromarpc_server.pipeline.adapters.strength import alphas_of, has_magnitude, squared_norm, value_count
 
@@ -14,6 +14,7 @@ __all__ = [
     "Unsupported",
     "alphas_of",
     "has_magnitude",
+    "named",
     "read_adapter",
     "require_adapter_file",
     "shown",

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 KEY = "lora_adapter_metadata"
 _COMPONENT = "transformer."
 _MAX_BYTES = 1024 * 1024
+_PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")
+"""A module's name, its dots escaped or not."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class PeftScales:
     alpha: float | None = None
     by_module: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False
+    unread: tuple[str, ...] = ()
+    """What it says that is not followed: not a number, or a pattern that is more than a module's name."""
 
     def alpha_of(self, stem: str, rank: int) -> float | None:
         """The alpha of a module such that alpha / rank is its scale; None where the header says nothing.
@@ -40,27 +45,28 @@ class PeftScales:
 
 
 def read_peft_scales(metadata: Mapping[str, str]) -> PeftScales:
-    """The header's scales, or none where it has none that can be read."""
+    """The header's scales, or none where it has none; what cannot be followed is in `unread`."""
     text = metadata.get(KEY, "")
-    if not text or len(text) > _MAX_BYTES:
+    if not text:
         return PeftScales()
     try:
-        options = json.loads(text)
+        options = json.loads(text) if len(text) <= _MAX_BYTES else None
     except (ValueError, RecursionError):
-        return PeftScales()
+        options = None
     if not isinstance(options, dict):
-        return PeftScales()
-    patterns = _option(options, "alpha_pattern")
-    by_module = patterns if isinstance(patterns, dict) else {}
-    return PeftScales(
-        alpha=_number(_option(options, "lora_alpha")),
-        by_module={
-            module.removeprefix("^"): number
-            for module, value in by_module.items()
-            if (number := _number(value)) is not None
-        },
-        rank_stabilized=_option(options, "use_rslora") is True,
-    )
+        return PeftScales(unread=(KEY,))
+    alpha, patterns = _option(options, "lora_alpha"), _option(options, "alpha_pattern")
+    unread = [] if alpha is None or _number(alpha) is not None else ["lora_alpha"]
+    if not isinstance(patterns, dict | None):
+        unread.append("alpha_pattern")
+    by_module = {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        module, number = pattern.removeprefix("^").removesuffix("$"), _number(value)
+        if number is None or not _PLAIN.fullmatch(module):
+            unread.append(f"alpha_pattern {pattern}")
+        else:
+            by_module[module.replace("\\.", ".")] = number
+    return PeftScales(_number(alpha), by_module, _option(options, "use_rslora") is True, tuple(unread))
 
 
 def _option(options: Mapping[str, object], name: str) -> object:

@@ -16,6 +16,7 @@ from chromarpc_server.pipeline.adapters.change import Change, Shape
 from chromarpc_server.pipeline.adapters.keys import SortedKeys, Unsupported, named, shown, sort_keys
 from chromarpc_server.pipeline.adapters.kinds import dora
 from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
+from chromarpc_server.pipeline.adapters.strength import largest_value
 from chromarpc_server.pipeline.safetensors_file import (
     SafetensorsError,
     SafetensorsFile,
@@ -24,6 +25,8 @@ from chromarpc_server.pipeline.safetensors_file import (
 )
 
 MAX_FILE_BYTES = 8 * 1024**3
+MAX_CHANGE = 1e15
+"""Of one weight, by its bound. What is trained stays a dozen orders below; DoRA's norms square it in float32."""
 MAX_METADATA_ENTRIES = 100
 MAX_METADATA_NAME = 200
 MAX_METADATA_CHARACTERS = 16 * 1024
@@ -49,6 +52,10 @@ class Adapter:
     """Distinct types of the values that enter the result, as the format names them: `BF16`."""
     unused_alphas: tuple[str, ...]
     """Keys of alphas that are not finite numbers and do not count, as in full-rank files."""
+    has_effect: bool
+    """Whether any weight changes; false of a file that was never trained, or whose alphas are all 0."""
+    unread_scales: tuple[str, ...]
+    """What the header says about scales and cannot be followed: alphas from there may be wrong."""
     metadata: Mapping[str, str] = field(repr=False)
     """The file's own header metadata, bounded in size."""
     changes: Mapping[str, Change] = field(repr=False)
@@ -94,7 +101,8 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
         check: called between pieces of work; may raise to stop.
 
     Raises:
-        LoraInvalid: not safetensors, truncated, hostile, half a pair, or with values that are not finite.
+        LoraInvalid: not safetensors, truncated, hostile, half a pair, or with values that are not finite or whose
+            product would not be.
         LoraIncompatible: no key matches the model, shapes differ, or two sets of keys change the same weight.
     """
     try:
@@ -111,8 +119,11 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
         raise LoraInvalid(f"the file cannot be used: {error}") from None
     except OSError:
         raise LoraInvalid("the file cannot be read") from None
-    built = build_changes(keys.modules, tensors, targets, read_peft_scales(file.metadata))
+    scales = read_peft_scales(file.metadata)
+    built = build_changes(keys.modules, tensors, targets, scales)
     _require_finite({key: tensors[key] for key in built.values})
+    largest = {name: largest_value(change) for name, change in built.changes.items()}
+    _require_bounded(largest)
     used = set(built.used)
     return Adapter(
         format=_format(built),
@@ -127,6 +138,8 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
             for module in keys.modules
             if module.alpha is not None and not all_finite(tensors[module.alpha])
         ),
+        has_effect=any(largest.values()),
+        unread_scales=scales.unread,
         metadata=MappingProxyType(_bounded(file.metadata)),
         changes=MappingProxyType(dict(built.changes)),
     )
@@ -180,6 +193,13 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
     bad = [shown(key) for key, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise LoraInvalid(f"values that are not finite in {len(bad)} tensors: {named(bad)}")
+
+
+def _require_bounded(largest: Mapping[str, float]) -> None:
+    """Finite factors whose product is not would turn every picture into noise, or none, without a word."""
+    bad = [name for name, most in largest.items() if not most <= MAX_CHANGE]
+    if bad:
+        raise LoraInvalid(f"values or alphas so large that their products overflow, for {named(bad)}")
 
 
 def _bounded(metadata: Mapping[str, str]) -> dict[str, str]:

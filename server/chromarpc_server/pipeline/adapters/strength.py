@@ -23,6 +23,9 @@ from chromarpc_server.pipeline.adapters.change import (
 )
 
 _CPU = torch.device("cpu")
+_LEAST = torch.finfo(torch.float32).tiny
+_WITH_EXTREMES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that torch finds the extremes of as they are."""
 
 
 def squared_norm(change: Change) -> float:
@@ -42,6 +45,27 @@ def squared_norm(change: Change) -> float:
             return math.fsum(squared_norm(part.change) for part in change.parts)
         case _:
             raise TypeError(f"no norm is known of {type(change).__name__}")
+
+
+def largest_value(change: Change) -> float:
+    """A bound on every |Δ| at multiplier 1, and on what is multiplied on the way there; 0 where nothing changes.
+
+    It takes one look at each factor, and may be far above the largest |Δ| itself.
+    """
+    match change:
+        case LowRank():
+            product = _most(change.up) * _most(change.down) * change.rank
+            return _scaled(product, change.scale)
+        case Full():
+            return _scaled(_most(change.values), change.scale)
+        case Kronecker() | Hadamard():
+            return _scaled(_factor_most(change.first) * _factor_most(change.second), change.scale)
+        case Decomposed():  # the magnitude counts even where the Δ below it is zero
+            return max(largest_value(change.change), _most(change.magnitude), _LEAST)
+        case Rows():
+            return max(largest_value(part.change) for part in change.parts)
+        case _:
+            raise TypeError(f"no bound is known of {type(change).__name__}")
 
 
 def value_count(change: Change) -> int:
@@ -82,3 +106,22 @@ def _factor(factor: Factor) -> float:
 
 def _whole(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values.double())) ** 2
+
+
+def _scaled(product: float, scale: float) -> float:
+    """The larger of a product and its multiple, since either can be too large; 0 where the multiple is."""
+    return 0.0 if product == 0 or scale == 0 else max(product, abs(scale), product * abs(scale))
+
+
+def _factor_most(factor: Factor) -> float:
+    if factor.right is None:
+        return _most(factor.left)
+    return _most(factor.left) * _most(factor.right) * factor.right.shape[0]
+
+
+def _most(values: Tensor) -> float:
+    """The largest |value|; 0 of no values."""
+    if not values.numel():
+        return 0.0
+    least, most = torch.aminmax(values if values.dtype in _WITH_EXTREMES else values.float())
+    return max(abs(float(least)), abs(float(most)))
