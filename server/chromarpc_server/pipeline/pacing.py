@@ -15,7 +15,9 @@ import torch
 from chromarpc_server.pipeline.sampling import DenoiseStep
 
 LEAD_S = 0.005
-"""How long before a step's expected end the next one is given. Giving one takes about 1 ms."""
+"""How long before a step's expected end the next one is given. A recorded step is given in 1 ms; one that takes
+longer than this to give is not given ahead, for it would be told of that much later and its share of idleness is
+small."""
 
 Pause = Callable[[float], None]
 """Waits so many seconds, none if negative; raises to stop the run."""
@@ -44,20 +46,23 @@ def finished_steps(steps: Iterator[DenoiseStep], device: torch.device, pause: Pa
     ended_at = time.monotonic()
     try:
         while given is not None:
-            if given.step.index + 1 == given.step.total:
-                given.wait()
-                yield given.step
-                return
-            if expected_s is None:
-                given.wait()
+            done = given
+            is_last = done.step.index + 1 == done.step.total
+            if is_last or expected_s is None or done.giving_s > LEAD_S:
+                done.wait()
+                yield done.step
+                if is_last:
+                    return
                 pause(0.0)
+                given = _Given.next_of(steps, device)
             else:
                 pause(ended_at + expected_s - LEAD_S - time.monotonic())
-            before, given = given, _Given.next_of(steps, device)
-            before.wait()
-            ended_at = time.monotonic()
-            expected_s = before.seconds()
-            yield before.step
+                given = _Given.next_of(steps, device)
+                done.wait()
+                ended_at = time.monotonic()
+                yield done.step
+            # Of steps that took long to give, the device spent an unknown part waiting for more.
+            expected_s = done.seconds() if done.giving_s <= LEAD_S else None
     finally:
         if given is not None:
             given.wait()
@@ -66,20 +71,23 @@ def finished_steps(steps: Iterator[DenoiseStep], device: torch.device, pause: Pa
 class _Given:
     """A step that the device has been given, between two marks in its stream."""
 
-    def __init__(self, step: DenoiseStep, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+    def __init__(self, step: DenoiseStep, begin: torch.cuda.Event, end: torch.cuda.Event, giving_s: float) -> None:
         self.step = step
+        self.giving_s = giving_s
+        """How long the host took to give it."""
         self._begin = begin
         self._end = end
 
     @classmethod
     def next_of(cls, steps: Iterator[DenoiseStep], device: torch.device) -> _Given | None:
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        begun_at = time.monotonic()
         begin.record(torch.cuda.current_stream(device))
         step = next(steps, None)
         if step is None:
             return None
         end.record(torch.cuda.current_stream(device))
-        return cls(step, begin, end)
+        return cls(step, begin, end, time.monotonic() - begun_at)
 
     def wait(self) -> None:
         self._end.synchronize()
