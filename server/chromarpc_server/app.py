@@ -96,12 +96,17 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
-        library, adapters = self._adapters()
         access = self._access()
         version = metadata.version("chromarpc")
         metrics = None if settings.metrics_port is None else Metrics(version=version)
         tracing = Tracing(version=version) if settings.traces else None
-        await asyncio.to_thread(library.clean)
+        try:
+            library, adapters = self._adapters()
+            await asyncio.to_thread(library.clean)
+        except OSError as error:
+            raise OSError(
+                f"the data folder {settings.data_dir} cannot be used: {error.strerror}; see --data-dir"
+            ) from None
         retention = settings.retention()
         store = await JobStore.open(settings.data_dir / "jobs" if settings.store == "disk" else None, retention)
         engine = Engine(
@@ -132,6 +137,7 @@ class App:
         address = (
             f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
         )
+        listening: Listening | None = None
         try:
             await engine.resume(serving.models)
             listening = await listen(
@@ -144,10 +150,13 @@ class App:
                 rules=[] if metrics is None else [metrics.rule],
                 interceptors=[] if tracing is None else [tracing.interceptor()],
             )
+            status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         except BaseException:
+            # Jobs that were resumed run by now: ended in good order, they lose no attempt.
             await engine.drain(0)
+            if listening is not None:
+                await listening.server.stop(grace=0)
             raise
-        status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         try:
             stopping = asyncio.create_task(self._stop.wait())
             preloading = asyncio.create_task(self._preload(engine))
