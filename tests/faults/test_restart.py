@@ -284,8 +284,9 @@ def test_a_job_that_ran_before_a_restart_has_waited_its_time(serve: Serve, tmp_p
         jobs = [first.create_job("a", **LONG).job_id for _ in range(3)]
         # Admitted last, it runs before the other's third one, and waits behind it after the restart.
         running = second.create_job("b", max_queue_s=20, **LONG).job_id
-        for job_id in jobs[:2]:
-            first.cancel_job(job_id)
+        first.cancel_job(jobs[0])
+        _until_step(first.watch_job(jobs[1]))
+        first.cancel_job(jobs[1])
         _until_step(second.watch_job(running))
         server.stop()
     with sqlite3.connect(tmp_path / "data" / "jobs" / "jobs.sqlite3") as store:
