@@ -96,12 +96,11 @@ class App:
             limits=settings.limits.limits(),
         )
         model_files = ModelFiles(settings.model_folder)
-        library, adapters = self._adapters()
         access = self._access()
         version = metadata.version("chromarpc")
         metrics = None if settings.metrics_port is None else Metrics(version=version)
         tracing = Tracing(version=version) if settings.traces else None
-        await asyncio.to_thread(library.clean)
+        library, adapters = await asyncio.to_thread(self._adapters)
         retention = settings.retention()
         store = await JobStore.open(settings.data_dir / "jobs" if settings.store == "disk" else None, retention)
         engine = Engine(
@@ -129,13 +128,13 @@ class App:
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
         )
         device = await engine.start()
-        address = (
-            f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-        )
+        listening: Listening | None = None
         try:
             await engine.resume(serving.models)
             listening = await listen(
-                address,
+                f"[{settings.host}]:{settings.port}"
+                if ":" in settings.host
+                else f"{settings.host}:{settings.port}",
                 GenerationServicer(engine, serving),
                 JobServicer(engine, serving),
                 models,
@@ -144,10 +143,11 @@ class App:
                 rules=[] if metrics is None else [metrics.rule],
                 interceptors=[] if tracing is None else [tracing.interceptor()],
             )
+            status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         except BaseException:
-            await engine.drain(0)
+            # Jobs that were resumed run by now: ended in good order, they lose no attempt.
+            await self._give_up(engine, listening)
             raise
-        status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         try:
             stopping = asyncio.create_task(self._stop.wait())
             preloading = asyncio.create_task(self._preload(engine))
@@ -174,12 +174,24 @@ class App:
         return self._exit_code
 
     def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:
+        """Where adapters come from, cleaned of what was left half done.
+
+        Raises:
+            OSError: the data folder cannot be used.
+        """
         settings = self._settings
         folder = settings.data_dir / "downloads"
-        library = AdapterLibrary(settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=folder)
         downloads = None
-        if settings.lora_urls:
-            downloads = AdapterDownloads(folder, settings.download_limits(), allowed_hosts=settings.lora_hosts)
+        try:
+            library = AdapterLibrary(
+                settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=folder
+            )
+            if settings.lora_urls:
+                downloads = AdapterDownloads(folder, settings.download_limits(), allowed_hosts=settings.lora_hosts)
+            library.clean()
+        except OSError as error:
+            message = f"the data folder {settings.data_dir} cannot be used: {error.strerror}; see --data-dir"
+            raise OSError(message) from None
         return library, AdapterSources(library, downloads)
 
     def _access(self) -> Access:
@@ -248,6 +260,11 @@ class App:
             print(f"  {spec.id}{by}: {state}", flush=True)
         root = settings.lora_root
         print(f"  adapters: {root if root is not None else 'none served (set --lora-root DIR)'}", flush=True)
+
+    async def _give_up(self, engine: Engine, listening: Listening | None) -> None:
+        await engine.drain(0)
+        if listening is not None:
+            await listening.server.stop(grace=0)
 
     async def _shut_down(self, engine: Engine, listening: Listening) -> None:
         log.info("server.stopping", extra={"grace_s": self._settings.grace_s})

@@ -37,7 +37,9 @@ class TextFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
         fields = "".join(f" {key}={_one_line(value)}" for key, value in _fields(record).items())
         line = f"{time} {record.levelname} {record.getMessage()}{fields}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        text = f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        # Indented, so that what an exception quotes cannot pretend to be another event.
+        return "\n    ".join(text.splitlines())
 
 
 class JsonFormatter(logging.Formatter):

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chromarpc_server.domain.errors import Draining
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Event, Failed
 from chromarpc_server.engine.job import Job
 from chromarpc_server.engine.job_observer import JobObserver, StageDone
@@ -80,7 +81,11 @@ class Tracing:
         return JobObserver(event=self._event, stage=self._stage)
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends what is left; jobs that another process will go on with end here as they are."""
+        for kept in self._jobs.values():
+            kept.span.set_attribute("error.type", Draining.reason)
+            kept.span.end()
+        self._jobs.clear()
         self._provider.shutdown()
 
     def _event(self, job: Job, event: Event) -> None:

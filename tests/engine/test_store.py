@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from chromarpc_server.domain.errors import Draining
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.engine.store.database import Database, EndRow, NewRow, StoreUnusable
 from chromarpc_server.engine.store.image_files import ImageFolder
@@ -218,3 +219,53 @@ def test_a_first_version_database_is_still_read(kept: Kept) -> None:
     ended = database.page("me", 9, before=None, since_us=None, states=None)
     assert [row["id"] for row in ended] == ["job2"]
     database.close()
+
+
+def test_an_end_that_is_written_stays_so_although_others_cannot_be_forgotten(
+    database: Database, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    database.insert(_row(1))
+    database.put_image(HASHES[0], b"x" * 100)
+    monkeypatch.setattr(database, "sweep", full)
+    assert database.finish(_end(1, kept, HASHES[0]))
+    assert kept.images() == {HASHES[0]}
+
+
+def test_the_request_id_of_a_job_that_is_too_old_makes_another(database: Database, kept: Kept) -> None:
+    database.insert(_row(1, request_id="r"))
+    assert database.finish(_end(1, kept))
+    kept.now += 3600
+    assert database.ended_by_request("me", "r") is None
+    database.insert(_row(2, request_id="r"))
+    assert [row["id"] for row in database.take_over()] == ["job2"]
+
+
+def test_a_picture_that_is_cut_short_is_no_picture(kept: Kept) -> None:
+    images = ImageFolder(kept.folder / "images")
+    images.put(HASHES[0], b"x" * 100)
+    assert images.read(HASHES[0], 90, 10) == b"x" * 10
+    (kept.folder / "images" / "aa" / HASHES[0]).write_bytes(b"x" * 95)
+    with pytest.raises(OSError, match="cut short"):
+        images.read(HASHES[0], 90, 10)
+
+
+async def test_a_store_that_is_closed_says_that_the_server_stops(kept: Kept) -> None:
+    store = await JobStore.open(None, kept.retention)
+    await store.close()
+    with pytest.raises(Draining) as told:
+        await store.ended("me", "job1")
+    assert told.value.retry_after_s is not None
+
+
+async def test_a_job_that_cannot_be_read_is_named_and_its_words_are_not(kept: Kept) -> None:
+    first = Database(kept.folder / "jobs.sqlite3", ImageFolder(kept.folder / "images"), kept.retention)
+    first.insert(_row(1, plan='{"prompts": "planted words"}'))
+    first.close()
+    store = await JobStore.open(kept.folder, kept.retention)
+    with pytest.raises(StoreUnusable, match=r"job job1 .* cannot be read.*backup") as told:
+        await store.take_over()
+    assert "planted" not in str(told.value)
+    await store.close()

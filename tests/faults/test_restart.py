@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ import chromarpc
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server import settings as settings_module
 from chromarpc_server.domain.limits import RestartLimits
+from chromarpc_server.transport.callers_file import entry_text
 from tests.conftest import RunningServer
 from tests.faults import kill_nine
 from tests.faults.processes import ServerProcess, server_process
@@ -215,7 +218,7 @@ def test_a_store_in_memory_forgets_everything(serve: Serve, tmp_path: Path) -> N
         assert client.list_jobs() == ()
 
 
-def _refusal(checkpoint: Path, data_dir: Path) -> str:
+def _refusal(checkpoint: Path, data_dir: Path, *flags: str) -> str:
     command = [
         sys.executable,
         "-m",
@@ -227,7 +230,7 @@ def _refusal(checkpoint: Path, data_dir: Path) -> str:
         "--data-dir",
         str(data_dir),
     ]
-    command += ["--model-folder", f"chroma-mini={checkpoint}"]
+    command += ["--model-folder", f"chroma-mini={checkpoint}", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
@@ -250,6 +253,57 @@ def test_a_store_that_cannot_be_used_is_named_and_left_alone(tiny_checkpoint: Pa
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         image = client.get_job(job.job_id).images[0]
         assert hashlib.sha256(client.get_image_bytes(job.job_id)).hexdigest() == image.sha256
+
+
+def test_a_start_that_fails_costs_no_job_an_attempt(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    at_once = ("--grace-s", "0")
+    with (
+        server_process(tiny_checkpoint, tmp_path, *at_once) as server,
+        chromarpc.Client(server.target) as client,
+    ):
+        running = client.create_job("a", **LONG)
+        _until_step(client.watch_job(running.job_id))
+        assert server.stop() == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = ("--metrics-port", str(taken.getsockname()[1]))
+        for _ in range(2):
+            assert "for metrics" in _refusal(tiny_checkpoint, tmp_path, *flags)
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        _until_step(client.watch_job(running.job_id))
+        assert client.get_job(running.job_id).attempt_count <= 1
+        client.cancel_job(running.job_id)
+
+
+def test_a_job_that_ran_before_a_restart_has_waited_its_time(serve: Serve, tmp_path: Path) -> None:
+    tokens = {name: f"chromarpc_{name}" for name in ("alice", "bob")}
+    callers = tmp_path / "callers.toml"
+    callers.write_text("".join(entry_text(name, token) for name, token in tokens.items()))
+    server = serve(callers=callers)
+    alice, bob = (partial(chromarpc.Client, token=token) for token in tokens.values())
+    with alice(server.target) as first, bob(server.target) as second:
+        jobs = [first.create_job("a", **LONG).job_id for _ in range(3)]
+        # Admitted last, it runs before the other's third one, and waits behind it after the restart.
+        running = second.create_job("b", max_queue_s=20, **LONG).job_id
+        first.cancel_job(jobs[0])
+        _until_step(first.watch_job(jobs[1]))
+        first.cancel_job(jobs[1])
+        _until_step(second.watch_job(running))
+        server.stop()
+    with sqlite3.connect(tmp_path / "data" / "jobs" / "jobs.sqlite3") as store:
+        store.execute("UPDATE jobs SET created_us = created_us - 30000000")
+    store.close()
+    server = serve(callers=callers)
+    with alice(server.target) as first, bob(server.target) as second:
+        _until_step(first.watch_job(jobs[2]))
+        first.cancel_job(jobs[2])
+        assert isinstance(list(second.watch_job(running))[-1], chromarpc.Completed)
+
+
+def test_a_folder_that_is_none_is_named_with_its_setting(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = _refusal(tiny_checkpoint, tmp_path / "file")
+    assert f"{tmp_path / 'file'} cannot be used" in told
+    assert "--data-dir" in told
 
 
 def _limit_files(server: ServerProcess, size: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +17,13 @@ import grpc
 import pytest
 
 import chromarpc
-from chromarpc.v1 import job_service_pb2, job_service_pb2_grpc
+from chromarpc.v1 import (
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
+)
+from chromarpc_server.engine.job import Job
 from tests.conftest import RunningServer
 from tests.integration.test_generate import SMALL
 
@@ -72,6 +80,12 @@ def test_watching_from_a_sequence_gives_the_rest_and_bytes_can_be_left_out(serve
         assert "image_header" in kinds
         assert "image_chunk" not in kinds
         assert watch(after_sequence=everything[-1].sequence) == []
+        with pytest.raises(grpc.RpcError) as error:
+            watch(after_sequence=everything[-1].sequence + 1)
+        told = chromarpc.errors.from_status(
+            error.value.code(), error.value.details(), error.value.trailing_metadata(), target=server.target
+        )
+        assert [violation.field for violation in told.violations] == ["after_sequence"]
 
 
 def test_many_watch_one_job_and_all_see_everything(server: RunningServer) -> None:
@@ -137,6 +151,57 @@ def test_who_else_is_attached_keeps_a_job_alive(serve: Serve) -> None:
         next(second)
         first.close()
         assert _kinds(list(second))[-1] == "Completed"
+
+
+def test_the_deadline_of_one_caller_does_not_end_the_job_of_another(serve: Serve) -> None:
+    server = serve()
+    request = generation_service_pb2.GenerateRequest(model="chroma-mini", request_id=str(uuid.uuid4()))
+    request.prompts.add(prompt="a", width=512, height=512, sample_steps=100)
+    with grpc.insecure_channel(server.target) as channel, chromarpc.Client(server.target) as client:
+        client.generate_images("warm", **SMALL)
+        generate = generation_service_pb2_grpc.GenerationServiceStub(channel).Generate
+        hasty = generate(request, timeout=1.5)
+        next(hasty)
+        patient = generate(request, timeout=120)
+        next(patient)
+        with pytest.raises(grpc.RpcError) as error:
+            list(hasty)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert list(patient)[-1].event.WhichOneof("event") == "completed"
+
+
+def test_a_job_that_was_made_again_to_outlive_its_caller_does(serve: Serve) -> None:
+    server = serve()
+    request_id = str(uuid.uuid4())
+    with chromarpc.Client(server.target) as client:
+        with client.generate("a", request_id=request_id, **LONG) as events:
+            attached = next(events).job_id  # type: ignore[union-attr]
+            assert client.create_job("a", request_id=request_id, **LONG).job_id == attached
+        stopped = server.stop()
+        assert stopped == 0
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        found = client.get_job(attached)
+        assert found.state in (State.JOB_STATE_QUEUED, State.JOB_STATE_RUNNING)
+        # Nobody came back to it, and nobody has to.
+        (job,) = server.app._engine.jobs._jobs.values()  # type: ignore[union-attr]
+        assert not job.is_orphan
+        client.cancel_job(attached)
+
+
+def test_what_a_job_weighs_is_let_go_although_it_might_have_waited_longer(serve: Serve) -> None:
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        job = client.create_job("a", max_queue_s=3600.0, **SMALL)
+        assert _kinds(_until_end(client, job.job_id))[-1] == "Completed"
+    deadline = time.monotonic() + 20
+    while True:
+        gc.collect()
+        held = [found for found in gc.get_objects() if type(found) is Job and found.id == job.job_id]
+        if not held:
+            break
+        assert time.monotonic() < deadline
+        del held
 
 
 def test_cancelling_ends_one_job_and_its_watchers_see_it(serve: Serve) -> None:

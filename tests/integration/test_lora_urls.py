@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import http.server
@@ -17,6 +18,8 @@ import pytest
 import chromarpc
 import chromarpc_server.app
 from chromarpc_server.engine.adapter_download import AdapterDownloads
+from chromarpc_server.engine.adapter_sources import FoundAdapters
+from chromarpc_server.engine.store.job_store import JobStore
 from tests.conftest import RunningServer
 from tests.tiny_checkpoint import GOLDENS
 
@@ -170,6 +173,30 @@ def test_a_slow_download_holds_nobody_up_and_ends_with_its_caller(
         assert client.generate_images("after", **SMALL)
     assert server.stop() == 0
     assert list((tmp_path / "data" / "downloads").iterdir()) == []
+
+
+def test_a_job_that_is_cancelled_right_after_its_download_lets_the_file_go(
+    serve_urls: Serve, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noting, released = threading.Event(), threading.Event()
+
+    async def note_for_ever(*_: object) -> None:
+        noting.set()
+        await asyncio.Event().wait()
+
+    def release(found: FoundAdapters) -> None:
+        if found.downloads:
+            released.set()
+
+    monkeypatch.setattr(JobStore, "note_adapters", note_for_ever)
+    monkeypatch.setattr(FoundAdapters, "release", release)
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client:
+        job = client.create_job("a", loras=[host.url("/a.safetensors")], **SMALL)
+        assert noting.wait(20)
+        client.cancel_job(job.job_id)
+        assert released.wait(20)
+        assert client.server_info().queue.queued_jobs == 0
 
 
 def test_a_slow_download_ends_with_its_deadline(serve_urls: Serve, host: Host) -> None:

@@ -59,3 +59,13 @@ def test_a_job_s_lines_have_its_id_and_its_caller(
     assert [found.getMessage() for found in lines] == ["job.accepted", "job.completed"]
     assert {found.__dict__["caller"] for found in lines} == {"alice"}
     assert len({found.__dict__["job_id"] for found in lines}) == 1
+
+
+def test_what_an_exception_quotes_is_no_line_of_its_own() -> None:
+    error = ValueError("a\n12:00:00 INFO job.completed job_id=forged\r12:00:01 INFO x\u2028y")
+    made = record()
+    made.exc_info = (ValueError, error, None)
+    first, *rest = TextFormatter().format(made).splitlines()
+    assert first.endswith("INFO job.accepted")
+    assert len(rest) == 4
+    assert all(line.startswith("    ") for line in rest)

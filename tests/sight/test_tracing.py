@@ -107,6 +107,17 @@ def test_a_failed_job_and_a_refused_call_say_so(traced: tuple[RunningServer, Kep
     assert cancelled.attributes["error.type"] == "CANCELLED"
 
 
+def test_a_job_that_another_process_will_go_on_with_is_not_left_out(traced: tuple[RunningServer, Kept]) -> None:
+    server, kept = traced
+    with chromarpc.Client(server.target) as client:
+        running = client.create_job("a", **{**SMALL, "width": 256, "height": 256, "sample_steps": 150})
+        assert any(isinstance(event, chromarpc.Step) for event in client.watch_job(running.job_id))
+    assert server.stop() == 0
+    (job,) = [span for span in kept.spans if span.name == "job"]
+    assert job.attributes is not None
+    assert (job.attributes["chromarpc.job_id"], job.attributes["error.type"]) == (running.job_id, "DRAINING")
+
+
 def test_without_the_extra_the_start_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk.trace'] = None\n"

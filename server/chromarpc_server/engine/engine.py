@@ -213,7 +213,8 @@ class Engine:
         if not job.plan.detached:
             job.is_orphan = True
             asyncio.get_running_loop().call_later(self._restarts.reattach_s, self._end_orphan, job)
-        self._set_going(Waiting(job, files, found), hf_token=None)
+        # One that was running has waited its time already, and is to be run again.
+        self._set_going(Waiting(job, files, found), hf_token=None, may_expire=not stored.was_begun)
 
     def _end_orphan(self, job: Job) -> None:
         if job.is_orphan:
@@ -311,8 +312,24 @@ class Engine:
         async with self.jobs.creating(caller.name, plan.request_id):
             known = await self.jobs.existing(caller.name, plan.request_id, fingerprint)
             if known is not None:
+                await self._join(known, plan, deadline_s)
                 return known, True
             return await self._admit(plan, spec, deadline_s, hf_token, caller, fingerprint), False
+
+    async def _join(self, known: AnyJob, plan: Plan, deadline_s: float | None) -> None:
+        """One more caller counts on a job, which the earlier ones' deadlines and leaving may not end any more."""
+        if not isinstance(known, Job):
+            return
+        known.cancellation.wait_longer(None if deadline_s is None else time.monotonic() + deadline_s)
+        if plan.detached and not known.plan.detached:
+            before = known.plan
+            known.plan = replace(before, detached=True)
+            try:
+                await self._store.note_detached(known)
+            except StoreUnavailable:
+                known.plan = before
+                raise
+            known.is_orphan = False
 
     async def _admit(
         self,
@@ -362,15 +379,16 @@ class Engine:
         for observer in self._observers:
             job.log.observe(partial(observer.on_event, job), observer.on_read)
 
-    def _set_going(self, waiting: Waiting, hf_token: str | None) -> None:
+    def _set_going(self, waiting: Waiting, hf_token: str | None, *, may_expire: bool = True) -> None:
         """Puts a job that is stored into the queue, once its adapters are here."""
         job = waiting.job
         if not self._accepting:
             self._stop_waiting(waiting)
             return
-        if job.plan.max_queue_s is not None:
+        if job.plan.max_queue_s is not None and may_expire:
             waited_s = time.monotonic() - job.admitted_at
-            asyncio.get_running_loop().call_later(job.plan.max_queue_s - waited_s, self._expire, job)
+            loop = asyncio.get_running_loop()
+            job.expiry = loop.call_later(job.plan.max_queue_s - waited_s, self._expire, job)
         if None in waiting.adapters.files:
             self._fetching.append(waiting)
             waiting.fetching = asyncio.create_task(self._fetch(waiting, hf_token))
@@ -387,9 +405,13 @@ class Engine:
         """Stores what could not be stored, and forgets what need not be kept longer."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            with suppress(StoreUnavailable):
+            try:
                 await self._settle()
                 await self._store.sweep()
+            except StoreUnavailable:
+                pass  # told already; there is a next time
+            except Exception:
+                log.exception("housekeeping.failed")
 
     async def _settle(self) -> None:
         while self._unstored:
@@ -500,13 +522,15 @@ class Engine:
             waiting.adapters = await self._adapters.fetch(
                 job.plan.loras, waiting.adapters, token=hf_token, emit=job.log.append, owner=job.owner
             )
+            job.adapter_files = waiting.adapters.complete
+            await self._note_fetched(waiting)
         except ChromaError as error:
             self._end_early(job, error)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             self._end_early(job, self._unforeseen(job, error))
-        else:
-            job.adapter_files = waiting.adapters.complete
-            await self._note_fetched(waiting)
+        except asyncio.CancelledError:
+            waiting.adapters.release()
+            raise
         finally:
             self._fetching.remove(waiting)
         if job.log.sealed:
@@ -593,12 +617,15 @@ class Engine:
                 waiting.adapters.release()
                 self._running = None
                 self._idle.set()
+                # An idle server holds on to no job's pictures.
+                del waiting
 
     async def _run(self, worker: DeviceWorker, waiting: Waiting) -> None:
         loop = asyncio.get_running_loop()
         job = waiting.job
         job.started_at = time.monotonic()
         job.started = datetime.now(UTC)
+        _stop_expiry(job)
         job.attempts += 1
 
         def emit(report: Report) -> None:
@@ -721,6 +748,7 @@ class Engine:
     def _conclude(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
         """Decides on a job's end, which readers see once it is stored. The first decision stands."""
         if not job.log.sealed:
+            _stop_expiry(job)
             job.log.seal(event)
             self._track(self._commit(job, event, fields))
 
@@ -735,7 +763,9 @@ class Engine:
                 event, fields = Failed(reason), {"reason": reason.reason}
             try:
                 await self._store.finish(job, job.log.seal(event))
-            except StoreUnavailable:
+            except Exception as again:  # noqa: BLE001 - watchers wait for the end, stored or not
+                if not isinstance(again, StoreUnavailable):
+                    self._unforeseen(job, again)
                 self._unstored.append(job)
         job.log.close()
         if job not in self._unstored:
@@ -753,24 +783,28 @@ class Engine:
         return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
 
     def _tell_positions(self) -> None:
-        ahead: list[Waiting] = []
+        wait_s = self._wait_for([])
         for position, waiting in enumerate(self._queue, 1):
             if waiting.job.position != position:
                 waiting.job.position = position
-                waiting.job.log.append(Queued(position, self._wait_for(ahead)))
-            ahead.append(waiting)
+                waiting.job.log.append(Queued(position, wait_s))
+            own_s = self._left_s(waiting.job)
+            wait_s = None if wait_s is None or own_s is None else wait_s + own_s
 
     def _wait_for(self, ahead: Sequence[Waiting]) -> float | None:
         """Seconds until the running job and those `ahead` are done; None while nothing was measured."""
         total = 0.0
         for waiting in (*([self._running] if self._running is not None else []), *ahead):
-            plan = waiting.job.plan
-            left = plan.pixel_steps - waiting.job.pixel_steps_done
-            estimate = self._step_times.estimate_s(plan.served_model, plan.profile, left)
+            estimate = self._left_s(waiting.job)
             if estimate is None:
                 return None
             total += estimate
         return total
+
+    def _left_s(self, job: Job) -> float | None:
+        """Seconds that a job will still take; None while nothing was measured."""
+        left = job.plan.pixel_steps - job.pixel_steps_done
+        return self._step_times.estimate_s(job.plan.served_model, job.plan.profile, left)
 
 
 _LOG_NAMES: Mapping[type[Terminal], str] = {
@@ -778,6 +812,12 @@ _LOG_NAMES: Mapping[type[Terminal], str] = {
     Failed: "job.failed",
     Cancelled: "job.cancelled",
 }
+
+
+def _stop_expiry(job: Job) -> None:
+    if job.expiry is not None:
+        job.expiry.cancel()
+        job.expiry = None
 
 
 def _stopping() -> Draining:

@@ -46,6 +46,11 @@ class Cancellation:
             self._asked.wait(seconds)
         self.check()
 
+    def wait_longer(self, deadline_at: float | None) -> None:
+        """Somebody else waits for the job too, until `deadline_at`, or without a deadline."""
+        if self._deadline_at is not None:
+            self._deadline_at = None if deadline_at is None else max(self._deadline_at, deadline_at)
+
     def check(self) -> None:
         """Raises the cause once the job is to stop, or JobDeadlineExceeded once the deadline has passed."""
         if self._cause is None and self._deadline_at is not None and time.monotonic() >= self._deadline_at:
@@ -87,6 +92,8 @@ class Job:
     """SHA-256 of each adapter as an earlier process read it."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     """Pictures that are being encoded and stored."""
+    expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
+    """Ends it when it has waited too long; a timer that is not needed any more would hold the job's pictures."""
     is_orphan: bool = False
     """Whether it ends with its caller, and the caller has not come back since the server was restarted."""
 

@@ -74,8 +74,13 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
     ) -> AsyncIterator[job_service_pb2.WatchJobResponse]:
         """Streams a job's events from any point until its last one."""
         job = await self._find(request.job_id)
-        self._engine.watch(job)
         sequence = request.after_sequence
+        if sequence > job.log.last_sequence:
+            # Waiting for such an event would end without one: the job's end has a lower number.
+            raise InvalidParameter(
+                f"the job's last event so far is {job.log.last_sequence}", field="after_sequence"
+            )
+        self._engine.watch(job)
         async for logged in job.log.follow(
             sequence, idle_s=HEARTBEAT_S, omit_image_bytes=request.omit_image_bytes
         ):
@@ -211,7 +216,7 @@ def _page_token(last: AnyJob) -> str:
 def _read_token(token: str) -> tuple[int, str]:
     try:
         match json.loads(base64.b64decode(token, altchars=b"-_", validate=True)):
-            case [int(created_us), str(job_id)] if abs(created_us) < 2**63:
+            case [int(created_us), str(job_id)] if abs(created_us) < 2**63 and job_id.isascii():
                 return created_us, job_id
     except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError):
         pass

@@ -5,6 +5,7 @@ A row is made before anybody is told of its job, and ends once: `finish` writes 
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from typing import Any
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.engine.store.image_files import Images
 from chromarpc_server.engine.store.schema import MIGRATIONS
+
+log = logging.getLogger(__name__)
 
 FILE = "jobs.sqlite3"
 
@@ -110,6 +113,9 @@ class Database:
 
     def insert(self, row: NewRow) -> None:
         """A job was admitted."""
+        if row.request_id is not None:
+            # A job that is too old to be told of may still have the id.
+            self.sweep()
         columns = list(NewRow.__dataclass_fields__)
         self._run(
             f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",  # noqa: S608 - names of ours
@@ -127,6 +133,10 @@ class Database:
     def note_adapters(self, job_id: str, adapters: str) -> None:
         """More is known of its adapters."""
         self._run("UPDATE jobs SET adapters = ? WHERE id = ?", (adapters, job_id))
+
+    def note_detached(self, job_id: str) -> None:
+        """It goes on without its callers."""
+        self._run("UPDATE jobs SET plan = json_set(plan, '$.detached', json('true')) WHERE id = ?", (job_id,))
 
     def put_image(self, sha256: str, data: bytes) -> None:
         """Keeps a picture of a job that has not ended.
@@ -166,9 +176,13 @@ class Database:
                 )
         if is_first:
             self._size = StoreSize(self._size.jobs + 1, self._size.bytes + size)
-        for sha256 in row.images:
-            self._let_go(sha256)
-        self.sweep()
+        try:
+            for sha256 in row.images:
+                self._let_go(sha256)
+            self.sweep()
+        except sqlite3.Error as error:
+            # The end is written: nobody may be told otherwise because there is no room to forget others.
+            log.warning("store.not_swept", extra={"error": str(error)})
         return is_first
 
     def take_over(self) -> list[sqlite3.Row]:

@@ -76,7 +76,10 @@ class ImageFolder:
         """See `Images`."""
         with self._path(sha256).open("rb") as file:
             file.seek(offset)
-            return file.read(size)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"the picture {sha256} is cut short")
+        return data
 
     def drop(self, sha256: str) -> None:
         """See `Images`."""

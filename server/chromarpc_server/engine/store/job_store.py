@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from chromarpc_server.domain.errors import JobNotFound, StoreUnavailable
+from chromarpc_server.domain.errors import Draining, JobNotFound, StoreUnavailable
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, ImageHeader
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.plan import Plan
@@ -50,7 +50,9 @@ class Unfinished:
     starts: int
     """Processes that took it over, this one included."""
     attempts: int
-    """How often it was begun."""
+    """How often it was begun, but for stops in good order."""
+    was_begun: bool
+    """Whether it ever was."""
 
 
 class JobStore:
@@ -64,6 +66,7 @@ class JobStore:
         self._images = images
         self._thread = thread
         self.is_durable = is_durable
+        self._closed = False
 
     @classmethod
     async def open(cls, folder: Path | None, retention: JobRetention) -> JobStore:
@@ -150,6 +153,14 @@ class JobStore:
         """
         await self._ask(self._database.note_adapters, job.id, records.adapters_json(adapters))
 
+    async def note_detached(self, job: Job) -> None:
+        """Keeps that a job goes on without its callers.
+
+        Raises:
+            StoreUnavailable: it cannot.
+        """
+        await self._ask(self._database.note_detached, job.id)
+
     async def put_image(self, header: ImageHeader, data: bytes) -> None:
         """Keeps a picture of a job that runs.
 
@@ -197,23 +208,9 @@ class JobStore:
 
         Raises:
             StoreUnavailable: it cannot be read.
+            StoreUnusable: what a job says makes no sense.
         """
-        rows = await self._ask(self._database.take_over)
-        return [
-            Unfinished(
-                id=row["id"],
-                owner=row["owner"],
-                plan=records.read_plan(row["plan"]),
-                fingerprint=row["fingerprint"],
-                created_us=row["created_us"],
-                has_prompts=bool(row["has_prompts"]),
-                needs_token=bool(row["needs_token"]),
-                adapters=records.read_adapters(row["adapters"]),
-                starts=row["starts"],
-                attempts=row["attempts"],
-            )
-            for row in rows
-        ]
+        return [_unfinished(row) for row in await self._ask(self._database.take_over)]
 
     async def ended(self, owner: str, job_id: str) -> EndedJob | None:
         """One of the owner's jobs that ended.
@@ -269,6 +266,7 @@ class JobStore:
     async def close(self) -> None:
         """Ends it, after everything that was asked before."""
         loop = asyncio.get_running_loop()
+        self._closed = True
         await loop.run_in_executor(self._thread, self._database.close)
         self._thread.shutdown(wait=False)
 
@@ -306,19 +304,50 @@ class JobStore:
     async def _read_image(self, header: ImageHeader, offset: int, size: int) -> bytes:
         try:
             return await asyncio.to_thread(self._images.read, header.sha256, offset, size)
-        except OSError:
+        except FileNotFoundError:
             raise _deleted() from None
+        except OSError as error:
+            raise _unreachable("read_image", error) from None
 
     async def _ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         loop = asyncio.get_running_loop()
+        if self._closed:
+            raise Draining("the server is stopping", retry_after_s=RETRY_AFTER_S)
         try:
             return await loop.run_in_executor(self._thread, partial(call, *args, **kwargs))
         except (sqlite3.Error, OSError) as error:
-            # Never the statement's values: prompts are among them.
-            name = getattr(call, "__name__", "page")
-            log.error("store.failed", extra={"call": name, "error": str(error)})  # noqa: TRY400 - see above
-            message = "the server cannot reach its job store now; it is out of room or fails"
-            raise StoreUnavailable(message, retry_after_s=RETRY_AFTER_S) from None
+            raise _unreachable(getattr(call, "__name__", "page"), error) from None
+
+
+def _unfinished(row: sqlite3.Row) -> Unfinished:
+    try:
+        plan, adapters = records.read_plan(row["plan"]), records.read_adapters(row["adapters"])
+    except (ValueError, TypeError):
+        # Their messages quote what they could not read: prompts.
+        raise StoreUnusable(
+            f"the job {row['id']} in the job store cannot be read and was left as it is: run the version of "
+            "chromarpc that wrote it, restore the store from a backup, or move it away to begin with an empty one"
+        ) from None
+    return Unfinished(
+        id=row["id"],
+        owner=row["owner"],
+        plan=plan,
+        fingerprint=row["fingerprint"],
+        created_us=row["created_us"],
+        has_prompts=bool(row["has_prompts"]),
+        needs_token=bool(row["needs_token"]),
+        adapters=adapters,
+        starts=row["starts"],
+        attempts=row["attempts"],
+        was_begun=row["started_us"] is not None,
+    )
+
+
+def _unreachable(call: str, error: Exception) -> StoreUnavailable:
+    # Never the statement's values: prompts are among them.
+    log.error("store.failed", extra={"call": call, "error": str(error)})
+    message = "the server cannot reach its job store now; it is out of room or fails"
+    return StoreUnavailable(message, retry_after_s=RETRY_AFTER_S)
 
 
 def _deleted() -> JobNotFound:
