@@ -61,7 +61,9 @@ class StreamReader:
         self._sequence = 0
         self._completed = False
         self._header: job_event_pb2.ImageHeader | None = None
-        self._data = bytearray()
+        self._parts: list[bytes] = []
+        self._have_bytes = 0
+        self._hash = hashlib.sha256()
         self._images_read = 0
 
     @property
@@ -111,7 +113,7 @@ class StreamReader:
                 return events.Heartbeat(sequence=sequence, time=time)
             case "restarted":
                 self._prepared, self._images_read = None, 0
-                self._header, self._data = None, bytearray()
+                self._forget_image()
                 return events.Restarted(sequence=sequence, time=time, attempt=message.restarted.attempt)
         return None
 
@@ -149,7 +151,6 @@ class StreamReader:
         if not 0 < header.size_bytes <= MAX_IMAGE_BYTES:
             raise ProtocolError(f"an image of {header.size_bytes} bytes was announced")
         self._header = header
-        self._data = bytearray()
 
     def _continue_image(
         self, sequence: int, time: datetime, chunk: job_event_pb2.ImageChunk
@@ -157,23 +158,27 @@ class StreamReader:
         header, plan = self._header, self._accepted
         if header is None or plan is None or chunk.prompt_index != header.prompt_index:
             raise ProtocolError(f"a part of image {chunk.prompt_index} came without its header")
-        have = len(self._data)
-        if chunk.offset_bytes != have:
-            raise ProtocolError(f"a part of an image starts at byte {chunk.offset_bytes}, not at {have}")
-        if not chunk.data or have + len(chunk.data) > header.size_bytes:
+        data = chunk.data  # each look at it copies it
+        if chunk.offset_bytes != self._have_bytes:
+            raise ProtocolError(
+                f"a part of an image starts at byte {chunk.offset_bytes}, not at {self._have_bytes}"
+            )
+        if not data or self._have_bytes + len(data) > header.size_bytes:
             raise ProtocolError(f"parts of an image do not add up to its {header.size_bytes} bytes")
-        self._data += chunk.data
-        if len(self._data) < header.size_bytes:
+        self._parts.append(data)
+        self._have_bytes += len(data)
+        self._hash.update(data)  # while the next part is on its way, rather than all of them at the end
+        if self._have_bytes < header.size_bytes:
             return None
-        data = bytes(self._data)
-        digest = hashlib.sha256(data).hexdigest()
+        digest = self._hash.hexdigest()
         if digest != header.sha256.lower():
             raise ProtocolError(f"image {header.prompt_index} has SHA-256 {digest}, not {header.sha256}")
-        self._header, self._data = None, bytearray()
+        whole = b"".join(self._parts)
+        self._forget_image()
         self._images_read += 1
         image = GeneratedImage(
             prompt_index=header.prompt_index,
-            data=data,
+            data=whole,
             media_type=header.media_type,
             width=header.width,
             height=header.height,
@@ -183,6 +188,11 @@ class StreamReader:
             prepared=self._prepared,
         )
         return events.ImageReady(sequence=sequence, time=time, prompt_index=header.prompt_index, image=image)
+
+    def _forget_image(self) -> None:
+        """Ready for another one's header."""
+        self._header = None
+        self._parts, self._have_bytes, self._hash = [], 0, hashlib.sha256()
 
     def _complete(self, sequence: int, time: datetime, message: job_event_pb2.Completed) -> events.Completed:
         self._check_no_image_open("the job completed")
@@ -209,7 +219,7 @@ class StreamReader:
     def _check_no_image_open(self, happened: str) -> None:
         if self._header is not None:
             raise ProtocolError(
-                f"{happened} after {len(self._data)} of {self._header.size_bytes} bytes of image "
+                f"{happened} after {self._have_bytes} of {self._header.size_bytes} bytes of image "
                 f"{self._header.prompt_index}"
             )
 

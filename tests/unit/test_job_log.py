@@ -103,3 +103,23 @@ async def test_numbers_go_on_elsewhere_after_a_restart() -> None:
     log.skip_to(1000)
     log.append(_end())
     assert await _sequences(log) == [1, 1001]
+
+
+async def test_a_reader_that_waits_again_and_again_is_told_of_quiet_only_after_the_last_event() -> None:
+    log, loop, idle_s = JobLog(), asyncio.get_running_loop(), 0.05
+    stream = log.follow(idle_s=idle_s)
+    last_s = 0.0
+    for number in range(1, 5):
+        loop.call_later(idle_s / 5, log.append, _step(number))
+        entry = await anext(stream)
+        while entry is None:  # a slow machine
+            entry = await anext(stream)
+        assert entry.sequence == number
+        last_s = loop.time()
+    assert await anext(stream) is None
+    assert loop.time() - last_s >= idle_s * 0.99
+    assert await anext(stream) is None
+    log.append(_end())
+    last = await anext(stream)
+    assert last is not None
+    assert last.sequence == 5

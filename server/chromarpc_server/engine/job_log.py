@@ -183,12 +183,12 @@ class JobLog:
         for waiter in waiters:
             _resolve(waiter, True)
 
-    async def _wait(self, idle_s: float | None) -> bool:
-        """Returns True once something has happened, False after `idle_s` without."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[bool] = loop.create_future()
+    async def _wait(self, patience: _Patience | None) -> bool:
+        """Returns True once something has happened, False once that took longer than there is patience."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        timer = None if idle_s is None else loop.call_later(idle_s, _resolve, waiter, False)
+        if patience is not None:
+            patience.begin(waiter)
         try:
             if await waiter:
                 return True
@@ -196,9 +196,6 @@ class JobLog:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
         self._waiters.remove(waiter)
         return False
 
@@ -211,8 +208,12 @@ class JobLog:
             self._entries.remove(entry)
 
     def _next_after(self, sequence: int) -> LoggedEvent | None:
-        index = bisect_right(self._entries, sequence, key=lambda entry: entry.sequence)
-        return self._entries[index] if index < len(self._entries) else None
+        entries = self._entries
+        if not entries or entries[-1].sequence <= sequence:  # most readers have everything, or all but the newest
+            return None
+        if len(entries) > 1 and entries[-2].sequence <= sequence:
+            return entries[-1]
+        return entries[bisect_right(entries, sequence, key=lambda entry: entry.sequence)]
 
     async def follow(
         self, after_sequence: int = 0, *, idle_s: float | None = None, omit_image_bytes: bool = False
@@ -229,23 +230,28 @@ class JobLog:
         """
         sequence = after_sequence
         seen_before = self._last_sequence
-        while True:
-            entry = self._next_after(sequence)
-            if entry is None:
-                if self._closed:
-                    return
-                if self._suspended is not None:
-                    raise self._suspended
-                if not await self._wait(idle_s):
-                    yield None
-                continue
-            sequence = entry.sequence
-            if omit_image_bytes and isinstance(entry.event, ImageChunk):
-                continue
-            yield entry
-            if entry.sequence > seen_before:
-                for observe in self._on_read:
-                    observe(entry)
+        patience = None if idle_s is None else _Patience(idle_s)
+        try:
+            while True:
+                entry = self._next_after(sequence)
+                if entry is None:
+                    if self._closed:
+                        return
+                    if self._suspended is not None:
+                        raise self._suspended
+                    if not await self._wait(patience):
+                        yield None
+                    continue
+                sequence = entry.sequence
+                if omit_image_bytes and isinstance(entry.event, ImageChunk):
+                    continue
+                yield entry
+                if entry.sequence > seen_before:
+                    for observe in self._on_read:
+                        observe(entry)
+        finally:
+            if patience is not None:
+                patience.end()
 
     async def image_chunks(self, prompt_index: int, offset_bytes: int = 0) -> AsyncIterator[ImageChunk]:
         """An image's bytes from an offset on; nothing where they are not all here."""
@@ -266,6 +272,44 @@ class JobLog:
 def _resolve(waiter: asyncio.Future[bool], happened: bool) -> None:
     if not waiter.done():
         waiter.set_result(happened)
+
+
+class _Patience:
+    """Ends a reader's wait in which nothing happens for too long.
+
+    A reader waits for each event anew, and nearly always briefly: one timer that is put off when it rings early
+    costs a hundred readers less than one timer a wait, made and cancelled.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        self._waiter: asyncio.Future[bool] | None = None
+        self._begun_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, waiter: asyncio.Future[bool]) -> None:
+        """The reader waits from now on; the waiter is given False `idle_s` later, unless it was given True."""
+        loop = waiter.get_loop()
+        self._waiter, self._begun_s = waiter, loop.time()
+        if self._timer is None:
+            self._timer = loop.call_at(self._begun_s + self._idle_s, self._ring)
+
+    def end(self) -> None:
+        """The reader waits no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._waiter = None
+
+    def _ring(self) -> None:
+        waiter, self._timer = self._waiter, None
+        if waiter is None or waiter.done():  # the next wait sets it again
+            return
+        loop = waiter.get_loop()
+        due_s = self._begun_s + self._idle_s
+        if loop.time() < due_s:
+            self._timer = loop.call_at(due_s, self._ring)
+        else:
+            _resolve(waiter, False)
 
 
 class EndedLog:

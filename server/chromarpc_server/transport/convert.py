@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from google.protobuf import duration_pb2, unknown_fields
@@ -184,7 +185,42 @@ def encoded_event(logged: LoggedEvent) -> Any:
 
 
 def _encode(logged: LoggedEvent) -> bytes:
+    if isinstance(logged.event, events.ImageChunk):
+        return _encode_chunk(logged.sequence, logged.time, logged.event)
     return job_service_pb2.WatchJobResponse(event=job_event(logged)).SerializeToString()
+
+
+_CHUNK_DATA_FIELD = job_event_pb2.ImageChunk.DATA_FIELD_NUMBER
+_IMAGE_CHUNK_FIELD = job_event_pb2.JobEvent.IMAGE_CHUNK_FIELD_NUMBER
+_EVENT_FIELD = job_service_pb2.WatchJobResponse.EVENT_FIELD_NUMBER
+
+
+def _encode_chunk(sequence: int, time: datetime, chunk: events.ImageChunk) -> bytes:
+    """What protobuf makes of the same, byte for byte, with the image's bytes copied once.
+
+    protobuf moves them several times and takes 0.3 ms for 128 KiB, for each reader: more than the sending does.
+    """
+    event = job_event_pb2.JobEvent(sequence=sequence)
+    event.time.FromDatetime(time)
+    place = job_event_pb2.ImageChunk(prompt_index=chunk.prompt_index, offset_bytes=chunk.offset_bytes)
+    within = place.SerializeToString() + _announce(_CHUNK_DATA_FIELD, len(chunk.data))
+    head = event.SerializeToString() + _announce(_IMAGE_CHUNK_FIELD, len(within) + len(chunk.data)) + within
+    return b"".join((_announce(_EVENT_FIELD, len(head) + len(chunk.data)), head, chunk.data))
+
+
+def _announce(field_number: int, size_bytes: int) -> bytes:
+    """Says that a field of so many bytes follows: its tag and its length."""
+    return _varint(field_number << 3 | 2) + _varint(size_bytes)
+
+
+def _varint(value: int) -> bytes:
+    """A number as protobuf writes it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def image_header_message(event: events.ImageHeader) -> job_event_pb2.ImageHeader:
