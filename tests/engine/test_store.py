@@ -269,3 +269,17 @@ async def test_a_job_that_cannot_be_read_is_named_and_its_words_are_not(kept: Ke
         await store.take_over()
     assert "planted" not in str(told.value)
     await store.close()
+
+
+def test_what_a_deleted_job_said_is_not_left_in_the_file(kept: Kept) -> None:
+    words = "a fox that nobody else should hear of"
+    database = kept.open()
+    database.insert(_row(1, plan=f'{{"prompt": "{words}"}}'))
+    assert database.finish(_end(1, kept))
+    database.close()
+    assert words.encode() in (kept.folder / "jobs.sqlite3").read_bytes()
+    database = kept.open()
+    assert database.delete("job1")
+    database.close()
+    for file in kept.folder.glob("jobs.sqlite3*"):
+        assert words.encode() not in file.read_bytes()
