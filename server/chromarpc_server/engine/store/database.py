@@ -275,7 +275,7 @@ class Database:
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA foreign_keys = ON")
-        # What a deleted job said is overwritten, rather than left in free pages.
+        # What a deleted job said is overwritten, rather than left in free pages; only some builds do so unasked.
         execute("PRAGMA secure_delete = ON")
         if version:
             damage = execute("PRAGMA quick_check(1)").fetchone()[0]
