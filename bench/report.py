@@ -349,6 +349,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "switching origin": lambda: origin(load("h100-switching")),
     "cpu speed": cpu_speed_table,
     "cpu origin": lambda: origin(load("cpu-speed")),
+    "cpu service origin": lambda: f"commit {load('cpu-service')['commit']}",
+    "memory origin": lambda: f"commit {load('h100-service-12gb')['commit']}",
     "cpu error": lambda: _error_table("cpu-error"),
     "cpu service": lambda: _service_table("cpu-service"),
     "cpu service verdict": lambda: _service_verdict("cpu-service"),
