@@ -1,7 +1,7 @@
 """From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
 
 A `Checkpoint` holds the master weights as they were stored. A `PreparedTransformer` of it has adapters merged,
-before quantization as the reference does. A `Pipeline` draws with one, and nothing on it changes between calls.
+before quantization as the reference does; `trainer` has the forms that draw the trainer's picture. A `Pipeline` draws with one, and nothing on it changes between calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
+from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
+from chromarpc_server.pipeline.denoising import Text, denoise_from
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.check import warm_up_kernels
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
@@ -35,12 +37,10 @@ from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.staging import tensor_hash_prefix
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
-from chromarpc_server.pipeline.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    dense_attention_mask,
-    rope_table,
-)
+from chromarpc_server.pipeline.trainer.exact import TORCH_DTYPES, ExactPreview, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.fused import FusedPreview
+from chromarpc_server.pipeline.trainer.parts import TrainerParts
+from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
 from chromarpc_server.pipeline.weights import (
     Check,
     CheckpointFiles,
@@ -59,6 +59,10 @@ TILE_PX = 512
 """Side of a tile, where pictures are decoded in tiles."""
 WARM_UP_WORDS = (8, 40, 72, 104)
 """Prompt lengths to warm up for: each falls into another of the fused forward's shapes."""
+Transformer = PreparedTransformer | FusedPreview | ExactPreview
+"""Whatever a profile draws with."""
+EMPTY_TOKENS = 1
+"""Of the empty prompt: the end mark."""
 GUIDED = 4.0
 """A guidance scale that makes both passes."""
 
@@ -67,7 +71,7 @@ GUIDED = 4.0
 class Pipeline:
     """Everything that draws, with one adapter set merged. Immutable; calls share nothing but weights."""
 
-    transformer: PreparedTransformer = field(repr=False)
+    transformer: Transformer = field(repr=False)
     text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
@@ -79,7 +83,7 @@ class Pipeline:
     """Of the checkpoint: noise is drawn and timesteps are rounded in it, whatever is computed in, because that
     rounding is part of the function that the checkpoint was trained as."""
     empty: tuple[Tensor, Tensor] = field(repr=False)
-    """Embeddings and mask of the empty prompt: constants of the checkpoint."""
+    """Embeddings and mask of the empty prompt: constants of the checkpoint and its text encoder."""
 
     @property
     def tiled_beyond_px(self) -> int | None:
@@ -90,10 +94,13 @@ class Pipeline:
         """Tokenizes a prompt; needs no device."""
         return self.tokenizer(prompt)
 
-    def encode(self, tokens: TokenizedPrompt) -> PromptEmbedding:
-        """Embeds a prompt, beside the unconditional text."""
+    def encode(self, tokens: TokenizedPrompt, negative: TokenizedPrompt | None = None) -> PromptEmbedding:
+        """Embeds a prompt, beside the unconditional text: the negative prompt where it counts, else the empty one."""
         embeds = self.text_encoder(tokens.ids)
-        return PromptEmbedding(embeds, tokens.mask.to(self.device), *self.empty)
+        unconditional = self.empty
+        if negative is not None and negative.token_count > EMPTY_TOKENS:
+            unconditional = self.text_encoder(negative.ids), negative.mask.to(self.device)
+        return PromptEmbedding(embeds, tokens.mask.to(self.device), *unconditional)
 
     def denoise(
         self,
@@ -147,113 +154,23 @@ class Pipeline:
                 noise_draw="float32",
             )
             self.decode(last.latents, width, height)
-            if self.transformer.profile.fused and self.transformer.run.records_ahead:
+            if not isinstance(self.transformer, ExactPreview) and self.transformer.records_ahead:
                 for embedding in embeddings[1:]:
-                    _record_step(self.transformer, embedding, last.latents, width, height)
+                    pairs = (embedding.embeds, embedding.mask), self.empty
+                    texts = [Text.of(*pair, last.latents) for pair in pairs]
+                    self.transformer.record(texts, last.latents, sampling.token_grid(width, height))
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
         """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
-        image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
+        exact = isinstance(self.transformer, ExactPreview)
+        with trainer_arithmetic(self.device) if exact else nullcontext():
+            image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
         return autoencoder.to_pixels(image)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
         """A small picture (height, width, 3) uint8 of what a finished step predicts."""
         with beside(self.device) if self.device.type == "cuda" else nullcontext():
             return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
-
-
-@torch.inference_mode()
-def denoise_from(
-    transformer: PreparedTransformer,
-    embedding: PromptEmbedding,
-    noise: Tensor,
-    width: int,
-    height: int,
-    steps: int,
-    guidance_scale: float,
-    *,
-    timestep_dtype: torch.dtype | None = None,
-) -> Iterator[DenoiseStep]:
-    """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device.
-
-    `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless told
-    otherwise.
-    """
-    grid = sampling.token_grid(width, height)
-    scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
-    seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
-    timesteps = seen.to(noise.dtype) / 1000
-    texts = [_Text.of(embedding.embeds, embedding.mask, noise)]
-    if guidance_scale > sampling.GUIDANCE_THRESHOLD:
-        texts.append(_Text.of(embedding.empty_embeds, embedding.empty_mask, noise))
-    make = _fused_velocity if transformer.profile.fused else _padded_velocity
-    yield from sampling.denoise(noise, scheduler, seen, guidance_scale, make(transformer, texts, timesteps, grid))
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One text on the device: (1, L, context) embeddings and (1, L) mask."""
-
-    embeds: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, embeds: Tensor, mask: Tensor, like: Tensor) -> _Text:
-        """On the device and in the dtype of `like`."""
-        return cls(embeds.to(device=like.device, dtype=like.dtype), mask.to(like.device))
-
-    @property
-    def kept(self) -> Tensor:
-        """(real + 1, context): what attention sees."""
-        return self.embeds[0, : int(self.mask.sum()) + 1]
-
-
-def _fused_velocity(
-    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
-) -> sampling.Velocity:
-    """Both passes at once over packed tokens, with the modulations of all steps made before."""
-    modulations = transformer.model.modulations(timesteps)
-    conditioning = transformer.run.fused.condition([text.kept for text in texts], grid)
-
-    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        found = transformer.run(latents[0], conditioning, modulations[index])
-        return found[:1], found[1:] if len(texts) > 1 else None
-
-    return velocity
-
-
-@torch.inference_mode()
-def _record_step(
-    transformer: PreparedTransformer, embedding: PromptEmbedding, latents: Tensor, width: int, height: int
-) -> None:
-    """Has a step for prompts of this length and pictures of this size ready, without running it."""
-    texts = [
-        _Text.of(embedding.embeds, embedding.mask, latents),
-        _Text.of(embedding.empty_embeds, embedding.empty_mask, latents),
-    ]
-    modulations = transformer.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
-    conditioning = transformer.run.fused.condition(
-        [text.kept for text in texts], sampling.token_grid(width, height)
-    )
-    transformer.run.record(latents[0], conditioning, modulations[0])
-
-
-def _padded_velocity(
-    transformer: PreparedTransformer, texts: Sequence[_Text], timesteps: Tensor, grid: tuple[int, int]
-) -> sampling.Velocity:
-    """As the reference: one pass after the other, 512 text tokens under a dense mask, modulations step by step."""
-    model = transformer.model
-    rope = rope_table(model.config, texts[0].embeds.shape[1], grid, timesteps.device)
-    masks = [dense_attention_mask(text.mask, grid[0] * grid[1], model.config.num_heads) for text in texts]
-
-    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        modulations = model.modulations(timesteps[index : index + 1])
-        passes = [
-            model(latents, text.embeds, modulations, rope, mask) for text, mask in zip(texts, masks, strict=True)
-        ]
-        return passes[0], passes[1] if len(passes) > 1 else None
-
-    return velocity
 
 
 @dataclass(frozen=True)
@@ -275,6 +192,7 @@ class Checkpoint:
     """Hash over names, shapes and values of the transformer's weights, hexadecimal."""
     size_bytes: int
     empty: tuple[Tensor, Tensor] = field(repr=False)
+    trainer_parts: TrainerParts = field(repr=False)
     memory: MemoryPlan | None = None
     """What stays where; None on a CPU."""
 
@@ -365,19 +283,46 @@ class Checkpoint:
                 for tensor in tensors
             ),
             empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
+            trainer_parts=TrainerParts(
+                files,
+                device,
+                hold_float8=plan is not None,
+                keep_in_host_memory=plan is not None and plan.text_encoder == "host",
+                record=plan is not None and plan.record_graphs and plan.text_encoder == "device",
+            ),
             memory=plan,
         )
 
-    def allocate(self, profile: NumericsProfile) -> PreparedTransformer:
-        """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it."""
-        return PreparedTransformer(
+    def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
+        """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it.
+
+        Args:
+            profile: what it will be run with.
+            trainer: what the trainer's config says, for profiles that draw the trainer's picture; its defaults if None.
+        """
+        record_graphs = self.memory is None or self.memory.record_graphs
+        if not profile.trainer:
+            return PreparedTransformer(
+                self.config,
+                self.master,
+                profile,
+                device=self.device,
+                dtype=self.dtype,
+                hold_float8=self._holds_float8,
+                record_graphs=record_graphs,
+            )
+        settings = trainer or TrainerSettings()
+        if not profile.fused:
+            return ExactPreview(self.config, self.master, profile, settings, device=self.device)
+        return FusedPreview(
             self.config,
             self.master,
             profile,
+            settings,
             device=self.device,
             dtype=self.dtype,
             hold_float8=self._holds_float8,
-            record_graphs=self.memory is None or self.memory.record_graphs,
+            record_graphs=record_graphs,
         )
 
     def prepared_bytes(self, profile: NumericsProfile) -> int:
@@ -388,8 +333,10 @@ class Checkpoint:
     def _holds_float8(self) -> bool:
         return self.memory is not None and self.memory.weights == "float8"
 
-    def pipeline(self, prepared: PreparedTransformer) -> Pipeline:
+    def pipeline(self, prepared: Transformer) -> Pipeline:
         """Everything that draws, with a transformer of this checkpoint as it is now."""
+        if not isinstance(prepared, PreparedTransformer):
+            return self._trainer_pipeline(prepared)
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
@@ -402,13 +349,35 @@ class Checkpoint:
             empty=self.empty,
         )
 
-    def prepare(self, adapters: AdapterSet, profile: NumericsProfile) -> Pipeline:
+    def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview) -> Pipeline:
+        settings = prepared.settings
+        encoder = self.trainer_parts.text_encoder(settings)
+        dtype = TORCH_DTYPES[settings.dtype]
+        empty = self.tokenizer("")
+        fused = isinstance(prepared, FusedPreview)
+        return Pipeline(
+            transformer=prepared,
+            text_encoder=encoder,
+            autoencoder=self.fused_autoencoder
+            if fused
+            else self.trainer_parts.autoencoder(dtype, self.autoencoder),
+            tokenizer=self.tokenizer,
+            latent_preview=self.latent_preview,
+            device=self.device,
+            dtype=self.dtype if fused else dtype,
+            stored_dtype=dtype,
+            empty=(encoder(empty.ids), empty.mask.to(self.device)),
+        )
+
+    def prepare(
+        self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
+    ) -> Pipeline:
         """A pipeline for whoever keeps it: merges adapters and quantizes, once.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
         """
-        prepared = self.allocate(profile)
+        prepared = self.allocate(profile, trainer)
         prepared.switch(adapters)
         return self.pipeline(prepared)
 

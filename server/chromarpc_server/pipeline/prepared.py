@@ -17,13 +17,21 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
 from chromarpc_server.pipeline.adapters import Adapter
+from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
-from chromarpc_server.pipeline.fused.forward import FusedTransformer
+from chromarpc_server.pipeline.fused.forward import Conditioning, FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.quantization import FLOAT8, dequantize_rows, quantize_rows
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
+from chromarpc_server.pipeline.sampling import Velocity
+from chromarpc_server.pipeline.transformer import (
+    ChromaConfig,
+    ChromaTransformer,
+    Linear,
+    dense_attention_mask,
+    rope_table,
+)
 from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
 
 AdapterSet = Sequence[tuple[Adapter, float]]
@@ -98,6 +106,45 @@ class PreparedTransformer:
             self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
 
+    def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
+        """See `VelocityMaker.velocity`."""
+        make = self._fused_velocity if self.profile.fused else self._padded_velocity
+        return make(texts, timesteps, grid)
+
+    def _fused_velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
+        """Both passes at once over packed tokens, with the modulations of all steps made before."""
+        modulations = self.model.modulations(timesteps)
+        conditioning = self.run.fused.condition([text.kept for text in texts], grid)
+        return packed_velocity(self.run, conditioning, modulations)
+
+    def _padded_velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
+        """As the reference: one pass after the other, 512 text tokens under a dense mask, modulations step by step."""
+        model = self.model
+        rope = rope_table(model.config, texts[0].embeds.shape[1], grid, timesteps.device)
+        masks = [dense_attention_mask(text.mask, grid[0] * grid[1], model.config.num_heads) for text in texts]
+
+        def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+            modulations = model.modulations(timesteps[index : index + 1])
+            passes = [
+                model(latents, text.embeds, modulations, rope, mask)
+                for text, mask in zip(texts, masks, strict=True)
+            ]
+            return passes[0], passes[1] if len(passes) > 1 else None
+
+        return velocity
+
+    @property
+    def records_ahead(self) -> bool:
+        """Whether `record` is any use."""
+        return self.profile.fused and self.run.records_ahead
+
+    @torch.inference_mode()
+    def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
+        """Has a step for prompts of this length and pictures of this size ready, without running it."""
+        modulations = self.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
+        conditioning = self.run.fused.condition([text.kept for text in texts], grid)
+        self.run.record(latents[0], conditioning, modulations[0])
+
     @property
     def size_bytes(self) -> int:
         """Of the weights and scales it holds."""
@@ -127,7 +174,7 @@ class PreparedTransformer:
         stage = "merging" if adapters else "quantizing"
         done = 0
         finite: dict[str, Tensor] = {}
-        for name, stored in self._on_device(stale):
+        for name, stored in on_device(self._master, stale, self._device):
             check()
             weight = stored
             for adapter, multiplier in adapters:
@@ -141,32 +188,6 @@ class PreparedTransformer:
             progress(LoadProgress(stage, done, total))
         self._refuse_overflow(finite)
         return SwitchReport(len(stale))
-
-    def _on_device(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Master weights on the device; those in host memory are copied while the ones before are worked on."""
-        if self._device.type != "cuda" or all(self._master[name].is_cuda for name in names):
-            for name in names:
-                yield name, self._master[name].to(self._device)
-            return
-        copying, working = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
-        ahead: deque[tuple[str, Tensor, torch.cuda.Event]] = deque()
-
-        def take() -> tuple[str, Tensor]:
-            name, weight, copied = ahead.popleft()
-            working.wait_event(copied)
-            weight.record_stream(working)
-            return name, weight
-
-        for name in names:
-            with torch.cuda.stream(copying):
-                weight = self._master[name].to(self._device, non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record(copying)
-            ahead.append((name, weight, copied))
-            if len(ahead) > COPIES_AHEAD:
-                yield take()
-        while ahead:
-            yield take()
 
     def _write(self, name: str, weight: Tensor) -> None:
         """Puts a merged weight where it is held, as it is held. Storage is made once and never replaced."""
@@ -215,6 +236,45 @@ class PreparedTransformer:
             for name in bad:
                 self._merged[name] = None
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
+
+
+def on_device(
+    master: Mapping[str, Tensor], names: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Master weights on the device; those in host memory are copied while the ones before are worked on."""
+    if device.type != "cuda" or all(master[name].is_cuda for name in names):
+        for name in names:
+            yield name, master[name].to(device)
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    ahead: deque[tuple[str, Tensor, torch.cuda.Event]] = deque()
+
+    def take() -> tuple[str, Tensor]:
+        name, weight, copied = ahead.popleft()
+        working.wait_event(copied)
+        weight.record_stream(working)
+        return name, weight
+
+    for name in names:
+        with torch.cuda.stream(copying):
+            weight = master[name].to(device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(copying)
+        ahead.append((name, weight, copied))
+        if len(ahead) > COPIES_AHEAD:
+            yield take()
+    while ahead:
+        yield take()
+
+
+def packed_velocity(run: GraphedForward, conditioning: Conditioning, modulations: Tensor) -> Velocity:
+    """Both passes of a step at once, over packed tokens."""
+
+    def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        found = run(latents[0], conditioning, modulations[index])
+        return found[:1], found[1:] if len(conditioning.layout.text_tokens) > 1 else None
+
+    return velocity
 
 
 def prepared_bytes(

@@ -20,11 +20,14 @@ class NumericsProfile:
     else by `transformer` step by step as the reference does, text padded to 512 tokens and masked."""
     float8_products: bool = False
     """The blocks' linears multiply float8 by float8."""
+    trainer: bool = False
+    """Computes what ai-toolkit computes when it draws samples, by the request's trainer settings; else what the
+    reference computes."""
 
     @property
     def needs_float8_weights(self) -> bool:
         """Whether weights must be held in float8, instead of dequantized where there is room."""
-        return self.float8_products or not self.fused
+        return self.float8_products or not (self.fused or self.trainer)
 
 
 EXACT = NumericsProfile(
@@ -46,8 +49,22 @@ FP8 = NumericsProfile(
     float8_products=True,
 )
 
+PREVIEW = NumericsProfile(
+    name="preview",
+    description="the picture that ai-toolkit draws during training, adapters beside its quantized weights, without the waste",
+    fused=True,
+    trainer=True,
+)
+
+PREVIEW_EXACT = NumericsProfile(
+    name="preview-exact",
+    description="the trainer's own sequence of operations, bit-identical to its samples on the same GPU and torch",
+    fused=False,
+    trainer=True,
+)
+
 PROFILES: Mapping[str, NumericsProfile] = MappingProxyType(
-    {profile.name: profile for profile in (REFERENCE, EXACT, FP8)}
+    {profile.name: profile for profile in (REFERENCE, EXACT, FP8, PREVIEW, PREVIEW_EXACT)}
 )
 
 

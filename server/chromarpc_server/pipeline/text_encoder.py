@@ -23,8 +23,9 @@ from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.memory import pin
-from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
+from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, reference_float8
 from chromarpc_server.pipeline.weights import (
     ReadingProgress,
     open_weights,
@@ -66,9 +67,9 @@ class PromptEmbedding:
     """(1, 512, context)."""
     mask: Tensor = field(repr=False)
     """(1, 512)."""
-    empty_embeds: Tensor = field(repr=False)
-    """(1, 512, context) of the empty prompt: Chroma's unconditional text."""
-    empty_mask: Tensor = field(repr=False)
+    unconditional_embeds: Tensor = field(repr=False)
+    """(1, 512, context): of the empty prompt, or of the negative one where the profile honours it."""
+    unconditional_mask: Tensor = field(repr=False)
     """(1, 512)."""
 
 
@@ -99,6 +100,21 @@ class Tokenizer:
         return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
 
 
+class ScaledLinear(nn.Module):
+    """A linear layer without bias whose rounded product is scaled afterwards, as torchao's `int8` does."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        """`codes` (out, in) in the dtype that is computed in, `scale` (out,)."""
+        super().__init__()
+        self.weight = None
+        self.codes = nn.Buffer(codes)
+        self.scale = nn.Buffer(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return F.linear(x, self.codes) * self.scale
+
+
 class Float8Linear(nn.Module):
     """A linear layer whose float8 weight is dequantized at every call: half the memory, the same bits.
 
@@ -119,6 +135,10 @@ class Float8Linear(nn.Module):
         return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
 
 
+def _reference_float8(_: str, weight: Tensor) -> QuantizedLinear:
+    return reference_float8(weight)
+
+
 def build_text_encoder(
     config: T5Config,
     weights: dict[str, Tensor],
@@ -126,8 +146,10 @@ def build_text_encoder(
     device: torch.device,
     dtype: torch.dtype,
     quantize: bool,
+    quantizer: Callable[[str, Tensor], QuantizedLinear] = _reference_float8,
     hold_float8: bool = False,
     keep_in_host_memory: bool = False,
+    attention: str = "sdpa",
 ) -> T5EncoderModel:
     """A T5 encoder with these weights, built on `meta` and assigned.
 
@@ -136,9 +158,11 @@ def build_text_encoder(
         weights: by the checkpoint's names; the shared embedding may come under either of its names, or both.
         device: where to compute.
         dtype: what to compute in.
-        quantize: round every linear weight to float8 and back, as the reference's quantized encoder does.
-        hold_float8: hold them in float8, and dequantize at every call.
+        quantize: quantize every linear weight.
+        quantizer: how, given name and weight; by default to float8, as the reference's quantized encoder does.
+        hold_float8: hold them in float8 where the quantizer's values are float8, and dequantize at every call.
         keep_in_host_memory: leave the layers there, and copy each to the device for as long as it computes.
+        attention: transformers' name of an implementation.
 
     Raises:
         WeightsInvalid: tensors are missing or unknown.
@@ -159,19 +183,23 @@ def build_text_encoder(
         if not (quantize and name in linears):
             placed[name] = weight.to(dtype).to(place)
             continue
-        q, scale = quantize_rows(weight)
-        if not hold_float8:
-            placed[name] = dequantize_rows(q, scale).to(dtype).to(place)
-            continue
+        quantized = quantizer(name, weight)
         path = name.removesuffix(".weight")
-        model.set_submodule(path, Float8Linear(q.to(place), scale.to(place), dtype))
+        if quantized.scale is not None:
+            codes, scale = quantized.weight.to(dtype).to(place), quantized.scale.to(dtype).to(place)
+            model.set_submodule(path, ScaledLinear(codes, scale))
+        elif hold_float8 and quantized.codes is not None and quantized.codes[0].dtype == FLOAT8:
+            q, scale = quantized.codes
+            model.set_submodule(path, Float8Linear(q.to(place), scale.to(place), dtype))
+        else:
+            placed[name] = quantized.weight.to(dtype).to(place)
     embedding = shared.to(device=device, dtype=dtype)
     placed[_SHARED] = placed[_EMBED] = embedding
     held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict({**held, **placed}, assign=True)
     if keep_in_host_memory:
         _stream(list(model.encoder.block), device)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(attention)
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
@@ -254,9 +282,16 @@ class RecordedEncoder:
     launch than to run. The same kernels, so the same bits. Belongs to the device thread.
     """
 
-    def __init__(self, model: T5EncoderModel, *, record: bool = True) -> None:
-        """`model`: where it is to be recorded, its weights must stay where they are."""
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        *,
+        record: bool = True,
+        run: Callable[[T5EncoderModel, Tensor], Tensor] | None = None,
+    ) -> None:
+        """`model`: where it is to be recorded, its weights must stay where they are. `run`: instead of `encode`."""
         self.model = model
+        self._run = run or encode
         self._ids: Tensor | None = None
         self._embeds: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -268,12 +303,12 @@ class RecordedEncoder:
         """(1, 512) → (1, 512, context)."""
         device = self.model.device
         if device.type != "cuda" or not self._usable:
-            return encode(self.model, ids)
+            return self._run(self.model, ids)
         if self._graph is None and self._met:
             self._record(ids)
         self._met = True
         if self._graph is None or self._ids is None or self._embeds is None:
-            return encode(self.model, ids)
+            return self._run(self.model, ids)
         self._ids.copy_(ids)
         self._graph.replay()
         return self._embeds.clone()
@@ -284,7 +319,7 @@ class RecordedEncoder:
         try:
             torch.cuda.synchronize(self.model.device)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._embeds = encode(self.model, self._ids)
+                self._embeds = self._run(self.model, self._ids)
         except Exception as problem:  # noqa: BLE001 - what cannot be recorded can still be run
             log.warning("encoder.unrecorded", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
             self._usable = False

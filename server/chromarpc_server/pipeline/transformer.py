@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -214,19 +214,47 @@ class Linear(nn.Linear):
     """A linear layer that multiplies in its weights' dtype, whatever its input's.
 
     A float8 weight is dequantized at every call: `bf16(weight) · scale`, one scale for each output row.
+
+    With `down` (rank, in), an adapter's path lies beside the weight: the weight is (out, in + rank), its last columns
+    the adapter's `up`, and the input is taken beside its own product with `down`; a float8 weight has its `up` apart.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.scale: Tensor | None
         self.register_buffer("scale", None, persistent=False)
+        self.down: Tensor | None
+        self.register_buffer("down", None, persistent=False)
+        self.up: Tensor | None
+        self.register_buffer("up", None, persistent=False)
+        self.paths: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
+        """Further paths beside the weight: each takes input and output, and gives the output with its part added."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         """(…, in) → (…, out) in the weights' dtype."""
         weight: Tensor = self.weight
         if self.scale is not None:
             weight = weight.to(self.scale.dtype) * self.scale[:, None]
-        return F.linear(input.to(weight.dtype), weight, self.bias)
+        values = input.to(weight.dtype)
+        wide = values
+        if self.down is not None and self.up is None:
+            wide = torch.cat((values, F.linear(values, self.down)), dim=-1)
+        return self.beside(values, F.linear(wide, weight, self.bias))
+
+    def beside(self, values: Tensor, output: Tensor) -> Tensor:
+        """Adds what lies beside the weight and is not in its product: input (…, in), output (…, out) → the output."""
+        if self.down is not None and self.up is not None:
+            output = output + F.linear(F.linear(values, self.down), self.up)
+        for path in self.paths:
+            output = path(values, output)
+        return output
+
+
+def linear_weights(config: ChromaConfig) -> tuple[str, ...]:
+    """Names of the parameters that are linear layers' weights."""
+    with torch.device("meta"):
+        model = ChromaTransformer(config)
+    return tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear))
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.adapters import read_adapter
-from chromarpc_server.pipeline.checkpoint import denoise_from
+from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.prepared import prepare_transformer
 from chromarpc_server.pipeline.profiles import PROFILES

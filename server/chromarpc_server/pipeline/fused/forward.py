@@ -56,9 +56,8 @@ class Activation:
 
     values: Tensor
     scale: Tensor | None = None
-
-    def __getitem__(self, rows: slice) -> Activation:
-        return Activation(self.values[rows], None if self.scale is None else self.scale[rows])
+    room: Tensor | None = None
+    """The buffer (R, in + rank) whose first columns the values are, where there is room beside them."""
 
 
 class FusedTransformer:
@@ -73,6 +72,8 @@ class FusedTransformer:
         self._float8 = float8_products
         weight: Tensor = model.img_in.bias
         self.attention = attention or select_attention(weight.device, weight.dtype, model.config.head_dim)
+        self.variant: object = None
+        """What a recorded step depends on besides its shape: which layers have a path beside them, of which rank."""
         self._buffer: Tensor | None = None
         """Where float8 weights are dequantized, one at a time."""
 
@@ -131,16 +132,23 @@ class FusedTransformer:
             return scaled
         weight = self._weight(linear)
         bias: Tensor = linear.bias
-        values = x.values.to(weight.dtype)
+        values = _beside(linear, x, weight.dtype)
         if out is None:
-            return F.linear(values, weight, bias)
-        return torch.addmm(bias, values, weight.t(), out=out)
+            found = F.linear(values, weight, bias)
+        else:
+            found = torch.addmm(bias, values, weight.t(), out=out)
+        if linear.up is None and not linear.paths:
+            return found
+        whole = linear.beside(x.values.to(weight.dtype), found)
+        return whole if out is None else out.copy_(whole)
 
-    def gelu_product(self, linear: Linear, x: Tensor) -> Tensor:
-        """tanh-GELU of x · wᵀ + b. (R, in) → (R, out)."""
+    def gelu_product(self, linear: Linear, x: Activation, room: int = 0) -> Activation:
+        """tanh-GELU of x · wᵀ + b, with `room` columns beside it. (R, in) → (R, out)."""
+        if linear.up is not None or linear.paths:
+            return Activation(F.gelu(self.product(linear, x), approximate="tanh"))
         weight = self._weight(linear)
-        result: Tensor = fused_ops(x.device).gelu_product(x.to(weight.dtype), weight, linear.bias)
-        return result
+        values = _beside(linear, x, weight.dtype)
+        return with_room(fused_ops(values.device).gelu_product(values, weight, linear.bias, room), room)
 
     def _weight(self, linear: Linear) -> Tensor:
         weight: Tensor = linear.weight
@@ -159,6 +167,27 @@ class FusedTransformer:
     def float8_products(self) -> bool:
         """Whether the blocks' linears are multiplied in float8."""
         return self._float8
+
+
+def rank_beside(linear: Linear) -> int:
+    """Columns that a layer takes beside its input: the rank of its adapters' path."""
+    return 0 if linear.down is None or linear.up is not None else linear.down.shape[0]
+
+
+def with_room(wide: Tensor, room: int) -> Activation:
+    """The first columns of a buffer (R, C + room) that `room` columns are left beside."""
+    return Activation(wide[:, : wide.shape[1] - room], None, wide) if room else Activation(wide)
+
+
+def _beside(linear: Linear, x: Activation, dtype: torch.dtype) -> Tensor:
+    """A layer's input, with its product with `down` beside it where the layer has one. (R, in) → (R, in + rank)."""
+    values = x.values.to(dtype)
+    if linear.down is None or linear.up is not None:
+        return values
+    if x.room is None or x.room.dtype != dtype:
+        return torch.cat((values, F.linear(values, linear.down)), dim=1)
+    torch.mm(values, linear.down.t(), out=x.room[:, values.shape[1] :])
+    return x.room
 
 
 @dataclass(frozen=True)
@@ -185,8 +214,8 @@ class _Run:
     ) -> tuple[_Pending, _Pending]:
         layout, product = self.given.layout, self.fused.product
         (image, text), (image_mod, text_mod) = streams, mods
-        normed_image = self.norm(image, image_mod[0], image_mod[1])
-        normed_text = self.norm(text, text_mod[0], text_mod[1])
+        normed_image = self.norm(image, image_mod[0], image_mod[1], rank_beside(block.img_attn.qkv))
+        normed_text = self.norm(text, text_mod[0], text_mod[1], rank_beside(block.txt_attn.qkv))
         width = 3 * image.x.shape[1]
         qkv = torch.empty(layout.rows, width, dtype=image.x.dtype, device=image.x.device)
         product(block.img_attn.qkv, normed_image, qkv[layout.image])
@@ -206,13 +235,13 @@ class _Run:
     def _mlp(self, proj: Linear, mlp: nn.Sequential, stream: _Pending, attended: Tensor, mod: Tensor) -> _Pending:
         product = self.fused.product
         out = product(proj, self.activation(attended))
-        normed = self.norm(_Pending(stream.x, out, mod[2]), mod[3], mod[4])
-        first, second = mlp[0], mlp[2]
+        first, second = cast("Linear", mlp[0]), cast("Linear", mlp[2])
+        normed = self.norm(_Pending(stream.x, out, mod[2]), mod[3], mod[4], rank_beside(first))
         if self.fused.float8_products:
-            inner = self._gelu(None, product(first, normed))  # type: ignore[arg-type]
+            inner = self._gelu(None, product(first, normed))
         else:
-            inner = Activation(self.fused.gelu_product(first, normed.values))  # type: ignore[arg-type]
-        return _Pending(stream.x, product(second, inner), mod[5])  # type: ignore[arg-type]
+            inner = self.fused.gelu_product(first, normed, rank_beside(second))
+        return _Pending(stream.x, product(second, inner), mod[5])
 
     def _rotate(self, attention: SelfAttention, qkv: Tensor, rows: slice) -> None:
         norm = attention.norm
@@ -237,37 +266,39 @@ class _Run:
         hidden = x.shape[1]
         for index, block in enumerate(blocks):
             shift, scale, gate = mods[3 * index : 3 * index + 3]
-            both = self.fused.product(block.linear1, self.norm(stream, shift, scale))
+            normed = self.norm(stream, shift, scale, rank_beside(block.linear1))
+            both = self.fused.product(block.linear1, normed)
             norm = block.norm
             self.ops.qk_norm_rope(both, norm.query_norm.scale, norm.key_norm.scale, self.given.rope, self.heads)
             qkv, mlp = both[:, : 3 * hidden], both[:, 3 * hidden :]
             attended = self.fused.attention(qkv, self.heads, self.given.spans)
-            stream = _Pending(x, self.fused.product(block.linear2, self._gelu(attended, mlp)), gate)
+            joined = self._gelu(attended, mlp, rank_beside(block.linear2))
+            stream = _Pending(x, self.fused.product(block.linear2, joined), gate)
         if stream.added is not None and stream.gate is not None:
             self.ops.gated_add(x, stream.added, stream.gate)
         return x
 
-    def norm(self, stream: _Pending, shift: Tensor, scale: Tensor) -> Activation:
-        """Adds what is pending to the stream, and makes the next linear's input of it."""
+    def norm(self, stream: _Pending, shift: Tensor, scale: Tensor, room: int) -> Activation:
+        """Adds what is pending to the stream, and makes the next linear's input of it, with `room` beside it."""
         quantizes = self.fused.float8_products
         if stream.added is None or stream.gate is None:
             arguments = (stream.x, shift, scale)
             if quantizes:
                 return Activation(*self.ops.norm_modulate_quantized(*arguments))
-            return Activation(self.ops.norm_modulate(*arguments))
+            return with_room(self.ops.norm_modulate(*arguments, room), room)
         gated = (stream.x, stream.added, stream.gate, shift, scale)
         if quantizes:
             return Activation(*self.ops.add_norm_modulate_quantized(*gated))
-        return Activation(self.ops.add_norm_modulate(*gated))
+        return with_room(self.ops.add_norm_modulate(*gated, room), room)
 
     def activation(self, x: Tensor) -> Activation:
         """Rows that come from attention, as a linear takes them."""
         return Activation(*self.ops.quantize(x)) if self.fused.float8_products else Activation(x)
 
-    def _gelu(self, beside: Tensor | None, mlp: Tensor) -> Activation:
+    def _gelu(self, beside: Tensor | None, mlp: Tensor, room: int = 0) -> Activation:
         if self.fused.float8_products:
             return Activation(*self.ops.join_gelu_quantized(beside, mlp))
-        return Activation(self.ops.join_gelu(beside, mlp))
+        return with_room(self.ops.join_gelu(beside, mlp, room), room)
 
 
 @dataclass(frozen=True)

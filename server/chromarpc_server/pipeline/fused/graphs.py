@@ -97,8 +97,8 @@ class GraphedForward:
 
     def _shape(self, conditioning: Conditioning) -> Shape:
         if self.fused.attention.any_length:
-            return conditioning.layout.shape
-        return (*conditioning.layout.shape, *conditioning.spans.bounds)
+            return (self.fused.variant, *conditioning.layout.shape)
+        return (self.fused.variant, *conditioning.layout.shape, *conditioning.spans.bounds)
 
     def _record(
         self, shape: Shape, latents: Tensor, conditioning: Conditioning, modulations: Tensor

@@ -50,6 +50,7 @@ def _norm_modulate_kernel(
     scale,
     y,
     y_scale,
+    y_stride,
     eps: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -72,7 +73,7 @@ def _norm_modulate_kernel(
     if quantizes:
         _store_quantized(out, row, columns, inside, y, y_scale, width, smallest)
     else:
-        tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + row * y_stride + columns, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -135,6 +136,7 @@ def _join_gelu_kernel(
     mlp_stride,
     y,
     y_scale,
+    y_stride,
     attention_width: tl.constexpr,
     mlp_width: tl.constexpr,
     block_attention: tl.constexpr,
@@ -143,11 +145,10 @@ def _join_gelu_kernel(
     smallest: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    width: tl.constexpr = attention_width + mlp_width
     columns = tl.arange(0, block_mlp)
     inside = columns < mlp_width
     value = _gelu(tl.load(mlp + row * mlp_stride + columns, mask=inside, other=0.0).to(tl.float32))
-    start = y + row * width
+    start = y + row * y_stride
     if quantizes:
         largest = tl.max(tl.abs(value), axis=0)
         if attention_width > 0:
@@ -221,12 +222,26 @@ def _block(width: int) -> int:
     return int(triton.next_power_of_2(width))
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, room: int = 0) -> Tensor:
     """See `plain.norm_modulate`."""
-    y = torch.empty_like(x)
     rows, width = x.shape
+    y = x.new_empty(rows, width + room)
     _norm_modulate_kernel[(rows,)](
-        x, x, x, shift, scale, y, y, NORM_EPS, width, _block(width), False, False, SMALLEST_AMAX, num_warps=4
+        x,
+        x,
+        x,
+        shift,
+        scale,
+        y,
+        y,
+        width + room,
+        NORM_EPS,
+        width,
+        _block(width),
+        False,
+        False,
+        SMALLEST_AMAX,
+        num_warps=4,
     )
     return y
 
@@ -236,18 +251,22 @@ def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Te
     rows, width = x.shape
     y, y_scale = _quantized_like(rows, width, x.device)
     _norm_modulate_kernel[(rows,)](
-        x, x, x, shift, scale, y, y_scale, NORM_EPS, width, _block(width), False, True, SMALLEST_AMAX, num_warps=4
-    )
+        x, x, x, shift, scale, y, y_scale, width, NORM_EPS, width, _block(width), False, True, SMALLEST_AMAX,
+        num_warps=4,
+    )  # fmt: skip
     return y, y_scale
 
 
-def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def add_norm_modulate(
+    x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, room: int = 0
+) -> Tensor:
     """See `plain.add_norm_modulate`."""
-    y = torch.empty_like(x)
     rows, width = x.shape
+    y = x.new_empty(rows, width + room)
     _norm_modulate_kernel[(rows,)](
-        x, added, gate, shift, scale, y, y, NORM_EPS, width, _block(width), True, False, SMALLEST_AMAX, num_warps=4
-    )
+        x, added, gate, shift, scale, y, y, width + room, NORM_EPS, width, _block(width), True, False,
+        SMALLEST_AMAX, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -258,8 +277,8 @@ def add_norm_modulate_quantized(
     rows, width = x.shape
     y, y_scale = _quantized_like(rows, width, x.device)
     _norm_modulate_kernel[(rows,)](
-        x, added, gate, shift, scale, y, y_scale, NORM_EPS, width, _block(width), True, True, SMALLEST_AMAX,
-        num_warps=4,
+        x, added, gate, shift, scale, y, y_scale, width, NORM_EPS, width, _block(width), True, True,
+        SMALLEST_AMAX, num_warps=4,
     )  # fmt: skip
     return y, y_scale
 
@@ -278,13 +297,13 @@ def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tens
     )
 
 
-def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
+def join_gelu(attention: Tensor | None, mlp: Tensor, room: int = 0) -> Tensor:
     """See `plain.join_gelu`."""
     rows, inner = mlp.shape
     width = attention.shape[1] if attention is not None else 0
-    y = torch.empty(rows, width + inner, dtype=mlp.dtype, device=mlp.device)
+    y = mlp.new_empty(rows, width + inner + room)
     _join_gelu_kernel[(rows,)](
-        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y,
+        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y, width + inner + room,
         width, inner, _block(max(width, 1)), _block(inner), False, SMALLEST_AMAX, num_warps=8,
     )  # fmt: skip
     return y
@@ -296,7 +315,7 @@ def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, 
     width = attention.shape[1] if attention is not None else 0
     y, y_scale = _quantized_like(rows, width + inner, mlp.device)
     _join_gelu_kernel[(rows,)](
-        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y_scale,
+        attention if attention is not None else mlp, mlp, mlp.stride(0), y, y_scale, width + inner,
         width, inner, _block(max(width, 1)), _block(inner), True, SMALLEST_AMAX, num_warps=8,
     )  # fmt: skip
     return y, y_scale
@@ -331,9 +350,13 @@ def quantize_weight(weight: Tensor, q: Tensor, scale: Tensor) -> None:
     _round_weight_kernel[(rows,)](weight, q, scale, q, width, _block(width), SMALLEST_SCALE, True, num_warps=8)
 
 
-def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, room: int = 0) -> Tensor:
     """See `plain.gelu_product`; the GELU is taken on the product's accumulators."""
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    if room == 0:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    wide = x.new_empty(x.shape[0], weight.shape[0] + room)
+    torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=wide[:, : weight.shape[0]])
+    return wide
 
 
 def scaled_product(

@@ -21,9 +21,16 @@ def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.float(), normed, 1 + scale.float())
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) · LN(x) + shift. x (R, C), shift and scale (C,) → (R, C) in x's dtype."""
-    return _norm_modulate(x, shift, scale).to(x.dtype)
+def _widened(x: Tensor, room: int) -> Tensor:
+    return x if room == 0 else torch.cat((x, x.new_empty(x.shape[0], room)), dim=1)
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, room: int = 0) -> Tensor:
+    """(1 + scale) · LN(x) + shift, with `room` columns beside it that hold nothing yet.
+
+    x (R, C), shift and scale (C,) → (R, C + room) in x's dtype.
+    """
+    return _widened(_norm_modulate(x, shift, scale).to(x.dtype), room)
 
 
 def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,10 +38,15 @@ def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Te
     return quantize(_norm_modulate(x, shift, scale))
 
 
-def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adds gate · added to x in place, then `norm_modulate` of it. x, added (R, C), the others (C,) → (R, C)."""
+def add_norm_modulate(
+    x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, room: int = 0
+) -> Tensor:
+    """Adds gate · added to x in place, then `norm_modulate` of it.
+
+    x, added (R, C), the others (C,) → (R, C + room).
+    """
     gated_add(x, added, gate)
-    return norm_modulate(x, shift, scale)
+    return norm_modulate(x, shift, scale, room)
 
 
 def add_norm_modulate_quantized(
@@ -73,9 +85,9 @@ def _join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
     return activated if attention is None else torch.cat((attention.float(), activated), dim=1)
 
 
-def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
-    """Attention (R, C) beside the tanh-GELU of mlp (R, I), whose rows may be strided → (R, C + I)."""
-    return _join_gelu(attention, mlp).to(mlp.dtype)
+def join_gelu(attention: Tensor | None, mlp: Tensor, room: int = 0) -> Tensor:
+    """Attention (R, C) beside the tanh-GELU of mlp (R, I), whose rows may be strided → (R, C + I + room)."""
+    return _widened(_join_gelu(attention, mlp).to(mlp.dtype), room)
 
 
 def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +107,9 @@ def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return torch.mul(q.to(scale.dtype), scale[:, None], out=out)
 
 
-def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh-GELU of x · weightᵀ + bias. x (R, in), weight (out, in), bias (out,) → (R, out)."""
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, room: int = 0) -> Tensor:
+    """tanh-GELU of x · weightᵀ + bias. x (R, in), weight (out, in), bias (out,) → (R, out + room)."""
+    return _widened(F.gelu(F.linear(x, weight, bias), approximate="tanh"), room)
 
 
 def scaled_product(

@@ -1,0 +1,205 @@
+"""`preview-exact`: the trainer's own sequence of operations, with its weights and adapters as it holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline.adapters.change import Kronecker
+from chromarpc_server.pipeline.denoising import Text
+from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, on_device
+from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.sampling import Velocity
+from chromarpc_server.pipeline.trainer.forward import (
+    TrainerLinear,
+    TrainerTransformer,
+    attended_text,
+    attention_mask,
+)
+from chromarpc_server.pipeline.trainer.paths import (
+    Path,
+    Placed,
+    add_to_quantized,
+    kronecker_path,
+    merge,
+    pair_of,
+    place,
+    require_finite_weights,
+)
+from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.transformer import ChromaConfig, linear_weights, rope_table
+from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ExactPreview:
+    """One transformer's weights as the trainer holds them. Belongs to the thread that owns the device."""
+
+    def __init__(
+        self,
+        config: ChromaConfig,
+        master: Mapping[str, Tensor],
+        profile: NumericsProfile,
+        settings: TrainerSettings,
+        *,
+        device: torch.device,
+    ) -> None:
+        """Allocates nothing; the first `switch` does.
+
+        Args:
+            config: sizes.
+            master: parameters by name, as they are stored, on the device or in host memory.
+            profile: `preview-exact`.
+            settings: what the trainer's config says.
+            device: where it computes, in the trainer's dtype.
+        """
+        self.profile = profile
+        self.settings = settings
+        self._config = config
+        self._master = master
+        self._device = device
+        self._dtype = TORCH_DTYPES[settings.dtype]
+        self._linear_names = frozenset(linear_weights(config))
+        self._weights: dict[str, QuantizedLinear] = {}
+        self._others: dict[str, Tensor] = {}
+        self._held: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
+        """What was merged into each parameter; None where its contents are unknown."""
+        self._transformer: TrainerTransformer | None = None
+        self._beside_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights and adapters it holds."""
+        weights = [held.weight for held in self._weights.values()]
+        return sum(tensor.nbytes for tensor in (*weights, *self._others.values())) + self._beside_bytes
+
+    @torch.inference_mode()
+    def switch(
+        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
+    ) -> SwitchReport:
+        """Makes the weights those that the trainer would sample with, given these adapters.
+
+        Args:
+            adapters: in order, with their multipliers.
+            progress: told how many bytes of those to rewrite are done.
+            check: called between tensors; raises to stop.
+
+        Raises:
+            LoraIncompatible: merging gave values that are not finite.
+            WeightsInvalid: a weight has a row that the quantizer turns into NaN.
+        """
+        self._transformer = None
+        placement = place(adapters, sorted(self._linear_names), self.settings)
+        changes = {
+            name: (*placement.merged.get(name, ()), *placement.added.get(name, ())) for name in self._master
+        }
+        wanted = {name: tuple(placed.key for placed in changes[name]) for name in self._master}
+        stale = [name for name in self._master if self._held[name] != wanted[name]]
+        total, done = sum(self._master[name].nbytes for name in stale), 0
+        finite: dict[str, Tensor] = {}
+        for name, stored in on_device(self._master, stale, self._device):
+            check()
+            self._held[name] = None
+            weight = stored.to(self._dtype)
+            written = self._write(name, weight, placement.merged.get(name, ()), placement.added.get(name, ()))
+            finite[name] = torch.isfinite(written).all()
+            self._held[name] = wanted[name]
+            done += self._master[name].nbytes
+            progress(LoadProgress("quantizing" if self.settings.quantize else "merging", done, total))
+        try:
+            require_finite_weights(finite, wanted, self.settings.qtype if self.settings.quantize else None)
+        except ChromaError:
+            self._held.update(dict.fromkeys(finite))
+            raise
+        beside = {
+            name.removesuffix(".weight"): tuple(self._path(placed) for placed in those)
+            for name, those in placement.beside.items()
+        }
+        self._beside_bytes = sum(path.size_bytes for paths in beside.values() for path in paths)
+        linears = {
+            name.removesuffix(".weight"): TrainerLinear(
+                weight,
+                self._others.get(f"{name.removesuffix('.weight')}.bias"),
+                beside.get(name.removesuffix(".weight"), ()),
+            )
+            for name, weight in self._weights.items()
+        }
+        self._transformer = TrainerTransformer(self._config, linears, self._others)
+        return SwitchReport(len(stale))
+
+    def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
+        for placed in merged:
+            weight = merge(placed.change, weight, placed.multiplier)
+        if name not in self._linear_names:
+            self._others[name] = weight
+            return weight
+        held = quantize_linear(weight, self.settings.qtype if self.settings.quantize else None)
+        if added:
+            whole = held.dequantized
+            for placed in added:
+                whole = add_to_quantized(placed.change, whole, placed.multiplier)
+            held = QuantizedLinear(whole, Bias.FUSED)
+        self._weights[name] = QuantizedLinear(held.weight, held.bias, held.scale)
+        return held.weight
+
+    def _path(self, placed: Placed) -> Path:
+        if isinstance(placed.change, Kronecker):
+            return kronecker_path(placed.change, placed.multiplier, self._device)
+        pair = pair_of(placed.change)
+        if pair is None:
+            raise TypeError(f"a {type(placed.change).__name__} has no path beside its layer")
+        return pair.path(placed.multiplier, self._device)
+
+    @torch.inference_mode()
+    def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
+        """See `VelocityMaker.velocity`: one pass after the other, on one thread on a CPU."""
+        if self._transformer is None:
+            raise RuntimeError("velocity before switch")
+        transformer = self._transformer
+        rope = rope_table(self._config, texts[0].embeds.shape[1], grid, timesteps.device)
+        masks = [
+            attention_mask(attended_text(text.mask, self._dtype), grid[0] * grid[1], self._config.num_heads)
+            for text in texts
+        ]
+
+        def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+            timestep = timesteps[index : index + 1]
+            with trainer_arithmetic(self._device):
+                passes = [
+                    transformer(latents, text.embeds, timestep, rope, mask)
+                    for text, mask in zip(texts, masks, strict=True)
+                ]
+            return passes[0], passes[1] if len(passes) > 1 else None
+
+        return velocity
+
+    @property
+    def records_ahead(self) -> bool:
+        """Nothing is recorded."""
+        return False
+
+
+@contextmanager
+def trainer_arithmetic(device: torch.device) -> Iterator[None]:
+    """One thread on a CPU, and float32 products in float32 on a GPU, whatever the process has set."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

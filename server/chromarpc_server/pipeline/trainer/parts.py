@@ -1,0 +1,115 @@
+"""What surrounds the transformer in the trainer: its text encoder and autoencoder, in its dtype and with its quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline import autoencoder, text_encoder
+from chromarpc_server.pipeline.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.trainer.exact import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear, require_finite
+from chromarpc_server.pipeline.weights import (
+    CheckpointFiles,
+    ReadingProgress,
+    open_weights,
+    read_json,
+    shard_paths,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import T5EncoderModel
+
+
+def _never(*_: object) -> None:
+    """Nobody waits for the progress of a part, and nothing stops it."""
+
+
+@torch.inference_mode()
+def encode_as_trainer(model: T5EncoderModel, ids: Tensor) -> Tensor:
+    """Embeds all 512 tokens, padding included, without a mask, as the trainer runs T5. (1, 512) → (1, 512, context)."""
+    with trainer_arithmetic(model.device):
+        embeds: Tensor = model(input_ids=ids.to(model.device))[0]
+    return embeds
+
+
+@dataclass
+class TrainerParts:
+    """A checkpoint's text encoder and autoencoder as the trainer has them, made when first asked for.
+
+    One text encoder is kept: that of the last settings. Belongs to the thread that owns the device.
+    """
+
+    files: CheckpointFiles
+    device: torch.device
+    hold_float8: bool
+    keep_in_host_memory: bool
+    record: bool
+    _encoder_key: tuple[object, ...] | None = None
+    _encoder: RecordedEncoder | None = field(repr=False, default=None)
+    _autoencoders: dict[torch.dtype, AutoencoderKL] = field(repr=False, default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what is in memory."""
+        encoder = [] if self._encoder is None else list(self._encoder.model.state_dict().values())
+        pixels = [tensor for model in self._autoencoders.values() for tensor in model.parameters()]
+        return sum(tensor.nbytes for tensor in (*encoder, *pixels))
+
+    def text_encoder(self, settings: TrainerSettings) -> RecordedEncoder:
+        """T5 in the trainer's dtype, quantized with the transformer's quantizer where the config quantizes it.
+
+        Raises:
+            WeightsInvalid: the files cannot be used, or a weight has a row that the quantizer turns into NaN.
+        """
+        qtype = settings.qtype if settings.quantize_te else None
+        key = (qtype, settings.dtype)
+        if self._encoder is None or self._encoder_key != key:
+            self._encoder, self._encoder_key = None, None
+            self._encoder = self._build(qtype, TORCH_DTYPES[settings.dtype])
+            self._encoder_key = key
+        return self._encoder
+
+    def _build(self, qtype: str | None, dtype: torch.dtype) -> RecordedEncoder:
+        files = text_encoder.open_text_encoder(self.files.text_encoder)
+        reading = ReadingProgress(files, _never, _never)
+        weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(files, reading).items()}
+        finite: dict[str, Tensor] = {}
+
+        def quantize(name: str, weight: Tensor) -> QuantizedLinear:
+            quantized = quantize_linear(weight, qtype)
+            finite[name] = torch.isfinite(quantized.weight).all()
+            return quantized
+
+        model = text_encoder.build_text_encoder(
+            text_encoder.text_encoder_config(self.files.text_encoder),
+            weights,
+            device=self.device,
+            dtype=dtype,
+            quantize=qtype is not None,
+            quantizer=quantize,
+            hold_float8=self.hold_float8,
+            keep_in_host_memory=self.keep_in_host_memory,
+            attention="eager",
+        )
+        require_finite(finite, qtype)
+        return RecordedEncoder(model, record=self.record, run=encode_as_trainer)
+
+    def autoencoder(self, dtype: torch.dtype, like: AutoencoderKL) -> AutoencoderKL:
+        """The autoencoder in the trainer's dtype: `like` itself where that is its own."""
+        if like.dtype == dtype:
+            return like
+        if dtype not in self._autoencoders:
+            vae_files = tuple(open_weights(path) for path in shard_paths(self.files.vae))
+            self._autoencoders[dtype] = autoencoder.build_autoencoder(
+                read_json(self.files.vae / "config.json"),
+                text_encoder.read_all(vae_files, ReadingProgress(vae_files, _never, _never)),
+                device=self.device,
+                dtype=dtype,
+            )
+        return self._autoencoders[dtype]
