@@ -38,3 +38,8 @@ class TrainerSettings:
     quantize_te: bool = True
     dtype: str = "bfloat16"
     lokr_form: LokrForm = LokrForm.FACTORIZED
+
+
+def trainer_size(side_px: int) -> int:
+    """What the trainer makes of a width or height: floored to 8, at least 64, then floored to 16."""
+    return max(64, side_px - side_px % 8) // 16 * 16

@@ -37,7 +37,8 @@ from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.staging import tensor_hash_prefix
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
-from chromarpc_server.pipeline.trainer.exact import TORCH_DTYPES, ExactPreview, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
@@ -162,8 +163,8 @@ class Pipeline:
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
         """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
-        exact = isinstance(self.transformer, ExactPreview)
-        with trainer_arithmetic(self.device) if exact else nullcontext():
+        drawn = self.transformer
+        with trainer_arithmetic(self.device, drawn.settings) if isinstance(drawn, ExactPreview) else nullcontext():
             image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
         return autoencoder.to_pixels(image)
 

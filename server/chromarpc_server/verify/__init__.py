@@ -1,6 +1,6 @@
 """Checks an install against recorded outputs of the reference.
 
-The folder is laid out like tests/goldens; subfolders and files may be absent, and whatever is there is read for
+The folder is laid out like tests/goldens, or is one of its folders of the trainer's picture; subfolders and files may be absent, and whatever is there is read for
 its sizes, names and counts. A file that cannot be used is that case's failure, never a traceback.
 """
 
@@ -13,7 +13,15 @@ import torch
 
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.pipeline.device import choose_device, describe_device
-from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases
+from chromarpc_server.verify import (
+    adapter_cases,
+    bfloat16_cases,
+    float32_cases,
+    preview_cases,
+    preview_runs,
+    request_cases,
+)
+from chromarpc_server.verify.preview_layout import Kind, find_preview_folders
 from chromarpc_server.verify.report import Outcome, Reporter, Result
 
 
@@ -35,12 +43,20 @@ def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
     except ChromaError as error:
         reporter.add(Result("device", Outcome.FAIL, note=error.message))
         return reporter.finish({"torch": torch.__version__})
+    previews = find_preview_folders(directory)
     float32_cases.run(directory / float32_cases.GROUP, reporter)
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if any(folder == preview.folder for preview in previews):
+            continue
         if folder.name != float32_cases.GROUP and any(
             (folder / name).is_file() for name in ("pipeline.safetensors", "t5.safetensors")
         ):
             bfloat16_cases.run(folder, folder.name, choice.device, reporter)
+    for preview in previews:
+        if preview.kind is Kind.RUNS:
+            preview_runs.run(preview.folder, choice.device, reporter)
+        else:
+            preview_cases.run(preview, choice.device, reporter)
     base = directory / float32_cases.GROUP / "transformer_tiny.safetensors"
     reporter.guarded("adapters", lambda: adapter_cases.run(directory / "adapters", base, reporter))
     requests = directory / "requests" / "reference_requests.json"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, on_device
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import (
     TrainerLinear,
     TrainerTransformer,
@@ -34,8 +34,6 @@ from chromarpc_server.pipeline.trainer.paths import (
 from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.transformer import ChromaConfig, linear_weights, rope_table
 from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ExactPreview:
@@ -106,8 +104,9 @@ class ExactPreview:
         for name, stored in on_device(self._master, stale, self._device):
             check()
             self._held[name] = None
-            weight = stored.to(self._dtype)
-            written = self._write(name, weight, placement.merged.get(name, ()), placement.added.get(name, ()))
+            merged, added = placement.merged.get(name, ()), placement.added.get(name, ())
+            with trainer_arithmetic(self._device, self.settings):
+                written = self._write(name, stored.to(self._dtype), merged, added)
             finite[name] = torch.isfinite(written).all()
             self._held[name] = wanted[name]
             done += self._master[name].nbytes
@@ -170,7 +169,7 @@ class ExactPreview:
 
         def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
             timestep = timesteps[index : index + 1]
-            with trainer_arithmetic(self._device):
+            with trainer_arithmetic(self._device, self.settings):
                 passes = [
                     transformer(latents, text.embeds, timestep, rope, mask)
                     for text, mask in zip(texts, masks, strict=True)
@@ -183,23 +182,3 @@ class ExactPreview:
     def records_ahead(self) -> bool:
         """Nothing is recorded."""
         return False
-
-
-@contextmanager
-def trainer_arithmetic(device: torch.device) -> Iterator[None]:
-    """One thread on a CPU, and float32 products in float32 on a GPU, whatever the process has set."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -23,7 +23,7 @@ from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, on_devi
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.sampling import Velocity
-from chromarpc_server.pipeline.trainer.exact import TORCH_DTYPES
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.paths import (
     Pair,
@@ -39,7 +39,7 @@ from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quanti
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
 from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
 
-RANK_BUCKETS = (16, 32, 64, 128, 256, 512)
+RANK_BUCKETS = (64, 128, 256, 512)
 """Ranks of all adapters of a set together are padded to one of these, and beyond the last to a multiple of it."""
 
 

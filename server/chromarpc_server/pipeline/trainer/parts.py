@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, text_encoder
 from chromarpc_server.pipeline.text_encoder import RecordedEncoder
-from chromarpc_server.pipeline.trainer.exact import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear, require_finite
 from chromarpc_server.pipeline.weights import (
     CheckpointFiles,
@@ -31,9 +34,14 @@ def _never(*_: object) -> None:
 
 
 @torch.inference_mode()
-def encode_as_trainer(model: T5EncoderModel, ids: Tensor) -> Tensor:
-    """Embeds all 512 tokens, padding included, without a mask, as the trainer runs T5. (1, 512) → (1, 512, context)."""
-    with trainer_arithmetic(model.device):
+def encode_as_trainer(model: T5EncoderModel, ids: Tensor, settings: TrainerSettings) -> Tensor:
+    """Embeds all 512 tokens, padding included, without a mask, as the trainer runs T5. (1, 512) → (1, 512, context).
+
+    transformers 5.5, which the trainer has, computes attention by hand; on a GPU the vectors were recorded with 5.17, whose
+    position bias no fused kernel takes. Later versions choose otherwise, so the choice is made here.
+    """
+    attention = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cuda" else nullcontext()
+    with attention, trainer_arithmetic(model.device, settings):
         embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds
 
@@ -68,14 +76,15 @@ class TrainerParts:
             WeightsInvalid: the files cannot be used, or a weight has a row that the quantizer turns into NaN.
         """
         qtype = settings.qtype if settings.quantize_te else None
-        key = (qtype, settings.dtype)
+        key = (qtype, settings.dtype, multiplies_in_tf32(settings))
         if self._encoder is None or self._encoder_key != key:
             self._encoder, self._encoder_key = None, None
-            self._encoder = self._build(qtype, TORCH_DTYPES[settings.dtype])
+            self._encoder = self._build(qtype, settings)
             self._encoder_key = key
         return self._encoder
 
-    def _build(self, qtype: str | None, dtype: torch.dtype) -> RecordedEncoder:
+    def _build(self, qtype: str | None, settings: TrainerSettings) -> RecordedEncoder:
+        dtype = TORCH_DTYPES[settings.dtype]
         files = text_encoder.open_text_encoder(self.files.text_encoder)
         reading = ReadingProgress(files, _never, _never)
         weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(files, reading).items()}
@@ -95,10 +104,10 @@ class TrainerParts:
             quantizer=quantize,
             hold_float8=self.hold_float8,
             keep_in_host_memory=self.keep_in_host_memory,
-            attention="eager",
+            attention="sdpa" if self.device.type == "cuda" else "eager",
         )
         require_finite(finite, qtype)
-        return RecordedEncoder(model, record=self.record, run=encode_as_trainer)
+        return RecordedEncoder(model, record=self.record, run=partial(encode_as_trainer, settings=settings))
 
     def autoencoder(self, dtype: torch.dtype, like: AutoencoderKL) -> AutoencoderKL:
         """The autoencoder in the trainer's dtype: `like` itself where that is its own."""

@@ -1,0 +1,43 @@
+"""How the trainer's process computes: its dtype, its threads, and the precision of its float32 products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from chromarpc_server.domain.trainer import TrainerSettings
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TORCHAO_QTYPES = ("float8", "int8")
+"""Quantizing with torchao 0.10 sets `torch.set_float32_matmul_precision("high")` for the rest of the process."""
+
+
+def multiplies_in_tf32(settings: TrainerSettings) -> bool:
+    """Whether float32 products (an adapter's path, T5's attention) run in TF32 on a GPU.
+
+    They do once torchao has quantized something. The recorded runs without quantization have it on too, since they came
+    after one with torchao in the same process.
+    """
+    return not settings.quantize or settings.qtype in TORCHAO_QTYPES
+
+
+@contextmanager
+def trainer_arithmetic(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
+    """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever the process has set."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if multiplies_in_tf32(settings) else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
