@@ -100,7 +100,8 @@ class Job:
     @property
     def set_key(self) -> SetKey:
         """The prepared set it needs."""
-        return SetKey.of(self.plan.served_model, self.plan.profile, self.adapter_files, self.plan.loras)
+        plan = self.plan
+        return SetKey.of(plan.served_model, plan.profile, self.adapter_files, plan.loras, plan.trainer)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.plan import PlannedLora
+from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile, require_expected
 from chromarpc_server.pipeline import (
     PROFILES,
@@ -27,8 +28,8 @@ from chromarpc_server.pipeline import (
     DeviceChoice,
     LoadProgress,
     Pipeline,
-    PreparedTransformer,
     SwitchReport,
+    Transformer,
     free_memory_bytes,
     release_memory,
     translate_memory_error,
@@ -54,12 +55,21 @@ class SetKey:
     model_id: str
     profile: str
     adapters: tuple[tuple[AdapterFile, float], ...]
+    trainer: TrainerSettings | None = None
+    """What the trainer's config decides about the weights, in profiles that draw the trainer's picture."""
 
     @classmethod
-    def of(cls, model_id: str, profile: str, files: Sequence[AdapterFile], loras: Sequence[PlannedLora]) -> SetKey:
+    def of(
+        cls,
+        model_id: str,
+        profile: str,
+        files: Sequence[AdapterFile],
+        loras: Sequence[PlannedLora],
+        trainer: TrainerSettings | None = None,
+    ) -> SetKey:
         """Adapters at multiplier 0 change nothing, so they make no set of their own."""
         pairs = ((file, lora.network_multiplier) for file, lora in zip(files, loras, strict=True))
-        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0))
+        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0), trainer)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class CacheSnapshot:
 class _Slot:
     """A transformer, and the set that is merged into it; None while that is not certain."""
 
-    transformer: PreparedTransformer
+    transformer: Transformer
     checkpoint: Checkpoint
     key: SetKey | None = None
     adapters: tuple[tuple[str, float], ...] = ()
@@ -229,11 +239,13 @@ class ModelCache:
         alike = [
             slot
             for slot in self._slots
-            if slot.checkpoint is checkpoint and slot.transformer.profile.name == key.profile
+            if slot.checkpoint is checkpoint
+            and slot.transformer.profile.name == key.profile
+            and slot.transformer.settings == key.trainer
         ]
         broken = next((slot for slot in alike if slot.key is None), None)
-        if broken is None and (not alike or self._may_grow(checkpoint, key.profile)):
-            fresh = self._allocate(checkpoint, key.profile)
+        if broken is None and (not alike or self._may_grow(checkpoint, key)):
+            fresh = self._allocate(checkpoint, key)
             try:
                 return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
             except Exception as error:
@@ -271,18 +283,18 @@ class ModelCache:
             self._counters = replace(counters, switches=counters.switches + 1)
         return report
 
-    def _allocate(self, checkpoint: Checkpoint, profile: str) -> _Slot:
-        slot = _Slot(checkpoint.allocate(PROFILES[profile]), checkpoint)
-        while self._slots and not self._may_grow(checkpoint, profile):
+    def _allocate(self, checkpoint: Checkpoint, key: SetKey) -> _Slot:
+        slot = _Slot(checkpoint.allocate(PROFILES[key.profile], key.trainer), checkpoint)
+        while self._slots and not self._may_grow(checkpoint, key):
             self._slots.pop(0)
             self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
             self._free()
         self._slots.append(slot)
         return slot
 
-    def _may_grow(self, checkpoint: Checkpoint, profile: str) -> bool:
+    def _may_grow(self, checkpoint: Checkpoint, key: SetKey) -> bool:
         """Whether one more set of this kind fits beside those that are there."""
-        needed = checkpoint.prepared_bytes(PROFILES[profile])
+        needed = checkpoint.prepared_bytes(PROFILES[key.profile], key.trainer)
         budget = self._budgets.prepared_bytes
         if budget is None and self._device.device.type == "cuda":
             reserve = max(FREE_BYTES, FREE_SHARE * needed)
@@ -305,7 +317,10 @@ class ModelCache:
         release_memory(self._device.device)
 
     def _tell(self) -> None:
-        resident = {model_id: checkpoint.size_bytes for model_id, checkpoint in self._checkpoints.items()}
+        resident = {
+            model_id: checkpoint.size_bytes + checkpoint.trainer_parts.size_bytes
+            for model_id, checkpoint in self._checkpoints.items()
+        }
         for slot in self._slots:
             for model_id, checkpoint in self._checkpoints.items():
                 if checkpoint is slot.checkpoint:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount, WeightsReport
+from chromarpc_server.domain.events import AdapterPlacement, AdapterReport, Prepared, TokenCount, WeightsReport
 from chromarpc_server.domain.plan import Plan, PlanWarning
 from chromarpc_server.engine.adapter_warnings import adapter_warnings
-from chromarpc_server.pipeline import Adapter, TokenizedPrompt
+from chromarpc_server.pipeline import Adapter, TokenizedPrompt, lies_beside
 
 
 def prepared_event(
     plan: Plan,
     adapters: Sequence[tuple[Adapter, float]],
     tokenized: Sequence[TokenizedPrompt],
+    negative: Sequence[TokenizedPrompt],
     *,
     model_revision: str,
     versions: Mapping[str, str],
@@ -23,7 +24,7 @@ def prepared_event(
 ) -> Prepared:
     """The event, with everything about files and tokens that the plan could not know.
 
-    `tiled_beyond_px`: longer sides than this are decoded in tiles.
+    `negative`: the negative prompts, where the profile honours them; `tiled_beyond_px`: longer sides than this are decoded in tiles.
     """
     return Prepared(
         adapters=tuple(
@@ -36,6 +37,7 @@ def prepared_event(
                 matched_keys=len(adapter.matched),
                 unmatched_keys=adapter.unmatched,
                 metadata=adapter.metadata,
+                placement=_placement(plan, adapter),
             )
             for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
         ),
@@ -45,7 +47,8 @@ def prepared_event(
         device=device,
         weights=weights,
         warnings=(
-            *_prompt_warnings(tokenized),
+            *_prompt_warnings(tokenized, "prompt"),
+            *_prompt_warnings(negative, "neg"),
             *(
                 warning
                 for index, (adapter, _) in enumerate(adapters)
@@ -56,12 +59,18 @@ def prepared_event(
     )
 
 
-def _prompt_warnings(tokenized: Sequence[TokenizedPrompt]) -> Iterator[PlanWarning]:
+def _placement(plan: Plan, adapter: Adapter) -> AdapterPlacement:
+    """Where an adapter's changes are; merged where any of them had to be."""
+    beside = plan.trainer is not None and lies_beside(adapter, plan.trainer)
+    return AdapterPlacement.BESIDE if beside else AdapterPlacement.MERGED
+
+
+def _prompt_warnings(tokenized: Sequence[TokenizedPrompt], field: str) -> Iterator[PlanWarning]:
     for index, tokens in enumerate(tokenized):
         if tokens.cut_count:
             yield PlanWarning(
                 "PROMPT_TRUNCATED",
-                f"prompts.{index}.prompt",
+                f"prompts.{index}.{field}",
                 f"{tokens.cut_count} tokens were cut off: the model reads {tokens.token_count}, with the end mark",
             )
 

@@ -151,11 +151,13 @@ class DeviceWorker:
         clock.lap("loading_s")
 
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
+        negative = [pipeline.tokenize(prompt.neg) for prompt in plan.prompts] if plan.trainer is not None else []
         emit(
             prepared_event(
                 plan,
                 adapters,
                 tokenized,
+                negative,
                 model_revision=checkpoint.revision,
                 versions=self._versions,
                 device=self._description.name,
@@ -167,7 +169,7 @@ class DeviceWorker:
         for index, tokens in enumerate(tokenized):
             check()
             self._watch.other("encoding a prompt")
-            embedding = pipeline.encode(tokens)
+            embedding = pipeline.encode(tokens, negative[index] if negative else None)
             synchronize(self._choice.device)
             clock.lap("text_encoding_s", index)
             check()

@@ -6,7 +6,7 @@ Knows torch and the plan's values; knows no queue and no wire.
 """
 
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
-from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline
+from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline, Transformer
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     DeviceDescription,
@@ -28,6 +28,7 @@ from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, 
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
+from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
 
 __all__ = [
@@ -48,12 +49,14 @@ __all__ = [
     "PromptEmbedding",
     "SwitchReport",
     "TokenizedPrompt",
+    "Transformer",
     "choose_device",
     "describe_device",
     "finished_steps",
     "free_memory_bytes",
     "import_ahead",
     "library_versions",
+    "lies_beside",
     "peak_memory_bytes",
     "probe_device",
     "read_adapter",

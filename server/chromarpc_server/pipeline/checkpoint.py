@@ -41,6 +41,7 @@ from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_a
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
+from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
 from chromarpc_server.pipeline.weights import (
     Check,
@@ -141,7 +142,8 @@ class Pipeline:
         """Draws a little at each size (width, height) with prompts of several lengths: kernels are compiled,
         algorithms planned and graphs recorded before anybody waits for them.
         """
-        warm_up_kernels(self.transformer.model.config, self.device)
+        if self.transformer.profile.fused:
+            warm_up_kernels(self.transformer.config, self.device)
         embeddings = [self.encode(self.tokenize("a " * words)) for words in WARM_UP_WORDS]
         for width, height in sizes:
             # Two steps: the first runs, the second is recorded and runs.
@@ -321,13 +323,18 @@ class Checkpoint:
             profile,
             settings,
             device=self.device,
-            dtype=self.dtype,
+            dtype=self._fused_dtype(settings),
             hold_float8=self._holds_float8,
             record_graphs=record_graphs,
         )
 
-    def prepared_bytes(self, profile: NumericsProfile) -> int:
-        """Size of a transformer prepared in this profile."""
+    def prepared_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> int:
+        """Size of a transformer prepared in this profile, without what lies beside its weights."""
+        if profile.trainer:
+            settings = trainer or TrainerSettings()
+            dtype = self._fused_dtype(settings) if profile.fused else TORCH_DTYPES[settings.dtype]
+            float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
+            return prepared_bytes(self.master, profile, dtype, hold_float8=float8)
         return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
 
     @property
@@ -350,23 +357,27 @@ class Checkpoint:
             empty=self.empty,
         )
 
+    def _fused_dtype(self, settings: TrainerSettings) -> torch.dtype:
+        """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
+        return torch.float32 if settings.dtype == "float32" else self.dtype
+
     def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview) -> Pipeline:
         settings = prepared.settings
         encoder = self.trainer_parts.text_encoder(settings)
-        dtype = TORCH_DTYPES[settings.dtype]
-        empty = self.tokenizer("")
+        rounding = TORCH_DTYPES[settings.dtype]
         fused = isinstance(prepared, FusedPreview)
+        dtype = self._fused_dtype(settings) if fused else rounding
+        like = self.fused_autoencoder if fused else self.autoencoder
+        empty = self.tokenizer("")
         return Pipeline(
             transformer=prepared,
             text_encoder=encoder,
-            autoencoder=self.fused_autoencoder
-            if fused
-            else self.trainer_parts.autoencoder(dtype, self.autoencoder),
+            autoencoder=self.trainer_parts.autoencoder(dtype, like),
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
             device=self.device,
-            dtype=self.dtype if fused else dtype,
-            stored_dtype=dtype,
+            dtype=dtype,
+            stored_dtype=rounding,
             empty=(encoder(empty.ids), empty.mask.to(self.device)),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
+from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused import plain
@@ -83,7 +84,10 @@ class PreparedTransformer:
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
         self.model.eval().requires_grad_(False)
+        self.config = config
         self.profile = profile
+        self.settings: TrainerSettings | None = None
+        """The trainer's config has no part in it."""
         self._master = master
         self._device = device
         self._dtype = dtype

@@ -236,18 +236,37 @@ class Linear(nn.Linear):
         if self.scale is not None:
             weight = weight.to(self.scale.dtype) * self.scale[:, None]
         values = input.to(weight.dtype)
-        wide = values
-        if self.down is not None and self.up is None:
-            wide = torch.cat((values, F.linear(values, self.down)), dim=-1)
-        return self.beside(values, F.linear(wide, weight, self.bias))
+        if self.down is None:
+            return self._with_paths(values, F.linear(values, weight, self.bias))
+        narrow = F.linear(values, self.down)
+        if self.up is None:
+            return self._with_paths(values, F.linear(torch.cat((values, narrow), dim=-1), weight, self.bias))
+        return self._with_paths(values, F.linear(values, weight, self.bias) + F.linear(narrow, self.up))
 
-    def beside(self, values: Tensor, output: Tensor) -> Tensor:
-        """Adds what lies beside the weight and is not in its product: input (…, in), output (…, out) → the output."""
-        if self.down is not None and self.up is not None:
-            output = output + F.linear(F.linear(values, self.down), self.up)
+    def _with_paths(self, values: Tensor, output: Tensor) -> Tensor:
         for path in self.paths:
             output = path(values, output)
         return output
+
+    @property
+    def has_room_for_adapters(self) -> bool:
+        """Whether the weight's last columns are an adapter's `up`."""
+        return self.down is not None and self.up is None
+
+    @property
+    def adapter_up(self) -> Tensor:
+        """The adapter's `up` (out, rank), wherever it is held.
+
+        Raises:
+            ValueError: no adapter lies beside the weight.
+        """
+        if self.down is None:
+            raise ValueError("no adapter lies beside this layer")
+        return self.weight[:, self.down.shape[1] :] if self.up is None else self.up
+
+    def base_of(self, weight: Tensor) -> Tensor:
+        """The weight without an adapter's columns. (out, in + rank) → (out, in)."""
+        return weight if self.down is None or self.up is not None else weight[:, : self.down.shape[1]]
 
 
 def linear_weights(config: ChromaConfig) -> tuple[str, ...]:

@@ -132,23 +132,43 @@ class FusedTransformer:
             return scaled
         weight = self._weight(linear)
         bias: Tensor = linear.bias
-        values = _beside(linear, x, weight.dtype)
-        if out is None:
-            found = F.linear(values, weight, bias)
+        values = x.values.to(weight.dtype)
+        if x.room is not None and linear.has_room_for_adapters:
+            taken = self._fill_room(linear, x.room)
         else:
-            found = torch.addmm(bias, values, weight.t(), out=out)
-        if linear.up is None and not linear.paths:
-            return found
-        whole = linear.beside(x.values.to(weight.dtype), found)
-        return whole if out is None else out.copy_(whole)
+            taken, weight = values, linear.base_of(weight)
+        found = F.linear(taken, weight, bias) if out is None else torch.addmm(bias, taken, weight.t(), out=out)
+        if taken is values and linear.down is not None:
+            self._add_beside(linear, values, found)
+        for path in linear.paths:
+            found.copy_(path(values, found))
+        return found
 
-    def gelu_product(self, linear: Linear, x: Activation, room: int = 0) -> Activation:
-        """tanh-GELU of x · wᵀ + b, with `room` columns beside it. (R, in) → (R, out)."""
-        if linear.up is not None or linear.paths:
-            return Activation(F.gelu(self.product(linear, x), approximate="tanh"))
+    def gelu_product(self, linear: Linear, x: Activation) -> Tensor:
+        """tanh-GELU of x · wᵀ + b. (R, in) → (R, out)."""
+        has_room = x.room is not None and linear.has_room_for_adapters
+        if linear.paths or (linear.down is not None and not has_room):
+            return F.gelu(self.product(linear, x), approximate="tanh")
         weight = self._weight(linear)
-        values = _beside(linear, x, weight.dtype)
-        return with_room(fused_ops(values.device).gelu_product(values, weight, linear.bias, room), room)
+        taken = self._fill_room(linear, x.room) if has_room and x.room is not None else x.values.to(weight.dtype)
+        result: Tensor = fused_ops(taken.device).gelu_product(taken, weight, linear.bias)
+        return result
+
+    def _fill_room(self, linear: Linear, room: Tensor) -> Tensor:
+        """Puts a layer's input times `down` beside the input. (R, in + rank), its last columns free → the same."""
+        if linear.down is None:
+            raise ValueError("nothing lies beside this layer")
+        inner = linear.down.shape[1]
+        fused_ops(room.device).narrow_product(room[:, :inner], linear.down, room[:, inner:])
+        return room
+
+    def _add_beside(self, linear: Linear, values: Tensor, found: Tensor) -> None:
+        """Adds what an adapter gives to a product, in place: for inputs without room beside them."""
+        if linear.down is None:
+            return
+        narrow = values.new_empty(values.shape[0], linear.down.shape[0])
+        fused_ops(values.device).narrow_product(values, linear.down, narrow)
+        torch.addmm(found, narrow, linear.adapter_up.t(), out=found)
 
     def _weight(self, linear: Linear) -> Tensor:
         weight: Tensor = linear.weight
@@ -171,23 +191,12 @@ class FusedTransformer:
 
 def rank_beside(linear: Linear) -> int:
     """Columns that a layer takes beside its input: the rank of its adapters' path."""
-    return 0 if linear.down is None or linear.up is not None else linear.down.shape[0]
+    return linear.down.shape[0] if linear.down is not None and linear.has_room_for_adapters else 0
 
 
 def with_room(wide: Tensor, room: int) -> Activation:
     """The first columns of a buffer (R, C + room) that `room` columns are left beside."""
     return Activation(wide[:, : wide.shape[1] - room], None, wide) if room else Activation(wide)
-
-
-def _beside(linear: Linear, x: Activation, dtype: torch.dtype) -> Tensor:
-    """A layer's input, with its product with `down` beside it where the layer has one. (R, in) → (R, in + rank)."""
-    values = x.values.to(dtype)
-    if linear.down is None or linear.up is not None:
-        return values
-    if x.room is None or x.room.dtype != dtype:
-        return torch.cat((values, F.linear(values, linear.down)), dim=1)
-    torch.mm(values, linear.down.t(), out=x.room[:, values.shape[1] :])
-    return x.room
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ class _Run:
         if self.fused.float8_products:
             inner = self._gelu(None, product(first, normed))
         else:
-            inner = self.fused.gelu_product(first, normed, rank_beside(second))
+            inner = Activation(self.fused.gelu_product(first, normed))
         return _Pending(stream.x, product(second, inner), mod[5])
 
     def _rotate(self, attention: SelfAttention, qkv: Tensor, rows: slice) -> None:

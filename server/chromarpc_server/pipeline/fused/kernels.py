@@ -17,6 +17,8 @@ from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, SMALLEST_
 from chromarpc_server.pipeline.transformer import NORM_EPS
 
 SMALLEST_AMAX = 1e-12
+SHORT_ROW, NARROW_TILE, NARROW_STEP = 4096, 64, 128
+NARROW_RANKS = (64, 128)
 
 group_norm = decoder_kernels.group_norm
 add_residual = decoder_kernels.add_residual
@@ -218,6 +220,34 @@ def _dequantize_kernel(q, scale, y, width: tl.constexpr, block: tl.constexpr):
         tl.store(y + row * width + columns, (value * step).to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _narrow_product_kernel(
+    x,
+    x_stride,
+    weight,
+    y,
+    y_stride,
+    rows,
+    width: tl.constexpr,
+    rank: tl.constexpr,
+    tile: tl.constexpr,
+    step: tl.constexpr,
+):
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    inside = (row < rows)[:, None]
+    columns = tl.arange(0, step)
+    ranks = tl.arange(0, rank)
+    left = x + row.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    right = weight + ranks[None, :] * width + columns[:, None]
+    total = tl.zeros((tile, rank), tl.float32)
+    for _ in range(0, width, step):
+        total = tl.dot(tl.load(left, mask=inside, other=0.0), tl.load(right), total)
+        left += step
+        right += step
+    place = y + row.to(tl.int64)[:, None] * y_stride + ranks[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), mask=inside)
+
+
 def _block(width: int) -> int:
     return int(triton.next_power_of_2(width))
 
@@ -350,13 +380,23 @@ def quantize_weight(weight: Tensor, q: Tensor, scale: Tensor) -> None:
     _round_weight_kernel[(rows,)](weight, q, scale, q, width, _block(width), SMALLEST_SCALE, True, num_warps=8)
 
 
-def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, room: int = 0) -> Tensor:
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `plain.gelu_product`; the GELU is taken on the product's accumulators."""
-    if room == 0:
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    wide = x.new_empty(x.shape[0], weight.shape[0] + room)
-    torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=wide[:, : weight.shape[0]])
-    return wide
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+def narrow_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """See `plain.narrow_product`. Reads x about as fast as memory gives it, where cuBLAS does not for short rows."""
+    rows, width = x.shape
+    rank = weight.shape[0]
+    is_short = width <= SHORT_ROW and width % NARROW_STEP == 0 and rank in NARROW_RANKS
+    if not is_short or x.dtype != torch.bfloat16:
+        torch.mm(x, weight.t(), out=out)
+        return
+    _narrow_product_kernel[(triton.cdiv(rows, NARROW_TILE),)](
+        x, x.stride(0), weight, out, out.stride(0), rows, width, rank, NARROW_TILE, NARROW_STEP,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
 
 
 def scaled_product(

@@ -107,9 +107,14 @@ def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return torch.mul(q.to(scale.dtype), scale[:, None], out=out)
 
 
-def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, room: int = 0) -> Tensor:
-    """tanh-GELU of x · weightᵀ + bias. x (R, in), weight (out, in), bias (out,) → (R, out + room)."""
-    return _widened(F.gelu(F.linear(x, weight, bias), approximate="tanh"), room)
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh-GELU of x · weightᵀ + bias. x (R, in), weight (out, in), bias (out,) → (R, out)."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def narrow_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """X · weightᵀ into `out`. x (R, in), weight (rank, in), out (R, rank); rows of x and out may be strided."""
+    torch.mm(x, weight.t(), out=out)
 
 
 def scaled_product(

@@ -59,7 +59,7 @@ class ExactPreview:
         """
         self.profile = profile
         self.settings = settings
-        self._config = config
+        self.config = config
         self._master = master
         self._device = device
         self._dtype = TORCH_DTYPES[settings.dtype]
@@ -129,7 +129,7 @@ class ExactPreview:
             )
             for name, weight in self._weights.items()
         }
-        self._transformer = TrainerTransformer(self._config, linears, self._others)
+        self._transformer = TrainerTransformer(self.config, linears, self._others)
         return SwitchReport(len(stale))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
@@ -161,9 +161,9 @@ class ExactPreview:
         if self._transformer is None:
             raise RuntimeError("velocity before switch")
         transformer = self._transformer
-        rope = rope_table(self._config, texts[0].embeds.shape[1], grid, timesteps.device)
+        rope = rope_table(self.config, texts[0].embeds.shape[1], grid, timesteps.device)
         masks = [
-            attention_mask(attended_text(text.mask, self._dtype), grid[0] * grid[1], self._config.num_heads)
+            attention_mask(attended_text(text.mask, self._dtype), grid[0] * grid[1], self.config.num_heads)
             for text in texts
         ]
 

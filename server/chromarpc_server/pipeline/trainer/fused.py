@@ -96,6 +96,7 @@ class FusedPreview:
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
         self.model.eval().requires_grad_(False)
+        self.config = config
         self.profile = profile
         self.settings = settings
         self._master = master

@@ -146,6 +146,17 @@ def place(
     return Placement(merged, added, beside)
 
 
+def lies_beside(adapter: Adapter, settings: TrainerSettings) -> bool:
+    """Whether all of an adapter's changes run beside the weights, as the trainer has them."""
+    if not settings.quantize:
+        return False
+    old = settings.lokr_form is LokrForm.WEIGHT
+    return all(
+        name.endswith(".weight") and goes_beside(change) and not (old and isinstance(change, Kronecker))
+        for name, change in adapter.changes.items()
+    )
+
+
 def goes_beside(change: Change) -> bool:
     """Whether a change can run beside its layer: low-rank, in whole or by rows, or a Kronecker product."""
     if isinstance(change, Rows):

@@ -17,6 +17,8 @@ from torch import Tensor
 from chromarpc_server.domain.errors import WeightsInvalid, first_named
 from chromarpc_server.pipeline.quantization import FLOAT8, dequantize_rows, quantize_rows
 
+FLOAT8_QTYPES = ("qfloat8", "float8")
+"""Quantizers whose weights can be held in e4m3."""
 UINT_GROUP = 64
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 QUANTO_GROUPS = (128, 96, 64, 32)
