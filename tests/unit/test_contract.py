@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,32 @@ def test_protoc_alone_generates_them_too(clone: Path, tmp_path: Path) -> None:
         command += [options[language]] if language in options else []
         assert outcome(clone, *command) == ""
         assert (tmp_path / language / name).is_file()
+
+
+@pytest.mark.parametrize("language", ["go", "php"])
+def test_protoc_generates_as_the_page_says(clone: Path, language: str) -> None:
+    """The command lines of docs/web.md, with the plugins that this machine has."""
+    page = (ROOT / "docs/web.md").read_text()
+    lines = re.findall(rf"^```{language}\n\W+(protoc .*\.proto)", page, re.MULTILINE)
+    assert len(lines) == 1
+    (clone / "gen").mkdir(exist_ok=True)
+    wanted = [f"protoc-gen-{name}" for name in re.findall(r"--(go\S*)_out=", lines[0])]
+    wanted += ["protoc", *re.findall(r"--plugin=\S+?=(\S+)", lines[0])]
+    lacking = [program for program in wanted if not shutil.which(program)]
+    if lacking:
+        pytest.skip(f"not installed: {', '.join(lacking)}")
+    assert outcome(clone, "sh", "-c", lines[0]) == ""
+
+
+@pytest.mark.parametrize("option", ["paths=source_relative", "module=chromarpc"])
+def test_go_takes_each_way_of_laying_out_files(clone: Path, tmp_path: Path, option: str) -> None:
+    if shutil.which("protoc-gen-go") is None:
+        pytest.skip("apt-get install protoc-gen-go")
+    protos = sorted(str(path.relative_to(clone)) for path in (clone / "protos/chromarpc").rglob("*.proto"))
+    assert outcome(clone, "protoc", "-I", "protos", f"--go_out={tmp_path}", f"--go_opt={option}", *protos) == ""
+    base = tmp_path if option.startswith("module") else tmp_path / "chromarpc"
+    assert "package chromarpcv1\n" in (base / "v1/job_event.pb.go").read_text()
+    assert "package compatv1\n" in (base / "compat/v1/inference_service.pb.go").read_text()
 
 
 def test_every_language_has_its_package() -> None:
