@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hromarpc/v1/options.proto\x12\x0c\x63hromarpc.v1\"\\\n\rOutputOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.chromarpc.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\"Q\n\x0ePreviewOptions\x12\x15\n\revery_n_steps\x18\x01 \x01(\x05\x12\x18\n\x0bmax_side_px\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_max_side_px*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*V\n\tNoiseDraw\x12\x1a\n\x16NOISE_DRAW_UNSPECIFIED\x10\x00\x12\x16\n\x12NOISE_DRAW_FLOAT32\x10\x01\x12\x15\n\x11NOISE_DRAW_LEGACY\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hromarpc/v1/options.proto\x12\x0c\x63hromarpc.v1\"\\\n\rOutputOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.chromarpc.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\"Q\n\x0ePreviewOptions\x12\x15\n\revery_n_steps\x18\x01 \x01(\x05\x12\x18\n\x0bmax_side_px\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_max_side_px*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*V\n\tNoiseDraw\x12\x1a\n\x16NOISE_DRAW_UNSPECIFIED\x10\x00\x12\x16\n\x12NOISE_DRAW_FLOAT32\x10\x01\x12\x15\n\x11NOISE_DRAW_LEGACY\x10\x02\x42\x97\x01\n\x0c\x63hromarpc.v1B\x0cOptionsProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chromarpc.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\014chromarpc.v1B\014OptionsProtoP\001Z\030chromarpc/v1;chromarpcv1\242\002\003CRP\252\002\014Chromarpc.V1\272\002\rChromarpc_V1_\312\002\014Chromarpc\\V1\342\002\030Chromarpc\\V1\\GPBMetadata\352\002\rChromarpc::V1'
   _globals['_IMAGEFORMAT']._serialized_start=221
   _globals['_IMAGEFORMAT']._serialized_end=332
   _globals['_NOISEDRAW']._serialized_start=334
