@@ -11,7 +11,7 @@ from google.protobuf import json_format
 
 from chromarpc import InvalidRequestJson, parse_request_json
 from chromarpc.json_request import MAX_UNKNOWN
-from chromarpc.v1 import options_pb2
+from chromarpc.v1 import generation_service_pb2, options_pb2
 
 GOLDENS = json.loads(
     (Path(__file__).parent.parent / "goldens" / "requests" / "reference_requests.json").read_text("utf-8")
@@ -28,6 +28,14 @@ def test_every_body_of_the_reference_parses_to_itself(body: dict[str, Any]) -> N
         assert {field.name: value for field, value in found.ListFields()} == given
     for given, found in zip(body["loras"], parsed.request.loras, strict=True):
         assert {field.name: value for field, value in found.ListFields()} == given
+
+
+def read(text: str) -> generation_service_pb2.GenerateRequest:
+    """The request of a body that is to be accepted."""
+    try:
+        return parse_request_json(text).request
+    except InvalidRequestJson as error:
+        pytest.fail(f"refused: {error}")
 
 
 def prompt(**fields: Any) -> dict[str, Any]:
@@ -128,9 +136,9 @@ def test_null_is_left_out_and_empty_is_not() -> None:
 
 
 def test_whole_numbers_may_be_text_or_have_a_zero_fraction() -> None:
-    request = parse_request_json(
+    request = read(
         '{"prompts": [{"seed": "1099511627776", "width": 1024.0, "height": "1024.0", "guidance_scale": 4}]}'
-    ).request
+    )
     assert request.prompts[0].seed == 2**40
     assert request.prompts[0].width == 1024
     assert request.prompts[0].height == 1024
@@ -140,7 +148,7 @@ def test_whole_numbers_may_be_text_or_have_a_zero_fraction() -> None:
 def test_a_whole_number_as_text_keeps_all_its_digits() -> None:
     seed = 2**53 + 1
     for written in (f"{seed}", f'"{seed}"', f'"{seed}.0"'):
-        assert parse_request_json(f'{{"prompts": [{{"seed": {written}}}]}}').request.prompts[0].seed == seed
+        assert read(f'{{"prompts": [{{"seed": {written}}}]}}').prompts[0].seed == seed
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_a_whole_number_as_text_keeps_all_its_digits() -> None:
 )
 def test_any_finite_number_may_be_text(written: str, value: float) -> None:
     body = {"loras": [{"path": "x", "network_multiplier": written}], "prompts": [{"guidance_scale": written}]}
-    request = parse_request_json(json.dumps(body)).request
+    request = read(json.dumps(body))
     assert request.prompts[0].guidance_scale == value
     assert request.loras[0].network_multiplier == value
 
@@ -186,14 +194,14 @@ def test_no_more_wrong_types_are_told_than_a_person_reads() -> None:
 
 
 def test_empty_text_for_a_choice_means_left_out() -> None:
-    request = parse_request_json('{"output": {"format": ""}, "noise_draw": "", "on_disconnect": ""}').request
+    request = read('{"output": {"format": ""}, "noise_draw": "", "on_disconnect": ""}')
     assert not request.output.format
     assert not request.noise_draw
     assert not request.on_disconnect
 
 
 def test_a_time_is_written_as_protobuf_writes_it() -> None:
-    assert parse_request_json('{"max_queue_time": "1.5s"}').request.max_queue_time.ToMilliseconds() == 1500
+    assert read('{"max_queue_time": "1.5s"}').max_queue_time.ToMilliseconds() == 1500
 
 
 def test_guidance_keeps_its_value() -> None:
