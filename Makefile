@@ -62,6 +62,7 @@ check-clients: setup node  ## Types and lint of the TypeScript, and that its stu
 page: setup node  ## Generate the TypeScript stubs and build the page into the server's package
 	BUF=$(CURDIR)/$(BIN)/buf tools/generate_typescript.sh client/typescript/src/gen
 	cd client/web && npx --no-install vite build
+	$(BIN)/python -c 'from chromarpc_server.gateway import openapi as o; o.FILE.write_text(o.text(), encoding="utf-8")'
 	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
 
 check: setup check-protos  ## Lint, types, import layers, protos

@@ -20,6 +20,7 @@ from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
 from chromarpc_server.pipeline import PROFILES, choose_device, import_ahead, library_versions, served_profiles
+from chromarpc_server.ports import require_free
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.status_port import StatusPort
 from chromarpc_server.tracing import Tracing
@@ -81,9 +82,10 @@ class App:
         Raises:
             ChromaError: the device or a model to preload cannot be used.
             ValueError: a file of TLS or of callers cannot be used.
-            OSError: the address cannot be bound.
+            OSError: an address cannot be bound.
         """
         settings = self._settings
+        require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
         choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
         profiles = served_profiles(choice.device)

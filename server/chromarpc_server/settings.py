@@ -36,6 +36,7 @@ from chromarpc_server.domain.limits import (
     WeightsPlace,
 )
 from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.ports import WantedPort
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
@@ -315,6 +316,13 @@ class ServerSettings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
+
+    def wanted_ports(self) -> list[WantedPort]:
+        """What will be bound."""
+        wanted = [WantedPort("--port", self.host, self.port)]
+        if self.metrics_port is not None:
+            wanted.append(WantedPort("--metrics-port", self.metrics_host, self.metrics_port))
+        return wanted
 
     def budgets(self) -> Budgets:
         """How much may be resident."""

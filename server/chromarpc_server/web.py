@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, Gateway, envoy_yaml
 from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
+from chromarpc_server.ports import PortUnusable, WantedPort, require_free
 from chromarpc_server.settings import ServerSettings, is_loopback
 
 EXIT_GATEWAY = 1
@@ -71,6 +72,11 @@ class WebSettings(ServerSettings):
                 raise ValueError(f"--web-origin {origin}: must be an origin such as https://studio.example.org")
         return self
 
+    def wanted_ports(self) -> list[WantedPort]:
+        """What will be bound, the gateway's port first."""
+        own = WantedPort("--web-port", self.web_host, self.web_port)
+        return [own] if self.web_upstream is not None else [own, *super().wanted_ports()]
+
     def gateway(self, grpc_port: int) -> Gateway:
         """The gateway that these settings describe."""
         host, port = self.host, grpc_port
@@ -103,8 +109,9 @@ async def serve_web(settings: WebSettings) -> int:
             print(envoy_yaml(gateway, descriptor=Path("chromarpc.v1.binpb")), end="")
             return 0
         envoy_path()
+        require_free(settings.wanted_ports())  # before torch is imported, and long before the model is loaded
         return await (_gateway_alone(settings) if settings.web_upstream else _with_server(settings))
-    except GatewayError as error:
+    except (GatewayError, PortUnusable) as error:
         print(f"chromarpc-server web cannot start: {error}", file=sys.stderr)
         return EXIT_GATEWAY
 

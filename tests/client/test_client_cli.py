@@ -223,6 +223,15 @@ def test_a_saved_picture_can_be_drawn_again(shell: Shell) -> None:
     assert again.loras[0].network_multiplier == 0.5
 
 
+def test_every_wrong_value_of_a_json_request_is_told_at_once(shell: Shell) -> None:
+    body = '{"model": 1, "prompts": [{"prompt": "a", "width": "wide", "seed": []}]}'
+    result = shell("generate", "--json", "-", text_in=body)
+    assert result.exit_code == 2
+    assert [
+        at for at in ("model", "prompts.0.width", "prompts.0.seed") if f"  {at}: must" not in result.stderr
+    ] == []
+
+
 def test_the_format_follows_the_body_of_a_json_request(shell: Shell) -> None:
     body = '{"prompts": [{"prompt": "a"}], "output": {"format": "IMAGE_FORMAT_JPEG"}}'
     assert shell("generate", "--json", "-", text_in=body).stdout == "out.jpg\n"

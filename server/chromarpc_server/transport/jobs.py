@@ -12,9 +12,15 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from chromarpc.v1 import job_event_pb2, job_service_pb2, job_service_pb2_grpc
+from chromarpc.v1 import generation_service_pb2, job_event_pb2, job_service_pb2, job_service_pb2_grpc
 from chromarpc_server.domain.callers import current_caller
-from chromarpc_server.domain.errors import ImageNotFound, InvalidParameter, JobCancelled
+from chromarpc_server.domain.errors import (
+    ChromaError,
+    FieldViolation,
+    ImageNotFound,
+    InvalidParameter,
+    JobCancelled,
+)
 from chromarpc_server.domain.events import Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
@@ -68,6 +74,14 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             fingerprint=fingerprint(asked),
         )
         return job_service_pb2.CreateJobResponse(job=self._message(job), existed=existed)
+
+    def violations(self, request: generation_service_pb2.GenerateRequest) -> tuple[FieldViolation, ...]:
+        """What a request would be refused for before anything is looked up; it is not made."""
+        try:
+            resolve(generation_request(request), self._serving)
+        except ChromaError as error:
+            return error.violations
+        return ()
 
     async def WatchJob(  # noqa: N802
         self, request: job_service_pb2.WatchJobRequest, context: Any
