@@ -27,7 +27,7 @@ from chromarpc_server.domain.errors import (
 )
 from chromarpc_server.domain.limits import UploadLimits
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine import adapter_library
+from chromarpc_server.engine import adapter_root
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora, display_name
 from chromarpc_server.engine.adapter_sources import AdapterSources
@@ -512,7 +512,7 @@ def test_looking_is_bounded_in_depth_and_number(
     (deep / "a.safetensors").write_bytes(b"x")
     assert paths(library) == []
     assert library.listing().truncated
-    monkeypatch.setattr(adapter_library, "MAX_FILES", 3)
+    monkeypatch.setattr(adapter_root, "MAX_FILES", 3)
     for index in range(5):
         (root / f"{index}.safetensors").write_bytes(b"x")
     assert len(paths(library)) == 3

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
@@ -36,24 +36,15 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import UploadLimits
-from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_owners import note_owners, owners_of
-from chromarpc_server.engine.adapter_root import AdapterRoot
-from chromarpc_server.engine.beneath import entries_below
+from chromarpc_server.engine.adapter_root import HASH_PREFIX, SUFFIX, AdapterRoot
 from chromarpc_server.engine.root_hashes import WAIT_S, RootHashes, StillHashing
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".safetensors"
 PART_SUFFIX = ".part"
-HASH_PREFIX = "sha256:"
-MAX_DEPTH = 8
-"""Folders below the root that are looked into."""
-MAX_FILES = 10_000
-MAX_ENTRIES = 100_000
-"""Files and folders of any kind that one listing looks at."""
 RETRY_HASHING_S = 1.0
 """When to ask again for a hash that is not known yet: soon, as hashing goes on while somebody asks."""
 MAX_FILENAME = 200
@@ -505,53 +496,21 @@ class AdapterLibrary(AdapterRoot):
 
     def _below_root(self) -> tuple[list[StoredLora], bool]:
         """The root's adapters in any order, and whether there is more than was looked at."""
-        found: list[StoredLora] = []
-        folders = [("", 0)]
-        looked_at = 0
-        truncated = False
-        while folders:
-            below, depth = folders.pop()
-            for name, is_folder in self._entries_below_root(below):
-                looked_at += 1
-                if looked_at > MAX_ENTRIES or len(found) >= MAX_FILES:
-                    return found, True
-                path = f"{below}{name}"
-                if is_folder:
-                    if depth < MAX_DEPTH:
-                        folders.append((f"{path}/", depth + 1))
-                    else:
-                        truncated = True
-                elif name.endswith(SUFFIX) and (lora := self._in_root(path)):
-                    found.append(lora)
-        return found, truncated
-
-    def _entries_below_root(self, below: str) -> list[tuple[str, bool]]:
-        """What lies in a folder below the root; nothing where it cannot be listed."""
-        if self._root is None:
-            return []
-        try:
-            return entries_below(self._root, PurePath(below))
-        except OSError:
-            return []
-
-    def _in_root(self, path: str) -> StoredLora | None:
-        """The root's adapter of this path, where a request could name it."""
-        try:
-            if path.startswith(HASH_PREFIX) or len(path.encode()) > MAX_LORA_PATH_BYTES:
-                return None
-            file = super().locate(path, "path")
-        except (LoraNotFound, OSError, UnicodeEncodeError):
-            return None
-        sha256 = self._root_hashes.of(file)
-        return StoredLora(path, LoraSource.ROOT, file.size_bytes, sha256, _time(file.modified_ns / 1e9))
+        found, truncated = self.files()
+        return [
+            StoredLora(
+                path=path,
+                source=LoraSource.ROOT,
+                size_bytes=file.size_bytes,
+                sha256=self._root_hashes.of(file),
+                modified=_time(file.modified_ns / 1e9),
+            )
+            for path, file in found.items()
+        ], truncated
 
     def _root_files(self) -> list[AdapterFile]:
         """Those of the root's adapters that fit the bounds on looking, links to one file told once."""
-        files: dict[AdapterFile, None] = {}
-        for lora in self._below_root()[0]:
-            with suppress(LoraNotFound):
-                files[super().locate(lora.path, "path")] = None
-        return list(files)
+        return list(dict.fromkeys(self.files()[0].values()))
 
 
 def require_hash(text: str, field: str) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import LoraNotFound
+from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
 from chromarpc_server.engine.adapter_cache import AdapterFile
+from chromarpc_server.engine.beneath import entries_below
 
+SUFFIX = ".safetensors"
+HASH_PREFIX = "sha256:"
+MAX_DEPTH = 8
+"""Folders below the root that are looked into."""
+MAX_FILES = 10_000
+MAX_ENTRIES = 100_000
+"""Files and folders of any kind that one listing looks at."""
 _TRIES = 3
 """How often a path is followed anew because something on it was swapped meanwhile."""
 
@@ -52,6 +61,46 @@ class AdapterRoot:
                 # No file, or no longer what the path led to a moment ago.
                 continue
         raise missing
+
+    def files(self) -> tuple[dict[str, AdapterFile], bool]:
+        """The adapters as requests can name them, in any order, and whether there is more than was looked at."""
+        found: dict[str, AdapterFile] = {}
+        folders = [("", 0)]
+        looked_at = 0
+        truncated = False
+        while folders:
+            below, depth = folders.pop()
+            for name, is_folder in self._entries(below):
+                looked_at += 1
+                if looked_at > MAX_ENTRIES or len(found) >= MAX_FILES:
+                    return found, True
+                path = f"{below}{name}"
+                if is_folder:
+                    if depth < MAX_DEPTH:
+                        folders.append((f"{path}/", depth + 1))
+                    else:
+                        truncated = True
+                elif name.endswith(SUFFIX) and (file := self._named(path)):
+                    found[path] = file
+        return found, truncated
+
+    def _entries(self, below: str) -> list[tuple[str, bool]]:
+        """What lies in a folder, by name, each with whether it is a folder; nothing where it cannot be listed."""
+        if self._root is None:
+            return []
+        try:
+            return entries_below(self._root, PurePath(below))
+        except OSError:
+            return []
+
+    def _named(self, path: str) -> AdapterFile | None:
+        """The adapter of this path, where a request could name it."""
+        try:
+            if path.startswith(HASH_PREFIX) or len(path.encode()) > MAX_LORA_PATH_BYTES:
+                return None
+            return AdapterRoot.locate(self, path, "path")
+        except (LoraNotFound, OSError, UnicodeEncodeError):
+            return None
 
     def _relative(self, path: str) -> Path | None:
         """The part of an absolute path that follows the root's, as text alone; None where it begins otherwise."""
