@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chromarpc_server.domain.adapter_urls import is_url
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 
 
@@ -48,7 +49,7 @@ class PlannedLora:
     @property
     def is_url(self) -> bool:
         """Whether it has to be fetched."""
-        return self.path.lower().startswith(("http://", "https://"))
+        return is_url(self.path)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from chromarpc_server.domain.adapter_urls import is_url, url_problem
 from chromarpc_server.domain.errors import (
     MAX_LISTED,
     FieldViolation,
@@ -196,6 +197,8 @@ def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: _Findings
             found.refuse(f"{at}.path", "is required")
         elif len(lora.path.encode()) > MAX_LORA_PATH_BYTES:
             found.refuse(f"{at}.path", f"longer than {MAX_LORA_PATH_BYTES} bytes")
+        elif is_url(lora.path) and (problem := url_problem(lora.path)) is not None:
+            found.refuse(f"{at}.path", problem)
         if lora.transformer:
             found.refuse(f"{at}.transformer", "Chroma has one transformer, so this cannot be honoured")
         multiplier = lora.network_multiplier

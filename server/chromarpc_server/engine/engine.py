@@ -154,6 +154,8 @@ class Engine:
         self._idle.set()
         self._tasks: set[asyncio.Task[Any]] = set()
         """What must be done before the engine ends."""
+        self._looking: set[asyncio.Task[Any] | None] = set()
+        """Those of them that look for a job's adapters, and have stored nothing of it yet."""
         self._housekeeper: asyncio.Task[None] | None = None
         self._accepting = False
         self._device_failed = False
@@ -290,6 +292,8 @@ class Engine:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
             submitting.add_done_callback(self._abandoned)
+            if submitting in self._looking:
+                submitting.cancel()
             raise
 
     def _abandoned(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
@@ -343,7 +347,12 @@ class Engine:
         _refuse_size(plan, caller)
         self._refuse_if_closed(caller)
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        found = await self._adapters.find(plan.loras, caller.name)
+        looking = asyncio.current_task()
+        self._looking.add(looking)
+        try:
+            found = await self._adapters.find(plan.loras, caller.name)
+        finally:
+            self._looking.discard(looking)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed(caller)
         job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name, fingerprint=fingerprint)
@@ -477,6 +486,7 @@ class Engine:
         What did not end is left to the next process, or ended where the store does not outlive this one.
         """
         self._accepting = False
+        self._adapters.stop_hashing()
         for waiting in (*self._fetching, *self._queue):
             if waiting.fetching is not None and not waiting.fetching.done():
                 waiting.fetching.cancel()

@@ -11,6 +11,7 @@ from chromarpc_server.domain.errors import AttemptsExhausted, LoraChanged, LoraN
 from chromarpc_server.domain.events import Accepted, AdapterReport, Restarted
 from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
 from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.root_hashes import WAIT_S
 from chromarpc_server.engine.store import records
 from chromarpc_server.engine.store.job_store import Unfinished
 from chromarpc_server.engine.store.records import KnownAdapter
@@ -75,8 +76,11 @@ async def find_again(stored: Unfinished, sources: AdapterSources) -> FoundAdapte
         asked = lora
         if lora.is_url and known is not None and known.sha256 is not None:
             asked = replace(lora, path=f"sha256:{known.sha256}")
+        elif known is not None:
+            await sources.recall(lora.path, known.is_still)
         try:
-            found = await sources.find([asked], stored.owner)
+            # What was fetched lies among the downloads, or is fetched again: nothing is hashed for it.
+            found = await sources.find([asked], stored.owner, wait_s=0 if lora.is_url else WAIT_S)
         except LoraNotFound:
             if not lora.is_url:
                 raise LoraChanged("the adapter went away while the server was restarted", field=field) from None

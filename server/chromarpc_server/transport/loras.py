@@ -129,8 +129,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         def inspect(file: AdapterFile) -> AdapterInspection:
             files = self._model_files.require(spec)
             try:
-                found = inspect_adapter(file.path, files, self._norms, check=check)
-                file.require_still()
+                found = inspect_adapter(file, files, self._norms, check=check)
             except (LoraError, LoraChanged) as error:
                 raise error.at("path") from None
             self._library.learn(file, found.sha256)
