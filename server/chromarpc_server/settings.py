@@ -159,6 +159,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server verify DIR                         check this install against recorded vectors
       chromarpc-server token NAME                         make a token, and the entry that lets it in
       chromarpc-server --config server.toml               read settings from a file
+      chromarpc-server --version                          print the version
 
     Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
     (lora_root). A flag wins over the environment, which wins over the file.
