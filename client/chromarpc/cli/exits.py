@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -68,6 +68,18 @@ class UsageError(Exception):
     """The command line contradicts itself, or names what cannot be used."""
 
 
+class NotSaved(Exception):
+    """The server did its part, and a file could not be written.
+
+    Attributes:
+        lines: sentences for people: which file, why, and where its contents still are.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(*lines)
+        self.lines = tuple(lines)
+
+
 def exit_code(error: ChromarpcError) -> ExitCode:
     """The code of a call's error."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
@@ -95,6 +107,10 @@ def reported() -> Iterator[None]:
     except (UsageError, InvalidRequestJson) as error:
         say(f"error: {error}")
         raise typer.Exit(ExitCode.INVALID) from None
+    except NotSaved as error:
+        for line in error.lines:
+            say(line)
+        raise typer.Exit(ExitCode.UNEXPECTED) from None
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -103,7 +119,7 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(ExitCode.UNEXPECTED) from None
     except OSError as error:
-        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        say(f"error: {file_error(error)}")
         raise typer.Exit(ExitCode.UNEXPECTED) from None
     except typer.Exit:
         raise
@@ -115,6 +131,12 @@ def reported() -> Iterator[None]:
             "(CHROMARPC_TRACEBACK=1 shows where)"
         )
         raise typer.Exit(ExitCode.UNEXPECTED) from None
+
+
+def file_error(error: OSError) -> str:
+    """Which file, and what is wrong with it."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def sentences(error: ChromarpcError) -> list[str]:
