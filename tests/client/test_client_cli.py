@@ -336,6 +336,37 @@ REFUSALS = [
         5,
         ["error: out of memory", "A smaller picture may fit."],
     ),
+    (
+        status(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "another request was made under this id",
+            reason="REQUEST_ID_REUSED",
+            metadata={"job_id": "j1"},
+            violations={"request_id": "another request was made under this id"},
+        ),
+        2,
+        [
+            "error: request_id: another request was made under this id",
+            "Its job is j1: see `chromarpc job show`.",
+        ],
+    ),
+    (
+        status(
+            grpc.StatusCode.UNAVAILABLE, "the server is out of room", reason="STORE_UNAVAILABLE", retry_after_s=5
+        ),
+        3,
+        ["error: the server is out of room", "Try again in 5 s."],
+    ),
+    (
+        status(grpc.StatusCode.UNAVAILABLE, "its pictures could not be stored", reason="STORE_UNAVAILABLE"),
+        3,
+        ["error: its pictures could not be stored"],
+    ),
+    (
+        status(grpc.StatusCode.INTERNAL, "stopped 3 times", reason="ATTEMPTS_EXHAUSTED"),
+        1,
+        ["error: stopped 3 times", "Make the job again to run it."],
+    ),
     (status(grpc.StatusCode.CANCELLED, "cancelled"), 6, ["error: cancelled"]),
     (status(grpc.StatusCode.DEADLINE_EXCEEDED, "too late"), 6, ["error: too late"]),
     (
@@ -366,6 +397,19 @@ def test_every_error_has_an_exit_code_and_every_exit_code_its_help() -> None:
     for code in ExitCode:
         assert f"\n  {code.value} " in EXIT_CODES_HELP
     assert "130  interrupted" in CliRunner().invoke(app, ["generate", "--help"]).stdout
+
+
+def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None:
+    codes = pytest.importorskip("chromarpc_server.transport.status").CODES
+    for kind, code in codes.items():
+        shell.server.script = refusing(status(code, "the server's own sentence", reason=kind.reason))
+        result = shell("generate", "a")
+        assert result.stderr.splitlines()[0] == "error: the server's own sentence", kind.reason
+        assert (result.exit_code == 1) == (kind.reason in INTERNAL_REASONS), kind.reason
+
+
+INTERNAL_REASONS = {"INTERNAL", "DEVICE_LOST", "DEVICE_HUNG", "ATTEMPTS_EXHAUSTED"}
+"""Those whose exit code is 1, as an internal error of the server."""
 
 
 def test_nobody_listens(shell: Shell) -> None:

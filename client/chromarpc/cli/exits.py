@@ -13,13 +13,20 @@ import typer
 
 from chromarpc.errors import (
     AccessDenied,
+    AlreadyExists,
+    AttemptsExhausted,
     Cancelled,
     ChromarpcError,
     DeadlineExceeded,
     FailedPrecondition,
+    ImageNotFound,
     InvalidRequest,
+    JobNotFound,
+    LoraChanged,
     NotFound,
+    NotKept,
     OutOfMemory,
+    RequestIdReused,
     ResourceExhausted,
     ServerUnavailable,
     StatusError,
@@ -55,6 +62,7 @@ _CODES: tuple[tuple[type[ChromarpcError], ExitCode], ...] = (
     (InvalidRequest, ExitCode.INVALID),
     (NotFound, ExitCode.INVALID),
     (AccessDenied, ExitCode.INVALID),
+    (AlreadyExists, ExitCode.INVALID),
     (ServerUnavailable, ExitCode.UNAVAILABLE),
     (FailedPrecondition, ExitCode.NOT_READY),
     (ResourceExhausted, ExitCode.NO_ROOM),
@@ -155,6 +163,12 @@ def _advice(error: StatusError) -> list[str]:
         return [f"Try again in {max(1, round(error.retry_after_s))} s."]
     if isinstance(error, OutOfMemory):
         return ["A smaller picture may fit."]
+    if isinstance(error, RequestIdReused) and "job_id" in error.metadata:
+        return [f"Its job is {error.metadata['job_id']}: see `chromarpc job show`."]
+    if isinstance(error, JobNotFound | ImageNotFound):
+        return ["See `chromarpc job ls`."]
+    if isinstance(error, LoraChanged | NotKept | AttemptsExhausted):
+        return ["Make the job again to run it."]
     if isinstance(error, AccessDenied):
         return ["Give a token by --token-file or CHROMARPC_TOKEN."]
     if isinstance(error, ServerUnavailable) and not error.reason:
