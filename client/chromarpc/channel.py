@@ -20,7 +20,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     # minutes. 20 s is well above the 5 s that the server permits, and above what proxies commonly do.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Images come in parts of 1 MiB, previews whole.
+    # Images come in parts of 128 KiB, never of more than 1 MiB; previews whole.
     ("grpc.max_receive_message_length", 16 * 2**20),
     # Error details are at most 4 KiB; the default bound of 8 KiB leaves a proxy's own headers little room.
     ("grpc.max_metadata_size", 32 * 2**10),

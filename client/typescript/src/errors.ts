@@ -269,7 +269,8 @@ export function fromThrown(thrown: unknown, target: string, signal: AbortSignal 
   const code = isLostConnection(error) ? Code.Unavailable : error.code;
   let message = error.rawMessage || `the call ended with ${Code[code]}`;
   if (code === Code.Unavailable && info === undefined) message = `cannot reach ${target}: ${message}`;
-  if (code === Code.DeadlineExceeded && info === undefined) message = "the time limit passed before the server was done";
+  if (code === Code.DeadlineExceeded && info === undefined)
+    message = "the time limit passed before the server was done";
   return statusError(message, {
     code,
     reason: info?.reason ?? "",

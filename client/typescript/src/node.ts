@@ -9,7 +9,7 @@ export * from "./common.js";
 export const DEFAULT_TARGET = "http://127.0.0.1:50051";
 /** A generation may say nothing for 10 s; without pings a dead connection would look like a slow one for minutes. */
 const PING_INTERVAL_MS = 20_000;
-/** Images come in parts of 1 MiB, previews whole. */
+/** Images come in parts of 128 KiB, never of more than 1 MiB; previews whole. */
 const READ_MAX_BYTES = 16 * 2 ** 20;
 
 /** How a client connects. */

@@ -7,6 +7,9 @@ from pathlib import Path
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import LoraNotFound
 
+NO_ROOT = "this server serves no adapters from its disk: its operator sets the folder by --lora-root"
+"""Said of whatever path, so that it tells nothing of the disk."""
+
 
 class AdapterRoot:
     """The folder that requests' adapter paths are relative to."""
@@ -19,14 +22,16 @@ class AdapterRoot:
         """The file that `path` names, with every symbolic link followed.
 
         Absolute paths, `..`, links that leave the root, folders and absent files all give the same answer,
-        so that a client cannot probe the server's disk.
+        so that a client cannot probe the server's disk. Without a root every path has an answer of its own kind.
 
         Raises:
             LoraNotFound: blaming `field`.
         """
+        if self._root is None:
+            raise LoraNotFound(NO_ROOT, field=field)
         missing = LoraNotFound("no such adapter below the server's adapter root", field=field)
         parts = path.replace("\\", "/").split("/")
-        if self._root is None or not path or "\0" in path or ".." in parts or Path(path).is_absolute():
+        if not path or "\0" in path or ".." in parts or Path(path).is_absolute():
             raise missing
         try:
             file = (self._root / path).resolve(strict=True)
