@@ -239,6 +239,16 @@ USAGE_ERRORS: list[tuple[list[str], str]] = [
     (["generate", "--json", "."], "Is a directory"),
     (["generate", "--json", "plain.png"], "does not say what it was drawn with"),
     (["generate", "--json", "broken.png"], "cannot be read"),
+    (["generate", "--json", "a.jpg"], "a.jpg: is a picture (JPEG), and only a PNG that chromarpc saved holds"),
+    (["generate", "--json", "a.webp"], "a.webp: is a picture (WebP)"),
+    (["generate", "--json", "a.gif"], "a.gif: is a picture (GIF)"),
+    (["generate", "--json", "a.bmp"], "a.bmp: is a picture (BMP)"),
+    (["generate", "--json", "a.tiff"], "a.tiff: is a picture (TIFF)"),
+    (["generate", "--json", "a.safetensors"], "a.safetensors: is neither text nor a PNG"),
+    (["generate", "--detach", "--json", "a.jpg"], "a.jpg: is a picture (JPEG)"),
+    (["generate", "--json", "empty.txt"], "empty.txt: is empty"),
+    (["generate", "--json", "folder.png"], "folder.png: Is a directory"),
+    (["generate", "--json", "huge.json"], "huge.json: more than 64 MiB"),
     (["generate", "--json", "wrong.json"], "prompts.0.width: must be a whole number, got text"),
     (["generate", "a", "-o", "a.tiff"], "name a file that ends in .png"),
     (["generate", "a", "-o", "a"], "name a file that ends in .png"),
@@ -269,6 +279,17 @@ def test_a_wrong_command_line_exits_2_before_anything_is_sent(
     Path("folder.png").mkdir()
     Path("empty.txt").touch()
     Path("token.txt").write_text("s3cret\n")
+    for suffix, file_format in (
+        ("jpg", "JPEG"),
+        ("webp", "WEBP"),
+        ("gif", "GIF"),
+        ("bmp", "BMP"),
+        ("tiff", "TIFF"),
+    ):
+        Path(f"a.{suffix}").write_bytes(png(file_format=file_format))
+    Path("a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}" + bytes(range(256)))
+    with Path("huge.json").open("wb") as file:
+        file.truncate(80 * 2**20)
     Path("wrong.json").write_text('{"prompts": [{"width": "wide"}]}')
     result = shell(*arguments)
     assert result.exit_code == 2
