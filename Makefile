@@ -65,11 +65,12 @@ page: setup node  ## Generate the TypeScript stubs and build the page into the s
 	$(BIN)/python -c 'from chromarpc_server.gateway import openapi as o; o.FILE.write_text(o.text(), encoding="utf-8")'
 	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
 
-check: setup check-protos  ## Lint, types, import layers, protos
+check: setup check-protos  ## Lint, types, import layers, dependencies, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_dependencies
 
 check-protos: setup  ## buf lint, buf breaking against the last release, and that the stubs are current
 	$(BIN)/buf lint

@@ -24,6 +24,7 @@ from chromarpc_server.ports import require_free
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.status_port import StatusPort
 from chromarpc_server.tracing import Tracing
+from chromarpc_server.transport.addresses import joined
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
@@ -134,9 +135,7 @@ class App:
         try:
             await engine.resume(serving.models)
             listening = await listen(
-                f"[{settings.host}]:{settings.port}"
-                if ":" in settings.host
-                else f"{settings.host}:{settings.port}",
+                joined(settings.host, settings.port),
                 GenerationServicer(engine, serving),
                 JobServicer(engine, serving),
                 models,
@@ -253,7 +252,9 @@ class App:
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
-        print(f"chromarpc-server listens on {settings.host}:{listening.port} ({self._admits()})", flush=True)
+        print(
+            f"chromarpc-server listens on {joined(settings.host, listening.port)} ({self._admits()})", flush=True
+        )
         for spec in REGISTRY.values():
             served = REGISTRY[settings.alias.get(spec.id, spec.id)]
             here = await asyncio.to_thread(model_files.find, served) is not None

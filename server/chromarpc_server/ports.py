@@ -31,7 +31,7 @@ def require_free(wanted: Sequence[WantedPort]) -> None:
         PortUnusable: somebody listens there, or at one of the addresses that the host name stands for; the address
             is not this machine's; or two settings name the same port.
     """
-    fixed = [port for port in wanted if port.port and not port.host.startswith("unix:")]
+    fixed = [port for port in wanted if port.port and not port.host.startswith(("unix:", "unix-abstract:"))]
     for index, port in enumerate(fixed):
         for other in fixed[:index]:
             if port.port == other.port and (port.host == other.host or WILDCARDS & {port.host, other.host}):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import fields
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -37,6 +36,7 @@ from chromarpc_server.domain.limits import (
 )
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.ports import WantedPort
+from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
@@ -45,14 +45,6 @@ _RETENTION = JobRetention()
 _CALLER = CallerLimits()
 _RESTARTS = RestartLimits()
 _PATIENCE = Patience()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind can be reached from this machine alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -89,6 +81,8 @@ def _size(text: str) -> str:
     return text
 
 
+Host = Annotated[str, AfterValidator(parse_host)]
+TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
 ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
 
@@ -160,6 +154,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server verify DIR                         check this install against recorded vectors
       chromarpc-server token NAME                         make a token, and the entry that lets it in
       chromarpc-server --config server.toml               read settings from a file
+      chromarpc-server --version                          print the version
 
     Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
     (lora_root). A flag wins over the environment, which wins over the file.
@@ -177,8 +172,11 @@ class ServerSettings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to bind; others can reach the server if not loopback")
-    port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one")
+    host: Host = Field(
+        "127.0.0.1",
+        description="address to bind, or unix:/PATH; others can reach the server unless it is that or loopback",
+    )
+    port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one; not of a Unix socket")
     insecure: bool = Field(
         False, description="allow binding a non-loopback address although traffic is not encrypted"
     )
@@ -307,7 +305,7 @@ class ServerSettings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port of /metrics, /livez and /readyz; 0 picks a free one; none if unset"
     )
-    metrics_host: str = Field(
+    metrics_host: TcpHost = Field(
         "127.0.0.1", description="address to bind for them; they tell no secrets, and ask nobody for a token"
     )
     traces: bool = Field(
@@ -373,7 +371,9 @@ class ServerSettings(BaseSettings):
             raise ValueError("--tls-cert and --tls-key come together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
-        if not is_loopback(self.host) and self.tls_cert is None and not self.insecure:
+        if is_unix(self.host) and self.port and "port" in self.model_fields_set:
+            raise ValueError(f"--port {self.port}: a Unix socket (--host {self.host}) has no port; leave it out")
+        if not is_local(self.host) and self.tls_cert is None and not self.insecure:
             raise ValueError(
                 f"--host {self.host} is not a loopback address and traffic is not encrypted: give --tls-cert and "
                 "--tls-key, put a TLS proxy in front, or say --insecure if the network is trusted"

@@ -7,6 +7,7 @@ import {
   type Model,
   ServerUnavailable,
   type StoredLora,
+  StoreUnavailable,
 } from "chromarpc/web";
 import { store, stored } from "./storage.ts";
 
@@ -45,7 +46,9 @@ effect(() => store(sessionStorage, "token", token.value));
 /** Takes note of what a call's failure says about the server. */
 export function noteFailure(error: unknown): void {
   if (error instanceof AccessDenied) isTokenWanted.value = true;
-  if (error instanceof ServerUnavailable) serverState.value = "down";
+  // A server whose disk is full answers.
+  const isDown = error instanceof ServerUnavailable && !(error instanceof StoreUnavailable);
+  if (isDown) serverState.value = "down";
 }
 
 /** Reads the list of adapters again. */

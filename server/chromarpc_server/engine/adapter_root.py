@@ -20,6 +20,9 @@ MAX_ENTRIES = 100_000
 _TRIES = 3
 """How often a path is followed anew because something on it was swapped meanwhile."""
 
+NO_ROOT = "this server serves no adapters from its disk: its operator sets the folder by --lora-root"
+"""Said of whatever path, so that it tells nothing of the disk."""
+
 
 class AdapterRoot:
     """The folder that requests' adapter paths are relative to."""
@@ -35,15 +38,18 @@ class AdapterRoot:
         """The file that `path` names, with every symbolic link followed.
 
         An absolute path leads below the root, or is not looked at. `..`, links that leave the root, folders and
-        absent files all give the same answer, so that a client cannot probe the server's disk.
+        absent files all give the same answer, so that a client cannot probe the server's disk. Without a root
+        every path has an answer of its own kind.
 
         Raises:
             LoraNotFound: blaming `field`.
         """
+        if self._root is None:
+            raise LoraNotFound(NO_ROOT, field=field)
         is_absolute = Path(path).is_absolute()
         hint = "; give its path relative to that root, or an absolute one below it" if is_absolute else ""
         missing = LoraNotFound(f"no such adapter below the server's adapter root{hint}", field=field)
-        if self._root is None or not path or "\0" in path or ".." in path.replace("\\", "/").split("/"):
+        if not path or "\0" in path or ".." in path.replace("\\", "/").split("/"):
             raise missing
         below = self._relative(path) if is_absolute else Path(path)
         if below is None:

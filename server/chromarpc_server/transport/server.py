@@ -19,6 +19,7 @@ from chromarpc.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
+from chromarpc_server.transport.addresses import is_unix, room_for
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.compat import InferenceServicer
 from chromarpc_server.transport.generation import GenerationServicer
@@ -104,7 +105,7 @@ async def listen(
     rules: Sequence[Rule] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
-    """Starts a server on `address` (`host:port`, port 0 picks one), NOT_SERVING until told otherwise.
+    """Starts a server on `address` (`joined`; port 0 picks one), NOT_SERVING until told otherwise.
 
     Args:
         address: where to listen.
@@ -133,12 +134,14 @@ async def listen(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     serve_reflection((*SERVICE_NAMES, health.SERVICE_NAME), server)
     try:
-        port = (
-            server.add_insecure_port(address)
-            if access.tls is None
-            else server.add_secure_port(address, access.tls.credentials())
-        )
+        with room_for(address):
+            port = (
+                server.add_insecure_port(address)
+                if access.tls is None
+                else server.add_secure_port(address, access.tls.credentials())
+            )
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: is the port in use?") from error
+        doubt = "" if is_unix(address) else ": is the port in use?"
+        raise OSError(f"cannot listen on {address}{doubt}") from error
     await server.start()
     return Listening(server, health_servicer, port)

@@ -858,7 +858,7 @@ export const ImageHeaderSchema: GenMessage<ImageHeader> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_job_event, 14);
 
 /**
- * A part of an image's bytes, at most 1 MiB, in order.
+ * A part of an image's bytes, in order: 128 KiB today, at most 1 MiB ever.
  *
  * @generated from message chromarpc.v1.ImageChunk
  */
