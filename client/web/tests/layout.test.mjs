@@ -132,7 +132,7 @@ describe("the page's layout", { skip: noBrowser }, () => {
   });
 
   test("pictures side by side stand side by side at every width, as large as there is room", async () => {
-    const tab = await open(browser, stack.url, { ...PHONE, viewport: { width: 390, height: 844 } });
+    const tab = await open(browser, stack.url);
     for (const prompt of ["a red circle", "a blue square"]) {
       await fill(tab, { Prompt: prompt, Width: "256", Height: "256", Steps: "2" });
       await draw(tab);

@@ -8,7 +8,7 @@ import { draw, fill, LORA_ROOT, launch, noBrowser, open, shot, startStack, statu
 /** Long enough that no test sees its end. */
 const LONG = { Prompt: "a red circle", Width: "512", Height: "512", Steps: "150" };
 /** Long enough to be seen at work. */
-const MIDDLE = { Width: "128", Height: "128", Steps: "25" };
+const MIDDLE = { Width: "64", Height: "64", Steps: "25" };
 const SHORT = { Width: "64", Height: "64", Steps: "2" };
 /** Longer than anything can be undone. */
 const LATER_MS = 15_000;
@@ -131,7 +131,8 @@ describe("presses", { skip: noBrowser }, () => {
     await drawShortly(tab, "gone with the page");
     await runOf(watcher, "gone with the page").waitFor();
     await button(tab, "Delete").click();
-    await tab.getByText("Run deleted.").waitFor();
+    await tab.locator(".run").waitFor({ state: "detached" });
+    assert.equal(await button(tab, "Undo").count(), 1);
     assert.equal(await runOf(watcher, "gone with the page").count(), 1);
     await tab.goto("about:blank");
     await runOf(watcher, "gone with the page").waitFor({ state: "detached" });
@@ -145,10 +146,16 @@ describe("presses", { skip: noBrowser }, () => {
     await tab.goto(stack.url);
     await drawShortly(tab, "stays");
     await tab.route("**/DeleteJob", (route) => route.abort());
+    const failed = tab.waitForEvent("requestfailed");
     await button(tab, "Delete").click();
-    await tab.locator(".run").waitFor({ state: "detached" });
     await tab.clock.fastForward(LATER_MS);
-    await tab.getByText("Not deleted: cannot reach").waitFor();
+    await failed;
+    const words = tab.getByText("Not deleted: cannot reach");
+    const isSaid = await words.waitFor({ timeout: 10_000 }).then(
+      () => true,
+      () => false,
+    );
+    assert.ok(isSaid, "the page says nothing");
     await runOf(tab, "stays").waitFor();
     await tab.close();
   });
@@ -254,6 +261,7 @@ describe("presses", { skip: noBrowser }, () => {
     await button(tab, "Use these settings").click();
     const prompt = tab.getByLabel("Prompt", { exact: true });
     assert.equal(await prompt.inputValue(), "drawn already");
+    assert.equal(await button(tab, "Undo").count(), 1);
     await button(tab, "Undo").click();
     assert.equal(await prompt.inputValue(), "not drawn yet");
     await tab.close();
