@@ -24,11 +24,26 @@ export const serverInfo = signal<GetServerInfoResponse | undefined>(undefined);
 export const models = signal<readonly Model[]>([]);
 export const loras = signal<readonly StoredLora[]>([]);
 
+/** Whether this page is being closed or left. */
+let isLeaving = false;
+window.addEventListener("pagehide", () => {
+  isLeaving = true;
+});
+window.addEventListener("pageshow", () => {
+  isLeaving = false;
+});
+
+/** Does something when the page is closed or left; the calls that it makes outlive the page. */
+export function whenLeaving(action: () => void): void {
+  window.addEventListener("pagehide", action);
+}
+
 /** Speaks to the origin that this page came from. */
 export const client = new Client(undefined, {
   token: () => token.value || undefined,
   // The page and its calls have one origin: whoever can read the token here has read the page.
   allowInsecureToken: true,
+  fetch: (input, init) => fetch(input, isLeaving ? { ...init, keepalive: true } : init),
 });
 
 /** Models whose weights are here, the ones in memory first. */
