@@ -18,7 +18,8 @@ from tests.faults.server import HANGS
 
 Serve = Callable[..., RunningServer]
 State = job_service_pb2.JobState
-LONG: dict[str, Any] = {"model": "chroma-mini", "width": 1024, "height": 1024, "sample_steps": 100}
+LONG: dict[str, Any] = {"model": "chroma-mini", "width": 1024, "height": 1024, "sample_steps": 8}
+"""A step of it takes longer than a call."""
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
 
 
