@@ -293,6 +293,12 @@ class ServerSettings(BaseSettings):
         _RESTARTS.max_attempts,
         description="how often a job is begun when the server dies or is killed while it runs",
     )
+    reattach_s: float = Field(
+        _RESTARTS.reattach_s,
+        ge=0,
+        description="seconds that a job waits for its caller, which went away, to come back: after a restart, and "
+        "after a lost connection where the request has a request_id",
+    )
     step_timeout_s: float = Field(
         _PATIENCE.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
     )
@@ -344,8 +350,8 @@ class ServerSettings(BaseSettings):
         return Patience(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
 
     def restarts(self) -> RestartLimits:
-        """What becomes of jobs that an earlier process left."""
-        return RestartLimits(max_attempts=self.job_attempts)
+        """What becomes of jobs that an earlier process, or their caller, left."""
+        return RestartLimits(max_attempts=self.job_attempts, reattach_s=self.reattach_s)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""

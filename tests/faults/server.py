@@ -7,6 +7,7 @@ second step of the first job.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from chromarpc_server.__main__ import main
 from chromarpc_server.engine import worker
 from chromarpc_server.pipeline import checkpoint
+
+HANGS = "the device thread hangs from here on"
 
 
 def _raise(error: BaseException) -> Callable[[], None]:
@@ -34,6 +37,7 @@ def _lose_device() -> None:
 
 
 def _hang() -> None:
+    print(HANGS, file=sys.stderr, flush=True)
     threading.Event().wait()
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 import chromarpc
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server import settings as settings_module
-from chromarpc_server.domain.limits import RestartLimits
 from chromarpc_server.transport.callers_file import entry_text
 from tests.conftest import RunningServer
 from tests.faults import kill_nine
@@ -134,10 +133,7 @@ def test_a_stop_in_good_order_keeps_jobs_and_counts_no_attempt(serve: Serve) -> 
         assert isinstance(list(client.watch_job(waiting.job_id))[-1], chromarpc.Completed)
 
 
-def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings_module, "RestartLimits", partial(RestartLimits, reattach_s=3.0))
+def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(serve: Serve) -> None:
     server = serve()
     streams = []
     with chromarpc.Client(server.target) as client:
@@ -146,7 +142,7 @@ def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(
             streams.append(client.generate("b", request_id=request_id, **SMALL))
             next(streams[-1])
         server.stop()
-    server = serve()
+    server = serve(reattach_s=3.0)
     with chromarpc.Client(server.target) as client:
         back = client.generate("b", request_id="11111111-1111-4111-8111-111111111111", **SMALL)
         mine = next(back).job_id  # type: ignore[union-attr]

@@ -88,6 +88,8 @@ class Plan:
     """Under which the request may be repeated."""
     detached: bool = False
     """Whether the job goes on when nobody is attached to it."""
+    may_return: bool = False
+    """Whether a caller that went away may come back within a while before the job is ended."""
     max_queue_s: float | None = None
     """How long it may wait."""
 

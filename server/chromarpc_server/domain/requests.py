@@ -118,6 +118,8 @@ class GenerationRequest:
     noise_draw: NoiseDraw | None = None
     request_id: str | None = None
     detach: bool = False
+    cancel_at_once: bool = False
+    """Whether the caller's leaving ends the job without delay, although it has a request id."""
     max_queue_s: float | None = None
     unknown_fields: tuple[str, ...] = ()
     """Values this version does not know: numbers of protobuf fields or enum values, with their paths."""

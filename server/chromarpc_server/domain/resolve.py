@@ -45,6 +45,7 @@ from chromarpc_server.domain.requests import (
 TRIGGER = "[trigger]"
 MAX_QUEUE_S = 30 * 86_400
 MAX_LORA_PATH_BYTES = 4096
+MAX_UUID_LENGTH = len("urn:uuid:{00000000-0000-0000-0000-000000000000}")
 DEFAULT_QUALITY = 95
 
 
@@ -152,6 +153,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         warnings=tuple(found.warnings),
         request_id=request.request_id or None,
         detached=request.detach,
+        may_return=request.request_id is not None and not request.detach and not request.cancel_at_once,
         max_queue_s=request.max_queue_s,
     )
 
@@ -169,7 +171,10 @@ def _check_delivery(request: GenerationRequest, found: _Findings) -> None:
     if request.request_id:
         try:
             uuid.UUID(request.request_id)
+            is_uuid = len(request.request_id) <= MAX_UUID_LENGTH  # Python takes any number of hyphens
         except ValueError:
+            is_uuid = False
+        if not is_uuid:
             found.refuse("request_id", "not a UUID")
     if request.max_queue_s is not None and not 0 < request.max_queue_s <= MAX_QUEUE_S:
         found.refuse("max_queue_time", f"must be more than 0 and at most {MAX_QUEUE_S} seconds")

@@ -38,6 +38,7 @@ from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Faile
 from chromarpc_server.domain.limits import Budgets, JobRetention, Patience, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.absence import Absences, is_abandoned, not_back, stop_waiting
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.images import (
     RenderedImage,
@@ -79,6 +80,7 @@ _T = TypeVar("_T")
 
 RETRY_AFTER_DRAIN_S = 5.0
 HOUSEKEEPING_S = 30.0
+RETRY_AFTER_UNSTORED_S = HOUSEKEEPING_S
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Engine:
             on_device_lost: called when the process must be restarted.
             store: keeps jobs; closed by `drain`.
             retention: how long it keeps those that ended.
-            restarts: what becomes of those that an earlier process left.
+            restarts: what becomes of those that an earlier process, or their caller, left.
             store_prompts: whether a store on disk gets to see what prompts say.
             patience: how long the device may take.
             observers: are told of every event of every job.
@@ -131,6 +133,7 @@ class Engine:
         self._watch = DeviceWatch(patience or Patience())
         self._store = store
         self._restarts = restarts or RestartLimits()
+        self._absences = Absences(self._restarts.reattach_s, self.cancel)
         self._store_prompts = store_prompts
         self.jobs = JobBook(store, retention)
         self._choice = choice
@@ -213,14 +216,9 @@ class Engine:
         files = await asyncio.to_thread(self._model_files.require, spec)
         job.adapter_files = found.complete
         if not job.plan.detached:
-            job.is_orphan = True
-            asyncio.get_running_loop().call_later(self._restarts.reattach_s, self._end_orphan, job)
+            self._absences.begin(job)
         # One that was running has waited its time already, and is to be run again.
         self._set_going(Waiting(job, files, found), hf_token=None, may_expire=not stored.was_begun)
-
-    def _end_orphan(self, job: Job) -> None:
-        if job.is_orphan:
-            self.cancel(job, JobCancelled("its caller did not come back after the server was restarted"))
 
     async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Makes a model resident before any request asks for it, warmed up for pictures of these sizes.
@@ -301,8 +299,8 @@ class Engine:
         if submitting.cancelled() or submitting.exception() is not None:
             return
         job, existed = submitting.result()
-        if isinstance(job, Job) and not existed and not job.attached and not job.plan.detached:
-            self.cancel(job, JobCancelled("the caller cancelled or went away"))
+        if isinstance(job, Job) and not existed and not job.attached:
+            self._leave(job, JobCancelled("the caller cancelled or went away"))
 
     async def _submit(
         self,
@@ -315,7 +313,7 @@ class Engine:
     ) -> tuple[AnyJob, bool]:
         async with self.jobs.creating(caller.name, plan.request_id):
             known = await self.jobs.existing(caller.name, plan.request_id, fingerprint)
-            if known is not None:
+            if known is not None and not await self._forget_abandoned(known):
                 await self._join(known, plan, deadline_s)
                 return known, True
             return await self._admit(plan, spec, deadline_s, hf_token, caller, fingerprint), False
@@ -324,6 +322,7 @@ class Engine:
         """One more caller counts on a job, which the earlier ones' deadlines and leaving may not end any more."""
         if not isinstance(known, Job):
             return
+        self._absences.renew(known)
         known.cancellation.wait_longer(None if deadline_s is None else time.monotonic() + deadline_s)
         if plan.detached and not known.plan.detached:
             before = known.plan
@@ -333,7 +332,18 @@ class Engine:
             except StoreUnavailable:
                 known.plan = before
                 raise
-            known.is_orphan = False
+            stop_waiting(known)
+
+    async def _forget_abandoned(self, known: AnyJob) -> bool:
+        """Whether a job ended only because its caller did not come back; its request id is then free again."""
+        if not is_abandoned(known):
+            return False
+        async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs
+            pass
+        if not is_abandoned(known):
+            return False
+        await self._store.release_request_id(known)
+        return True
 
     async def _admit(
         self,
@@ -442,19 +452,78 @@ class Engine:
         """Somebody holds on to a job from now on, until `detach`."""
         if isinstance(job, Job):
             job.attached += 1
-            job.is_orphan = False
+            job.is_left = False
+            stop_waiting(job)
 
     def detach(self, job: AnyJob, cause: ChromaError) -> None:
-        """Somebody who held on to a job let go; unless it may go on alone, the last one ends it."""
+        """Somebody who held on to a job let go; unless it may go on alone, or wait, the last one ends it."""
         if isinstance(job, Job):
             job.attached -= 1
-            if job.attached <= 0 and not job.plan.detached and not job.log.suspended:
-                self.cancel(job, cause)
+            if job.attached <= 0:
+                self._leave(job, cause)
 
     def watch(self, job: AnyJob) -> None:
-        """Somebody looks at a job, without holding on to it."""
+        """Somebody looks at a job from now on, until `unwatch`, and has come back to it if nobody else has."""
         if isinstance(job, Job):
-            job.is_orphan = False
+            job.watchers += 1
+            stop_waiting(job)
+
+    def unwatch(self, job: AnyJob) -> None:
+        """Somebody looks at a job no more."""
+        if isinstance(job, Job):
+            job.watchers -= 1
+            if job.watchers <= 0 and job.attached <= 0 and job.plan.may_return:
+                self._leave(job, JobCancelled("the caller cancelled or went away"))
+
+    def _leave(self, job: Job, cause: ChromaError) -> None:
+        """Nobody holds on to a job any more."""
+        if job.plan.detached or job.log.sealed or job.log.suspended:
+            return
+        if not (job.plan.may_return and isinstance(cause, JobCancelled)):
+            self.cancel(job, cause)
+        elif job.watchers <= 0:
+            if job.is_left:
+                self._track(self._cancel_left(job))
+            else:
+                self._absences.begin(job)
+
+    async def cancel_for_good(self, job: AnyJob, *, when_unattended: bool = False) -> None:
+        """Stops a job as `cancel` does, and lets no later process go on with it. Returns once that is stored.
+
+        Args:
+            job: the job.
+            when_unattended: leave it to those who hold on to it or watch it; the last one who goes ends it. One that
+                goes on without callers is left alone.
+
+        Raises:
+            StoreUnavailable, Draining: it is not stored; this process has stopped the job all the same.
+        """
+        if not isinstance(job, Job) or (when_unattended and job.plan.detached):
+            return
+        if when_unattended and (job.attached > 0 or job.watchers > 0):
+            job.is_left = True
+        else:
+            cause = not_back("its caller left") if when_unattended else JobCancelled("the job was cancelled")
+            # Whole, although the caller may go away meanwhile.
+            await asyncio.shield(self._track(self._cancel_for_good(job, cause)))
+
+    async def _cancel_left(self, job: Job) -> None:
+        with suppress(StoreUnavailable, Draining):  # stopped all the same, and nobody was told anything
+            await self._cancel_for_good(job, not_back("its caller left"))
+
+    async def _cancel_for_good(self, job: Job, cause: JobCancelled) -> None:
+        is_noted = False
+        if not job.log.sealed:
+            job.cancelled = job.cancelled or cause
+            self.cancel(job, cause)
+        if not job.log.sealed and self._store.is_durable:
+            await self._store.note_cancelled(job)
+            is_noted = True
+        if job.log.suspended and job.cancelled is not None:
+            self._end_early(job, job.cancelled)
+        await self._settled(job)
+        if not is_noted and job in self._unstored:
+            raise StoreUnavailable("the job's end cannot be stored now", retry_after_s=RETRY_AFTER_UNSTORED_S)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -474,9 +543,9 @@ class Engine:
                 self._tell_positions()
                 return
 
-    async def settled(self, job: AnyJob) -> None:
+    async def _settled(self, job: Job) -> None:
         """Returns once an end that is decided is stored, and so can be seen."""
-        if isinstance(job, Job) and job.log.sealed and not job.log.closed:
+        if job.log.sealed and not job.log.closed:
             async for _ in job.log.follow(job.log.last_sequence):
                 pass
 
@@ -509,6 +578,8 @@ class Engine:
         await asyncio.gather(*loops, return_exceptions=True)
         with suppress(StoreUnavailable):
             await self._settle()
+        while self._tasks:  # jobs that were cancelled in the last moment
+            await asyncio.wait(self._tasks)
         await self._store.close()
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
@@ -647,10 +718,12 @@ class Engine:
             work = loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
             done = await self._watch.guard(work)
         except ChromaError as error:
-            if self._store.is_durable and isinstance(error, Draining | DeviceError):
-                await self._set_aside(job, error)
-            else:
+            if not isinstance(error, Draining | DeviceError):
                 self._end_early(job, error)
+            elif job.cancelled is not None or not self._store.is_durable:
+                self._end_early(job, job.cancelled or error)
+            else:
+                await self._set_aside(job, error)
             if isinstance(error, DeviceError):
                 self._fail_device()
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
@@ -664,6 +737,9 @@ class Engine:
         if isinstance(error, Draining):
             with suppress(StoreUnavailable):
                 await self._store.unbegin(job)
+        if job.cancelled is not None:  # meanwhile
+            self._end_early(job, job.cancelled)
+            return
         log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
         job.log.suspend(error)
 
@@ -758,7 +834,7 @@ class Engine:
     def _conclude(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
         """Decides on a job's end, which readers see once it is stored. The first decision stands."""
         if not job.log.sealed:
-            _stop_expiry(job)
+            _stop_timers(job)
             job.log.seal(event)
             self._track(self._commit(job, event, fields))
 
@@ -822,6 +898,12 @@ _LOG_NAMES: Mapping[type[Terminal], str] = {
     Failed: "job.failed",
     Cancelled: "job.cancelled",
 }
+
+
+def _stop_timers(job: Job) -> None:
+    """A timer that is not needed any more would hold what the job weighs."""
+    _stop_expiry(job)
+    stop_waiting(job)
 
 
 def _stop_expiry(job: Job) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from chromarpc_server.domain.errors import AttemptsExhausted, LoraChanged, LoraNotFound, NotKept
+from chromarpc_server.domain.errors import AttemptsExhausted, JobCancelled, LoraChanged, LoraNotFound, NotKept
 from chromarpc_server.domain.events import Accepted, AdapterReport, Restarted
 from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
 from chromarpc_server.engine.job import Cancellation, Job
@@ -50,9 +50,12 @@ def refuse_hopeless(stored: Unfinished, max_attempts: int) -> None:
     """Raises what ends a job that this process need not try.
 
     Raises:
+        JobCancelled: its caller was told that it is stopped.
         AttemptsExhausted: it was begun as often as it may be.
         NotKept: its prompts were not stored.
     """
+    if stored.is_cancelled:
+        raise JobCancelled("the job was cancelled")
     if stored.attempts >= max_attempts:
         raise AttemptsExhausted(
             f"the server was stopped {stored.attempts} times while it ran the job, and tries no more",

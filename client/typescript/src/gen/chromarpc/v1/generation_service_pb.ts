@@ -105,14 +105,15 @@ export type GenerateRequest = Message<"chromarpc.v1.GenerateRequest"> & {
 
   /**
    * A UUID that makes the call safe to repeat: the same request under the same id attaches to the same job. Another
-   * request under it fails with `REQUEST_ID_REUSED`.
+   * request under it fails with `REQUEST_ID_REUSED`. A job that was cancelled because its caller stayed away gives
+   * its id up: the same request then makes another one.
    *
    * @generated from field: optional string request_id = 20;
    */
   requestId?: string | undefined;
 
   /**
-   * What becomes of the job when the caller of `Generate` goes away. Cancelled when unspecified.
+   * What becomes of the job when the caller of `Generate` goes away.
    *
    * @generated from field: chromarpc.v1.DisconnectPolicy on_disconnect = 21;
    */
@@ -316,20 +317,23 @@ export const GenerateResponseSchema: GenMessage<GenerateResponse> = /*@__PURE__*
   messageDesc(file_chromarpc_v1_generation_service, 3);
 
 /**
- * What becomes of a job when the caller of `Generate` goes away or cancels the call.
+ * What becomes of a job when the last caller of `Generate` that holds on to it goes away or cancels the call, which
+ * the server cannot tell apart. `CancelJob` stops it under any policy.
  *
  * @generated from enum chromarpc.v1.DisconnectPolicy
  */
 export enum DisconnectPolicy {
   /**
-   * The default: `DISCONNECT_POLICY_CANCEL`.
+   * The default: `DISCONNECT_POLICY_CANCEL` without a `request_id`. With one, the job goes on for as long as the
+   * server's `reattach_s` says (60 s unless it was set), and is then cancelled, unless the same request comes again
+   * or somebody watches it. Clients whose user cancels call `CancelJob`.
    *
    * @generated from enum value: DISCONNECT_POLICY_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * The job is cancelled, within one denoising step.
+   * The job is cancelled at once, within one denoising step.
    *
    * @generated from enum value: DISCONNECT_POLICY_CANCEL = 1;
    */
@@ -360,8 +364,8 @@ export const GenerationService: GenService<{
    *
    * The first event is always `accepted`. Every image arrives as one `image_header` followed by its
    * `image_chunk`s, as soon as it is ready. The last event is `completed`, `failed` or `cancelled`; after the
-   * latter two the call also ends with the matching gRPC status. Cancelling the call, its deadline or losing
-   * the client stops the work within one denoising step.
+   * latter two the call also ends with the matching gRPC status. Its deadline stops the work within one denoising
+   * step; so does cancelling the call or losing the client, unless `on_disconnect` or a `request_id` says otherwise.
    *
    * @generated from rpc chromarpc.v1.GenerationService.Generate
    */
