@@ -492,8 +492,8 @@ class Engine:
 
         Args:
             job: the job.
-            when_unattended: leave it to those who hold on to it or watch it; the last one who goes ends it. One that
-                goes on without callers is left alone.
+            when_unattended: leave it to those who hold on to it or watch it; the last one who goes ends it.
+                One that goes on without callers is left alone.
 
         Raises:
             StoreUnavailable, Draining: it is not stored; this process has stopped the job all the same.
