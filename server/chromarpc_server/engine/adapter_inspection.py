@@ -13,7 +13,7 @@ import torch
 from chromarpc_server.domain.plan import PlanWarning
 from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.engine.weight_norms import WeightNorms
-from chromarpc_server.pipeline import Adapter, CheckpointFiles
+from chromarpc_server.pipeline import Adapter, CheckpointFiles, translate_memory_error
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
@@ -81,10 +81,17 @@ def inspect_adapter(
     Raises:
         LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
         WeightsInvalid: the model's file cannot be read.
+        OutOfMemory: the host has too little.
     """
-    model = open_weights(files.transformer)
-    adapter = read_adapter(path, model.shapes, check=check)
-    return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    try:
+        model = open_weights(files.transformer)
+        adapter = read_adapter(path, model.shapes, check=check)
+        return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = translate_memory_error(error)
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
 
 
 @torch.inference_mode()

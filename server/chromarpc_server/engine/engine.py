@@ -23,6 +23,7 @@ from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
     DeviceError,
+    DeviceLost,
     Draining,
     InternalError,
     JobCancelled,
@@ -70,6 +71,8 @@ from chromarpc_server.pipeline import (
     DeviceChoice,
     DeviceDescription,
     describe_device,
+    select_device,
+    translate_memory_error,
     used_memory_bytes,
 )
 
@@ -579,7 +582,14 @@ class Engine:
             )
 
     def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
-        description = describe_device(self._choice)
+        try:
+            # The first thing that the device's thread does; whatever names no device there means this one.
+            select_device(self._choice.device)
+            description = describe_device(self._choice)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            lost = DeviceLost(f"{self._choice.device} cannot be used: {why}")
+            raise translate_memory_error(error) or lost from None
 
         def publish(snapshot: CacheSnapshot) -> None:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
@@ -698,7 +708,7 @@ class Engine:
                 return
             header, data = await loop.run_in_executor(self._image_thread, encode_image, report, job.plan.output)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
-            failure = self._unforeseen(job, error)
+            failure = translate_memory_error(error) or self._unforeseen(job, error)
             job.cancellation.cancel(failure)
             self._end_early(job, failure)
             return

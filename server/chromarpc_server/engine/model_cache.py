@@ -29,8 +29,10 @@ from chromarpc_server.pipeline import (
     Pipeline,
     PreparedTransformer,
     SwitchReport,
+    forget_frames,
     free_memory_bytes,
     release_memory,
+    synchronize,
     translate_memory_error,
 )
 
@@ -211,6 +213,7 @@ class ModelCache:
 
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
+        synchronize(self._device.device)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
         self._adapters.clear()
@@ -241,7 +244,7 @@ class ModelCache:
                 # There was less room than it seemed: switch what is there instead.
                 self._slots.remove(fresh)
                 del fresh
-                error.__traceback__ = None
+                forget_frames(error)
                 self._free()
         slot = broken or alike[0]
         if slot.key is not None:

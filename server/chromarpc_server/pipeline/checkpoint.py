@@ -462,7 +462,7 @@ def _read_master(
             master[name] = tensor
         revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
     if plan is not None and plan.master == "host":
-        master = pin(master)
+        master = pin(master, device)
     return master, revision
 
 

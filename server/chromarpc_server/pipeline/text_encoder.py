@@ -187,7 +187,7 @@ def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
                 owners[key] = (index, module, name)
                 hosted[key] = tensor.data
     if device.type == "cuda":
-        hosted = pin(hosted)
+        hosted = pin(hosted, device)
 
     def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
         for key, (owner, module, name) in owners.items():
