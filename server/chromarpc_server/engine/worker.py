@@ -105,6 +105,7 @@ class DeviceWorker:
                 raise
             raise found from None
         finally:
+            self._cache.tell_fallbacks()
             self._watch.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
@@ -136,6 +137,7 @@ class DeviceWorker:
             log.critical("device.thread_ended", exc_info=error, extra={"job_id": job.id})
             raise DeviceLost("the thread that owns the device was ended") from None
         finally:
+            self._cache.tell_fallbacks()
             self._watch.idle()
 
     def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:
@@ -180,6 +182,7 @@ class DeviceWorker:
                 device=self._description.name,
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
+                fallbacks=pipeline.fallbacks,
             )
         )
         remaining = _Remaining(plan)
