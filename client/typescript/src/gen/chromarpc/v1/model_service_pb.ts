@@ -10,7 +10,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/model_service.proto.
  */
 export const file_chromarpc_v1_model_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASKLAwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuIqMBCgpNZW1vcnlQbGFuEg8KB3dlaWdodHMYASABKAkSFAoMdGV4dF9lbmNvZGVyGAIgASgJEg4KBm1hc3RlchgDIAEoCRIYChB0aWxlX2F1dG9lbmNvZGVyGAQgASgIEhUKDXJlY29yZF9ncmFwaHMYBSABKAgSFwoPZXN0aW1hdGVkX2J5dGVzGAYgASgEEhQKDHVzYWJsZV9ieXRlcxgHIAEoBCKGAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IvsCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRJSChBsaWJyYXJ5X3ZlcnNpb25zGAIgAygLMjguY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZS5MaWJyYXJ5VmVyc2lvbnNFbnRyeRIkCgZkZXZpY2UYAyABKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEicKCHByb2ZpbGVzGAQgAygLMhUuY2hyb21hcnBjLnYxLlByb2ZpbGUSFwoPZGVmYXVsdF9wcm9maWxlGAUgASgJEiQKBmxpbWl0cxgGIAEoCzIULmNocm9tYXJwYy52MS5MaW1pdHMSJwoFcXVldWUYByABKAsyGC5jaHJvbWFycGMudjEuUXVldWVTdGF0ZRIOCgZjYWxsZXIYCCABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASJHCgZEZXZpY2USCgoCaWQYASABKAkSDAoEbmFtZRgCIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAyABKAQSDQoFZHR5cGUYBCABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSKkAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUyuQEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZRJYCg1HZXRTZXJ2ZXJJbmZvEiIuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXF1ZXN0GiMuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZWIGcHJvdG8z");
+  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASKLAwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuIqMBCgpNZW1vcnlQbGFuEg8KB3dlaWdodHMYASABKAkSFAoMdGV4dF9lbmNvZGVyGAIgASgJEg4KBm1hc3RlchgDIAEoCRIYChB0aWxlX2F1dG9lbmNvZGVyGAQgASgIEhUKDXJlY29yZF9ncmFwaHMYBSABKAgSFwoPZXN0aW1hdGVkX2J5dGVzGAYgASgEEhQKDHVzYWJsZV9ieXRlcxgHIAEoBCKGAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IvsCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRJSChBsaWJyYXJ5X3ZlcnNpb25zGAIgAygLMjguY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZS5MaWJyYXJ5VmVyc2lvbnNFbnRyeRIkCgZkZXZpY2UYAyABKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEicKCHByb2ZpbGVzGAQgAygLMhUuY2hyb21hcnBjLnYxLlByb2ZpbGUSFwoPZGVmYXVsdF9wcm9maWxlGAUgASgJEiQKBmxpbWl0cxgGIAEoCzIULmNocm9tYXJwYy52MS5MaW1pdHMSJwoFcXVldWUYByABKAsyGC5jaHJvbWFycGMudjEuUXVldWVTdGF0ZRIOCgZjYWxsZXIYCCABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASJ4CgZEZXZpY2USCgoCaWQYASABKAkSDAoEbmFtZRgCIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAyABKAQSDQoFZHR5cGUYBCABKAkSLwoJZmFsbGJhY2tzGAUgAygLMhwuY2hyb21hcnBjLnYxLkRldmljZUZhbGxiYWNrIjIKDkRldmljZUZhbGxiYWNrEg8KB3dpdGhvdXQYASABKAkSDwoHbWVzc2FnZRgCIAEoCSIqCgdQcm9maWxlEgoKAmlkGAEgASgJEhMKC2Rlc2NyaXB0aW9uGAIgASgJIqQCCgZMaW1pdHMSEwoLbWF4X3Byb21wdHMYASABKAUSGAoQbWF4X3Byb21wdF9ieXRlcxgCIAEoBRIRCgltYXhfbG9yYXMYAyABKAUSFwoPbWF4X3BpeGVsX3N0ZXBzGAQgASgEEhcKD21heF9xdWV1ZWRfam9icxgFIAEoBRIZChFtYXhfcmVxdWVzdF9ieXRlcxgGIAEoBRISCgptYXhfcGl4ZWxzGAcgASgEEhMKC21heF9zdHJlYW1zGAggASgFEiIKGm1heF9xdWV1ZWRfam9ic19wZXJfY2FsbGVyGAkgASgFEhgKEG1heF91cGxvYWRfYnl0ZXMYCiABKAQSJAocbWF4X3VwbG9hZHNfYnl0ZXNfcGVyX2NhbGxlchgLIAEoBCI3CgpRdWV1ZVN0YXRlEhMKC3F1ZXVlZF9qb2JzGAEgASgFEhQKDHJ1bm5pbmdfam9icxgCIAEoBTK5AQoMTW9kZWxTZXJ2aWNlEk8KCkxpc3RNb2RlbHMSHy5jaHJvbWFycGMudjEuTGlzdE1vZGVsc1JlcXVlc3QaIC5jaHJvbWFycGMudjEuTGlzdE1vZGVsc1Jlc3BvbnNlElgKDUdldFNlcnZlckluZm8SIi5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIy5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlYgZwcm90bzM");
 
 /**
  * Nothing to choose yet.
@@ -516,6 +516,13 @@ export type Device = Message<"chromarpc.v1.Device"> & {
    * @generated from field: string dtype = 4;
    */
   dtype: string;
+
+  /**
+   * What it does without though it should not have to, as far as anything was tried. Empty on a CPU.
+   *
+   * @generated from field: repeated chromarpc.v1.DeviceFallback fallbacks = 5;
+   */
+  fallbacks: DeviceFallback[];
 };
 
 /**
@@ -524,6 +531,35 @@ export type Device = Message<"chromarpc.v1.Device"> & {
  */
 export const DeviceSchema: GenMessage<Device> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 10);
+
+/**
+ * Something that makes a GPU fast and that this one does without.
+ *
+ * @generated from message chromarpc.v1.DeviceFallback
+ */
+export type DeviceFallback = Message<"chromarpc.v1.DeviceFallback"> & {
+  /**
+   * `kernels` (compiled by Triton), `attention` (FlashAttention-3, where installed), `decoder` (the fused one),
+   * `step_graphs` or `encoder_graph` (CUDA graphs).
+   *
+   * @generated from field: string without = 1;
+   */
+  without: string;
+
+  /**
+   * A sentence for people, with the reason.
+   *
+   * @generated from field: string message = 2;
+   */
+  message: string;
+};
+
+/**
+ * Describes the message chromarpc.v1.DeviceFallback.
+ * Use `create(DeviceFallbackSchema)` to create a new message.
+ */
+export const DeviceFallbackSchema: GenMessage<DeviceFallback> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_model_service, 11);
 
 /**
  * A numerics profile.
@@ -551,7 +587,7 @@ export type Profile = Message<"chromarpc.v1.Profile"> & {
  * Use `create(ProfileSchema)` to create a new message.
  */
 export const ProfileSchema: GenMessage<Profile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 11);
+  messageDesc(file_chromarpc_v1_model_service, 12);
 
 /**
  * Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own.
@@ -642,7 +678,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
  * Use `create(LimitsSchema)` to create a new message.
  */
 export const LimitsSchema: GenMessage<Limits> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 12);
+  messageDesc(file_chromarpc_v1_model_service, 13);
 
 /**
  * The admission queue now.
@@ -670,7 +706,7 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
  * Use `create(QueueStateSchema)` to create a new message.
  */
 export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 13);
+  messageDesc(file_chromarpc_v1_model_service, 14);
 
 /**
  * Tells what this server serves.
