@@ -14,7 +14,7 @@ import torch
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.pipeline.device import choose_device, describe_device, on_device
 from chromarpc_server.pipeline.fused.check import kernels_fallback
-from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases
+from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases, torchao_cases
 from chromarpc_server.verify.report import Outcome, Reporter, Result, skipped
 
 
@@ -54,6 +54,9 @@ def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     requests = directory / "requests" / "reference_requests.json"
     if requests.is_file():
         reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
+    if any(result.outcome is not Outcome.SKIP for result in reporter.results):
+        # Of interest beside recorded outputs; alone it would verify nothing of them.
+        torchao_cases.run(device, reporter)
 
 
 def _kernels(device: torch.device, reporter: Reporter) -> None:

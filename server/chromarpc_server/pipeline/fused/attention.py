@@ -118,8 +118,10 @@ def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     except Exception as problem:
         if translate_memory_error(problem) is not None:
             raise  # it says nothing of the kernel: the next job finds out
-        event = "attention.wrong" if isinstance(problem, WrongResult) else "attention.unusable"
-        log.warning(event, extra={"kernel": "flash-attention-3", "error": str(problem)[:300]})
+        log.warning(
+            "attention.wrong" if isinstance(problem, WrongResult) else "attention.unusable",
+            extra={"kernel": "flash-attention-3", "error": str(problem)[:300]},
+        )
         return replace(SDPA, fallback=DeviceFallback(Part.ATTENTION, unusable(problem)))
     return attention
 

@@ -129,8 +129,10 @@ def with_fused_decoder(
     except Exception as problem:  # another kind of decoder, or a compiler's failure: there is diffusers' own
         if translate_memory_error(problem) is not None:
             raise  # it says nothing of the decoder: the next job finds out
-        event = "decoder.wrong" if isinstance(problem, WrongResult) else "decoder.unusable"
-        log.warning(event, extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
+        log.warning(
+            "decoder.wrong" if isinstance(problem, WrongResult) else "decoder.unusable",
+            extra={"error": f"{type(problem).__name__}: {problem}"[:300]},
+        )
         tell(DeviceFallback(Part.DECODER, unusable(problem)))
         return model
     return fused
