@@ -167,7 +167,7 @@ class Engine:
         self._description: DeviceDescription | None = None
 
     async def start(self) -> DeviceDescription:
-        """Opens the device and begins to take jobs.
+        """Opens the device and begins to take jobs, which wait until `begin`.
 
         Raises:
             ChromaError: the device cannot be used.
@@ -175,14 +175,12 @@ class Engine:
         loop = asyncio.get_running_loop()
         worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
         self._worker, self._description = worker, description
-        self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
-        self._dispatcher.add_done_callback(self._dispatcher_ended)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
         self._accepting = True
         return description
 
     async def resume(self, models: Mapping[str, ModelSpec]) -> int:
-        """Takes over what an earlier process was told to run. Returns how many jobs.
+        """Takes over what an earlier process was told to run, from `begin` on. Returns how many jobs.
 
         Args:
             models: those that are served, by id.
@@ -235,6 +233,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         load = partial(self._worker.load, spec.id, files, profile, sizes)
         await self._watch.guard(loop.run_in_executor(self._device_thread, load))
+
+    def begin(self) -> None:
+        """Begins to run jobs: once everything is preloaded, for a job has the device's thread to itself."""
+        if self._worker is None:
+            raise RuntimeError("begin before start")
+        self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
+        self._dispatcher.add_done_callback(self._dispatcher_ended)
 
     @property
     def description(self) -> DeviceDescription:
