@@ -23,8 +23,8 @@ class ServerProcess:
         module: str = "chromarpc_server",
         awaits_serving: bool = True,
     ) -> None:
-        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `awaits_serving`: off where
-        the test calls `await_serving`.
+        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `awaits_serving`: off
+        where the test calls `await_serving`.
         """
         command = [sys.executable, "-m", module, "--port", "0", "--device", "cpu", "--threads", "2"]
         command += ["--model-folder", f"chroma-mini={checkpoint}", "--data-dir", str(data_dir), *flags]
