@@ -146,7 +146,7 @@ class App:
             )
             status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         except BaseException:
-            # Jobs that were resumed run by now: ended in good order, they lose no attempt.
+            # In good order, so that jobs that were resumed are left to the next process.
             await self._give_up(engine, listening)
             raise
         try:
@@ -155,7 +155,9 @@ class App:
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await preloading
+                # Jobs run from here on, and not before: one that was resumed would keep the models waiting.
                 listening.set_serving(True)
+                engine.begin()
                 log.info(
                     "server.serving",
                     extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},

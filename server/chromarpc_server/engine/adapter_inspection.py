@@ -13,7 +13,7 @@ from chromarpc_server.domain.plan import PlanWarning
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.engine.weight_norms import WeightNorms
-from chromarpc_server.pipeline import Adapter, CheckpointFiles
+from chromarpc_server.pipeline import Adapter, CheckpointFiles, translate_memory_error
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
@@ -82,11 +82,18 @@ def inspect_adapter(
         LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
         LoraChanged: it is no longer the file that was found.
         WeightsInvalid: the model's file cannot be read.
+        OutOfMemory: the host has too little.
     """
-    model = open_weights(files.transformer)
-    adapter = read_adapter(file.path, model.shapes, opener=file.open, check=check)
-    file.require_still()
-    return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    try:
+        model = open_weights(files.transformer)
+        adapter = read_adapter(file.path, model.shapes, opener=file.open, check=check)
+        file.require_still()
+        return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = translate_memory_error(error)
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
     DeviceError,
+    DeviceLost,
     Draining,
     InternalError,
     JobCancelled,
@@ -71,6 +72,8 @@ from chromarpc_server.pipeline import (
     DeviceChoice,
     DeviceDescription,
     describe_device,
+    select_device,
+    translate_memory_error,
     used_memory_bytes,
 )
 
@@ -169,7 +172,7 @@ class Engine:
         self._description: DeviceDescription | None = None
 
     async def start(self) -> DeviceDescription:
-        """Opens the device and begins to take jobs.
+        """Opens the device and begins to take jobs, which wait until `begin`.
 
         Raises:
             ChromaError: the device cannot be used.
@@ -177,14 +180,12 @@ class Engine:
         loop = asyncio.get_running_loop()
         worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
         self._worker, self._description = worker, description
-        self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
-        self._dispatcher.add_done_callback(self._dispatcher_ended)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
         self._accepting = True
         return description
 
     async def resume(self, models: Mapping[str, ModelSpec]) -> int:
-        """Takes over what an earlier process was told to run. Returns how many jobs.
+        """Takes over what an earlier process was told to run, from `begin` on. Returns how many jobs.
 
         Args:
             models: those that are served, by id.
@@ -232,6 +233,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         load = partial(self._worker.load, spec.id, files, profile, sizes)
         await self._watch.guard(loop.run_in_executor(self._device_thread, load))
+
+    def begin(self) -> None:
+        """Begins to run jobs: once everything is preloaded, for a job has the device's thread to itself."""
+        if self._worker is None:
+            raise RuntimeError("begin before start")
+        self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
+        self._dispatcher.add_done_callback(self._dispatcher_ended)
 
     @property
     def description(self) -> DeviceDescription:
@@ -660,7 +668,14 @@ class Engine:
             )
 
     def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
-        description = describe_device(self._choice)
+        try:
+            # The first thing that the device's thread does; whatever names no device there means this one.
+            select_device(self._choice.device)
+            description = describe_device(self._choice)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            lost = DeviceLost(f"{self._choice.device} cannot be used: {why}")
+            raise translate_memory_error(error) or lost from None
 
         def publish(snapshot: CacheSnapshot) -> None:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
@@ -784,7 +799,7 @@ class Engine:
                 return
             header, data = await loop.run_in_executor(self._image_thread, encode_image, report, job.plan.output)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
-            failure = self._unforeseen(job, error)
+            failure = translate_memory_error(error) or self._unforeseen(job, error)
             job.cancellation.cancel(failure)
             self._end_early(job, failure)
             return

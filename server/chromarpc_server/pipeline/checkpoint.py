@@ -20,11 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.device import usable_memory_bytes
-from chromarpc_server.pipeline.fused.check import warm_up_kernels
+from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
 from chromarpc_server.pipeline.pacing import beside
@@ -80,6 +81,19 @@ class Pipeline:
     rounding is part of the function that the checkpoint was trained as."""
     empty: tuple[Tensor, Tensor] = field(repr=False)
     """Embeddings and mask of the empty prompt: constants of the checkpoint."""
+    decoder_fallback: DeviceFallback | None = None
+    """Why the decoder is not the fused one, where it should be."""
+
+    @property
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """What the device does without, as far as it was tried."""
+        found = (
+            kernels_fallback(self.device),
+            self.decoder_fallback,
+            *self.transformer.fallbacks,
+            self.text_encoder.fallback,
+        )
+        return tuple(fallback for fallback in found if fallback is not None)
 
     @property
     def tiled_beyond_px(self) -> int | None:
@@ -277,6 +291,8 @@ class Checkpoint:
     empty: tuple[Tensor, Tensor] = field(repr=False)
     memory: MemoryPlan | None = None
     """What stays where; None on a CPU."""
+    decoder_fallback: DeviceFallback | None = None
+    """Why `fused_autoencoder` is not fused, where it should be."""
 
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
@@ -346,6 +362,8 @@ class Checkpoint:
             vae.enable_tiling()
         check()
         empty = tokenizer("")
+        not_fused: list[DeviceFallback] = []
+        fused_vae = with_fused_decoder(vae, not_fused.append)
         return cls(
             config=config,
             master=master,
@@ -353,7 +371,7 @@ class Checkpoint:
                 encoder, record=plan is not None and plan.record_graphs and plan.text_encoder == "device"
             ),
             autoencoder=vae,
-            fused_autoencoder=with_fused_decoder(vae),
+            fused_autoencoder=fused_vae,
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
             device=device,
@@ -366,6 +384,7 @@ class Checkpoint:
             ),
             empty=(text_encoder.encode(encoder, empty.ids), empty.mask.to(device)),
             memory=plan,
+            decoder_fallback=next(iter(not_fused), None),
         )
 
     def allocate(self, profile: NumericsProfile) -> PreparedTransformer:
@@ -400,6 +419,7 @@ class Checkpoint:
             dtype=self.dtype,
             stored_dtype=self.master["img_in.weight"].dtype,
             empty=self.empty,
+            decoder_fallback=self.decoder_fallback if prepared.profile.fused else None,
         )
 
     def prepare(self, adapters: AdapterSet, profile: NumericsProfile) -> Pipeline:
@@ -462,7 +482,7 @@ def _read_master(
             master[name] = tensor
         revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
     if plan is not None and plan.master == "host":
-        master = pin(master)
+        master = pin(master, device)
     return master, revision
 
 

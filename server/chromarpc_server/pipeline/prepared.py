@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
@@ -97,6 +98,15 @@ class PreparedTransformer:
             fused = FusedTransformer(self.model, float8_products=self.profile.float8_products)
             self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
+
+    @property
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """What its forward does without, as far as it was tried."""
+        if self._run is None:
+            return ()
+        return tuple(
+            found for found in (self._run.fused.attention.fallback, self._run.fallback) if found is not None
+        )
 
     @property
     def size_bytes(self) -> int:

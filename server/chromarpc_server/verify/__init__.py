@@ -12,9 +12,10 @@ from typing import TextIO
 import torch
 
 from chromarpc_server.domain.errors import ChromaError
-from chromarpc_server.pipeline.device import choose_device, describe_device
-from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases
-from chromarpc_server.verify.report import Outcome, Reporter, Result
+from chromarpc_server.pipeline.device import choose_device, describe_device, on_device
+from chromarpc_server.pipeline.fused.check import kernels_fallback
+from chromarpc_server.verify import adapter_cases, bfloat16_cases, float32_cases, request_cases, torchao_cases
+from chromarpc_server.verify.report import Outcome, Reporter, Result, skipped
 
 
 def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
@@ -35,15 +36,31 @@ def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
     except ChromaError as error:
         reporter.add(Result("device", Outcome.FAIL, note=error.message))
         return reporter.finish({"torch": torch.__version__})
+    with on_device(choice.device):
+        _run(directory, choice.device, reporter)
+    return reporter.finish({"device": describe_device(choice).name, "torch": torch.__version__})
+
+
+def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     float32_cases.run(directory / float32_cases.GROUP, reporter)
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
         if folder.name != float32_cases.GROUP and any(
             (folder / name).is_file() for name in ("pipeline.safetensors", "t5.safetensors")
         ):
-            bfloat16_cases.run(folder, folder.name, choice.device, reporter)
+            bfloat16_cases.run(folder, folder.name, device, reporter)
+    reporter.guarded("device/kernels", lambda: _kernels(device, reporter))
     base = directory / float32_cases.GROUP / "transformer_tiny.safetensors"
     reporter.guarded("adapters", lambda: adapter_cases.run(directory / "adapters", base, reporter))
     requests = directory / "requests" / "reference_requests.json"
     if requests.is_file():
         reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
-    return reporter.finish({"device": describe_device(choice).name, "torch": torch.__version__})
+    if any(result.outcome is not Outcome.SKIP for result in reporter.results):
+        # Of interest beside recorded outputs; alone it would verify nothing of them.
+        torchao_cases.run(device, reporter)
+
+
+def _kernels(device: torch.device, reporter: Reporter) -> None:
+    """Says so where a GPU was verified without the kernels that it should have."""
+    fallback = kernels_fallback(device)
+    if fallback is not None:
+        reporter.add(skipped("device/kernels", fallback.message))

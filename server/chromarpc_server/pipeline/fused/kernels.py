@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chromarpc_server.pipeline.fused import decoder_kernels
+from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
 from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, SMALLEST_SCALE
 from chromarpc_server.pipeline.transformer import NORM_EPS
 
@@ -221,6 +222,7 @@ def _block(width: int) -> int:
     return int(triton.next_power_of_2(width))
 
 
+@on_device_of_tensors
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """See `plain.norm_modulate`."""
     y = torch.empty_like(x)
@@ -231,6 +233,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
+@on_device_of_tensors
 def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.norm_modulate_quantized`."""
     rows, width = x.shape
@@ -241,6 +244,7 @@ def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Te
     return y, y_scale
 
 
+@on_device_of_tensors
 def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """See `plain.add_norm_modulate`."""
     y = torch.empty_like(x)
@@ -251,6 +255,7 @@ def add_norm_modulate(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, sca
     return y
 
 
+@on_device_of_tensors
 def add_norm_modulate_quantized(
     x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -264,12 +269,14 @@ def add_norm_modulate_quantized(
     return y, y_scale
 
 
+@on_device_of_tensors
 def gated_add(x: Tensor, added: Tensor, gate: Tensor) -> None:
     """See `plain.gated_add`."""
     rows, width = x.shape
     _gated_add_kernel[(rows,)](x, added, gate, width, _block(width), num_warps=4)
 
 
+@on_device_of_tensors
 def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> None:
     """See `plain.qk_norm_rope`."""
     head_dim = q_scale.shape[0]
@@ -278,6 +285,7 @@ def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tens
     )
 
 
+@on_device_of_tensors
 def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
     """See `plain.join_gelu`."""
     rows, inner = mlp.shape
@@ -290,6 +298,7 @@ def join_gelu(attention: Tensor | None, mlp: Tensor) -> Tensor:
     return y
 
 
+@on_device_of_tensors
 def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.join_gelu_quantized`."""
     rows, inner = mlp.shape
@@ -302,6 +311,7 @@ def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, 
     return y, y_scale
 
 
+@on_device_of_tensors
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.quantize`."""
     rows, width = x.shape
@@ -310,6 +320,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y_scale
 
 
+@on_device_of_tensors
 def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """See `plain.dequantize`."""
     rows, width = q.shape
@@ -317,6 +328,7 @@ def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@on_device_of_tensors
 def round_weight(weight: Tensor, out: Tensor) -> None:
     """Writes w̃ of a bf16 weight (out, in) to `out`: `quantize_rows`, then `dequantize_rows`, bit for bit."""
     rows, width = weight.shape
@@ -325,6 +337,7 @@ def round_weight(weight: Tensor, out: Tensor) -> None:
     )
 
 
+@on_device_of_tensors
 def quantize_weight(weight: Tensor, q: Tensor, scale: Tensor) -> None:
     """Writes `quantize_rows` of a bf16 weight (out, in) to `q` and `scale`, bit for bit."""
     rows, width = weight.shape
