@@ -38,7 +38,6 @@ NOT_ON_EVERY_MACHINE: Mapping[str, str] = {
 }
 """Modules that need not be installed where this runs, and what installs them; nothing declared where empty."""
 NOT_IMPORTED: Mapping[str, str] = {
-    "torchao": "diffusers imports it",
     "buf-bin": "a command",
     "grpcio-tools": "run by tools/generate_stubs.sh",
     "import-linter": "a command",

@@ -19,7 +19,14 @@ from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
-from chromarpc_server.pipeline import PROFILES, choose_device, import_ahead, library_versions, served_profiles
+from chromarpc_server.pipeline import (
+    PROFILES,
+    DeviceChoice,
+    choose_device,
+    import_ahead,
+    library_versions,
+    served_profiles,
+)
 from chromarpc_server.ports import require_free
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.status_port import StatusPort
@@ -89,15 +96,7 @@ class App:
         require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
         choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
-        profiles = served_profiles(choice.device)
-        if settings.profile not in profiles:
-            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
-        serving = Serving(
-            aliases=settings.alias,
-            profiles=profiles,
-            default_profile=settings.profile,
-            limits=settings.limits.limits(),
-        )
+        serving = self._serving(choice)
         model_files = ModelFiles(settings.model_folder)
         access = self._access()
         version = metadata.version("chromarpc")
@@ -175,6 +174,23 @@ class App:
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
+
+    def _serving(self, choice: DeviceChoice) -> Serving:
+        """What requests may ask for.
+
+        Raises:
+            InvalidParameter: the device cannot compute the default profile.
+        """
+        settings = self._settings
+        profiles = served_profiles(choice.device)
+        if settings.profile not in profiles:
+            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
+        return Serving(
+            aliases=settings.alias,
+            profiles=profiles,
+            default_profile=settings.profile,
+            limits=settings.limits.limits(),
+        )
 
     def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:
         """Where adapters come from, cleaned of what was left half done.
