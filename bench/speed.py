@@ -289,7 +289,7 @@ def trace(pipeline: Pipeline, width: int, height: int) -> None:
             embedding, width=width, height=height, steps=3, guidance_scale=GUIDANCE, seed=1, noise_draw="float32"
         ):
             pass
-        torch.cuda.synchronize()
+        synchronize(pipeline.device)
     rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)[:16]
     for row in rows:
         print(f"    {row.self_device_time_total / 3e3:8.2f} ms/step  x{row.count / 3:5.0f}  {row.key[:90]}")

@@ -136,7 +136,7 @@ def main() -> None:
     places = {"device": on_device}
     if device.type == "cuda":
         begun = time.monotonic()
-        places["pinned host"] = pin({key: tensor.cpu() for key, tensor in on_device.items()})
+        places["pinned host"] = pin({key: tensor.cpu() for key, tensor in on_device.items()}, device)
         print(f"master copied to pinned host memory in {time.monotonic() - begun:.1f} s")
 
     def timed(prepared: PreparedTransformer, adapters: list[tuple[Adapter, float]]) -> float:

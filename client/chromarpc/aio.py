@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -20,6 +23,7 @@ from chromarpc.events import Event, ImageReady
 from chromarpc.health import HealthStatus, health_status
 from chromarpc.images import GeneratedImage
 from chromarpc.jobs import MOST_TRIES, PAGE_SIZE, ImageCollector, JobMessage, wait_s
+from chromarpc.leaving import LEAVE_WAIT_S, leave_request, must_be_told
 from chromarpc.loras import (
     INSPECT_TIMEOUT_S,
     LoraInspection,
@@ -51,7 +55,7 @@ class AsyncEventStream(AsyncIterator[Event]):
     """The events of one generation, in order; the call is already on its way.
 
     Leaving it before the end (`async with`, `aclose()`, cancelling the task that waits, or dropping the last
-    reference) cancels the call, and the server stops within one step.
+    reference) cancels the call, and the server stops within one step. A job that was made with `detach` goes on.
     """
 
     def __init__(
@@ -59,9 +63,21 @@ class AsyncEventStream(AsyncIterator[Event]):
         call: Any,
         target: str,
         resume: Callable[[str, int], Any] | None = None,
+        leave: Callable[[str | None], asyncio.Future[None]] | None = None,
     ) -> None:
-        """`resume`: watches a job from the event after a sequence, where the job outlives a lost connection."""
+        """Reads a call.
+
+        Args:
+            call: the call.
+            target: named where it cannot be reached.
+            resume: watches a job from the event after a sequence, where the job outlives a lost connection.
+            leave: tells the server that a job is not wanted any more, where cancelling the call does not; is
+                given the job's id once that is known.
+        """
         self._call = call
+        self._leave = leave
+        self._told: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop() if leave is not None else None
         self._target = target
         self._resume = resume
         self._tries = 0
@@ -86,6 +102,10 @@ class AsyncEventStream(AsyncIterator[Event]):
                 event = await self._next_event()
                 if event is not None:
                     return event
+        except (StatusError, StopAsyncIteration):
+            self._over = True  # and not left: where the connection was lost, the call may be made again
+            self._call.cancel()
+            raise
         except BaseException:
             self.close()
             raise
@@ -123,16 +143,22 @@ class AsyncEventStream(AsyncIterator[Event]):
 
     def cancel(self) -> None:
         """Cancels the call; whoever waits for an event gets `Cancelled`."""
+        is_over, leave = self._over, self._leave
+        self._leave = None  # once is enough
         self._call.cancel()
+        if leave is not None and not is_over:
+            self._told = leave(self._reader.job_id)
 
     def close(self) -> None:
         """Ends the iteration, cancelling the call if it still runs."""
+        self.cancel()
         self._over = True
-        self._call.cancel()
 
     async def aclose(self) -> None:
-        """The same, for `contextlib.aclosing`."""
+        """The same, for `contextlib.aclosing`; returns once the server knows, where it has to be told."""
         self.close()
+        if self._told is not None:
+            await asyncio.wait([self._told], timeout=LEAVE_WAIT_S)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,12 +169,22 @@ class AsyncEventStream(AsyncIterator[Event]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        await self.aclose()
 
     def __del__(self) -> None:
         # The call is part of a reference cycle, so that without this it would run on until a collection.
-        if not self._call.done():
-            self._call.cancel()
+        if self._call.done():
+            return
+        if self._leave is not None and self._loop is not _running_loop():
+            self._leave = None  # nobody could make the call
+        self.cancel()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class AsyncClient:
@@ -176,6 +212,9 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._closed = False
         self._channel: grpc.aio.Channel | None = None
+        self._streams: weakref.WeakSet[AsyncEventStream] = weakref.WeakSet()
+        """Those whose jobs wait for their caller when the connection is gone."""
+        self._leaving: set[asyncio.Future[None]] = set()
 
     def __repr__(self) -> str:
         return f"AsyncClient({self._connection.target!r})"
@@ -207,7 +246,24 @@ class AsyncClient:
         stub = generation_service_pb2_grpc.GenerationServiceStub(self._open_channel())
         call = stub.Generate(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
         outlives = request.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH
-        return AsyncEventStream(call, self._connection.target, self._watch if outlives else None)
+        resume = self._watch if outlives else None
+        if not must_be_told(request):
+            return AsyncEventStream(call, self._connection.target, resume)
+        stream = AsyncEventStream(call, self._connection.target, resume, partial(self._leave, request.request_id))
+        self._streams.add(stream)
+        return stream
+
+    def _leave(self, request_id: str, job_id: str | None) -> asyncio.Future[None]:
+        told = asyncio.ensure_future(self._tell(leave_request(request_id, job_id)))
+        self._leaving.add(told)
+        told.add_done_callback(self._leaving.discard)
+        return told
+
+    async def _tell(self, request: job_service_pb2.CancelJobRequest) -> None:
+        if self._channel is not None:
+            stub = job_service_pb2_grpc.JobServiceStub(self._channel)
+            with suppress(grpc.aio.AioRpcError):
+                await stub.CancelJob(request, timeout=LEAVE_WAIT_S, metadata=self._connection.metadata)
 
     async def create_job(
         self,
@@ -541,6 +597,10 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connection; running generations are cancelled."""
         self._closed = True
+        for stream in list(self._streams):
+            stream.cancel()
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=LEAVE_WAIT_S)
         if self._channel is not None:
             await self._channel.close()
 

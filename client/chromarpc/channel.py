@@ -10,7 +10,8 @@ from typing import Final
 
 import grpc
 
-DEFAULT_TARGET: Final = "127.0.0.1:50051"
+DEFAULT_PORT: Final = 50051
+DEFAULT_TARGET: Final = f"127.0.0.1:{DEFAULT_PORT}"
 """Where a server listens unless told otherwise."""
 DEFAULT_UNARY_TIMEOUT_S: Final = 10.0
 """Deadline of the short calls (models, info, health) where nobody says."""
@@ -20,7 +21,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     # minutes. 20 s is well above the 5 s that the server permits, and above what proxies commonly do.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Images come in parts of 1 MiB, previews whole.
+    # Images come in parts of 128 KiB, never of more than 1 MiB; previews whole.
     ("grpc.max_receive_message_length", 16 * 2**20),
     # Error details are at most 4 KiB; the default bound of 8 KiB leaves a proxy's own headers little room.
     ("grpc.max_metadata_size", 32 * 2**10),
@@ -75,9 +76,11 @@ def connection(
     """Checks what the client was given.
 
     Raises:
-        ValueError: a token without TLS to a host that is not this one; a token no header can hold.
+        ValueError: a token without TLS to a host that is not this one; a token no header can hold; an IPv6 address
+            that could mean two things.
         OSError: a TLS file cannot be read.
     """
+    target = grpc_target(target)
     options = TlsOptions() if tls is True else tls
     credentials = options.credentials() if isinstance(options, TlsOptions) else None
     metadata: tuple[tuple[str, str], ...] = ()
@@ -95,6 +98,25 @@ def connection(
     return Connection(target, credentials, channel_options, metadata)
 
 
+def grpc_target(target: str) -> str:
+    """A target as gRPC takes it: IPv6 addresses get their brackets, and the usual port where they have none.
+
+    All else stays: `host:port`, `unix:/path`, `unix-abstract:name`, gRPC's own `dns:///…`.
+
+    Raises:
+        ValueError: an IPv6 address without brackets whose end may be a port.
+    """
+    if target.startswith("[") and target.endswith("]") and _is_ipv6(target[1:-1]):
+        return f"{target}:{DEFAULT_PORT}"
+    host, _, port = target.rpartition(":")
+    has_port = _is_ipv6(host) and port.isdecimal()
+    if _is_ipv6(target):
+        if has_port:
+            raise ValueError(f"{target}: write [{host}]:{port} or [{target}]:{DEFAULT_PORT}")
+        return f"[{target}]:{DEFAULT_PORT}"
+    return f"[{host}]:{port}" if has_port else target
+
+
 def is_loopback(target: str) -> bool:
     """Whether a gRPC target is certainly this machine: a Unix socket, `localhost` or a loopback address."""
     scheme, separator, rest = target.partition(":")
@@ -108,6 +130,13 @@ def is_loopback(target: str) -> bool:
         return True
     try:
         return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ip_address(text).version == 6
     except ValueError:
         return False
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +21,7 @@ from chromarpc.events import Event, ImageReady
 from chromarpc.health import HealthStatus, health_status
 from chromarpc.images import GeneratedImage
 from chromarpc.jobs import MOST_TRIES, PAGE_SIZE, ImageCollector, wait_s
+from chromarpc.leaving import LEAVE_WAIT_S, Leaving, leave_request, must_be_told
 from chromarpc.loras import (
     INSPECT_TIMEOUT_S,
     LoraInspection,
@@ -50,17 +53,33 @@ class EventStream(Iterator[Event]):
     """The events of one generation, in order; the call is already on its way.
 
     Leaving it before the end (`with`, `close()`, or dropping the last reference) cancels the call, and the
-    server stops within one step.
+    server stops within one step. A job that was made with `detach` goes on.
     """
 
-    def __init__(self, call: Any, target: str, resume: Callable[[str, int], Any] | None = None) -> None:
-        """`resume`: watches a job from the event after a sequence, where the job outlives a lost connection."""
-        self._call = call  # at once an iterator and a grpc.Call, which the stubs cannot say
+    def __init__(
+        self,
+        call: Any,
+        target: str,
+        resume: Callable[[str, int], Any] | None = None,
+        leave: Callable[[str | None], threading.Event] | None = None,
+    ) -> None:
+        """Reads a call.
+
+        Args:
+            call: at once an iterator and a grpc.Call, which the stubs cannot say.
+            target: named where it cannot be reached.
+            resume: watches a job from the event after a sequence, where the job outlives a lost connection.
+            leave: tells the server that a job is not wanted any more, where cancelling the call does not; is
+                given the job's id once that is known.
+        """
+        self._leave = None
+        self._over = False
+        self._call = call
         self._target = target
         self._resume = resume
+        self._leave = leave
         self._tries = 0
         self._reader = StreamReader()
-        self._over = False
 
     def __iter__(self) -> Self:
         return self
@@ -80,6 +99,10 @@ class EventStream(Iterator[Event]):
                 event = self._next_event()
                 if event is not None:
                     return event
+        except (StatusError, StopIteration):
+            self._over = True  # and not left: where the connection was lost, the call may be made again
+            self._call.cancel()
+            raise
         except BaseException:
             self.close()
             raise
@@ -111,12 +134,25 @@ class EventStream(Iterator[Event]):
 
     def cancel(self) -> None:
         """Cancels the call, from any thread; whoever waits for an event gets `Cancelled`."""
-        self._call.cancel()
+        self._cancel()
 
     def close(self) -> None:
         """Ends the iteration, cancelling the call if it still runs."""
+        told = self._cancel()
         self._over = True
+        if told is not None:
+            told.wait(LEAVE_WAIT_S)
+
+    def _cancel(self) -> threading.Event | None:
+        """Cancels the call and, where that does not end the job at once, begins to tell the server."""
+        is_over, leave = self._over, self._leave
+        self._leave = None  # once is enough
         self._call.cancel()
+        return None if is_over or leave is None else leave(self._reader.job_id)
+
+    def __del__(self) -> None:
+        if self._leave is not None and not self._over:
+            self._cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -162,6 +198,9 @@ class Client:
         self._connection = connection(target, token=token, tls=tls, allow_insecure_token=allow_insecure_token)
         self._timeout_s = timeout_s
         self._closed = False
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        """Those whose jobs wait for their caller when the connection is gone."""
+        self._leaving = Leaving(self._tell)
         if self._connection.credentials is None:
             self._channel = grpc.insecure_channel(target, self._connection.options)
         else:
@@ -197,7 +236,22 @@ class Client:
         stub = generation_service_pb2_grpc.GenerationServiceStub(self._open_channel())
         call = stub.Generate(request, timeout=self._deadline_s(timeout_s), metadata=self._connection.metadata)
         outlives = request.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH
-        return EventStream(call, self._connection.target, self._watch if outlives else None)
+        resume = self._watch if outlives else None
+        if not must_be_told(request):
+            return EventStream(call, self._connection.target, resume)
+        request_id, leaving = request.request_id, self._leaving
+        stream = EventStream(
+            call,
+            self._connection.target,
+            resume,
+            lambda job_id: leaving.begin(leave_request(request_id, job_id)),
+        )
+        self._streams.add(stream)
+        return stream
+
+    def _tell(self, request: job_service_pb2.CancelJobRequest) -> None:
+        stub = job_service_pb2_grpc.JobServiceStub(self._channel)
+        stub.CancelJob(request, timeout=LEAVE_WAIT_S, metadata=self._connection.metadata)
 
     def create_job(
         self,
@@ -522,6 +576,9 @@ class Client:
     def close(self) -> None:
         """Closes the connection; running generations are cancelled."""
         self._closed = True
+        for stream in list(self._streams):
+            stream.cancel()
+        self._leaving.wait()
         self._channel.close()
 
     def __enter__(self) -> Self:

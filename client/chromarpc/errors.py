@@ -7,13 +7,20 @@ ChromarpcError
 │   ├── NotFound                 NOT_FOUND
 │   │   ├── ModelNotFound        MODEL_NOT_FOUND                        no model has this id
 │   │   ├── LoraNotFound         LORA_NOT_FOUND                         no such adapter on the server
-│   │   └── UploadNotFound       UPLOAD_NOT_FOUND                       the upload was dropped
+│   │   ├── UploadNotFound       UPLOAD_NOT_FOUND                       the upload was dropped
+│   │   ├── JobNotFound          JOB_NOT_FOUND                          no such job of yours, or forgotten
+│   │   └── ImageNotFound        IMAGE_NOT_FOUND                        the job has no such image, or not yet
+│   ├── AlreadyExists            ALREADY_EXISTS
+│   │   └── RequestIdReused      REQUEST_ID_REUSED                      `metadata["job_id"]` is the other's job
 │   ├── FailedPrecondition       FAILED_PRECONDITION
 │   │   ├── LoraIncompatible     LORA_INCOMPATIBLE                      the adapter does not fit the model
 │   │   ├── LoraContentChanged   LORA_CONTENT_CHANGED                   it is another one than expected
 │   │   ├── LoraForbidden        LORA_FORBIDDEN                         its host wants a token, or another one
 │   │   ├── LoraDownloadFailed   LORA_DOWNLOAD_FAILED                   its host did not give it
 │   │   ├── UploadOutOfOrder     UPLOAD_OUT_OF_ORDER                    the bytes do not go on where it is
+│   │   ├── LoraChanged          LORA_CHANGED                           not the bytes that were admitted
+│   │   ├── NotKept              NOT_KEPT                               lost in a restart: a token, prompts
+│   │   ├── JobNotEnded          JOB_NOT_ENDED                          it waits or runs; cancel it first
 │   │   ├── WeightsMissing       WEIGHTS_MISSING                        the server lacks the model's files
 │   │   └── WeightsInvalid       WEIGHTS_INVALID                        it has them and cannot use them
 │   ├── ResourceExhausted        RESOURCE_EXHAUSTED
@@ -22,11 +29,15 @@ ChromarpcError
 │   │   ├── UploadsFull          UPLOADS_FULL                           the server keeps no more uploads
 │   │   └── OutOfMemory          OUT_OF_MEMORY                          trying the same again will not help
 │   ├── ServerUnavailable        UNAVAILABLE                            nobody listens, or it broke off
-│   │   └── Draining             DRAINING                               the server is starting or stopping
+│   │   ├── Draining             DRAINING                               the server is starting or stopping
+│   │   └── StoreUnavailable     STORE_UNAVAILABLE                      its disk is full, or fails
 │   ├── DeadlineExceeded         DEADLINE_EXCEEDED                      `timeout_s` passed
+│   │   └── QueueTimeExceeded    QUEUE_TIME_EXCEEDED                    waited longer than the request allows
 │   ├── Cancelled                CANCELLED                              by this side or by the server
 │   ├── AccessDenied             UNAUTHENTICATED, PERMISSION_DENIED     no token, or not the right one
 │   └── ServerError              INTERNAL, UNKNOWN and all other codes  an error id, if any, is in `metadata`
+│       ├── AttemptsExhausted    ATTEMPTS_EXHAUSTED                     stopped each time it ran the job
+│       ├── DeviceHung           DEVICE_HUNG                            the device does not answer; it restarts
 │       └── DeviceLost           DEVICE_LOST                            the device is gone; it restarts
 └── ProtocolError                the stream broke its contract: bytes missing or changed, no last event
 
@@ -129,6 +140,22 @@ class UploadNotFound(NotFound):
     """The server knows no such upload; it may have dropped it because no bytes came for too long."""
 
 
+class JobNotFound(NotFound):
+    """The server knows no such job, or not of this caller, or it has forgotten it."""
+
+
+class ImageNotFound(NotFound):
+    """The job has no such image, or not yet."""
+
+
+class AlreadyExists(StatusError):
+    """What the request would make is there already."""
+
+
+class RequestIdReused(AlreadyExists):
+    """Another request was made under this request id; `metadata["job_id"]` is its job."""
+
+
 class FailedPrecondition(StatusError):
     """The request is right and the server is in no state to serve it."""
 
@@ -151,6 +178,18 @@ class LoraForbidden(FailedPrecondition):
 
 class LoraDownloadFailed(FailedPrecondition):
     """The host that the adapter's URL names cannot be reached, breaks off, fails, or is too slow."""
+
+
+class LoraChanged(FailedPrecondition):
+    """The adapter has other bytes than when the job was admitted, or is gone."""
+
+
+class NotKept(FailedPrecondition):
+    """After a restart the job needs what the server does not store: a token, or its prompts."""
+
+
+class JobNotEnded(FailedPrecondition):
+    """The job waits or runs; cancel it first."""
 
 
 class WeightsMissing(FailedPrecondition):
@@ -189,8 +228,16 @@ class Draining(ServerUnavailable):
     """The server is starting or stopping and takes no work."""
 
 
+class StoreUnavailable(ServerUnavailable):
+    """The server answers, and cannot store the job or what came of it: its disk is full, or fails."""
+
+
 class DeadlineExceeded(StatusError):
     """`timeout_s` passed; the server has stopped the job."""
+
+
+class QueueTimeExceeded(DeadlineExceeded):
+    """The job waited in the queue longer than its request allows."""
 
 
 class Cancelled(StatusError):
@@ -205,6 +252,14 @@ class ServerError(StatusError):
     """The server, or something between, failed in a way it did not foresee."""
 
 
+class AttemptsExhausted(ServerError):
+    """The server was stopped, or died, each time it ran the job."""
+
+
+class DeviceHung(ServerError):
+    """The server's device does not answer; the server restarts."""
+
+
 class DeviceLost(ServerError):
     """The server's device cannot be used any more; the server restarts."""
 
@@ -216,7 +271,7 @@ CODE_ERRORS: Final[Mapping[grpc.StatusCode, type[StatusError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.NOT_FOUND: NotFound,
-    grpc.StatusCode.ALREADY_EXISTS: ServerError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
@@ -231,25 +286,40 @@ CODE_ERRORS: Final[Mapping[grpc.StatusCode, type[StatusError]]] = {
 """What each status code becomes."""
 
 REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
+    "INVALID_PARAMETER": InvalidRequest,
     "LORA_INVALID": LoraInvalid,
     "MODEL_NOT_FOUND": ModelNotFound,
     "LORA_NOT_FOUND": LoraNotFound,
+    "UPLOAD_NOT_FOUND": UploadNotFound,
+    "JOB_NOT_FOUND": JobNotFound,
+    "IMAGE_NOT_FOUND": ImageNotFound,
+    "REQUEST_ID_REUSED": RequestIdReused,
     "LORA_INCOMPATIBLE": LoraIncompatible,
     "LORA_CONTENT_CHANGED": LoraContentChanged,
     "LORA_FORBIDDEN": LoraForbidden,
     "LORA_DOWNLOAD_FAILED": LoraDownloadFailed,
-    "UPLOAD_NOT_FOUND": UploadNotFound,
+    "LORA_CHANGED": LoraChanged,
     "UPLOAD_OUT_OF_ORDER": UploadOutOfOrder,
-    "UPLOADS_FULL": UploadsFull,
+    "NOT_KEPT": NotKept,
+    "JOB_NOT_ENDED": JobNotEnded,
     "WEIGHTS_MISSING": WeightsMissing,
     "WEIGHTS_INVALID": WeightsInvalid,
+    "UPLOADS_FULL": UploadsFull,
     "QUEUE_FULL": QueueFull,
     "QUOTA_EXCEEDED": QuotaExceeded,
     "OUT_OF_MEMORY": OutOfMemory,
     "DRAINING": Draining,
+    "STORE_UNAVAILABLE": StoreUnavailable,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "QUEUE_TIME_EXCEEDED": QueueTimeExceeded,
+    "CANCELLED": Cancelled,
+    "UNAUTHENTICATED": AccessDenied,
+    "ATTEMPTS_EXHAUSTED": AttemptsExhausted,
+    "DEVICE_HUNG": DeviceHung,
     "DEVICE_LOST": DeviceLost,
+    "INTERNAL": ServerError,
 }
-"""What a reason narrows it to, where the status code agrees."""
+"""What a reason narrows it to, where the status code agrees: all that the server gives."""
 
 _PLAIN_WORDS: Final[Mapping[str, str]] = {
     "Deadline Exceeded": "the time limit passed before the server was done",
@@ -314,7 +384,7 @@ def from_status(
         except DecodeError:
             continue
     kind = error_type(code, info.reason)
-    if kind is ServerUnavailable:
+    if kind is ServerUnavailable and not info.reason:  # with a reason, it was reached
         message = f"cannot reach {target}: {message or 'no reason given'}"
     return kind(
         message or f"the call ended with {code.name}",

@@ -24,6 +24,9 @@ RECORD_KEY = "chromarpc"
 PARAMETERS_KEY = "parameters"
 """PNG text keyword of the same for people, which many viewers show."""
 
+TEMPORARY_PREFIX = ".chromarpc-"
+"""Begins the names of files that are being written."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
@@ -105,16 +108,25 @@ class GeneratedImage:
 
 
 def write_file(path: Path, data: bytes) -> Path:
-    """Writes through a temporary file beside `path`, so that no reader sees half a file."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes through a temporary file beside `path`, so that no reader sees half a file.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        # Not `path`'s own name with more around it, which might be longer than names may be.
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return path

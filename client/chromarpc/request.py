@@ -119,7 +119,8 @@ class GenerateOptions(TypedDict, total=False):
     hf_token: str | None
     """Hugging Face token for adapters that need one."""
     request_id: str | None
-    """A UUID under which the same request may be made again, and finds the same job."""
+    """A UUID under which the same request may be made again, and finds the same job; the server keeps that for a
+    while when the connection is lost."""
     detach: bool
     """Whether the job goes on when this client goes away. A lost connection is then taken up again."""
     max_queue_s: float | None

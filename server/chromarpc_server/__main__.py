@@ -1,54 +1,85 @@
-"""`chromarpc-server`: serve (the default), web, verify, fetch, token."""
+"""`chromarpc-server`: serve (the default), web, verify, fetch, token.
+
+The light install has this command too, so whatever is not Python's own is imported where it is needed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
-
-from chromarpc_server import logs
+from chromarpc_server import extras, logs
 from chromarpc_server.domain.models import REGISTRY, HubSource
-from chromarpc_server.settings import ServerSettings
 
+if TYPE_CHECKING:
+    from chromarpc_server.settings import ServerSettings
+
+EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
 
-_Settings = TypeVar("_Settings", bound=ServerSettings)
+_Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.exit(_run(arguments))
+    except extras.NotInstalled as error:
+        print(f"chromarpc-server: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("chromarpc", "chromarpc_server"):
+            raise
+        # Something that a package of ours needs in turn.
+        print(f"chromarpc-server: {extras.NotInstalled([error.name])}", file=sys.stderr)
+    sys.exit(EXIT_INCOMPLETE)
+
+
+def _run(arguments: list[str]) -> int:
     command = arguments[0] if arguments and not arguments[0].startswith("-") else "serve"
     rest = arguments[1:] if arguments and command == arguments[0] else arguments
+    if rest[:1] == ["--version"]:
+        print(f"chromarpc-server {_version()}")
+        return 0
     match command:
         case "serve":
-            sys.exit(_serve(rest))
+            return _serve(rest)
         case "web":
-            sys.exit(_web(rest))
+            return _web(rest)
         case "verify":
-            sys.exit(_verify(rest))
+            return _verify(rest)
         case "fetch":
-            sys.exit(_fetch(rest))
+            return _fetch(rest)
         case "token":
-            sys.exit(_token(rest))
+            return _token(rest)
         case _:
             known = "serve, web, verify, fetch or token"
             print(f"chromarpc-server: no such command: {command}; try {known}", file=sys.stderr)
-            sys.exit(EXIT_USAGE)
+            return EXIT_USAGE
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("chromarpc")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "0.0.0"
 
 
 def _serve(arguments: list[str]) -> int:
+    extras.require(extras.SETTINGS)
+    from chromarpc_server.settings import ServerSettings  # noqa: PLC0415 - an extra
+
     settings = _settings(ServerSettings, arguments)
     if settings is None:
         return EXIT_USAGE
+    extras.require(extras.SERVER)
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
     from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 
@@ -66,17 +97,23 @@ def _leave(code: int) -> int:
 
 
 def _web(arguments: list[str]) -> int:
+    extras.require(extras.SETTINGS, "server,web")
     from chromarpc_server.web import WebSettings, serve_web  # noqa: PLC0415 - not needed by the rest
 
     settings = _settings(WebSettings, arguments)
     if settings is None:
         return EXIT_USAGE
+    if settings.web_upstream is None and not settings.print_config:
+        extras.require(extras.SERVER, "server,web")
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
     return _leave(asyncio.run(serve_web(settings)))
 
 
 def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
     """The settings of a command; None where they are wrong, which was said."""
+    from pydantic import ValidationError  # noqa: PLC0415 - an extra
+    from pydantic_settings import CliApp, SettingsError  # noqa: PLC0415
+
     # Read when torch first allocates on a GPU: sizes vary from request to request, and fixed segments would split.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config, arguments = _take_config(arguments)
@@ -120,6 +157,7 @@ def _verify(arguments: list[str]) -> int:
     if not options.folder.is_dir():
         print(f"chromarpc-server verify: {options.folder}: no such folder", file=sys.stderr)
         return EXIT_USAGE
+    extras.require(extras.VERIFY)
     from chromarpc_server.verify import verify  # noqa: PLC0415 - torch takes seconds; --help does not wait
 
     return verify(options.folder, device=options.device, as_json=options.json, out=sys.stdout)
@@ -134,6 +172,7 @@ def _fetch(arguments: list[str]) -> int:
     fetchable = [spec.id for spec in REGISTRY.values() if isinstance(spec.source, HubSource)]
     parser.add_argument("model", choices=fetchable, help="which model")
     options = parser.parse_args(arguments)
+    extras.require(extras.FETCH)
     from chromarpc_server.engine.model_files import fetch  # noqa: PLC0415 - slow imports
 
     try:
@@ -154,6 +193,7 @@ def _token(arguments: list[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", help="whose token it is, as logs and limits know it")
     options = parser.parse_args(arguments)
+    extras.require(extras.TOKEN)
     from chromarpc_server.transport.callers_file import entry_text, new_token  # noqa: PLC0415 - slow imports
 
     token = new_token()

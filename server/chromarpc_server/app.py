@@ -19,10 +19,19 @@ from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_files import ModelFiles, fetch_command
 from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.metrics import Metrics
-from chromarpc_server.pipeline import PROFILES, choose_device, import_ahead, library_versions, served_profiles
+from chromarpc_server.pipeline import (
+    PROFILES,
+    DeviceChoice,
+    choose_device,
+    import_ahead,
+    library_versions,
+    served_profiles,
+)
+from chromarpc_server.ports import require_free
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.status_port import StatusPort
 from chromarpc_server.tracing import Tracing
+from chromarpc_server.transport.addresses import joined
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.callers_file import CallersFile
 from chromarpc_server.transport.generation import GenerationServicer
@@ -81,20 +90,13 @@ class App:
         Raises:
             ChromaError: the device or a model to preload cannot be used.
             ValueError: a file of TLS or of callers cannot be used.
-            OSError: the address cannot be bound.
+            OSError: an address cannot be bound.
         """
         settings = self._settings
+        require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
         choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
-        profiles = served_profiles(choice.device)
-        if settings.profile not in profiles:
-            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
-        serving = Serving(
-            aliases=settings.alias,
-            profiles=profiles,
-            default_profile=settings.profile,
-            limits=settings.limits.limits(),
-        )
+        serving = self._serving(choice)
         model_files = ModelFiles(settings.model_folder)
         access = self._access()
         version = metadata.version("chromarpc")
@@ -132,9 +134,7 @@ class App:
         try:
             await engine.resume(serving.models)
             listening = await listen(
-                f"[{settings.host}]:{settings.port}"
-                if ":" in settings.host
-                else f"{settings.host}:{settings.port}",
+                joined(settings.host, settings.port),
                 GenerationServicer(engine, serving),
                 JobServicer(engine, serving),
                 models,
@@ -145,7 +145,7 @@ class App:
             )
             status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)
         except BaseException:
-            # Jobs that were resumed run by now: ended in good order, they lose no attempt.
+            # In good order, so that jobs that were resumed are left to the next process.
             await self._give_up(engine, listening)
             raise
         try:
@@ -154,7 +154,9 @@ class App:
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await preloading
+                # Jobs run from here on, and not before: one that was resumed would keep the models waiting.
                 listening.set_serving(True)
+                engine.begin()
                 log.info(
                     "server.serving",
                     extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},
@@ -172,6 +174,23 @@ class App:
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
+
+    def _serving(self, choice: DeviceChoice) -> Serving:
+        """What requests may ask for.
+
+        Raises:
+            InvalidParameter: the device cannot compute the default profile.
+        """
+        settings = self._settings
+        profiles = served_profiles(choice.device)
+        if settings.profile not in profiles:
+            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
+        return Serving(
+            aliases=settings.alias,
+            profiles=profiles,
+            default_profile=settings.profile,
+            limits=settings.limits.limits(),
+        )
 
     def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:
         """Where adapters come from, cleaned of what was left half done.
@@ -251,7 +270,9 @@ class App:
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
-        print(f"chromarpc-server listens on {settings.host}:{listening.port} ({self._admits()})", flush=True)
+        print(
+            f"chromarpc-server listens on {joined(settings.host, listening.port)} ({self._admits()})", flush=True
+        )
         for spec in REGISTRY.values():
             served = REGISTRY[settings.alias.get(spec.id, spec.id)]
             here = await asyncio.to_thread(model_files.find, served) is not None

@@ -22,6 +22,7 @@ from chromarpc_server.domain.events import (
     Restarted,
     Step,
 )
+from chromarpc_server.domain.fallbacks import Part
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.job import Job
 from chromarpc_server.engine.job_log import LoggedEvent
@@ -265,6 +266,16 @@ class _EngineCollector(Collector):
         memory.add_metric([device.id, "total"], device.memory_bytes)
         memory.add_metric([device.id, "used"], self._engine.memory_used_bytes())
         yield memory
+        missed = {fallback.without for fallback in cache.fallbacks}
+        fallback = GaugeMetricFamily(
+            "chromarpc_device_fallback",
+            "1 where the device does without what makes it fast, else 0: "
+            "kernels, attention, decoder, step_graphs, encoder_graph",
+            labels=["device", "without"],
+        )
+        for part in Part:
+            fallback.add_metric([device.id, part.value], int(part in missed))
+        yield fallback
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: names are checked when they are collected."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import fields
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -36,6 +35,8 @@ from chromarpc_server.domain.limits import (
     WeightsPlace,
 )
 from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.ports import WantedPort
+from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
 
 _LIMITS = Limits()
 _UPLOADS = UploadLimits()
@@ -44,14 +45,6 @@ _RETENTION = JobRetention()
 _CALLER = CallerLimits()
 _RESTARTS = RestartLimits()
 _PATIENCE = Patience()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind can be reached from this machine alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -88,6 +81,8 @@ def _size(text: str) -> str:
     return text
 
 
+Host = Annotated[str, AfterValidator(parse_host)]
+TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
 ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
 
@@ -159,6 +154,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server verify DIR                         check this install against recorded vectors
       chromarpc-server token NAME                         make a token, and the entry that lets it in
       chromarpc-server --config server.toml               read settings from a file
+      chromarpc-server --version                          print the version
 
     Every flag is also an environment variable (--lora-root is CHROMARPC_LORA_ROOT) and a key of the file
     (lora_root). A flag wins over the environment, which wins over the file.
@@ -176,8 +172,11 @@ class ServerSettings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to bind; others can reach the server if not loopback")
-    port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one")
+    host: Host = Field(
+        "127.0.0.1",
+        description="address to bind, or unix:/PATH; others can reach the server unless it is that or loopback",
+    )
+    port: int = Field(50051, ge=0, le=65535, description="port to bind; 0 picks a free one; not of a Unix socket")
     insecure: bool = Field(
         False, description="allow binding a non-loopback address although traffic is not encrypted"
     )
@@ -294,6 +293,12 @@ class ServerSettings(BaseSettings):
         _RESTARTS.max_attempts,
         description="how often a job is begun when the server dies or is killed while it runs",
     )
+    reattach_s: float = Field(
+        _RESTARTS.reattach_s,
+        ge=0,
+        description="seconds that a job waits for its caller, which went away, to come back: after a restart, and "
+        "after a lost connection where the request has a request_id",
+    )
     step_timeout_s: float = Field(
         _PATIENCE.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
     )
@@ -306,7 +311,7 @@ class ServerSettings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="port of /metrics, /livez and /readyz; 0 picks a free one; none if unset"
     )
-    metrics_host: str = Field(
+    metrics_host: TcpHost = Field(
         "127.0.0.1", description="address to bind for them; they tell no secrets, and ask nobody for a token"
     )
     traces: bool = Field(
@@ -315,6 +320,13 @@ class ServerSettings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
+
+    def wanted_ports(self) -> list[WantedPort]:
+        """What will be bound."""
+        wanted = [WantedPort("--port", self.host, self.port)]
+        if self.metrics_port is not None:
+            wanted.append(WantedPort("--metrics-port", self.metrics_host, self.metrics_port))
+        return wanted
 
     def budgets(self) -> Budgets:
         """How much may be resident."""
@@ -338,8 +350,8 @@ class ServerSettings(BaseSettings):
         return Patience(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
 
     def restarts(self) -> RestartLimits:
-        """What becomes of jobs that an earlier process left."""
-        return RestartLimits(max_attempts=self.job_attempts)
+        """What becomes of jobs that an earlier process, or their caller, left."""
+        return RestartLimits(max_attempts=self.job_attempts, reattach_s=self.reattach_s)
 
     def download_limits(self) -> DownloadLimits:
         """What downloads may take."""
@@ -365,7 +377,9 @@ class ServerSettings(BaseSettings):
             raise ValueError("--tls-cert and --tls-key come together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
-        if not is_loopback(self.host) and self.tls_cert is None and not self.insecure:
+        if is_unix(self.host) and self.port and "port" in self.model_fields_set:
+            raise ValueError(f"--port {self.port}: a Unix socket (--host {self.host}) has no port; leave it out")
+        if not is_local(self.host) and self.tls_cert is None and not self.insecure:
             raise ValueError(
                 f"--host {self.host} is not a loopback address and traffic is not encrypted: give --tls-cert and "
                 "--tls-key, put a TLS proxy in front, or say --insecure if the network is trusted"

@@ -17,6 +17,8 @@ from typing import ClassVar
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from chromarpc_server.transport.addresses import joined
+
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 5.0
@@ -102,7 +104,7 @@ class StatusPort:
         try:
             self._server = _Server((host, port), Handler)
         except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from None
+            raise OSError(f"cannot listen on {joined(host, port)} for metrics: {error.strerror}") from None
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="status-port", daemon=True)
         self._thread.start()

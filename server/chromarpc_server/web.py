@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 
 from chromarpc_server.gateway.configuration import LOOPBACK_NAMES, Gateway, envoy_yaml
 from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
-from chromarpc_server.settings import ServerSettings, is_loopback
+from chromarpc_server.ports import PortUnusable, WantedPort, require_free
+from chromarpc_server.settings import ServerSettings, TcpHost
+from chromarpc_server.transport.addresses import is_local, is_unix, joined
 
 EXIT_GATEWAY = 1
 DEFAULT_PORT = 8080
@@ -31,7 +33,7 @@ class WebSettings(ServerSettings):
     Takes every flag of `chromarpc-server` besides.
     """
 
-    web_host: str = Field("127.0.0.1", description="address of page and gateway")
+    web_host: TcpHost = Field("127.0.0.1", description="address of page and gateway")
     web_port: int = Field(DEFAULT_PORT, ge=1, le=65535, description="port of page and gateway")
     web_name: list[str] = Field(
         default_factory=list,
@@ -56,7 +58,13 @@ class WebSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _check_web(self) -> WebSettings:
-        if not is_loopback(self.web_host) and not self.insecure:
+        upstream = self.host if self.web_upstream is None else self.web_upstream
+        if is_unix(upstream):
+            flag = "--host" if self.web_upstream is None else "--web-upstream"
+            raise ValueError(
+                f"{flag} {upstream}: the gateway reaches a server by TCP only; give it a loopback address"
+            )
+        if not is_local(self.web_host) and not self.insecure:
             raise ValueError(
                 f"--web-host {self.web_host} can be reached by others, unencrypted: --insecure allows it"
             )
@@ -71,6 +79,11 @@ class WebSettings(ServerSettings):
                 raise ValueError(f"--web-origin {origin}: must be an origin such as https://studio.example.org")
         return self
 
+    def wanted_ports(self) -> list[WantedPort]:
+        """What will be bound, the gateway's port first."""
+        own = WantedPort("--web-port", self.web_host, self.web_port)
+        return [own] if self.web_upstream is not None else [own, *super().wanted_ports()]
+
     def gateway(self, grpc_port: int) -> Gateway:
         """The gateway that these settings describe."""
         host, port = self.host, grpc_port
@@ -80,7 +93,7 @@ class WebSettings(ServerSettings):
             if not host or not digits.isdecimal():
                 raise GatewayError(f"--web-upstream {self.web_upstream}: must be HOST:PORT")
             port = int(digits)
-        is_private = is_loopback(self.web_host)
+        is_private = is_local(self.web_host)
         names = (*LOOPBACK_NAMES, *self.web_name) if is_private or self.web_name else ("*",)
         return Gateway(
             web_host="127.0.0.1" if self.web_host == "localhost" else self.web_host,
@@ -103,8 +116,9 @@ async def serve_web(settings: WebSettings) -> int:
             print(envoy_yaml(gateway, descriptor=Path("chromarpc.v1.binpb")), end="")
             return 0
         envoy_path()
+        require_free(settings.wanted_ports())  # before torch is imported, and long before the model is loaded
         return await (_gateway_alone(settings) if settings.web_upstream else _with_server(settings))
-    except GatewayError as error:
+    except (GatewayError, PortUnusable) as error:
         print(f"chromarpc-server web cannot start: {error}", file=sys.stderr)
         return EXIT_GATEWAY
 
@@ -152,8 +166,7 @@ async def _run_gateway(settings: WebSettings, grpc_port: int, until: asyncio.Tas
             starting.cancel()
             return 0
         starting.result()
-        host = f"[{settings.web_host}]" if ":" in settings.web_host else settings.web_host
-        print(f"The page is http://{host}:{settings.web_port}/", flush=True)
+        print(f"The page is http://{joined(settings.web_host, settings.web_port)}/", flush=True)
         ended = asyncio.create_task(envoy.wait())
         await asyncio.wait({ended, until}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done() and not until.done():

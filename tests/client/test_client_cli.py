@@ -223,6 +223,15 @@ def test_a_saved_picture_can_be_drawn_again(shell: Shell) -> None:
     assert again.loras[0].network_multiplier == 0.5
 
 
+def test_every_wrong_value_of_a_json_request_is_told_at_once(shell: Shell) -> None:
+    body = '{"model": 1, "prompts": [{"prompt": "a", "width": "wide", "seed": []}]}'
+    result = shell("generate", "--json", "-", text_in=body)
+    assert result.exit_code == 2
+    assert [
+        at for at in ("model", "prompts.0.width", "prompts.0.seed") if f"  {at}: must" not in result.stderr
+    ] == []
+
+
 def test_the_format_follows_the_body_of_a_json_request(shell: Shell) -> None:
     body = '{"prompts": [{"prompt": "a"}], "output": {"format": "IMAGE_FORMAT_JPEG"}}'
     assert shell("generate", "--json", "-", text_in=body).stdout == "out.jpg\n"
@@ -239,6 +248,16 @@ USAGE_ERRORS: list[tuple[list[str], str]] = [
     (["generate", "--json", "."], "Is a directory"),
     (["generate", "--json", "plain.png"], "does not say what it was drawn with"),
     (["generate", "--json", "broken.png"], "cannot be read"),
+    (["generate", "--json", "a.jpg"], "a.jpg: is a picture (JPEG), and only a PNG that chromarpc saved holds"),
+    (["generate", "--json", "a.webp"], "a.webp: is a picture (WebP)"),
+    (["generate", "--json", "a.gif"], "a.gif: is a picture (GIF)"),
+    (["generate", "--json", "a.bmp"], "a.bmp: is a picture (BMP)"),
+    (["generate", "--json", "a.tiff"], "a.tiff: is a picture (TIFF)"),
+    (["generate", "--json", "a.safetensors"], "a.safetensors: is neither text nor a PNG"),
+    (["generate", "--detach", "--json", "a.jpg"], "a.jpg: is a picture (JPEG)"),
+    (["generate", "--json", "empty.txt"], "empty.txt: is empty"),
+    (["generate", "--json", "folder.png"], "folder.png: Is a directory"),
+    (["generate", "--json", "huge.json"], "huge.json: more than 64 MiB"),
     (["generate", "--json", "wrong.json"], "prompts.0.width: must be a whole number, got text"),
     (["generate", "a", "-o", "a.tiff"], "name a file that ends in .png"),
     (["generate", "a", "-o", "a"], "name a file that ends in .png"),
@@ -269,6 +288,17 @@ def test_a_wrong_command_line_exits_2_before_anything_is_sent(
     Path("folder.png").mkdir()
     Path("empty.txt").touch()
     Path("token.txt").write_text("s3cret\n")
+    for suffix, file_format in (
+        ("jpg", "JPEG"),
+        ("webp", "WEBP"),
+        ("gif", "GIF"),
+        ("bmp", "BMP"),
+        ("tiff", "TIFF"),
+    ):
+        Path(f"a.{suffix}").write_bytes(png(file_format=file_format))
+    Path("a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}" + bytes(range(256)))
+    with Path("huge.json").open("wb") as file:
+        file.truncate(80 * 2**20)
     Path("wrong.json").write_text('{"prompts": [{"width": "wide"}]}')
     result = shell(*arguments)
     assert result.exit_code == 2
@@ -336,6 +366,37 @@ REFUSALS = [
         5,
         ["error: out of memory", "A smaller picture may fit."],
     ),
+    (
+        status(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "another request was made under this id",
+            reason="REQUEST_ID_REUSED",
+            metadata={"job_id": "j1"},
+            violations={"request_id": "another request was made under this id"},
+        ),
+        2,
+        [
+            "error: request_id: another request was made under this id",
+            "Its job is j1: see `chromarpc job show`.",
+        ],
+    ),
+    (
+        status(
+            grpc.StatusCode.UNAVAILABLE, "the server is out of room", reason="STORE_UNAVAILABLE", retry_after_s=5
+        ),
+        3,
+        ["error: the server is out of room", "Try again in 5 s."],
+    ),
+    (
+        status(grpc.StatusCode.UNAVAILABLE, "its pictures could not be stored", reason="STORE_UNAVAILABLE"),
+        3,
+        ["error: its pictures could not be stored"],
+    ),
+    (
+        status(grpc.StatusCode.INTERNAL, "stopped 3 times", reason="ATTEMPTS_EXHAUSTED"),
+        1,
+        ["error: stopped 3 times", "Make the job again to run it."],
+    ),
     (status(grpc.StatusCode.CANCELLED, "cancelled"), 6, ["error: cancelled"]),
     (status(grpc.StatusCode.DEADLINE_EXCEEDED, "too late"), 6, ["error: too late"]),
     (
@@ -366,6 +427,19 @@ def test_every_error_has_an_exit_code_and_every_exit_code_its_help() -> None:
     for code in ExitCode:
         assert f"\n  {code.value} " in EXIT_CODES_HELP
     assert "130  interrupted" in CliRunner().invoke(app, ["generate", "--help"]).stdout
+
+
+def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None:
+    codes = pytest.importorskip("chromarpc_server.transport.status").CODES
+    for kind, code in codes.items():
+        shell.server.script = refusing(status(code, "the server's own sentence", reason=kind.reason))
+        result = shell("generate", "a")
+        assert result.stderr.splitlines()[0] == "error: the server's own sentence", kind.reason
+        assert (result.exit_code == 1) == (kind.reason in INTERNAL_REASONS), kind.reason
+
+
+INTERNAL_REASONS = {"INTERNAL", "DEVICE_LOST", "DEVICE_HUNG", "ATTEMPTS_EXHAUSTED"}
+"""Those whose exit code is 1, as an internal error of the server."""
 
 
 def test_nobody_listens(shell: Shell) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,6 +13,7 @@ from client_fake_server import detailed_status
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
+import chromarpc
 from chromarpc import errors
 from chromarpc.errors import CODE_ERRORS, REASON_ERRORS, StatusError, error_type, from_status
 
@@ -46,18 +49,49 @@ def test_every_error_is_reachable_and_drawn_in_the_tree() -> None:
     assert {kind.__name__ for kind in classes if kind.__name__ in drawn} == {c.__name__ for c in classes}
 
 
-def test_reasons_are_those_of_the_server() -> None:
-    server_errors = pytest.importorskip("chromarpc_server.domain.errors")
+GENERAL = {
+    "INVALID_PARAMETER": "InvalidRequest",
+    "UNAUTHENTICATED": "AccessDenied",
+    "CANCELLED": "Cancelled",
+    "DEADLINE_EXCEEDED": "DeadlineExceeded",
+    "INTERNAL": "ServerError",
+}
+"""Reasons that say no more than their codes; all others have a class under the server's name for it."""
+
+
+def server_errors() -> dict[str, tuple[type[Exception], grpc.StatusCode]]:
+    """What the server can answer: its error and the status code, by reason."""
     status = pytest.importorskip("chromarpc_server.transport.status")
-    narrowed = set()
-    for kind, code in status.CODES.items():
-        wanted = error_type(code, kind.reason)
-        assert issubclass(wanted, CODE_ERRORS[code])
-        if kind.reason in REASON_ERRORS:
-            assert wanted.__name__ == kind.__name__
-            narrowed.add(kind.reason)
-    assert narrowed == set(REASON_ERRORS)
-    assert server_errors
+    return {kind.reason: (kind, code) for kind, code in status.CODES.items()}
+
+
+def test_every_reason_of_the_server_has_a_class_of_its_own() -> None:
+    found = {reason: error_type(code, reason).__name__ for reason, (_, code) in server_errors().items()}
+    assert found == {reason: GENERAL.get(reason, kind.__name__) for reason, (kind, _) in server_errors().items()}
+    assert set(REASON_ERRORS) == set(found)
+
+
+def test_every_reason_of_the_server_has_its_class_in_typescript() -> None:
+    source = (Path(__file__).parents[2] / "client" / "typescript" / "src" / "errors.ts").read_text("utf-8")
+    table = source[source.index("const BY_REASON") :].partition("};")[0]
+    found = dict(re.findall(r"^  ([A-Z_]+): (\w+),$", table, re.MULTILINE))
+    assert found == {reason: GENERAL.get(reason, kind.__name__) for reason, (kind, _) in server_errors().items()}
+    assert all(f" {name} " in source.partition("*/")[0] for name in found.values())
+
+
+def test_an_error_with_a_reason_was_answered_by_a_server_that_was_reached() -> None:
+    status = detailed_status(grpc.StatusCode.UNAVAILABLE, "out of room", reason="STORE_UNAVAILABLE")
+    assert (
+        from_status(grpc.StatusCode.UNAVAILABLE, "out of room", trailing(status), target="t").message
+        == "out of room"
+    )
+    newer = detailed_status(grpc.StatusCode.UNAVAILABLE, "busy", reason="OF_A_NEWER_SERVER")
+    assert from_status(grpc.StatusCode.UNAVAILABLE, "busy", trailing(newer), target="t").message == "busy"
+
+
+def test_every_error_that_the_package_knows_can_be_imported_from_it() -> None:
+    names = {kind.__name__ for kind in (*CODE_ERRORS.values(), *REASON_ERRORS.values())}
+    assert names <= set(chromarpc.__all__)
 
 
 def test_a_reason_that_contradicts_its_code_narrows_nothing() -> None:

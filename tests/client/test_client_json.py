@@ -11,7 +11,7 @@ from google.protobuf import json_format
 
 from chromarpc import InvalidRequestJson, parse_request_json
 from chromarpc.json_request import MAX_UNKNOWN
-from chromarpc.v1 import options_pb2
+from chromarpc.v1 import generation_service_pb2, options_pb2
 
 GOLDENS = json.loads(
     (Path(__file__).parent.parent / "goldens" / "requests" / "reference_requests.json").read_text("utf-8")
@@ -28,6 +28,14 @@ def test_every_body_of_the_reference_parses_to_itself(body: dict[str, Any]) -> N
         assert {field.name: value for field, value in found.ListFields()} == given
     for given, found in zip(body["loras"], parsed.request.loras, strict=True):
         assert {field.name: value for field, value in found.ListFields()} == given
+
+
+def read(text: str) -> generation_service_pb2.GenerateRequest:
+    """The request of a body that is to be accepted."""
+    try:
+        return parse_request_json(text).request
+    except InvalidRequestJson as error:
+        pytest.fail(f"refused: {error}")
 
 
 def prompt(**fields: Any) -> dict[str, Any]:
@@ -53,7 +61,6 @@ REFUSED: list[tuple[object, str]] = [
     ({"output": {"format": [1]}}, "output.format"),
     ({"output": []}, "output"),
     ({"noise_draw": "LEGACY"}, "noise_draw"),
-    ({"loras": [{"path": "x", "network_multiplier": "1"}]}, "loras.0.network_multiplier"),
     ({"loras": [{"path": "x", "network_multiplier": True}]}, "loras.0.network_multiplier"),
     ({"loras": [{"path": "x", "network_multiplier": 10**400}]}, "loras.0.network_multiplier"),
     (prompt(width=2**31), "prompts.1.width"),
@@ -67,7 +74,15 @@ REFUSED: list[tuple[object, str]] = [
     (prompt(width=[64]), "prompts.1.width"),
     (prompt(seed=2**63), "prompts.1.seed"),
     (prompt(seed="9" * 5000), "prompts.1.seed"),
+    (prompt(width="64.5"), "prompts.1.width"),
+    (prompt(seed="9223372036854775808.0"), "prompts.1.seed"),
     (prompt(guidance_scale={}), "prompts.1.guidance_scale"),
+    (prompt(guidance_scale=""), "prompts.1.guidance_scale"),
+    (prompt(guidance_scale=" 4"), "prompts.1.guidance_scale"),
+    (prompt(guidance_scale="4,0"), "prompts.1.guidance_scale"),
+    (prompt(guidance_scale="0x4"), "prompts.1.guidance_scale"),
+    ({"max_queue_time": "soon"}, "max_queue_time"),
+    ({"max_queue_time": {"seconds": 30}}, "max_queue_time"),
     (prompt(prompt=None, trigger_word=5), "prompts.1.trigger_word"),
     (prompt(sample_steps=1, sampleSteps=1), "prompts.1.sampleSteps"),
 ]
@@ -99,9 +114,10 @@ def test_what_is_no_json_is_refused_in_plain_words(text: str | bytes) -> None:
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_number_that_is_none_names_its_field(value: str) -> None:
     for field in ("guidance_scale", "width"):
-        with pytest.raises(InvalidRequestJson) as caught:
-            parse_request_json(f'{{"prompts": [{{"{field}": {value}}}]}}')
-        assert caught.value.path == f"prompts.0.{field}"
+        for written in (value, f'"{value}"'):
+            with pytest.raises(InvalidRequestJson) as caught:
+                parse_request_json(f'{{"prompts": [{{"{field}": {written}}}]}}')
+            assert caught.value.path == f"prompts.0.{field}"
 
 
 def test_a_key_given_twice_is_refused() -> None:
@@ -120,12 +136,72 @@ def test_null_is_left_out_and_empty_is_not() -> None:
 
 
 def test_whole_numbers_may_be_text_or_have_a_zero_fraction() -> None:
-    request = parse_request_json(
-        '{"prompts": [{"seed": "1099511627776", "width": 1024.0, "guidance_scale": 4}]}'
-    ).request
+    request = read(
+        '{"prompts": [{"seed": "1099511627776", "width": 1024.0, "height": "1024.0", "guidance_scale": 4}]}'
+    )
     assert request.prompts[0].seed == 2**40
     assert request.prompts[0].width == 1024
+    assert request.prompts[0].height == 1024
     assert request.prompts[0].guidance_scale == 4.0
+
+
+def test_a_whole_number_as_text_keeps_all_its_digits() -> None:
+    seed = 2**53 + 1
+    for written in (f"{seed}", f'"{seed}"', f'"{seed}.0"'):
+        assert read(f'{{"prompts": [{{"seed": {written}}}]}}').prompts[0].seed == seed
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("4.0", 4.0), ("4", 4.0), ("-0.5", -0.5), ("1e1", 10.0), ("3.70", 3.7)]
+)
+def test_any_finite_number_may_be_text(written: str, value: float) -> None:
+    body = {"loras": [{"path": "x", "network_multiplier": written}], "prompts": [{"guidance_scale": written}]}
+    request = read(json.dumps(body))
+    assert request.prompts[0].guidance_scale == value
+    assert request.loras[0].network_multiplier == value
+
+
+def test_all_wrong_types_are_told_at_once() -> None:
+    body = {
+        "model": 1,
+        "loras": ["x", {"path": "y", "network_multiplier": "NaN"}],
+        "prompts": [7, {"prompt": "b", "width": "wide", "seed": 1.5, "sample_steps": 3}],
+        "output": {"format": "gif"},
+        "kv_cache": "no",
+    }
+    with pytest.raises(InvalidRequestJson) as caught:
+        parse_request_json(json.dumps(body))
+    wrong = [
+        "model",
+        "loras.0",
+        "loras.1.network_multiplier",
+        "prompts.0",
+        "prompts.1.width",
+        "prompts.1.seed",
+        "output.format",
+        "kv_cache",
+    ]
+    assert [path for path in wrong if f"{path}: must" not in str(caught.value)] == []
+    assert [path for path, _ in caught.value.violations] == wrong
+    assert caught.value.request is not None
+    assert caught.value.request.prompts[1].sample_steps == 3, "the rest is read, at its own index"
+
+
+def test_no_more_wrong_types_are_told_than_a_person_reads() -> None:
+    with pytest.raises(InvalidRequestJson) as caught:
+        parse_request_json(json.dumps({"prompts": [1] * 5000}))
+    assert str(caught.value).count("prompts.") == 100
+
+
+def test_empty_text_for_a_choice_means_left_out() -> None:
+    request = read('{"output": {"format": ""}, "noise_draw": "", "on_disconnect": ""}')
+    assert not request.output.format
+    assert not request.noise_draw
+    assert not request.on_disconnect
+
+
+def test_a_time_is_written_as_protobuf_writes_it() -> None:
+    assert read('{"max_queue_time": "1.5s"}').max_queue_time.ToMilliseconds() == 1500
 
 
 def test_guidance_keeps_its_value() -> None:

@@ -200,7 +200,7 @@ async def test_a_large_file_in_many_blocks_arrives_whole(tmp_path: Path) -> None
         ("/style/blob/main/blob/a", "/style/resolve/main/blob/a"),
         ("/datasets/a/b/blob/main/c", "/datasets/a/b/resolve/main/c"),
         ("/a/b/resolve/main/blob/c", "/a/b/resolve/main/blob/c"),
-        ("/a?next=/b/blob/c", "/a?next=/b/blob/c"),
+        ("/a/b/c?next=/b/blob/c", "/a/b/c?next=/b/blob/c"),
     ],
 )
 async def test_a_hugging_face_page_stands_for_its_file(downloads: AdapterDownloads, page: str, file: str) -> None:
@@ -684,12 +684,12 @@ async def serving_tls(certificate: Path) -> AsyncIterator[tuple[Host, ssl.SSLCon
 async def test_the_token_goes_to_hugging_face_alone(certificate: Path, tmp_path: Path) -> None:
     async with serving_tls(certificate) as (host, trusted):
         downloads = make(tmp_path, ssl_context=trusted)
-        host.on("/a", redirect("/b"))
+        host.on("/o/r/resolve/main/a", redirect("/b"))
         host.on("/b", redirect(host.url("/c?X-Signature=1", "cdn.example", "https")))
         host.on("/c", redirect(host.url("/d", "huggingface.co", "https")))
         host.on("/d", redirect(host.url("/e", "other.huggingface.co", "https")))
         host.on("/e", answer())
-        await fetch(downloads, host.url("/a", "huggingface.co", "https"), TOKEN)
+        await fetch(downloads, host.url("/o/r/resolve/main/a", "huggingface.co", "https"), TOKEN)
         sent = [request.headers.get("authorization") for request in host.seen]
         assert sent == [f"Bearer {TOKEN}"] * 2 + [None] * 3
         assert host.names == ["huggingface.co"] * 2 + ["cdn.example", "huggingface.co", "other.huggingface.co"]
@@ -702,8 +702,8 @@ async def test_the_token_goes_to_hugging_face_alone(certificate: Path, tmp_path:
 
 async def test_the_token_is_not_sent_without_encryption(downloads: AdapterDownloads) -> None:
     async with serving() as host:
-        host.on("/a", answer())
-        await fetch(downloads, host.url("/a", "huggingface.co"), TOKEN)
+        host.on("/o/r/resolve/main/a", answer())
+        await fetch(downloads, host.url("/o/r/resolve/main/a", "huggingface.co"), TOKEN)
     assert "authorization" not in host.seen[0].headers
 
 
@@ -867,9 +867,9 @@ async def test_neither_tokens_nor_queries_are_logged_or_shown(
     caplog.set_level(logging.DEBUG)
     async with serving_tls(certificate) as (host, trusted):
         downloads = make(tmp_path, ssl_context=trusted)
-        host.on("/a", redirect(host.url("/b?signature=querySecret", "cdn.example", "https")))
+        host.on("/o/r/resolve/main/a", redirect(host.url("/b?signature=querySecret", "cdn.example", "https")))
         host.on("/b", answer(b"", "503 Busy"), answer())
-        url = host.url("/a?key=querySecret", "huggingface.co", "https")
+        url = host.url("/o/r/resolve/main/a?key=querySecret", "huggingface.co", "https")
         call = asyncio.create_task(fetch(downloads, url, TOKEN))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

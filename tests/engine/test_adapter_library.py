@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +26,11 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import UploadLimits
-from chromarpc_server.engine import adapter_library, root_hashes
+from chromarpc_server.domain.plan import PlannedLora
+from chromarpc_server.engine import adapter_root
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora, display_name
+from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 LIMITS = UploadLimits(max_file_bytes=4000, max_total_bytes=6000, max_chunk_bytes=1000, max_open=2, expiry_s=60)
@@ -97,7 +98,7 @@ def test_an_upload_is_kept_under_its_hash(library: AdapterLibrary, tmp_path: Pat
     lora = upload(library, data)
     assert (lora.path, lora.source) == (f"sha256:{sha256_of(data)}", LoraSource.UPLOAD)
     assert (lora.filename, lora.size_bytes, lora.sha256) == ("a.safetensors", len(data), sha256_of(data))
-    assert library.locate(lora.path, "path").read_bytes() == data
+    assert library.locate(lora.path, "path").path.read_bytes() == data
     assert library.listing().loras == (lora,)
     assert parts(tmp_path) == []
 
@@ -117,72 +118,50 @@ def test_the_same_bytes_twice_are_one_adapter_under_the_later_name(library: Adap
 
 def test_the_same_bytes_again_leave_the_file_that_jobs_wait_with(library: AdapterLibrary) -> None:
     path = upload(library, adapter_bytes()).path
-    before = library.locate(path, "path").stat()
+    before = library.locate(path, "path")
     upload(library, adapter_bytes())
-    after = library.locate(path, "path").stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    after = library.locate(path, "path")
+    assert after == before
 
 
-def test_a_file_below_the_root_can_be_named_by_its_hash(library: AdapterLibrary, root: Path) -> None:
+async def test_a_file_below_the_root_can_be_named_by_its_hash(library: AdapterLibrary, root: Path) -> None:
     (root / "job").mkdir()
     for seed, name in enumerate(("a.safetensors", "job/b.safetensors")):
         (root / name).write_bytes(adapter_bytes(seed))
     for seed, name in enumerate(("a.safetensors", "job/b.safetensors")):
-        assert library.locate(f"sha256:{sha256_of(adapter_bytes(seed))}", "path", "anybody") == root / name
+        found = await library.look_up(f"sha256:{sha256_of(adapter_bytes(seed))}", "path", "anybody")
+        assert found.path == root / name
     assert [lora.sha256 for lora in library.listing().loras] == [sha256_of(adapter_bytes(seed)) for seed in (0, 1)]
-    with pytest.raises(LoraNotFound, match="no adapter with this hash"):
-        library.locate(f"sha256:{sha256_of(b'')}", "path")
+    with pytest.raises(LoraNotFound, match=r"no adapter with this hash$"):
+        await library.look_up(f"sha256:{sha256_of(b'')}", "path")
 
 
-def test_a_hash_below_the_root_follows_the_file(library: AdapterLibrary, root: Path) -> None:
+async def test_a_hash_below_the_root_follows_the_file(library: AdapterLibrary, root: Path) -> None:
     file = root / "a.safetensors"
     file.write_bytes(adapter_bytes(0))
     old, new = (f"sha256:{sha256_of(adapter_bytes(seed))}" for seed in (0, 1))
-    assert library.locate(old, "path") == file
+    assert (await library.look_up(old, "path")).path == file
     file.write_bytes(adapter_bytes(1))
     os.utime(file, ns=(0, 0))
-    assert library.locate(new, "path") == file
+    assert (await library.look_up(new, "path")).path == file
     with pytest.raises(LoraNotFound):
-        library.locate(old, "path")
+        await library.look_up(old, "path")
     file.unlink()
     with pytest.raises(LoraNotFound):
-        library.locate(new, "path")
+        await library.look_up(new, "path")
 
 
-def test_a_file_whose_hash_is_known_is_not_read_again(
+async def test_a_file_whose_hash_is_known_is_not_read_again(
     library: AdapterLibrary, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = root / "a.safetensors"
     file.write_bytes(adapter_bytes())
     library.learn(AdapterFile.of(file, "path"), "ab" * 32)
-    monkeypatch.setattr(root_hashes, "_sha256", lambda _file: pytest.fail("it was read"))
-    assert library.locate("sha256:" + "ab" * 32, "path") == file
+    monkeypatch.setattr(AdapterFile, "open", lambda _file: pytest.fail("it was read"))
+    assert (await library.look_up("sha256:" + "ab" * 32, "path")).path == file
     assert library.listing().loras[0].sha256 == "ab" * 32
     with pytest.raises(LoraNotFound):
-        library.locate("sha256:" + "cd" * 32, "path")
-
-
-def test_nobody_waits_long_for_a_large_root_to_be_hashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = root / "a.safetensors"
-    file.write_bytes(adapter_bytes())
-    go_on = threading.Event()
-    calls: list[AdapterFile] = []
-
-    def slow(file: AdapterFile) -> str:
-        calls.append(file)
-        go_on.wait(10)
-        return "ab" * 32
-
-    monkeypatch.setattr(root_hashes, "_sha256", slow)
-    hashes = root_hashes.RootHashes(lambda: [AdapterFile.of(file, "path")])
-    for _ in range(3):
-        with pytest.raises(root_hashes.StillHashing):
-            hashes.find("ab" * 32, wait_s=0.01)
-    go_on.set()
-    found = hashes.find("ab" * 32)
-    assert found is not None
-    assert found.path == file
-    assert len(calls) == 1
+        await library.look_up("sha256:" + "cd" * 32, "path")
 
 
 @contextmanager
@@ -220,10 +199,11 @@ def test_a_file_that_cannot_be_read_is_told_without_its_path(root: Path) -> None
     assert str(root) not in caught.value.message
 
 
-def test_a_pipe_below_the_root_keeps_nobody_waiting(library: AdapterLibrary, root: Path) -> None:
+async def test_a_pipe_below_the_root_keeps_nobody_waiting(library: AdapterLibrary, root: Path) -> None:
     os.mkfifo(root / "pipe.safetensors")
-    with pytest.raises(LoraNotFound):
-        library.locate(f"sha256:{sha256_of(b'')}", "path")
+    for path in ("pipe.safetensors", f"sha256:{sha256_of(b'')}"):
+        with pytest.raises(LoraNotFound):
+            await library.look_up(path, "path")
     assert library.listing().loras == ()
 
 
@@ -532,7 +512,7 @@ def test_looking_is_bounded_in_depth_and_number(
     (deep / "a.safetensors").write_bytes(b"x")
     assert paths(library) == []
     assert library.listing().truncated
-    monkeypatch.setattr(adapter_library, "MAX_FILES", 3)
+    monkeypatch.setattr(adapter_root, "MAX_FILES", 3)
     for index in range(5):
         (root / f"{index}.safetensors").write_bytes(b"x")
     assert len(paths(library)) == 3
@@ -576,3 +556,51 @@ def test_no_error_names_the_servers_folders(library: AdapterLibrary, tmp_path: P
             call()
         messages.append(str(caught.value))
     assert not any(str(tmp_path) in message for message in messages)
+
+
+async def answer_to(library: AdapterLibrary, path: str) -> Path | str:
+    """The file that a path names, or what is said of it."""
+    try:
+        (found,) = (await AdapterSources(library, None).find([PlannedLora(path, 1.0)])).files
+    except LoraNotFound as error:
+        return error.message
+    assert found is not None
+    return found.path
+
+
+async def test_an_absolute_path_below_the_root_is_taken_as_the_relative_one(
+    library: AdapterLibrary, root: Path, tmp_path: Path
+) -> None:
+    file = root / "job" / "a.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"x")
+    (root / "link.safetensors").symlink_to(file)
+    for path in (f"{file}", f"/{file}", f"{root}//job/./a.safetensors", f"{root}/link.safetensors"):
+        assert await answer_to(library, path) == file, path
+    (tmp_path / "linked").symlink_to(root)
+    linked = AdapterLibrary(tmp_path / "linked", tmp_path / "data")
+    for folder in (root, tmp_path / "linked"):
+        assert await answer_to(linked, f"{folder}/job/a.safetensors") == file
+
+
+async def test_every_other_absolute_path_gets_one_answer_and_is_not_looked_at(
+    library: AdapterLibrary, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "folder").mkdir()
+    (root / "out.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root2" / "a.safetensors").write_bytes(b"x")
+    below = [f"{root}", f"{root}/", f"{root}/none.safetensors", f"{root}/folder", f"{root}/out.safetensors"]
+    outside = [
+        f"{tmp_path}/secret.safetensors", f"{tmp_path}/none.safetensors", f"{tmp_path}/root2/a.safetensors",
+        f"{root}/../secret.safetensors", f"{root}/../root/folder", "/etc/passwd", "/etc", "/none", "/",
+        f"{tmp_path}".upper(), f"{root}/a\0b",
+    ]  # fmt: skip
+    answers = {await answer_to(library, path) for path in below}
+    monkeypatch.setattr(Path, "resolve", lambda *_, **__: pytest.fail("it was looked at"))
+    answers |= {await answer_to(library, path) for path in outside}
+    (answer,) = answers
+    assert isinstance(answer, str)
+    assert answer.endswith("; give its path relative to that root, or an absolute one below it")
+    assert str(tmp_path) not in answer

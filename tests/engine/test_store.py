@@ -96,6 +96,23 @@ def test_what_did_not_end_is_taken_over_in_order(kept: Kept) -> None:
     second.close()
 
 
+def test_a_cancel_is_kept_and_a_request_id_is_given_up_by_a_job_that_ended(kept: Kept) -> None:
+    first = kept.open()
+    for number in (1, 2):
+        first.insert(_row(number, request_id=f"r{number}"))
+    first.note_cancelled("job1")
+    first.finish(_end(2, kept))
+    for job_id in ("job1", "job2"):
+        first.release_request_id(job_id)
+    first.insert(_row(3, request_id="r2"))
+    with pytest.raises(sqlite3.IntegrityError):
+        first.insert(_row(4, request_id="r1"))  # its job has not ended
+    first.close()
+    second = kept.open()
+    assert [(row["id"], row["cancelled"]) for row in second.take_over()] == [("job1", 1), ("job3", 0)]
+    second.close()
+
+
 def test_a_picture_goes_with_the_last_job_that_names_it(database: Database, kept: Kept) -> None:
     _finish(database, kept, 1, HASHES[0], HASHES[1])
     _finish(database, kept, 2, HASHES[0])
@@ -216,6 +233,7 @@ def test_a_first_version_database_is_still_read(kept: Kept) -> None:
     database = kept.open()
     (left,) = database.take_over()
     assert (left["id"], left["owner"], left["attempts"]) == ("job1", "me", 1)
+    assert not left["cancelled"]
     ended = database.page("me", 9, before=None, since_us=None, states=None)
     assert [row["id"] for row in ended] == ["job2"]
     database.close()

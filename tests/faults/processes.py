@@ -13,10 +13,19 @@ from pathlib import Path
 
 
 class ServerProcess:
-    """A server over the tiny checkpoint, SERVING once it is made."""
+    """A server over the tiny checkpoint, SERVING once it is made, unless told otherwise."""
 
-    def __init__(self, checkpoint: Path, data_dir: Path, *flags: str, module: str = "chromarpc_server") -> None:
-        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it."""
+    def __init__(
+        self,
+        checkpoint: Path,
+        data_dir: Path,
+        *flags: str,
+        module: str = "chromarpc_server",
+        awaits_serving: bool = True,
+    ) -> None:
+        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `awaits_serving`: off
+        where the test calls `await_serving`.
+        """
         command = [sys.executable, "-m", module, "--port", "0", "--device", "cpu", "--threads", "2"]
         command += ["--model-folder", f"chroma-mini={checkpoint}", "--data-dir", str(data_dir), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -24,6 +33,13 @@ class ServerProcess:
         assert self.process.stdout is not None
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+        self.target = ""
+        if awaits_serving:
+            self.await_serving()
+
+    def await_serving(self) -> None:
+        """Returns once it says where it listens, which it does once it is SERVING."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"listens on 127\.0\.0\.1:(\d+)", line)
         if found is None:
@@ -68,10 +84,10 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def server_process(
-    checkpoint: Path, data_dir: Path, *flags: str, module: str = "chromarpc_server"
+    checkpoint: Path, data_dir: Path, *flags: str, module: str = "chromarpc_server", awaits_serving: bool = True
 ) -> Iterator[ServerProcess]:
     """One that is gone in the end."""
-    server = ServerProcess(checkpoint, data_dir, *flags, module=module)
+    server = ServerProcess(checkpoint, data_dir, *flags, module=module, awaits_serving=awaits_serving)
     try:
         yield server
     finally:

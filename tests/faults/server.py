@@ -7,6 +7,7 @@ second step of the first job.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from chromarpc_server.__main__ import main
 from chromarpc_server.engine import worker
 from chromarpc_server.pipeline import checkpoint
+
+HANGS = "the device thread hangs from here on"
 
 
 def _raise(error: BaseException) -> Callable[[], None]:
@@ -33,7 +36,26 @@ def _lose_device() -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
+def _fill_device() -> None:
+    """A card that others fill: not even the probe's small sum fits."""
+    real, arange = worker.probe_device, torch.arange
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    def probe(device: torch.device) -> None:
+        torch.arange = full  # type: ignore[assignment]
+        try:
+            real(device)
+        finally:
+            torch.arange = arange
+
+    worker.probe_device = probe
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
 def _hang() -> None:
+    print(HANGS, file=sys.stderr, flush=True)
     threading.Event().wait()
 
 
@@ -42,6 +64,10 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "frightening_text": _raise(RuntimeError("CUDA error: an illegal memory access was encountered")),
     "hang": _hang,
     "out_of_memory": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")),
+    "full_device": _fill_device,
+    "out_of_memory_in_words": _raise(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    ),
     "exception": _raise(KeyError("/secret/path")),
     "thread_ends": _raise(SystemExit(3)),
 }

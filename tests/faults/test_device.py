@@ -82,7 +82,13 @@ def test_without_a_store_a_lost_device_fails_its_jobs(faulty: Start) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("out_of_memory", "OUT_OF_MEMORY"), ("exception", "INTERNAL"), ("frightening_text", "INTERNAL")],
+    [
+        ("out_of_memory", "OUT_OF_MEMORY"),
+        ("out_of_memory_in_words", "OUT_OF_MEMORY"),
+        ("full_device", "OUT_OF_MEMORY"),
+        ("exception", "INTERNAL"),
+        ("frightening_text", "INTERNAL"),
+    ],
 )
 def test_what_ends_one_job_ends_no_other(faulty: Start, fault: str, reason: str) -> None:
     with faulty(fault, "--log-format", "json") as server, chromarpc.Client(server.target) as client:

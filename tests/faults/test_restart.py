@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,6 @@ from safetensors.torch import load_file, save_file
 import chromarpc
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server import settings as settings_module
-from chromarpc_server.domain.limits import RestartLimits
 from chromarpc_server.transport.callers_file import entry_text
 from tests.conftest import RunningServer
 from tests.faults import kill_nine
@@ -45,6 +46,62 @@ def _reason(client: chromarpc.Client, job_id: str) -> str | None:
     with pytest.raises(chromarpc.StatusError) as error:
         list(client.watch_job(job_id))
     return error.value.reason
+
+
+def _metrics_port(server: ServerProcess) -> str:
+    while "metrics.listening" not in server.log:
+        assert server.process.poll() is None
+    line = next(line for line in server.log.splitlines() if "metrics.listening" in line)
+    return line.rpartition("port=")[2].strip()
+
+
+def _http(port: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, ""
+
+
+def test_a_server_is_serving_while_a_job_that_it_resumed_runs(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models are there before the job has the device, for which it would keep them waiting."""
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        job_id = client.create_job("a", **LONG).job_id
+        _until_step(client.watch_job(job_id))
+        server.kill()
+    monkeypatch.setenv("FAULT", "hang")
+    flags = ("--preload", "chroma-mini", "--metrics-port", "0")
+    faulty = "tests.faults.server"
+    with server_process(tiny_checkpoint, tmp_path, *flags, module=faulty, awaits_serving=False) as server:
+        port = _metrics_port(server)
+        while "chromarpc_running_jobs 1.0" not in _http(port, "/metrics")[1]:
+            assert server.process.poll() is None, server.log
+        assert _http(port, "/readyz")[0] == 200
+        server.await_serving()
+        with chromarpc.Client(server.target) as client:
+            assert client.health()
+            assert client.get_job(job_id).state == State.JOB_STATE_RUNNING
+            assert any(model.resident for model in client.list_models())
+            assert client.server_info().queue.running_jobs == 1
+
+
+def test_a_preload_that_fails_costs_a_resumed_job_no_attempt(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        job_id = client.create_job("a", **LONG).job_id
+        _until_step(client.watch_job(job_id))
+        server.kill()
+    (tmp_path / "nothing").mkdir()
+    flags = ("--preload", "chroma", "--model-folder", f"chroma={tmp_path / 'nothing'}")
+    with server_process(tiny_checkpoint, tmp_path, *flags, awaits_serving=False) as server:
+        assert server.wait() == 1
+        assert "job.resumed" in server.log
+        assert "cannot start" in server.log
+    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+        assert isinstance(list(client.watch_job(job_id))[-1], chromarpc.Completed)
+        assert client.get_job(job_id).attempt_count == 2
 
 
 def test_after_kill_nine_jobs_are_where_they_were_and_give_the_same_pictures(
@@ -134,10 +191,7 @@ def test_a_stop_in_good_order_keeps_jobs_and_counts_no_attempt(serve: Serve) -> 
         assert isinstance(list(client.watch_job(waiting.job_id))[-1], chromarpc.Completed)
 
 
-def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings_module, "RestartLimits", partial(RestartLimits, reattach_s=3.0))
+def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(serve: Serve) -> None:
     server = serve()
     streams = []
     with chromarpc.Client(server.target) as client:
@@ -146,7 +200,7 @@ def test_a_caller_that_comes_back_keeps_its_job_and_one_that_does_not_loses_it(
             streams.append(client.generate("b", request_id=request_id, **SMALL))
             next(streams[-1])
         server.stop()
-    server = serve()
+    server = serve(reattach_s=3.0)
     with chromarpc.Client(server.target) as client:
         back = client.generate("b", request_id="11111111-1111-4111-8111-111111111111", **SMALL)
         mine = next(back).job_id  # type: ignore[union-attr]

@@ -146,8 +146,7 @@ def test_the_probe_passes_on_a_device_that_works_and_finds_one_that_is_poisoned(
 
 
 def test_too_little_memory_is_told_as_such_and_what_was_held_is_freed() -> None:
-    from chromarpc_server.pipeline import release_memory
-    from chromarpc_server.pipeline.device import probe_device, translate_memory_error
+    from chromarpc_server.pipeline import probe_device, release_memory, translate_memory_error
 
     device = torch.device("cuda")
     before = torch.cuda.memory_allocated(device)
@@ -160,6 +159,31 @@ def test_too_little_memory_is_told_as_such_and_what_was_held_is_freed() -> None:
     release_memory(device)
     probe_device(device)
     assert torch.cuda.memory_allocated(device) == before
+
+
+def test_a_card_without_a_byte_left_is_full_and_not_lost() -> None:
+    from chromarpc_server.domain.errors import DeviceLost
+    from chromarpc_server.pipeline import probe_device, release_memory
+
+    device = torch.device("cuda")
+    held: list[torch.Tensor] = []
+    size = 2**34
+    try:
+        while size >= 512:
+            try:
+                held.append(torch.empty(size, dtype=torch.uint8, device=device))
+            except torch.OutOfMemoryError:
+                size //= 2
+        try:
+            probe_device(device)
+            is_lost = False
+        except DeviceLost:
+            is_lost = True
+    finally:
+        held.clear()
+        release_memory(device)
+    assert not is_lost
+    probe_device(device)
 
 
 def test_files_are_staged_onto_the_device_as_they_are(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import chromarpc
-from chromarpc_server.domain.errors import DeviceLost
-from chromarpc_server.engine import worker
-from chromarpc_server.pipeline import checkpoint, probe_device
+from chromarpc_server.app import App
+from chromarpc_server.domain.errors import DeviceLost, OutOfMemory
+from chromarpc_server.engine import adapter_inspection, engine, worker
+from chromarpc_server.engine.weight_norms import WeightNorms
+from chromarpc_server.pipeline import CheckpointFiles, checkpoint, probe_device
+from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
@@ -48,6 +53,57 @@ def test_out_of_memory_is_told_and_the_next_request_works(
             client.generate_images("a", **SMALL)
         assert caught.value.retry_after_s is None
         assert client.generate_images("a", **SMALL)
+
+
+@pytest.mark.parametrize("at", ["preload", "opening"])
+def test_a_device_too_full_to_start_is_told_in_a_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    if at == "preload":
+        monkeypatch.setattr(checkpoint.Checkpoint, "load", full)
+    else:
+        monkeypatch.setattr(engine, "describe_device", full)
+    settings = ServerSettings(
+        port=0,
+        device="cpu",
+        model_folder={"chroma-mini": tiny_checkpoint},
+        data_dir=tmp_path,
+        preload=["chroma-mini"],
+    )
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - which one it is, is asserted
+        asyncio.run(App(settings).run())
+    assert isinstance(raised.value, OutOfMemory)
+
+
+def test_a_host_too_full_to_encode_a_picture_is_told_as_such(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    with chromarpc.Client(server.target) as client:
+        monkeypatch.setattr(engine, "encode_image", full)
+        with pytest.raises(chromarpc.StatusError) as caught:
+            client.generate_images("a", **SMALL)
+        assert caught.value.reason == "OUT_OF_MEMORY"
+        monkeypatch.undo()
+        assert client.generate_images("a", **SMALL)
+
+
+def test_an_inspection_that_runs_out_of_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        )
+
+    monkeypatch.setattr(adapter_inspection, "open_weights", full)
+    files = CheckpointFiles(*(Path("unread") for _ in range(4)))
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - which one it is, is asserted
+        adapter_inspection.inspect_adapter(Path("unread"), files, WeightNorms())
+    assert isinstance(raised.value, OutOfMemory)
 
 
 def test_the_unforeseen_has_an_id_and_tells_nothing_else(

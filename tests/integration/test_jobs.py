@@ -185,7 +185,7 @@ def test_a_job_that_was_made_again_to_outlive_its_caller_does(serve: Serve) -> N
         assert found.state in (State.JOB_STATE_QUEUED, State.JOB_STATE_RUNNING)
         # Nobody came back to it, and nobody has to.
         (job,) = server.app._engine.jobs._jobs.values()  # type: ignore[union-attr]
-        assert not job.is_orphan
+        assert job.absence is None
         client.cancel_job(attached)
 
 

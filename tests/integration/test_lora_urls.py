@@ -218,3 +218,57 @@ def test_a_token_is_neither_logged_nor_told_nor_sent_elsewhere(
     assert SECRET not in repr(caught.value) + str(caught.value)
     assert SECRET not in caplog.text
     assert all(SECRET not in repr(vars(record)) for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"http://user:{SECRET}@127.0.0.1/a.safetensors",
+        f"http://{SECRET}%40127.0.0.1/a.safetensors",
+        f"http://127.0.0.1:1/{SECRET}\x01",
+    ],
+)
+def test_a_url_that_may_not_be_fetched_is_refused_before_it_is_stored_or_told(
+    serve_urls: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = serve_urls(log_level="debug", store="disk")
+    asked: list[tuple[str, Callable[[chromarpc.Client], Any]]] = [
+        ("loras.0.path", lambda client: client.create_job("a", loras=[path], **SMALL)),
+        ("loras.0.path", lambda client: next(client.generate("a", loras=[path], **SMALL))),
+        ("path", lambda client: client.inspect_lora(path, model="chroma-mini")),
+    ]
+    refusals: list[chromarpc.StatusError] = []
+    with chromarpc.Client(server.target) as client:
+        for field, ask in asked:
+            try:
+                ask(client)
+            except chromarpc.InvalidRequest as error:
+                assert [violation.field for violation in error.violations] == [field]
+                refusals.append(error)
+        assert list(client.list_jobs()) == []
+    assert len(refusals) == len(asked)
+    assert SECRET not in "".join(f"{error!r} {error} {error.violations}" for error in refusals)
+    server.stop()
+    assert all(SECRET not in repr(vars(record)) for record in caplog.records)
+    kept = [file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    assert not any(SECRET.encode() in data for data in kept)
+
+
+def test_a_page_is_refused_before_anything_is_fetched(serve_urls: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr(AdapterDownloads, "fetch", fetch)
+    server = serve_urls(lora_hosts=[])
+    page = "https://huggingface.co/owner/name/tree/main"
+    with chromarpc.Client(server.target) as client:
+        for field, ask in (
+            ("loras.0.path", lambda: client.create_job("a", loras=[page], **SMALL)),
+            ("path", lambda: client.inspect_lora(page, model="chroma-mini")),
+        ):
+            with pytest.raises(chromarpc.StatusError) as caught:
+                ask()
+            assert isinstance(caught.value, chromarpc.InvalidRequest)
+            assert [violation.field for violation in caught.value.violations] == [field]
+            assert "/resolve/" in caught.value.violations[0].description

@@ -521,3 +521,26 @@ def test_uploads_lie_in_the_users_data_folder_unless_told_otherwise(
     settings = ServerSettings(data_dir=tmp_path, max_upload_bytes="1GiB", upload_expiry_s=5)
     limits = settings.upload_limits()
     assert (limits.max_file_bytes, limits.expiry_s) == (2**30, 5)
+
+
+def test_an_absolute_path_below_the_root_draws_and_is_told_back_as_it_was_sent(client: Client, root: Path) -> None:
+    shutil.copy(RECORDED / "aitk.safetensors", root)
+    absolute = str(root / "aitk.safetensors")
+    by_name, by_path = (
+        list(client.generate("a", loras=[chromarpc.Lora(path)], **SMALL))
+        for path in ("aitk.safetensors", absolute)
+    )
+    for events, path in ((by_name, "aitk.safetensors"), (by_path, absolute)):
+        (accepted,) = [event for event in events if isinstance(event, chromarpc.Accepted)]
+        (prepared,) = [event for event in events if isinstance(event, chromarpc.Prepared)]
+        assert [lora.path for lora in accepted.loras] == [adapter.path for adapter in prepared.adapters] == [path]
+    assert client.inspect_lora(absolute, model="chroma-mini").path == absolute
+    assert client.create_job("a", loras=[absolute], **SMALL)
+    (listed,) = client.list_loras()
+    assert listed.path == "aitk.safetensors"
+    answers = set()
+    for path in ("/etc/passwd", "/none", f"{root}/none.safetensors", str(root)):
+        with pytest.raises(chromarpc.LoraNotFound) as caught:
+            client.create_job("a", loras=[path], **SMALL)
+        answers.add((caught.value.message, tuple((v.field, v.description) for v in caught.value.violations)))
+    assert len(answers) == 1

@@ -36,6 +36,7 @@ def report(goldens: Path) -> dict[str, Any]:
         "cpu_fp32/noise_packed_legacy",
         "cpu_fp32/pipeline_fp32", "cpu_fp32/t5_embeds", "cpu_fp32/lora_merge_float8", "h100_bf16_float8/pipeline",
         "h100_bf16_float8/t5", "adapters/aitk", "requests/accepted", "requests/rejected",
+        "torchao/float8 random rows", "torchao/float8 edge rows",
     ],
 )  # fmt: skip
 def test_every_group_of_vectors_was_run_and_passes(report: dict[str, Any], group: str) -> None:
@@ -118,6 +119,14 @@ def test_sizes_and_counts_are_read_from_the_files(goldens: Path, tmp_path: Path)
     code, report = _verify(tmp_path)
     assert code == 0
     assert any(case["case"].startswith("cpu_fp32/transformer_forward/17") for case in report["cases"])
+
+
+def test_rows_are_compared_with_the_installed_torchao_and_the_share_is_told(goldens: Path, tmp_path: Path) -> None:
+    code, report = _verify(_copy(goldens, tmp_path, "cpu_fp32/schedule.json"))
+    assert code == 0
+    cases = [case for case in report["cases"] if case["case"].startswith("torchao/float8")]
+    assert [case["outcome"] for case in cases] == ["PASS", "PASS"]
+    assert all("% of the values" in case["note"] for case in cases)
 
 
 def test_lines_are_for_people(goldens: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def upload(library: AdapterLibrary, caller: Caller, data: bytes, filename: str =
 def test_an_upload_does_not_exist_for_others(library: AdapterLibrary) -> None:
     data = adapter_bytes()
     path = upload(library, ALICE, data)
-    assert library.locate(path, "path", "alice").read_bytes() == data
+    assert library.locate(path, "path", "alice").path.read_bytes() == data
     assert [lora.path for lora in library.listing("alice").loras] == [path]
     for stranger in ("bob", ""):
         assert library.listing(stranger).loras == ()
@@ -76,7 +76,7 @@ def test_knowing_a_hash_gives_nobody_the_file_and_having_the_bytes_does(library:
     assert alices.filename == "alice's.safetensors"
     library.delete(path, "alice")
     assert library.listing("alice").loras == ()
-    assert library.locate(path, "path", "bob").read_bytes() == data
+    assert library.locate(path, "path", "bob").path.read_bytes() == data
     library.delete(path, "bob")
     with pytest.raises(LoraNotFound):
         library.locate(path, "path", "bob")
@@ -101,7 +101,7 @@ def test_a_download_is_theirs_who_fetched_it(library: AdapterLibrary, tmp_path: 
     path = f"sha256:{sha256_of(data)}"
     (tmp_path / "downloads" / f"{sha256_of(data)}.safetensors").write_bytes(data)
     library.fetched(sha256_of(data), "alice")
-    assert library.locate(path, "path", "alice").read_bytes() == data
+    assert library.locate(path, "path", "alice").path.read_bytes() == data
     with pytest.raises(LoraNotFound):
         library.locate(path, "path", "bob")
     with pytest.raises(InvalidParameter, match="a download cannot be deleted"):

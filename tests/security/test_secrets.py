@@ -31,6 +31,7 @@ SECRETS = {
     "hf_token": "hf_plantedHUGGINGFACEtoken",
     "bad hf_token": "hf_planted with spaces",
     "metadata": "plantedMETADATAvalue",
+    "password": "plantedPASSWORDinAurl",
 }
 PROMPTS = {
     "prompt": "plantedPROMPTwords",
@@ -113,6 +114,7 @@ def bodies() -> list[dict[str, Any]]:
         {"loras": [{"path": "https://nosuchhost.invalid/a.safetensors"}]},
         {"loras": [{"path": url}], "hf_token": SECRETS["bad hf_token"]},
         {"loras": [{"path": "ftp://host/a"}]},
+        {"loras": [{"path": f"https://user:{SECRETS['password']}@huggingface.co/a/b/resolve/main/c.safetensors"}]},
         {"prompts": []},
         {"prompts": [{"prompt": PROMPTS["prompt"], "width": 1, "seed": -5, "ctrl_img": PROMPTS["prompt"]}]},
         {"prompts": [{"prompt": PROMPTS["prompt"] * 5000}]},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chromarpc_server.domain.errors import InvalidParameter, ModelNotFound
+from chromarpc_server.domain.errors import ChromaError, InvalidParameter, ModelNotFound
 from chromarpc_server.domain.limits import Limits
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.requests import (
@@ -75,6 +75,66 @@ def test_every_fault_is_told_at_once() -> None:
         "kv_cache", "loras.0.path", "prompts.0.width", "prompts.0.guidance_scale", "prompts.0.seed",
         "prompts.1.prompt",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [None, "none"])
+def test_a_model_that_is_missing_or_unknown_hides_no_other_fault(model: str | None) -> None:
+    request = GenerationRequest(
+        model=model, prompts=(PromptRequest("a", width=1), PromptRequest(None)), kv_cache=True
+    )
+    with pytest.raises(ChromaError) as caught:
+        resolve(request, Serving())
+    told = {violation.field for violation in caught.value.violations}
+    assert told == {"model", "kv_cache", "prompts.0.width", "prompts.1.prompt"}
+    assert isinstance(caught.value, InvalidParameter)
+
+
+def test_sizes_that_only_a_model_would_fill_in_are_not_blamed_without_one() -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        resolve(GenerationRequest(prompts=(PromptRequest("a"),) * 5), Serving(limits=Limits(max_pixels=2**20)))
+    assert [violation.field for violation in caught.value.violations] == ["model"]
+
+
+EMPTY_PROMPT = dict.fromkeys(
+    (
+        "prompt",
+        "trigger_word",
+        "neg",
+        "sampler",
+        "resolution",
+        "ctrl_img",
+        "ctrl_img_1",
+        "ctrl_img_2",
+        "ctrl_img_3",
+    ),
+    "",
+)
+
+
+@pytest.mark.parametrize("name", EMPTY_PROMPT)
+def test_an_empty_text_means_nothing(name: str) -> None:
+    try:
+        plan = _plan(PromptRequest(**{"prompt": "a", name: ""}))
+    except InvalidParameter as error:
+        pytest.fail(f"refused: {error}")
+    assert _codes(plan) == []
+
+
+def test_every_empty_text_together_means_nothing() -> None:
+    try:
+        plan = _plan(
+            PromptRequest(**EMPTY_PROMPT),
+            loras=(LoraRequest("a.safetensors", transformer=""),),
+            hf_token="",
+            trigger_word="",
+            profile="",
+            request_id="",
+        )
+    except InvalidParameter as error:
+        pytest.fail(f"refused: {error}")
+    assert plan.profile == "reference"
+    assert plan.request_id is None
+    assert _codes(plan) == []
 
 
 def test_options_that_have_no_effect_are_told() -> None:

@@ -6,6 +6,7 @@ from google.rpc import error_details_pb2
 
 from chromarpc_server.domain import errors
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, QueueFull
+from chromarpc_server.transport import status as status_module
 from chromarpc_server.transport.status import CODES, MAX_DETAILS_BYTES, rich_status
 
 
@@ -45,3 +46,16 @@ def test_retry_advice_travels() -> None:
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in status.details)
     assert retry.retry_delay.ToSeconds() == 2
+
+
+def test_texts_of_four_byte_characters_fit_too() -> None:
+    wide = "\U0001d54f" * 1000
+    error = InvalidParameter(wide, field="\U0001d54f" * 100, metadata={"one": wide, "two": wide})
+    status = rich_status(error)
+    assert status.ByteSize() <= MAX_DETAILS_BYTES
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.reason == "INVALID_PARAMETER"
+    # gRPC writes a message percent-encoded, in three characters for each of these bytes.
+    assert len(status_module.status_message(error).encode()) * 3 <= 1100
+    assert status_module.status_message(QueueFull("plain words, 100 %")) == "plain words, 100 %"

@@ -23,7 +23,10 @@ TOKEN_VARIABLE = "CHROMARPC_TOKEN"  # noqa: S105 - the name of a variable
 def connect(
     *,
     target: Annotated[
-        str, typer.Option(envvar="CHROMARPC_TARGET", show_envvar=True, help="Server, as HOST:PORT.")
+        str,
+        typer.Option(
+            envvar="CHROMARPC_TARGET", show_envvar=True, help="Server, as HOST:PORT, [::1]:PORT or unix:/PATH."
+        ),
     ] = DEFAULT_TARGET,
     token_file: Annotated[
         Path | None, typer.Option(help=f"File that holds a bearer token; or set {TOKEN_VARIABLE}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -13,13 +13,20 @@ import typer
 
 from chromarpc.errors import (
     AccessDenied,
+    AlreadyExists,
+    AttemptsExhausted,
     Cancelled,
     ChromarpcError,
     DeadlineExceeded,
     FailedPrecondition,
+    ImageNotFound,
     InvalidRequest,
+    JobNotFound,
+    LoraChanged,
     NotFound,
+    NotKept,
     OutOfMemory,
+    RequestIdReused,
     ResourceExhausted,
     ServerUnavailable,
     StatusError,
@@ -55,6 +62,7 @@ _CODES: tuple[tuple[type[ChromarpcError], ExitCode], ...] = (
     (InvalidRequest, ExitCode.INVALID),
     (NotFound, ExitCode.INVALID),
     (AccessDenied, ExitCode.INVALID),
+    (AlreadyExists, ExitCode.INVALID),
     (ServerUnavailable, ExitCode.UNAVAILABLE),
     (FailedPrecondition, ExitCode.NOT_READY),
     (ResourceExhausted, ExitCode.NO_ROOM),
@@ -66,6 +74,18 @@ _CODES: tuple[tuple[type[ChromarpcError], ExitCode], ...] = (
 
 class UsageError(Exception):
     """The command line contradicts itself, or names what cannot be used."""
+
+
+class NotSaved(Exception):
+    """The server did its part, and a file could not be written.
+
+    Attributes:
+        lines: sentences for people: which file, why, and where its contents still are.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(*lines)
+        self.lines = tuple(lines)
 
 
 def exit_code(error: ChromarpcError) -> ExitCode:
@@ -95,6 +115,10 @@ def reported() -> Iterator[None]:
     except (UsageError, InvalidRequestJson) as error:
         say(f"error: {error}")
         raise typer.Exit(ExitCode.INVALID) from None
+    except NotSaved as error:
+        for line in error.lines:
+            say(line)
+        raise typer.Exit(ExitCode.UNEXPECTED) from None
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -103,7 +127,7 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(ExitCode.UNEXPECTED) from None
     except OSError as error:
-        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        say(f"error: {file_error(error)}")
         raise typer.Exit(ExitCode.UNEXPECTED) from None
     except typer.Exit:
         raise
@@ -115,6 +139,12 @@ def reported() -> Iterator[None]:
             "(CHROMARPC_TRACEBACK=1 shows where)"
         )
         raise typer.Exit(ExitCode.UNEXPECTED) from None
+
+
+def file_error(error: OSError) -> str:
+    """Which file, and what is wrong with it."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def sentences(error: ChromarpcError) -> list[str]:
@@ -133,6 +163,12 @@ def _advice(error: StatusError) -> list[str]:
         return [f"Try again in {max(1, round(error.retry_after_s))} s."]
     if isinstance(error, OutOfMemory):
         return ["A smaller picture may fit."]
+    if isinstance(error, RequestIdReused) and "job_id" in error.metadata:
+        return [f"Its job is {error.metadata['job_id']}: see `chromarpc job show`."]
+    if isinstance(error, JobNotFound | ImageNotFound):
+        return ["See `chromarpc job ls`."]
+    if isinstance(error, LoraChanged | NotKept | AttemptsExhausted):
+        return ["Make the job again to run it."]
     if isinstance(error, AccessDenied):
         return ["Give a token by --token-file or CHROMARPC_TOKEN."]
     if isinstance(error, ServerUnavailable) and not error.reason:

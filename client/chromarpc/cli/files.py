@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import errno
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from chromarpc.cli.exits import UsageError
 from chromarpc.events import ImageFormat
+from chromarpc.images import TEMPORARY_PREFIX
 
 FORMATS_BY_SUFFIX: dict[str, ImageFormat] = {
     ".png": "png",
@@ -15,6 +17,8 @@ FORMATS_BY_SUFFIX: dict[str, ImageFormat] = {
     ".jpeg": "jpeg",
     ".webp": "webp",
 }
+_PROBE_BYTES = 64 * 1024
+"""A full disk still takes empty files, and very small ones beside others."""
 _SUFFIXES_BY_MEDIA_TYPE = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 
 
@@ -46,16 +50,38 @@ def image_files(
     named: ImageFormat | None = "jpeg" if is_trainers else image_format
     if output is None:
         output = Path("out.jpg" if named == "jpeg" else f"out.{named or 'png'}")
-    meant = FORMATS_BY_SUFFIX.get(output.suffix.lower())
-    if meant is None:
-        raise UsageError(f"{output}: name a file that ends in {', '.join(FORMATS_BY_SUFFIX)}")
+    meant = named_format(output)
     if named is not None and named != meant:
         raise UsageError(f"{output}: the name says {meant} and the request says {image_format}")
     files = ImageFiles(output, count)
+    for index in range(max(1, count)):
+        _check_name(files.path(index, 0))
     _check_writable(output.parent)
-    if files.path(0, 0).is_dir():
-        raise UsageError(f"{output}: is a folder")
     return files, "jpeg-trainer" if is_trainers else meant
+
+
+def output_file(path: Path) -> ImageFormat:
+    """The format that the name of one file says, once it is known that the file can be written.
+
+    Raises:
+        UsageError: it says none, or nothing can be written there.
+    """
+    meant = named_format(path)
+    _check_name(path)
+    _check_writable(path.parent)
+    return meant
+
+
+def named_format(path: Path) -> ImageFormat:
+    """The format that a file's name says.
+
+    Raises:
+        UsageError: it says none.
+    """
+    meant = FORMATS_BY_SUFFIX.get(path.suffix.lower())
+    if meant is None:
+        raise UsageError(f"{path}: name a file that ends in {', '.join(FORMATS_BY_SUFFIX)}")
+    return meant
 
 
 def preview_folder(folder: Path) -> Path:
@@ -77,8 +103,22 @@ def preview_name(prompt_index: int, step: int, media_type: str) -> str:
     return f"preview-{prompt_index}-{step:03d}{_SUFFIXES_BY_MEDIA_TYPE.get(media_type, '.bin')}"
 
 
+def _check_name(path: Path) -> None:
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name that is too long, a loop of links
+            raise UsageError(f"{path}: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder")
+
+
 def _check_writable(folder: Path) -> None:
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: cannot be written")
+        raise UsageError(f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY_PREFIX) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None

@@ -8,11 +8,12 @@ from pathlib import Path
 import typer
 
 from chromarpc.cli.event_json import error_line, event_line
+from chromarpc.cli.exits import NotSaved, file_error, say
 from chromarpc.cli.files import ImageFiles, preview_name
 from chromarpc.cli.progress import Display
 from chromarpc.client import EventStream
 from chromarpc.errors import ChromarpcError
-from chromarpc.events import Event, ImageReady, Preview
+from chromarpc.events import Accepted, Event, ImageReady, Preview
 from chromarpc.images import write_file
 
 
@@ -28,22 +29,41 @@ def follow(
         shown: for people.
         events: print every event as a line of JSON.
 
+    A file that cannot be written stops nothing: the job goes on, and what it draws stays with the server.
+
     Raises:
         ChromarpcError: how the stream ended, where it did not end well.
+        NotSaved: it did end well, and a file could not be written.
     """
     on_screen = sys.stdout.isatty() and sys.stderr.isatty()  # then the display has told the paths already
+    job_id = ""
+    unsaved: dict[type, OSError] = {}
     try:
         for event in stream:
-            path = _save(event, files, preview_dir)
-            shown.show(event, path)
+            if isinstance(event, Accepted):
+                job_id = event.job_id
+            path = None
+            try:
+                path = _save(event, files, preview_dir)
+            except OSError as error:
+                unsaved.setdefault(type(event), error)
+            else:
+                shown.show(event, path)
             if events:
                 typer.echo(event_line(event, path))
-            elif isinstance(event, ImageReady) and not on_screen:
+            elif isinstance(event, ImageReady) and path is not None and not on_screen:
                 typer.echo(str(path))
     except ChromarpcError as error:
         if events:
             typer.echo(error_line(error))
+        for problem in unsaved.values():
+            say(f"error: {file_error(problem)}")
         raise
+    if unsaved:
+        lines = [f"error: {file_error(error)}" for error in unsaved.values()]
+        if ImageReady in unsaved:
+            lines.append(f"The server keeps what was drawn: chromarpc job watch {job_id} -o FILE")
+        raise NotSaved(lines)
 
 
 def _save(event: Event, files: ImageFiles, preview_dir: Path | None) -> Path | None:

@@ -98,6 +98,8 @@ def _info_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]
     for name, version in sorted(found.library_versions.items()):
         yield f"  {name}: {version}"
     yield f"device     {device.id} ({device.name}, {bytes_text(device.memory_bytes)}, {device.dtype})"
+    for fallback in device.fallbacks:
+        yield f"  {fallback.message}"
     yield f"queue      {queue.running_jobs} running, {queue.queued_jobs} waiting"
     yield "profiles"
     for profile in found.profiles:

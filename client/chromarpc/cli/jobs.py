@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chromarpc.cli.connection import with_client
 from chromarpc.cli.event_json import message_json
 from chromarpc.cli.exits import EXIT_CODES_HELP, printable, say
-from chromarpc.cli.files import image_files, preview_folder
+from chromarpc.cli.files import image_files, output_file, preview_folder
 from chromarpc.cli.following import follow
 from chromarpc.cli.progress import bytes_text, display
 from chromarpc.cli.request import request_format
@@ -111,6 +111,8 @@ def watch(
 
     Ctrl-C ends the watching and not the job.
     """
+    if output is not None:
+        output_file(output)
     plan = client.get_job(job_id).plan
     files, _ = image_files(output, request_format(plan.output), len(plan.prompts))
     if preview_dir is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +15,18 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from chromarpc.cli.connection import with_client
-from chromarpc.cli.exits import UsageError, printable, say
+from chromarpc.cli.exits import NotSaved, UsageError, file_error, printable, say
+from chromarpc.cli.files import output_file
 from chromarpc.client import Client
-from chromarpc.events import ImageReady
-from chromarpc.images import GeneratedImage
+from chromarpc.events import ImageFormat, ImageReady
+from chromarpc.images import GeneratedImage, write_file
 from chromarpc.request import Lora, build_request
 
 MAX_CELLS = 256
 MARGIN_PX = 6
 LABEL_PX = 18
+LONGEST_SIDES_PX: dict[ImageFormat, int] = {"jpeg": 65_500, "webp": 16_383}
+"""What the formats can hold; a PNG holds any sheet."""
 SWEEP_EXAMPLES = """\b
 Examples:
   chromarpc sweep "a cat" --lora job/my.safetensors:0,0.5,1 -o sweep.png
@@ -66,7 +71,9 @@ def sweep(
             help="LoRA and its multipliers; one with several makes columns, a second one, with one prompt, rows.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write, overwriting.")] = Path("sweep.png"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write, overwriting; .png, .jpg or .webp.")
+    ] = Path("sweep.png"),
     model: Annotated[str | None, typer.Option(help="Model id; chroma when left out.")] = None,
     trigger_word: Annotated[str | None, typer.Option(help="Replaces [trigger] in the prompts.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, 64 to 4096.")] = None,
@@ -88,6 +95,8 @@ def sweep(
     settings = list(itertools.product(*(one.multipliers for one in sweeps)))
     if len(settings) * len(prompts) > MAX_CELLS:
         raise UsageError(f"{len(settings) * len(prompts)} pictures are more than {MAX_CELLS}")
+    image_format = output_file(output)
+    _check_size(image_format, sweeps, varied, len(settings) * len(prompts), tile)
     options = {
         "model": model, "trigger_word": trigger_word, "width": width, "height": height,
         "sample_steps": sample_steps, "guidance_scale": guidance_scale,
@@ -100,8 +109,41 @@ def sweep(
         request = build_request(prompts, **given, seed=seed, loras=loras)
         with client.generate_request(request) as stream:
             columns.append([event.image for event in stream if isinstance(event, ImageReady)])
-    _sheet(columns, sweeps, varied, settings, prompts, tile).save(output)
-    typer.echo(str(output))
+    sheet = _sheet(columns, sweeps, varied, settings, prompts, tile)
+    typer.echo(str(_saved(sheet, output, image_format)))
+
+
+def _saved(sheet: Image.Image, output: Path, image_format: ImageFormat) -> Path:
+    """Writes the sheet, elsewhere where it cannot be written where it should be.
+
+    Raises:
+        NotSaved: it is not where it should be.
+    """
+    encoded = io.BytesIO()
+    sheet.save(encoded, image_format, **({} if image_format == "png" else {"quality": 95}))
+    try:
+        return write_file(output, encoded.getvalue())
+    except OSError as error:
+        lines = [f"error: {file_error(error)}"]
+    try:
+        elsewhere = write_file(Path(tempfile.mkdtemp(prefix="chromarpc-")) / output.name, encoded.getvalue())
+        lines.append(f"The sheet is in {elsewhere}")
+    except OSError:
+        lines.append("The server keeps the pictures: chromarpc job ls")
+    raise NotSaved(lines)
+
+
+def _check_size(
+    image_format: ImageFormat, sweeps: Sequence[Sweep], varied: Sequence[int], pictures: int, tile: int
+) -> None:
+    across = len(sweeps[varied[-1] if varied else 0].multipliers)
+    width = across * (tile + MARGIN_PX) + MARGIN_PX
+    height = LABEL_PX + MARGIN_PX + pictures // across * (tile + LABEL_PX + MARGIN_PX)
+    limit = LONGEST_SIDES_PX.get(image_format)
+    if limit is not None and max(width, height) > limit:
+        raise UsageError(
+            f"a sheet of {width}x{height} is more than a {image_format} can hold: take a smaller --tile, or .png"
+        )
 
 
 def _sheet(

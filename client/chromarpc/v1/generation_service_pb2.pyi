@@ -29,19 +29,27 @@ class _DisconnectPolicy:
 class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DisconnectPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
-    """The default: `DISCONNECT_POLICY_CANCEL`."""
+    """The default: `DISCONNECT_POLICY_CANCEL` without a `request_id`. With one, the job goes on for as long as the
+    server's `reattach_s` says (60 s unless it was set), and is then cancelled, unless the same request comes again
+    or somebody watches it. Clients whose user cancels call `CancelJob`.
+    """
     DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
-    """The job is cancelled, within one denoising step."""
+    """The job is cancelled at once, within one denoising step."""
     DISCONNECT_POLICY_DETACH: _DisconnectPolicy.ValueType  # 2
     """The job goes on; `WatchJob` or the same `request_id` comes back to it."""
 
 class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWrapper):
-    """What becomes of a job when the caller of `Generate` goes away or cancels the call."""
+    """What becomes of a job when the last caller of `Generate` that holds on to it goes away or cancels the call, which
+    the server cannot tell apart. `CancelJob` stops it under any policy.
+    """
 
 DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
-"""The default: `DISCONNECT_POLICY_CANCEL`."""
+"""The default: `DISCONNECT_POLICY_CANCEL` without a `request_id`. With one, the job goes on for as long as the
+server's `reattach_s` says (60 s unless it was set), and is then cancelled, unless the same request comes again
+or somebody watches it. Clients whose user cancels call `CancelJob`.
+"""
 DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
-"""The job is cancelled, within one denoising step."""
+"""The job is cancelled at once, within one denoising step."""
 DISCONNECT_POLICY_DETACH: DisconnectPolicy.ValueType  # 2
 """The job goes on; `WatchJob` or the same `request_id` comes back to it."""
 Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
@@ -86,10 +94,11 @@ class GenerateRequest(_message.Message):
     """What a seed means. Today's draw when unspecified."""
     request_id: _builtins.str
     """A UUID that makes the call safe to repeat: the same request under the same id attaches to the same job. Another
-    request under it fails with `REQUEST_ID_REUSED`.
+    request under it fails with `REQUEST_ID_REUSED`. A job that was cancelled because its caller stayed away gives
+    its id up: the same request then makes another one.
     """
     on_disconnect: Global___DisconnectPolicy.ValueType
-    """What becomes of the job when the caller of `Generate` goes away. Cancelled when unspecified."""
+    """What becomes of the job when the caller of `Generate` goes away."""
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
         """Adapters, applied in this order. None serves the bare base model."""

@@ -51,8 +51,8 @@ class GenerationServiceServicer(object):
 
         The first event is always `accepted`. Every image arrives as one `image_header` followed by its
         `image_chunk`s, as soon as it is ready. The last event is `completed`, `failed` or `cancelled`; after the
-        latter two the call also ends with the matching gRPC status. Cancelling the call, its deadline or losing
-        the client stops the work within one denoising step.
+        latter two the call also ends with the matching gRPC status. Its deadline stops the work within one denoising
+        step; so does cancelling the call or losing the client, unless `on_disconnect` or a `request_id` says otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

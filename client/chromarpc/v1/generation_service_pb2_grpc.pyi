@@ -38,8 +38,8 @@ class GenerationServiceStub:
 
     The first event is always `accepted`. Every image arrives as one `image_header` followed by its
     `image_chunk`s, as soon as it is ready. The last event is `completed`, `failed` or `cancelled`; after the
-    latter two the call also ends with the matching gRPC status. Cancelling the call, its deadline or losing
-    the client stops the work within one denoising step.
+    latter two the call also ends with the matching gRPC status. Its deadline stops the work within one denoising
+    step; so does cancelling the call or losing the client, unless `on_disconnect` or a `request_id` says otherwise.
     """
 
 @_typing.type_check_only
@@ -52,8 +52,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     The first event is always `accepted`. Every image arrives as one `image_header` followed by its
     `image_chunk`s, as soon as it is ready. The last event is `completed`, `failed` or `cancelled`; after the
-    latter two the call also ends with the matching gRPC status. Cancelling the call, its deadline or losing
-    the client stops the work within one denoising step.
+    latter two the call also ends with the matching gRPC status. Its deadline stops the work within one denoising
+    step; so does cancelling the call or losing the client, unless `on_disconnect` or a `request_id` says otherwise.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -69,8 +69,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The first event is always `accepted`. Every image arrives as one `image_header` followed by its
         `image_chunk`s, as soon as it is ready. The last event is `completed`, `failed` or `cancelled`; after the
-        latter two the call also ends with the matching gRPC status. Cancelling the call, its deadline or losing
-        the client stops the work within one denoising step.
+        latter two the call also ends with the matching gRPC status. Its deadline stops the work within one denoising
+        step; so does cancelling the call or losing the client, unless `on_disconnect` or a `request_id` says otherwise.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -858,7 +858,7 @@ Global___ImageHeader: _TypeAlias = ImageHeader  # noqa: Y015
 
 @_typing.final
 class ImageChunk(_message.Message):
-    """A part of an image's bytes, at most 1 MiB, in order."""
+    """A part of an image's bytes, in order: 128 KiB today, at most 1 MiB ever."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -27,15 +27,28 @@ from chromarpc.v1 import job_event_pb2 as chromarpc_dot_v1_dot_job__event__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63hromarpc/v1/job_service.proto\x12\x0c\x63hromarpc.v1\x1a%chromarpc/v1/generation_service.proto\x1a\x1c\x63hromarpc/v1/job_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.chromarpc.v1.JobState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04plan\x18\x08 \x01(\x0b\x32\x16.chromarpc.v1.Accepted\x12\x15\n\rlast_sequence\x18\t \x01(\x04\x12\x16\n\x0equeue_position\x18\n \x01(\x05\x12\x12\n\ndone_steps\x18\x0b \x01(\x05\x12\x13\n\x0btotal_steps\x18\x0c \x01(\x05\x12)\n\x06images\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ImageHeader\x12%\n\x07\x66\x61ilure\x18\x0e \x01(\x0b\x32\x14.chromarpc.v1.Failed\x12\x15\n\rattempt_count\x18\x0f \x01(\x05\"B\n\x10\x43reateJobRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.chromarpc.v1.GenerateRequest\"D\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"S\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x18\n\x10omit_image_bytes\x18\x03 \x01(\x08\"9\n\x10WatchJobResponse\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x16.chromarpc.v1.JobEvent\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\"\x93\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12&\n\x06states\x18\x03 \x03(\x0e\x32\x16.chromarpc.v1.JobState\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.chromarpc.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"M\n\x0fGetImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0cprompt_index\x18\x02 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"~\n\x10GetImageResponse\x12\x31\n\x0cimage_header\x18\x01 \x01(\x0b\x32\x19.chromarpc.v1.ImageHeaderH\x00\x12/\n\x0bimage_chunk\x18\x02 \x01(\x0b\x32\x18.chromarpc.v1.ImageChunkH\x00\x42\x06\n\x04part*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xa0\x04\n\nJobService\x12L\n\tCreateJob\x12\x1e.chromarpc.v1.CreateJobRequest\x1a\x1f.chromarpc.v1.CreateJobResponse\x12K\n\x08WatchJob\x12\x1d.chromarpc.v1.WatchJobRequest\x1a\x1e.chromarpc.v1.WatchJobResponse0\x01\x12\x43\n\x06GetJob\x12\x1b.chromarpc.v1.GetJobRequest\x1a\x1c.chromarpc.v1.GetJobResponse\x12I\n\x08ListJobs\x12\x1d.chromarpc.v1.ListJobsRequest\x1a\x1e.chromarpc.v1.ListJobsResponse\x12L\n\tCancelJob\x12\x1e.chromarpc.v1.CancelJobRequest\x1a\x1f.chromarpc.v1.CancelJobResponse\x12L\n\tDeleteJob\x12\x1e.chromarpc.v1.DeleteJobRequest\x1a\x1f.chromarpc.v1.DeleteJobResponse\x12K\n\x08GetImage\x12\x1d.chromarpc.v1.GetImageRequest\x1a\x1e.chromarpc.v1.GetImageResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63hromarpc/v1/job_service.proto\x12\x0c\x63hromarpc.v1\x1a%chromarpc/v1/generation_service.proto\x1a\x1c\x63hromarpc/v1/job_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.chromarpc.v1.JobState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04plan\x18\x08 \x01(\x0b\x32\x16.chromarpc.v1.Accepted\x12\x15\n\rlast_sequence\x18\t \x01(\x04\x12\x16\n\x0equeue_position\x18\n \x01(\x05\x12\x12\n\ndone_steps\x18\x0b \x01(\x05\x12\x13\n\x0btotal_steps\x18\x0c \x01(\x05\x12)\n\x06images\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ImageHeader\x12%\n\x07\x66\x61ilure\x18\x0e \x01(\x0b\x32\x14.chromarpc.v1.Failed\x12\x15\n\rattempt_count\x18\x0f \x01(\x05\"B\n\x10\x43reateJobRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.chromarpc.v1.GenerateRequest\"D\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"S\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x18\n\x10omit_image_bytes\x18\x03 \x01(\x08\"9\n\x10WatchJobResponse\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x16.chromarpc.v1.JobEvent\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\"\x93\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12&\n\x06states\x18\x03 \x03(\x0e\x32\x16.chromarpc.v1.JobState\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.chromarpc.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"O\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x17\n\x0fwhen_unattended\x18\x03 \x01(\x08\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.chromarpc.v1.Job\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"M\n\x0fGetImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0cprompt_index\x18\x02 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"~\n\x10GetImageResponse\x12\x31\n\x0cimage_header\x18\x01 \x01(\x0b\x32\x19.chromarpc.v1.ImageHeaderH\x00\x12/\n\x0bimage_chunk\x18\x02 \x01(\x0b\x32\x18.chromarpc.v1.ImageChunkH\x00\x42\x06\n\x04part*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xbe\x04\n\nJobService\x12L\n\tCreateJob\x12\x1e.chromarpc.v1.CreateJobRequest\x1a\x1f.chromarpc.v1.CreateJobResponse\x12P\n\x08WatchJob\x12\x1d.chromarpc.v1.WatchJobRequest\x1a\x1e.chromarpc.v1.WatchJobResponse\"\x03\x90\x02\x01\x30\x01\x12H\n\x06GetJob\x12\x1b.chromarpc.v1.GetJobRequest\x1a\x1c.chromarpc.v1.GetJobResponse\"\x03\x90\x02\x01\x12N\n\x08ListJobs\x12\x1d.chromarpc.v1.ListJobsRequest\x1a\x1e.chromarpc.v1.ListJobsResponse\"\x03\x90\x02\x01\x12Q\n\tCancelJob\x12\x1e.chromarpc.v1.CancelJobRequest\x1a\x1f.chromarpc.v1.CancelJobResponse\"\x03\x90\x02\x02\x12Q\n\tDeleteJob\x12\x1e.chromarpc.v1.DeleteJobRequest\x1a\x1f.chromarpc.v1.DeleteJobResponse\"\x03\x90\x02\x02\x12P\n\x08GetImage\x12\x1d.chromarpc.v1.GetImageRequest\x1a\x1e.chromarpc.v1.GetImageResponse\"\x03\x90\x02\x01\x30\x01\x42\x9a\x01\n\x0c\x63hromarpc.v1B\x0fJobServiceProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chromarpc.v1.job_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1603
-  _globals['_JOBSTATE']._serialized_end=1757
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\014chromarpc.v1B\017JobServiceProtoP\001Z\030chromarpc/v1;chromarpcv1\242\002\003CRP\252\002\014Chromarpc.V1\272\002\rChromarpc_V1_\312\002\014Chromarpc\\V1\342\002\030Chromarpc\\V1\\GPBMetadata\352\002\rChromarpc::V1'
+  _globals['_JOBSERVICE'].methods_by_name['WatchJob']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['WatchJob']._serialized_options = b'\220\002\001'
+  _globals['_JOBSERVICE'].methods_by_name['GetJob']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['GetJob']._serialized_options = b'\220\002\001'
+  _globals['_JOBSERVICE'].methods_by_name['ListJobs']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['ListJobs']._serialized_options = b'\220\002\001'
+  _globals['_JOBSERVICE'].methods_by_name['CancelJob']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['CancelJob']._serialized_options = b'\220\002\002'
+  _globals['_JOBSERVICE'].methods_by_name['DeleteJob']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['DeleteJob']._serialized_options = b'\220\002\002'
+  _globals['_JOBSERVICE'].methods_by_name['GetImage']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['GetImage']._serialized_options = b'\220\002\001'
+  _globals['_JOBSTATE']._serialized_start=1648
+  _globals['_JOBSTATE']._serialized_end=1802
   _globals['_JOB']._serialized_start=151
   _globals['_JOB']._serialized_end=654
   _globals['_CREATEJOBREQUEST']._serialized_start=656
@@ -55,17 +68,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTJOBSRESPONSE']._serialized_start=1171
   _globals['_LISTJOBSRESPONSE']._serialized_end=1247
   _globals['_CANCELJOBREQUEST']._serialized_start=1249
-  _globals['_CANCELJOBREQUEST']._serialized_end=1283
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1285
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1336
-  _globals['_DELETEJOBREQUEST']._serialized_start=1338
-  _globals['_DELETEJOBREQUEST']._serialized_end=1372
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1374
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1393
-  _globals['_GETIMAGEREQUEST']._serialized_start=1395
-  _globals['_GETIMAGEREQUEST']._serialized_end=1472
-  _globals['_GETIMAGERESPONSE']._serialized_start=1474
-  _globals['_GETIMAGERESPONSE']._serialized_end=1600
-  _globals['_JOBSERVICE']._serialized_start=1760
-  _globals['_JOBSERVICE']._serialized_end=2304
+  _globals['_CANCELJOBREQUEST']._serialized_end=1328
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1330
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1381
+  _globals['_DELETEJOBREQUEST']._serialized_start=1383
+  _globals['_DELETEJOBREQUEST']._serialized_end=1417
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1419
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1438
+  _globals['_GETIMAGEREQUEST']._serialized_start=1440
+  _globals['_GETIMAGEREQUEST']._serialized_end=1517
+  _globals['_GETIMAGERESPONSE']._serialized_start=1519
+  _globals['_GETIMAGERESPONSE']._serialized_end=1645
+  _globals['_JOBSERVICE']._serialized_start=1805
+  _globals['_JOBSERVICE']._serialized_end=2379
 # @@protoc_insertion_point(module_scope)

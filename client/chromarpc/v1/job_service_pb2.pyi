@@ -60,7 +60,7 @@ Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
-    """A job as it is now."""
+    """A job as it is now; at most 2 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -313,7 +313,7 @@ class ListJobsRequest(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     CREATED_AFTER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Jobs in one answer, 1 to 1000; 0 for 100."""
+    """The most jobs in one answer, 1 to 1000; 0 for 100."""
     page_token: _builtins.str
     """`next_page_token` of the answer before; empty for the first page."""
     @_builtins.property
@@ -370,21 +370,32 @@ Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
 
 @_typing.final
 class CancelJobRequest(_message.Message):
-    """Which job to stop."""
+    """Which job to stop: exactly one of `job_id` and `request_id`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WHEN_UNATTENDED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """Id of the job. Required."""
+    """Id of the job."""
+    request_id: _builtins.str
+    """The `request_id` that it was made under, for callers that were not told its id yet."""
+    when_unattended: _builtins.bool
+    """For a caller of `Generate` that leaves: stops the job only once no other one holds on to it and nobody watches
+    it. That is at once, unless somebody does; then the last one who goes ends it without delay. A job that goes on
+    without callers is left alone.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        when_unattended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "request_id", b"request_id", "when_unattended", b"when_unattended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

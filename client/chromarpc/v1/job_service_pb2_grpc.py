@@ -105,7 +105,7 @@ class JobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Lists jobs, newest first.
+        """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +113,8 @@ class JobServiceServicer(object):
 
     def CancelJob(self, request, context):
         """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended.
+        Once this has answered, the job is not run again after a crash or a restart either; where that cannot be written
+        down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

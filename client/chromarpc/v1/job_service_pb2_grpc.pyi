@@ -48,9 +48,12 @@ class JobServiceStub:
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
     """Tells how a job is."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
-    """Lists jobs, newest first."""
+    """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]
-    """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended."""
+    """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended.
+    Once this has answered, the job is not run again after a crash or a restart either; where that cannot be written
+    down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
     """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`."""
     GetImage: _grpc.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]
@@ -76,9 +79,12 @@ class JobServiceAsyncStub(JobServiceStub):
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """Tells how a job is."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """Lists jobs, newest first."""
+    """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended."""
+    """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended.
+    Once this has answered, the job is not run again after a crash or a restart either; where that cannot be written
+    down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
+    """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`."""
     GetImage: _aio.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]  # type: ignore[assignment]
@@ -125,7 +131,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ListJobsResponse, _abc.Awaitable[_job_service_pb2.ListJobsResponse]]:
-        """Lists jobs, newest first."""
+        """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least."""
 
     @_abc_1.abstractmethod
     def CancelJob(
@@ -133,7 +139,10 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.CancelJobResponse, _abc.Awaitable[_job_service_pb2.CancelJobResponse]]:
-        """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended."""
+        """Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended.
+        Once this has answered, the job is not run again after a crash or a restart either; where that cannot be written
+        down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
+        """
 
     @_abc_1.abstractmethod
     def DeleteJob(

@@ -484,6 +484,7 @@ class Device(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`cpu` or `cuda:0`."""
     name: _builtins.str
@@ -492,6 +493,10 @@ class Device(_message.Message):
     """Memory in bytes."""
     dtype: _builtins.str
     """Type of the computation: `float32` or `bfloat16`."""
+    @_builtins.property
+    def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceFallback]:
+        """What it does without though it should not have to, as far as anything was tried. Empty on a CPU."""
+
     def __init__(
         self,
         *,
@@ -499,14 +504,43 @@ class Device(_message.Message):
         name: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         dtype: _builtins.str = ...,
+        fallbacks: _abc.Iterable[Global___DeviceFallback] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fallbacks", b"fallbacks", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class DeviceFallback(_message.Message):
+    """Something that makes a GPU fast and that this one does without."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHOUT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    without: _builtins.str
+    """`kernels` (compiled by Triton), `attention` (FlashAttention-3, where installed), `decoder` (the fused one),
+    `step_graphs` or `encoder_graph` (CUDA graphs).
+    """
+    message: _builtins.str
+    """A sentence for people, with the reason."""
+    def __init__(
+        self,
+        *,
+        without: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "without", b"without"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceFallback: _TypeAlias = DeviceFallback  # noqa: Y015
 
 @_typing.final
 class Profile(_message.Message):

@@ -15,6 +15,7 @@ import {
   fromThrown,
   ProtocolError,
   ServerUnavailable,
+  StatusError,
 } from "./errors.js";
 import type { GenerationEvent } from "./events.js";
 import {
@@ -37,6 +38,8 @@ import { randomUuid, waitFor } from "./waiting.js";
 export const DEFAULT_UNARY_TIMEOUT_MS = 10_000;
 /** Inspecting reads a whole adapter. */
 const INSPECT_TIMEOUT_MS = 120_000;
+/** How long leaving a generation takes at most. */
+const LEAVE_TIMEOUT_MS = 2000;
 /** Waits before the tries that follow a lost connection; an event that arrives starts over. */
 const RECONNECT_DELAYS_MS = [250, 500, 1000, 2000, 4000, 8000, 8000, 8000, 8000, 8000];
 
@@ -108,7 +111,8 @@ export class BaseClient {
   /**
    * Runs a generation and yields its events; one image for each prompt.
    *
-   * Leaving the loop before its end cancels the call, and the server stops within one step.
+   * Leaving the loop before its end cancels the call, and the server stops within one step. A lost connection does
+   * not where the request has a `requestId`: the same request finds the job again for a while.
    *
    * @throws InvalidRequest an argument that no request can hold, or that the server refuses.
    * @throws StatusError the generation ended with an error; see errors.ts.
@@ -132,18 +136,41 @@ export class BaseClient {
     }
     const reader = new StreamReader();
     const connection = this.#connection(control);
-    yield* this.#read(reader, this.#generation.generate(request, connection.call), connection);
+    const events = this.#read(reader, this.#generation.generate(request, connection.call), connection);
+    const { requestId, onDisconnect } = request;
+    if (!requestId || onDisconnect !== DisconnectPolicy.UNSPECIFIED) {
+      yield* events;
+      return;
+    }
+    let isLeft = true;
+    try {
+      yield* events;
+      isLeft = false;
+    } catch (error) {
+      // The server knows of its own errors; where it cannot be reached, it keeps the job for who comes back.
+      isLeft = control.signal?.aborted === true || !(error instanceof StatusError);
+      throw error;
+    } finally {
+      // Such a job outlives its call, as if the connection had been lost; others may hold on to it too.
+      if (isLeft) await this.#cancelLeft(reader, requestId, true);
+    }
+  }
+
+  /** Has the server stop a job that was left; a server that cannot be told ends it by itself, only later. */
+  async #cancelLeft(reader: StreamReader, requestId: string, whenUnattended: boolean): Promise<void> {
+    if (reader.ending !== undefined || reader.isCompleted) return;
+    const job = reader.plan === undefined ? { requestId } : { jobId: reader.plan.jobId };
+    await this.#ask({ timeoutMs: LEAVE_TIMEOUT_MS }, (call) =>
+      this.#jobs.cancelJob({ ...job, whenUnattended }, call),
+    ).catch(() => undefined);
   }
 
   async *#generateReattaching(
     request: GenerateRequest,
     control: GenerateControl,
   ): AsyncGenerator<GenerationEvent, void, undefined> {
-    const lasting = {
-      ...request,
-      requestId: request.requestId || randomUuid(),
-      onDisconnect: DisconnectPolicy.DETACH,
-    };
+    const requestId = request.requestId || randomUuid();
+    const lasting = { ...request, requestId, onDisconnect: DisconnectPolicy.DETACH };
     const reader = new StreamReader();
     let isOver = false;
     try {
@@ -154,9 +181,8 @@ export class BaseClient {
       );
       isOver = true;
     } finally {
-      if (!isOver && reader.plan !== undefined && reader.ending === undefined) {
-        await this.cancelJob(reader.plan.jobId).catch(() => undefined);
-      }
+      // Also before the server told the job's id: nothing else would end a job that outlives its caller.
+      if (!isOver) await this.#cancelLeft(reader, requestId, false);
     }
   }
 

@@ -19,6 +19,8 @@
  *     │   │   ├── LoraForbidden     LORA_FORBIDDEN
  *     │   │   ├── LoraDownloadFailed LORA_DOWNLOAD_FAILED
  *     │   │   ├── UploadOutOfOrder  UPLOAD_OUT_OF_ORDER
+ *     │   │   ├── LoraChanged       LORA_CHANGED
+ *     │   │   ├── NotKept           NOT_KEPT
  *     │   │   ├── WeightsMissing    WEIGHTS_MISSING
  *     │   │   ├── WeightsInvalid    WEIGHTS_INVALID
  *     │   │   └── JobNotEnded       JOB_NOT_ENDED
@@ -28,12 +30,15 @@
  *     │   │   ├── QuotaExceeded     QUOTA_EXCEEDED                       `metadata` names the quota
  *     │   │   └── OutOfMemory       OUT_OF_MEMORY
  *     │   ├── ServerUnavailable     UNAVAILABLE                          nobody listens, or it broke off
- *     │   │   └── Draining          DRAINING
+ *     │   │   ├── Draining          DRAINING
+ *     │   │   └── StoreUnavailable  STORE_UNAVAILABLE                    its disk is full, or fails
  *     │   ├── DeadlineExceeded      DEADLINE_EXCEEDED                    `timeoutMs` passed
  *     │   │   └── QueueTimeExceeded QUEUE_TIME_EXCEEDED
  *     │   ├── Cancelled             CANCELLED                            by this side or by the server
  *     │   ├── AccessDenied          UNAUTHENTICATED, PERMISSION_DENIED
  *     │   └── ServerError           INTERNAL, UNKNOWN and all other codes
+ *     │       ├── AttemptsExhausted ATTEMPTS_EXHAUSTED
+ *     │       ├── DeviceHung        DEVICE_HUNG
  *     │       └── DeviceLost        DEVICE_LOST
  *     └── ProtocolError             the stream broke its contract: bytes missing or changed, no last event
  *
@@ -129,6 +134,10 @@ export class LoraForbidden extends FailedPrecondition {}
 export class LoraDownloadFailed extends FailedPrecondition {}
 /** The bytes do not go on where the upload is; `metadata.expected_offset` says where that is. */
 export class UploadOutOfOrder extends FailedPrecondition {}
+/** The adapter has other bytes than when the job was admitted, or is gone. */
+export class LoraChanged extends FailedPrecondition {}
+/** After a restart the job needs what the server does not store: a token, or its prompts. */
+export class NotKept extends FailedPrecondition {}
 /** The model's files are not on the server; the message gives the command that fetches them. */
 export class WeightsMissing extends FailedPrecondition {}
 /** The model's files are damaged, or of another architecture. */
@@ -149,6 +158,8 @@ export class OutOfMemory extends ResourceExhausted {}
 export class ServerUnavailable extends StatusError {}
 /** The server is starting or stopping and takes no work. */
 export class Draining extends ServerUnavailable {}
+/** The server answers, and cannot store the job or what came of it: its disk is full, or fails. */
+export class StoreUnavailable extends ServerUnavailable {}
 /** `timeoutMs` passed; the server has stopped the job. */
 export class DeadlineExceeded extends StatusError {}
 /** The job waited in the queue for longer than its `maxQueueTimeMs`. */
@@ -159,6 +170,10 @@ export class Cancelled extends StatusError {}
 export class AccessDenied extends StatusError {}
 /** The server, or something between, failed in a way it did not foresee. */
 export class ServerError extends StatusError {}
+/** The server was stopped, or died, each time it ran the job. */
+export class AttemptsExhausted extends ServerError {}
+/** The server's device does not answer; the server restarts. */
+export class DeviceHung extends ServerError {}
 /** The server's device cannot be used any more; the server restarts. */
 export class DeviceLost extends ServerError {}
 
@@ -184,6 +199,7 @@ const BY_CODE: Readonly<Record<Code, StatusErrorClass>> = {
 };
 
 const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
+  INVALID_PARAMETER: InvalidRequest,
   LORA_INVALID: LoraInvalid,
   MODEL_NOT_FOUND: ModelNotFound,
   LORA_NOT_FOUND: LoraNotFound,
@@ -198,6 +214,8 @@ const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
   LORA_CONTENT_CHANGED: LoraContentChanged,
   LORA_FORBIDDEN: LoraForbidden,
   LORA_DOWNLOAD_FAILED: LoraDownloadFailed,
+  LORA_CHANGED: LoraChanged,
+  NOT_KEPT: NotKept,
   UPLOAD_OUT_OF_ORDER: UploadOutOfOrder,
   WEIGHTS_MISSING: WeightsMissing,
   WEIGHTS_INVALID: WeightsInvalid,
@@ -205,7 +223,14 @@ const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
   UPLOADS_FULL: UploadsFull,
   OUT_OF_MEMORY: OutOfMemory,
   DRAINING: Draining,
+  STORE_UNAVAILABLE: StoreUnavailable,
+  CANCELLED: Cancelled,
+  DEADLINE_EXCEEDED: DeadlineExceeded,
+  UNAUTHENTICATED: AccessDenied,
+  ATTEMPTS_EXHAUSTED: AttemptsExhausted,
+  DEVICE_HUNG: DeviceHung,
   DEVICE_LOST: DeviceLost,
+  INTERNAL: ServerError,
 };
 
 /** The error of a status; the code rules, the reason refines. */
@@ -248,7 +273,8 @@ export function fromThrown(thrown: unknown, target: string, signal: AbortSignal 
   const code = isLostConnection(error) ? Code.Unavailable : error.code;
   let message = error.rawMessage || `the call ended with ${Code[code]}`;
   if (code === Code.Unavailable && info === undefined) message = `cannot reach ${target}: ${message}`;
-  if (code === Code.DeadlineExceeded) message = "the time limit passed before the server was done";
+  if (code === Code.DeadlineExceeded && info === undefined)
+    message = "the time limit passed before the server was done";
   return statusError(message, {
     code,
     reason: info?.reason ?? "",

@@ -1,5 +1,6 @@
 /** In Node: gRPC over HTTP/2. */
-import type { SecureClientSessionOptions } from "node:http2";
+import type { ClientSessionOptions, SecureClientSessionOptions } from "node:http2";
+import { connect } from "node:net";
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
 import { authorization, BaseClient, type ClientOptions } from "./client.js";
 
@@ -9,7 +10,7 @@ export * from "./common.js";
 export const DEFAULT_TARGET = "http://127.0.0.1:50051";
 /** A generation may say nothing for 10 s; without pings a dead connection would look like a slow one for minutes. */
 const PING_INTERVAL_MS = 20_000;
-/** Images come in parts of 1 MiB, previews whole. */
+/** Images come in parts of 128 KiB, never of more than 1 MiB; previews whole. */
 const READ_MAX_BYTES = 16 * 2 ** 20;
 
 /** How a client connects. */
@@ -23,15 +24,21 @@ export class Client extends BaseClient {
   readonly #sessions: Http2SessionManager;
 
   /**
-   * @param target the server's address, `http://` or `https://`.
+   * @param target the server's address: `http://…`, `https://…`, or as the server prints it: `127.0.0.1:50051`,
+   *   `[::1]:50051`, `unix:/run/chromarpc.sock`.
    * @throws TypeError no address, or a token that may not be sent.
    */
   constructor(target: string = DEFAULT_TARGET, options: NodeClientOptions = {}) {
-    const interceptors = authorization(target, options);
-    const sessions = new Http2SessionManager(target, { pingIntervalMs: PING_INTERVAL_MS }, options.tls);
+    const { url, session } = address(target);
+    const interceptors = authorization(url, options);
+    const sessions = new Http2SessionManager(
+      url,
+      { pingIntervalMs: PING_INTERVAL_MS },
+      { ...options.tls, ...session },
+    );
     super(
       createGrpcTransport({
-        baseUrl: target,
+        baseUrl: url,
         interceptors,
         sessionManager: sessions,
         readMaxBytes: READ_MAX_BYTES,
@@ -46,4 +53,20 @@ export class Client extends BaseClient {
   close(): void {
     this.#sessions.abort();
   }
+}
+
+/**
+ * Where calls go, and how a connection to there is made.
+ *
+ * @throws TypeError a Unix socket without a file, which not every Node can reach.
+ */
+function address(target: string): { url: string; session: ClientSessionOptions } {
+  if (target.startsWith("unix-abstract:")) {
+    throw new TypeError(`${target}: give the server a Unix socket with a file, unix:/path`);
+  }
+  const path = /^unix:(?:\/\/(?=\/))?(.+)$/.exec(target)?.[1];
+  if (path !== undefined) {
+    return { url: "http://localhost", session: { createConnection: () => connect(path) } };
+  }
+  return { url: /^[a-z][a-z0-9+.-]*:\/\//i.test(target) ? target : `http://${target}`, session: {} };
 }

@@ -4,15 +4,25 @@ import { authorization, BaseClient, type ClientOptions } from "./client.js";
 
 export * from "./common.js";
 
+/** How a client in a browser connects. */
+export interface WebClientOptions extends ClientOptions {
+  /** Makes the requests in place of the browser's own `fetch`, to set options such as `keepalive`. */
+  readonly fetch?: typeof globalThis.fetch | undefined;
+}
+
 /** Speaks to one server. */
 export class Client extends BaseClient {
   /**
    * @param target the gateway's address; the page's own origin when left out.
    * @throws TypeError a token that may not be sent.
    */
-  constructor(target: string = globalThis.location.origin, options: ClientOptions = {}) {
+  constructor(target: string = globalThis.location.origin, options: WebClientOptions = {}) {
     super(
-      createGrpcWebTransport({ baseUrl: target, interceptors: authorization(target, options) }),
+      createGrpcWebTransport({
+        baseUrl: target,
+        interceptors: authorization(target, options),
+        ...(options.fetch && { fetch: options.fetch }),
+      }),
       target,
       options,
     );

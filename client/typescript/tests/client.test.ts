@@ -1,6 +1,7 @@
 /** The client against a real server with a real checkpoint. */
 import assert from "node:assert/strict";
-import { readFile } from "node:fs/promises";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
 import path from "node:path";
 import { after, before, test } from "node:test";
 import {
@@ -140,6 +141,26 @@ test("leaving the loop stops the job", async () => {
 
 test("a deadline is the server's too", async () => {
   await assert.rejects(client.generateImages("a", { ...LONG, timeoutMs: 500 }), DeadlineExceeded);
+});
+
+test("the address that a server prints can be pasted", async () => {
+  const folder = await mkdtemp(path.join(tmpdir(), "c-"));
+  for (const host of ["[::1]", `unix:${folder}/c.sock`]) {
+    const other = await startServer("--host", host);
+    // A token, which goes to no other machine without TLS.
+    const there = new Client(other.address, { token: "t" });
+    try {
+      assert.notEqual((await there.serverInfo()).version, "");
+    } finally {
+      there.close();
+      await other.stop();
+    }
+  }
+  await rm(folder, { recursive: true });
+  const same = new Client(server.address);
+  assert.notEqual((await same.serverInfo()).version, "");
+  same.close();
+  assert.throws(() => new Client("unix-abstract:x"), TypeError);
 });
 
 test("nobody at the target", async () => {

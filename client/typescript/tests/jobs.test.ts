@@ -150,6 +150,62 @@ test("a generation that reattaches is cancelled when it is left", async () => {
   await assert.rejects(all(client.watchJob(jobId)), Cancelled);
 });
 
+/** Waits without watching, which would keep the job alive. */
+async function untilCancelled(requestId: string): Promise<void> {
+  const deadline = Date.now() + 30_000;
+  for (;;) {
+    const job = (await client.listJobs()).find((one) => one.requestId === requestId);
+    if (job?.state === "cancelled") return;
+    assert.ok(Date.now() < deadline, `the job is ${job?.state}`);
+  }
+}
+
+test("a generation with a request id ends at once when its user leaves", async () => {
+  const left = randomUuid();
+  for await (const event of client.generate("a", { ...LONG, requestId: left })) {
+    if (event.type === "accepted") break;
+  }
+  await untilCancelled(left);
+  const aborted = randomUuid();
+  const abort = new AbortController();
+  await assert.rejects(async () => {
+    const events = client.generate("a", { ...LONG, requestId: aborted, signal: abort.signal });
+    for await (const event of events) if (event.type === "accepted") abort.abort();
+  }, Cancelled);
+  await untilCancelled(aborted);
+});
+
+test("a generation that is left before its answer ends too", async () => {
+  for (const reattach of [false, true]) {
+    const requestId = randomUuid();
+    const abort = new AbortController();
+    const events = client.generate("a", { ...LONG, requestId, reattach, signal: abort.signal });
+    const first = assert.rejects(events.next(), Cancelled);
+    abort.abort();
+    await first;
+    // Either the call never arrived, or its job is over.
+    const job = (await client.listJobs()).find((one) => one.requestId === requestId);
+    if (job !== undefined) await untilCancelled(requestId);
+  }
+});
+
+test("a generation whose connection was lost is found again under its request id", async () => {
+  const shaky = new Client(door.target);
+  const options = { ...MIDDLING, requestId: randomUuid() };
+  let jobId = "";
+  await assert.rejects(async () => {
+    for await (const event of shaky.generate("a", options)) {
+      if (event.type === "accepted") jobId = event.jobId;
+      if (event.type === "step") door.shut();
+    }
+  }, ServerUnavailable);
+  door.open();
+  const again = await all(shaky.generate("a", options));
+  shaky.close();
+  assert.equal(again[0]?.type === "accepted" && again[0].jobId, jobId);
+  assert.equal(again.at(-1)?.type, "completed");
+});
+
 test("without reattaching a lost connection is told", async () => {
   const shaky = new Client(door.target);
   await assert.rejects(async () => {

@@ -15,6 +15,8 @@ const COMMAND = process.env.CHROMARPC_SERVER ?? path.join(ROOT, ".venv/bin/chrom
 export const LORA_ROOT = path.join(ROOT, "server/chromarpc_server/assets/loras");
 
 export interface TestServer {
+  /** As the server prints it. */
+  readonly address: string;
   readonly port: number;
   readonly target: string;
   stop(): Promise<void>;
@@ -33,10 +35,12 @@ export async function startServer(...flags: string[]): Promise<TestServer> {
   );
   if (server.stdout === null) throw new Error("no standard output");
   for await (const line of createInterface(server.stdout)) {
-    const port = / listens on \S*:(\d+)\b/.exec(line)?.[1];
-    if (port === undefined) continue;
+    const address = / listens on (\S+)/.exec(line)?.[1];
+    if (address === undefined) continue;
+    const port = /:(\d+)$/.exec(address)?.[1] ?? "0";
     server.stdout.resume();
     return {
+      address,
       port: Number(port),
       target: `http://127.0.0.1:${port}`,
       async stop() {

@@ -4,8 +4,10 @@ import { CompareView } from "./compare-view.tsx";
 import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
+import { InspectionDialog } from "./inspection-dialog.tsx";
 import { RunView } from "./run-view.tsx";
 import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
+import { UndoView } from "./undo-view.tsx";
 
 export function App() {
   const run = runs.value.get(selectedId.value);
@@ -14,8 +16,9 @@ export function App() {
   const asked = submissions.value;
   // On a narrow screen the result stands below the form.
   useEffect(() => {
-    if (asked > 0 && matchMedia("(width <= 800px)").matches)
-      stage.current?.scrollIntoView({ behavior: "smooth" });
+    const isNarrow = matchMedia("(width <= 50em)").matches;
+    const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    if (asked > 0 && isNarrow) stage.current?.scrollIntoView({ behavior: isCalm ? "auto" : "smooth" });
   }, [asked]);
   return (
     <div class="app">
@@ -36,11 +39,13 @@ export function App() {
       {isTokenWanted.value && <TokenForm />}
       <main>
         <FormView />
-        <section ref={stage} class="stage" aria-label="Result">
-          {isComparing ? <CompareView /> : run ? <RunView run={run} /> : <Welcome />}
+        <section ref={stage} class="stage" aria-label="Result" tabIndex={-1}>
+          <UndoView />
+          {isComparing ? <CompareView /> : run ? <RunView key={run.jobId} run={run} /> : <Welcome />}
           <HistoryView />
         </section>
       </main>
+      <InspectionDialog />
     </div>
   );
 }

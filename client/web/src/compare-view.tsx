@@ -2,7 +2,8 @@
 import { signal } from "@preact/signals";
 import type { Plan } from "chromarpc/web";
 import { loras } from "./connection.ts";
-import { shortName } from "./run-view.tsx";
+import { FleetingButton, stage } from "./fleeting-button.tsx";
+import { ratioOf, shortName } from "./run-view.tsx";
 import { comparedIds, type Run, runs } from "./runs.ts";
 
 type Mode = "slider" | "side by side" | "difference";
@@ -18,10 +19,7 @@ export function CompareView() {
   const count = Math.min(left.pictures.length, right.pictures.length);
   const index = Math.min(promptIndex.value, Math.max(0, count - 1));
   const [leftUrl, rightUrl] = [left, right].map((run) => run.pictures[index]?.imageUrl);
-  const planned = left.plan?.prompts[index];
-  const ratio = planned
-    ? { aspectRatio: `${planned.width} / ${planned.height}`, "--ratio": planned.width / planned.height }
-    : {};
+  const [ratio, rightRatio] = [left, right].map((run) => ratioOf(run, index));
   return (
     <article class="run comparison" aria-label="Comparison">
       <div class="row tight actions">
@@ -65,20 +63,24 @@ export function CompareView() {
         >
           Swap
         </button>
-        <button
-          type="button"
+        <FleetingButton
+          heir={stage}
           onClick={() => {
             comparedIds.value = [];
           }}
         >
           Close
-        </button>
+        </FleetingButton>
       </div>
       {leftUrl && rightUrl ? (
         mode.value === "side by side" ? (
-          <div class="pictures several">
-            <img class="final" src={leftUrl} alt="Left run" />
-            <img class="final" src={rightUrl} alt="Right run" />
+          <div class="pair">
+            <div class="frame" style={ratio}>
+              <img class="final" src={leftUrl} alt="Left run" />
+            </div>
+            <div class="frame" style={rightRatio}>
+              <img class="final" src={rightUrl} alt="Right run" />
+            </div>
           </div>
         ) : (
           <div class={`frame overlay ${mode.value}`} style={ratio}>

@@ -7,6 +7,7 @@ import {
   type Model,
   ServerUnavailable,
   type StoredLora,
+  StoreUnavailable,
 } from "chromarpc/web";
 import { store, stored } from "./storage.ts";
 
@@ -23,11 +24,26 @@ export const serverInfo = signal<GetServerInfoResponse | undefined>(undefined);
 export const models = signal<readonly Model[]>([]);
 export const loras = signal<readonly StoredLora[]>([]);
 
+/** Whether this page is being closed or left. */
+let isLeaving = false;
+window.addEventListener("pagehide", () => {
+  isLeaving = true;
+});
+window.addEventListener("pageshow", () => {
+  isLeaving = false;
+});
+
+/** Does something when the page is closed or left; the calls that it makes outlive the page. */
+export function whenLeaving(action: () => void): void {
+  window.addEventListener("pagehide", action);
+}
+
 /** Speaks to the origin that this page came from. */
 export const client = new Client(undefined, {
   token: () => token.value || undefined,
   // The page and its calls have one origin: whoever can read the token here has read the page.
   allowInsecureToken: true,
+  fetch: (input, init) => fetch(input, isLeaving ? { ...init, keepalive: true } : init),
 });
 
 /** Models whose weights are here, the ones in memory first. */
@@ -45,7 +61,9 @@ effect(() => store(sessionStorage, "token", token.value));
 /** Takes note of what a call's failure says about the server. */
 export function noteFailure(error: unknown): void {
   if (error instanceof AccessDenied) isTokenWanted.value = true;
-  if (error instanceof ServerUnavailable) serverState.value = "down";
+  // A server whose disk is full answers.
+  const isDown = error instanceof ServerUnavailable && !(error instanceof StoreUnavailable);
+  if (isDown) serverState.value = "down";
 }
 
 /** Reads the list of adapters again. */

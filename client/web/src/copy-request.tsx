@@ -9,7 +9,8 @@ const FORMS: Readonly<Record<Form, (plan: Plan) => string>> = {
   Python: pythonOf,
   curl: curlOf,
 };
-const copied = signal<Form | undefined>(undefined);
+/** What came of the last press, for a moment. */
+const told = signal("");
 
 export function CopyRequest({ plan }: { plan: Plan }) {
   return (
@@ -17,9 +18,11 @@ export function CopyRequest({ plan }: { plan: Plan }) {
       Copy request as{" "}
       {(Object.keys(FORMS) as Form[]).map((form) => (
         <button key={form} type="button" class="quiet" onClick={() => void copy(form, FORMS[form](plan))}>
-          {copied.value === form ? "Copied ✓" : form}
+          {form}
         </button>
       ))}
+      {/* After the buttons, so that none of them moves. */}
+      <span role="status">{told.value}</span>
     </span>
   );
 }
@@ -56,6 +59,7 @@ function curlOf(plan: Plan): string {
 }
 
 async function copy(form: Form, text: string): Promise<void> {
+  let isCopied = true;
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -64,11 +68,12 @@ async function copy(form: Form, text: string): Promise<void> {
     area.value = text;
     document.body.append(area);
     area.select();
-    document.execCommand("copy");
+    isCopied = document.execCommand("copy");
     area.remove();
   }
-  copied.value = form;
+  const notice = isCopied ? `${form} copied ✓` : `${form} could not be copied`;
+  told.value = notice;
   setTimeout(() => {
-    if (copied.value === form) copied.value = undefined;
-  }, 1500);
+    if (told.value === notice) told.value = "";
+  }, 2500);
 }

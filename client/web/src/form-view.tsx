@@ -2,7 +2,8 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { servedModels, serverInfo, serverState } from "./connection.ts";
-import { change, chosenModel, fieldErrors, form, otherErrors, sharedError } from "./form.ts";
+import { FleetingButton } from "./fleeting-button.tsx";
+import { change, chosenModel, fieldErrors, form, otherErrors, removePrompt, sharedError } from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
 import { isSubmitting, submit } from "./runs.ts";
 import { TrainerView } from "./trainer-view.tsx";
@@ -12,6 +13,10 @@ const IDEAS = [
   "a small blue square at the left on a yellow background",
   "a green triangle above a purple circle",
 ];
+
+function promptField(index: number): HTMLElement | null {
+  return document.getElementById(`field-prompts-${index}-prompt`);
+}
 
 export function FormView() {
   const values = form.value;
@@ -51,13 +56,13 @@ export function FormView() {
           + Another prompt
         </button>
         {values.prompts.every((prompt) => prompt === "") && (
-          <button
-            type="button"
+          <FleetingButton
+            heir={() => promptField(0)}
             class="quiet"
             onClick={() => change({ prompts: [IDEAS[Math.floor(Math.random() * IDEAS.length)] ?? ""] })}
           >
             Give me an idea
-          </button>
+          </FleetingButton>
         )}
       </div>
       {(hasTrigger || values.triggerWord !== "" || values.loras.length > 0) && (
@@ -194,7 +199,12 @@ export function FormView() {
           {field && <code>{field}</code>} {message}
         </p>
       ))}
-      <button type="submit" class="primary" disabled={isSubmitting.value || serverState.value !== "up"}>
+      <button
+        type="submit"
+        class="primary"
+        data-once
+        aria-disabled={isSubmitting.value || serverState.value !== "up"}
+      >
         {isSubmitting.value
           ? "Sending …"
           : values.prompts.length > 1
@@ -216,8 +226,13 @@ function PromptField({ index, prompt, count }: { index: number; prompt: string; 
           <button
             type="button"
             class="quiet"
+            data-once
             aria-label={`Remove prompt ${index + 1}`}
-            onClick={() => set(form.value.prompts.filter((_, other) => other !== index))}
+            onClick={() => {
+              removePrompt(index);
+              // The next prompt's button has this place now.
+              promptField(Math.min(index, count - 2))?.focus();
+            }}
           >
             ✕
           </button>

@@ -14,6 +14,7 @@ import {
 } from "chromarpc/web";
 import { models, servedModels, serverInfo } from "./connection.ts";
 import { store, stored } from "./storage.ts";
+import { remove } from "./undo.ts";
 
 /** An adapter in the form. */
 export interface LoraChoice {
@@ -191,10 +192,11 @@ function trainerOf(values: FormValues): TrainerOptions {
   };
 }
 
-/** Fills the form with what a run was made of, seed included. */
+/** Fills the form with what a run was made of, seed included; what stood there can be had back. */
 export function reuse(plan: Plan): void {
   const [first] = plan.prompts;
   if (first === undefined) return;
+  const before = form.value;
   showNoError();
   change({
     model: plan.model,
@@ -219,6 +221,22 @@ export function reuse(plan: Plan): void {
     textQuantized: plan.trainer?.quantizeTe === undefined ? "" : plan.trainer.quantizeTe ? "yes" : "no",
     dtype: plan.trainer?.dtype ?? "",
     lokrForm: plan.trainer?.lokrForm ?? "",
+  });
+  remove({ notice: "The form has the settings of this run.", undo: () => change(before) });
+}
+
+/** Takes a prompt out of the form; one with text can be had back. */
+export function removePrompt(index: number): void {
+  const { prompts } = form.value;
+  const prompt = prompts[index] ?? "";
+  change({ prompts: prompts.filter((_, other) => other !== index) });
+  if (prompt.trim() === "") return;
+  remove({
+    notice: "Prompt removed.",
+    undo() {
+      const now = form.value.prompts;
+      change({ prompts: [...now.slice(0, index), prompt, ...now.slice(index)] });
+    },
   });
 }
 

@@ -1,6 +1,7 @@
 /** Earlier runs. */
 import { useEffect, useRef } from "preact/hooks";
 import { client, serverState } from "./connection.ts";
+import { FleetingButton, stage } from "./fleeting-button.tsx";
 import { history, isHistoryKnown } from "./history.ts";
 import { comparedIds, hasEnded, type Run, selectedId } from "./runs.ts";
 import { thumbnails } from "./thumbnails.ts";
@@ -15,15 +16,15 @@ export function HistoryView() {
         {compared.length === 1 && (
           <span class="hint" role="status">
             Choose a second run to compare with.{" "}
-            <button
-              type="button"
+            <FleetingButton
+              heir={stage}
               class="quiet"
               onClick={() => {
                 comparedIds.value = [];
               }}
             >
               Never mind
-            </button>
+            </FleetingButton>
           </span>
         )}
       </div>
@@ -85,6 +86,7 @@ function Item({ run }: { run: Run }) {
           type="button"
           class="quiet compare"
           aria-pressed={isCompared}
+          aria-label={`Compare: ${prompt || "(empty prompt)"}`}
           onClick={() => {
             comparedIds.value = isCompared
               ? compared.filter((id) => id !== run.jobId)

@@ -3,6 +3,7 @@ import { computed, signal } from "@preact/signals";
 import { ServerUnavailable } from "chromarpc/web";
 import { client, isTokenWanted, noteFailure, serverState } from "./connection.ts";
 import { hasEnded, noteJob, runs, selectedId } from "./runs.ts";
+import { isHidden } from "./undo.ts";
 
 const ACTIVE_MS = 1500;
 const IDLE_MS = 6000;
@@ -10,7 +11,9 @@ const LENGTH = 60;
 
 /** Newest first. */
 export const history = computed(() =>
-  [...runs.value.values()].sort((a, b) => b.createTime.getTime() - a.createTime.getTime()),
+  [...runs.value.values()]
+    .filter(({ jobId }) => !isHidden(jobId))
+    .sort((a, b) => b.createTime.getTime() - a.createTime.getTime()),
 );
 /** Whether the server was asked for its jobs at least once. */
 export const isHistoryKnown = signal(false);

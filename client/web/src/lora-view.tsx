@@ -1,12 +1,14 @@
-/** Adapters: those in use with their strength, those to choose from, what is in one, and uploads. */
+/** Adapters: those in use with their strength, those to choose from, and uploads. */
 import { signal } from "@preact/signals";
-import { type LoraInspection, LoraSource, type StoredLora } from "chromarpc/web";
-import { useEffect, useRef } from "preact/hooks";
 import { client, loras, noteFailure, refreshLoras } from "./connection.ts";
-import { change, chosenModel, fieldErrors, form, type LoraChoice } from "./form.ts";
+import { FleetingButton } from "./fleeting-button.tsx";
+import { change, fieldErrors, form, type LoraChoice } from "./form.ts";
+import { inspect, nameOf } from "./inspection-dialog.tsx";
+import { isHidden, keep } from "./undo.ts";
 import { bytes } from "./words.ts";
 
 interface Upload {
+  readonly key: number;
   readonly name: string;
   readonly sent: number;
   readonly total: number;
@@ -14,15 +16,16 @@ interface Upload {
   readonly abort: AbortController;
 }
 
-const upload = signal<Upload | undefined>(undefined);
-const inspected = signal<{ path: string; inspection?: LoraInspection; error?: string } | undefined>(
-  undefined,
-);
+/** Uploads under way, and those that failed. */
+const uploads = signal<readonly Upload[]>([]);
+let lastKey = 0;
 const isOverDrop = signal(false);
 
 export function LoraView() {
   const chosen = form.value.loras;
-  const free = loras.value.filter(({ path }) => !chosen.some((choice) => choice.path === path));
+  const free = loras.value.filter(
+    ({ path }) => !isHidden(path) && !chosen.some((choice) => choice.path === path),
+  );
   return (
     <fieldset
       class={isOverDrop.value ? "loras over" : "loras"}
@@ -36,16 +39,20 @@ export function LoraView() {
       onDrop={(event) => {
         event.preventDefault();
         isOverDrop.value = false;
-        const file = event.dataTransfer?.files[0];
-        if (file !== undefined) void send(file);
+        for (const file of event.dataTransfer?.files ?? []) void send(file);
       }}
     >
       <legend>Adapters (LoRA)</legend>
       {chosen.map((choice, index) => (
         <ChosenLora key={choice.path} choice={choice} index={index} />
       ))}
+      {/* An upload stands where its adapter will stand. */}
+      {uploads.value.map((upload) => (
+        <UploadLine key={upload.key} upload={upload} />
+      ))}
       <div class="row tight">
         <select
+          id="add-adapter"
           aria-label="Add an adapter"
           value=""
           disabled={free.length === 0}
@@ -69,17 +76,15 @@ export function LoraView() {
             type="file"
             class="visually-hidden"
             accept=".safetensors"
+            multiple
             aria-label="Upload an adapter"
             onChange={(event) => {
-              const file = event.currentTarget.files?.[0];
-              if (file !== undefined) void send(file);
+              for (const file of event.currentTarget.files ?? []) void send(file);
               event.currentTarget.value = "";
             }}
           />
         </label>
       </div>
-      <UploadLine />
-      {inspected.value && <InspectionDialog />}
     </fieldset>
   );
 }
@@ -118,22 +123,22 @@ function ChosenLora({ choice, index }: { choice: LoraChoice; index: number }) {
             });
           }}
         />
-        <button
-          type="button"
+        <FleetingButton
+          heir={addField}
           class="quiet"
           aria-label={`Look into ${name}`}
           onClick={() => void inspect(choice.path)}
         >
           Inspect
-        </button>
-        <button
-          type="button"
+        </FleetingButton>
+        <FleetingButton
+          heir={addField}
           class="quiet"
           aria-label={`Remove ${name}`}
           onClick={() => change({ loras: others.filter(({ path }) => path !== choice.path) })}
         >
           ✕
-        </button>
+        </FleetingButton>
       </div>
       {error && (
         <p class="error" role="alert">
@@ -144,165 +149,87 @@ function ChosenLora({ choice, index }: { choice: LoraChoice; index: number }) {
   );
 }
 
-function UploadLine() {
-  const state = upload.value;
-  if (state === undefined) return null;
-  if (state.error !== undefined) {
+/** The field that stays when an adapter or an upload goes. */
+function addField(): HTMLElement | null {
+  return document.getElementById("add-adapter");
+}
+
+function UploadLine({ upload }: { upload: Upload }) {
+  const { name, sent, total, error, abort } = upload;
+  if (error !== undefined) {
     return (
-      <p class="error" role="alert">
-        {state.name}: {state.error}{" "}
-        <button
-          type="button"
+      <div class="lora">
+        <p class="error" role="alert">
+          {name}: {error}
+        </p>
+        <FleetingButton
+          heir={addField}
           class="quiet"
-          onClick={() => {
-            upload.value = undefined;
-          }}
+          aria-label={`Dismiss the error of ${name}`}
+          onClick={() => forget(upload)}
         >
-          ✕
-        </button>
-      </p>
+          Dismiss
+        </FleetingButton>
+      </div>
     );
   }
   return (
-    <div class="row tight">
-      <progress aria-label={`Uploading ${state.name}`} value={state.sent} max={state.total} />
-      <span class="hint">
-        {bytes(state.sent)} of {bytes(state.total)}
-      </span>
-      <button type="button" class="quiet" onClick={() => state.abort.abort()}>
-        Stop
-      </button>
+    <div class="lora">
+      <div class="label">
+        <span>{name}</span>
+        <FleetingButton
+          heir={addField}
+          class="quiet"
+          aria-label={`Stop uploading ${name}`}
+          onClick={() => abort.abort()}
+        >
+          Stop
+        </FleetingButton>
+      </div>
+      <div class="row tight">
+        <progress aria-label={`Uploading ${name}`} value={sent} max={total} />
+        <span class="hint">
+          {bytes(sent)} of {bytes(total)}
+        </span>
+      </div>
     </div>
   );
 }
 
-function InspectionDialog() {
-  const dialog = useRef<HTMLDialogElement>(null);
-  useEffect(() => dialog.current?.showModal(), []);
-  const { path, inspection, error } = inspected.value ?? { path: "" };
-  const stored = loras.value.find((lora) => lora.path === path);
-  const strongest = Math.max(0, ...(inspection?.blocks.map(({ relativeNorm }) => relativeNorm ?? 0) ?? []));
-  return (
-    <dialog
-      ref={dialog}
-      onClose={() => {
-        inspected.value = undefined;
-      }}
-    >
-      <div class="label">
-        <h2>{stored ? nameOf(stored) : path}</h2>
-        <button type="button" class="quiet" aria-label="Close" onClick={() => dialog.current?.close()}>
-          ✕
-        </button>
-      </div>
-      {error && <p class="error">{error}</p>}
-      {inspection === undefined && error === undefined && <p>Reading …</p>}
-      {inspection && (
-        <>
-          <dl>
-            <dt>Format</dt>
-            <dd>
-              {inspection.format}, {inspection.dtypes.join(", ")}, {bytes(Number(inspection.sizeBytes))}
-            </dd>
-            <dt>Rank, alpha</dt>
-            <dd>
-              {inspection.ranks.join(", ") || "none"};{" "}
-              {inspection.alphas.map((alpha) => alpha.toPrecision(3)).join(", ") || "none"}
-            </dd>
-            <dt>Keys</dt>
-            <dd>
-              {inspection.matchedKeyCount} change {inspection.changedParameterCount} parameters of{" "}
-              {inspection.model}; {inspection.unmatchedKeyCount} without effect
-            </dd>
-            {Object.entries(inspection.metadata).map(([key, value]) => (
-              <>
-                <dt>{key}</dt>
-                <dd>{value}</dd>
-              </>
-            ))}
-            <dt>SHA-256</dt>
-            <dd class="hash">{inspection.sha256}</dd>
-          </dl>
-          {inspection.warnings.map(({ code, message }) => (
-            <p key={code} class="warning">
-              {message}
-            </p>
-          ))}
-          <h3>How strongly it changes each block</h3>
-          <div class="blocks">
-            {inspection.blocks.map(({ block, relativeNorm = 0 }) => (
-              <div key={block} title={`${block}: ${(100 * relativeNorm).toPrecision(3)} % of its own norm`}>
-                <span>{block}</span>
-                <meter value={relativeNorm} max={strongest} aria-label={block} />
-              </div>
-            ))}
-          </div>
-        </>
-      )}
-      {stored?.source === LoraSource.UPLOAD && (
-        <button
-          type="button"
-          class="danger"
-          onClick={() => {
-            dialog.current?.close();
-            void remove(stored.path);
-          }}
-        >
-          Delete this upload
-        </button>
-      )}
-    </dialog>
-  );
+function note(upload: Upload): void {
+  uploads.value = uploads.value.map((other) => (other.key === upload.key ? upload : other));
 }
 
-function nameOf(lora: StoredLora): string {
-  return lora.filename || lora.path;
-}
-
-async function inspect(path: string): Promise<void> {
-  inspected.value = { path };
-  try {
-    const model = chosenModel.value?.id;
-    const inspection = await client.inspectLora(path, { model });
-    if (inspected.value?.path === path) inspected.value = { path, inspection };
-  } catch (error) {
-    noteFailure(error);
-    if (inspected.value?.path === path) {
-      inspected.value = { path, error: error instanceof Error ? error.message : String(error) };
-    }
-  }
+function forget({ key }: Upload): void {
+  uploads.value = uploads.value.filter((other) => other.key !== key);
 }
 
 async function send(file: File): Promise<void> {
-  upload.value?.abort.abort();
   const abort = new AbortController();
-  const state: Upload = { name: file.name, sent: 0, total: file.size, error: undefined, abort };
-  upload.value = state;
+  const upload: Upload = {
+    key: ++lastKey,
+    name: file.name,
+    sent: 0,
+    total: file.size,
+    error: undefined,
+    abort,
+  };
+  uploads.value = [...uploads.value, upload];
   try {
     const lora = await client.uploadLora(file, {
       signal: abort.signal,
-      onProgress: (sent) => {
-        upload.value = { ...state, sent };
-      },
+      onProgress: (sent) => note({ ...upload, sent }),
     });
+    keep(lora.path);
     await refreshLoras();
     const chosen = form.value.loras;
     if (!chosen.some(({ path }) => path === lora.path))
       change({ loras: [...chosen, { path: lora.path, multiplier: 1 }] });
-    upload.value = undefined;
+    forget(upload);
   } catch (error) {
     noteFailure(error);
     const message = error instanceof Error ? error.message : String(error);
-    upload.value = abort.signal.aborted ? undefined : { ...state, error: message };
+    if (abort.signal.aborted) forget(upload);
+    else note({ ...upload, error: message });
   }
-}
-
-async function remove(path: string): Promise<void> {
-  try {
-    await client.deleteLora(path);
-    change({ loras: form.value.loras.filter((choice) => choice.path !== path) });
-  } catch (error) {
-    noteFailure(error);
-  }
-  await refreshLoras();
 }

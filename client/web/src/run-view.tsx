@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { CopyRequest } from "./copy-request.tsx";
+import { FleetingButton, stage } from "./fleeting-button.tsx";
 import { reuse } from "./form.ts";
 import { cancel, forget, hasEnded, type Picture, type Run, warningsOf } from "./runs.ts";
 import { bytes, duration } from "./words.ts";
@@ -36,15 +37,6 @@ export function RunView({ run }: { run: Run }) {
         ))}
       </div>
       <div class="row tight actions">
-        {isActive ? (
-          <button type="button" class="danger" onClick={() => void cancel(run.jobId)}>
-            Cancel
-          </button>
-        ) : (
-          <button type="button" onClick={() => void forget(run.jobId)}>
-            Delete
-          </button>
-        )}
         {run.plan && (
           <button
             type="button"
@@ -55,6 +47,11 @@ export function RunView({ run }: { run: Run }) {
           </button>
         )}
         {run.plan && <CopyRequest plan={run.plan} />}
+        {!isActive && (
+          <FleetingButton heir={stage} class="danger last" onClick={() => forget(run.jobId)}>
+            Delete
+          </FleetingButton>
+        )}
       </div>
       {warnings.length > 0 && (
         <ul class="warnings" aria-label="Warnings">
@@ -73,9 +70,22 @@ export function RunView({ run }: { run: Run }) {
 function Progress({ run }: { run: Run }) {
   return (
     <div class="progress">
-      <p class="status" role="status" data-state={run.state}>
-        {statusOf(run)}
-      </p>
+      {/* Nothing else ever stands where Cancel stood. */}
+      <div class="head">
+        <p class="status" role="status" data-state={run.state}>
+          {statusOf(run)}
+        </p>
+        {!hasEnded(run.state) && (
+          <FleetingButton
+            heir={stage}
+            class="danger"
+            aria-disabled={run.isCancelling}
+            onClick={() => void (run.isCancelling || cancel(run.jobId))}
+          >
+            Cancel
+          </FleetingButton>
+        )}
+      </div>
       <progress aria-label="Progress" max={1} {...barOf(run)} />
       {run.reconnects > 0 && <p class="warning">The connection is lost; the job goes on. Trying again …</p>}
       {run.error && (
@@ -104,6 +114,7 @@ function statusOf(run: Run): string {
     case "cancelled":
       return `Cancelled after ${run.doneSteps} of ${run.totalSteps} steps`;
   }
+  if (run.isCancelling) return "Cancelling …";
   if (run.loading)
     return `${STAGES[run.loading.stage] ?? STAGES.unknown} … ${Math.round(run.loading.fraction * 100)} %`;
   if (run.queuePosition > 0) {
@@ -123,17 +134,7 @@ function PictureView({ run, picture, index }: { run: Run; picture: Picture; inde
   const url = picture.imageUrl ?? picture.previewUrl;
   return (
     <figure>
-      <div
-        class={url ? "frame" : "frame empty"}
-        style={
-          planned
-            ? {
-                aspectRatio: `${planned.width} / ${planned.height}`,
-                "--ratio": planned.width / planned.height,
-              }
-            : {}
-        }
-      >
+      <div class={url ? "frame" : "frame empty"} style={ratioOf(run, index)}>
         {url ? (
           <img
             src={url}
@@ -163,13 +164,25 @@ function PictureView({ run, picture, index }: { run: Run; picture: Picture; inde
           {picture.image && ` · ${bytes(picture.image.data.length)}`}
         </span>
         {picture.imageUrl && (
-          <a class="button" href={picture.imageUrl} download={name}>
+          <a
+            class="button"
+            href={picture.imageUrl}
+            download={name}
+            aria-label={run.pictures.length > 1 ? `Download picture ${index + 1}` : "Download"}
+          >
             Download
           </a>
         )}
       </figcaption>
     </figure>
   );
+}
+
+/** The shape of one of a run's pictures, as its frame's style. */
+export function ratioOf(run: Run, index: number) {
+  const planned = run.plan?.prompts[index];
+  if (planned === undefined) return {};
+  return { aspectRatio: `${planned.width} / ${planned.height}`, "--ratio": planned.width / planned.height };
 }
 
 function Facts({ run }: { run: Run }) {

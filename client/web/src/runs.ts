@@ -21,6 +21,7 @@ import {
 import { client, isTokenWanted, noteFailure, serverState, token } from "./connection.ts";
 import { form, requestOf, showError, showNoError } from "./form.ts";
 import { store, stored } from "./storage.ts";
+import { remove } from "./undo.ts";
 
 const HIDDEN_POLL_MS = 5000;
 
@@ -52,6 +53,8 @@ export interface Run {
   readonly completed: Completed | undefined;
   readonly durationMs: number | undefined;
   readonly error: string | undefined;
+  /** Whether it was asked to stop and has not yet. */
+  readonly isCancelling: boolean;
   /** Tries to reach the server again so far; 0 while the connection stands. */
   readonly reconnects: number;
   /** Whether everything that is to be shown is here. */
@@ -87,6 +90,9 @@ export function hasEnded(state: JobState): boolean {
   return state === "succeeded" || state === "failed" || state === "cancelled";
 }
 
+/** Deleted jobs: an answer that was under way then does not bring them back. */
+const forgotten = new Set<string>();
+
 /** Takes a job as the server tells it, keeping what only its events told. */
 export function noteJob(job: Job): void {
   const known = runs.value.get(job.jobId);
@@ -105,6 +111,7 @@ export function noteJob(job: Job): void {
 }
 
 function update(jobId: string, values: Partial<Run>): void {
+  if (forgotten.has(jobId)) return;
   const known = runs.value.get(jobId) ?? {
     jobId,
     state: "queued",
@@ -121,6 +128,7 @@ function update(jobId: string, values: Partial<Run>): void {
     completed: undefined,
     durationMs: undefined,
     error: undefined,
+    isCancelling: false,
     reconnects: 0,
     isWhole: false,
   };
@@ -205,7 +213,7 @@ function noteEvent(jobId: string, event: GenerationEvent): void {
 
 /** Asks for what the form says, and shows it. */
 export async function submit(): Promise<void> {
-  if (isSubmitting.value) return;
+  if (isSubmitting.value || serverState.value !== "up") return;
   isSubmitting.value = true;
   try {
     const request = requestOf(form.value);
@@ -280,6 +288,7 @@ function noteEnd(jobId: string, error: unknown): void {
 
 /** Asks the server to stop a job. */
 export async function cancel(jobId: string): Promise<void> {
+  update(jobId, { isCancelling: true });
   const own = attached.get(jobId);
   if (own !== undefined) {
     own.abort();
@@ -289,18 +298,33 @@ export async function cancel(jobId: string): Promise<void> {
     noteJob(await client.cancelJob(jobId));
   } catch (error) {
     noteFailure(error);
-    update(jobId, { error: error instanceof Error ? error.message : String(error) });
+    update(jobId, { error: error instanceof Error ? error.message : String(error), isCancelling: false });
   }
 }
 
-/** Forgets a job and its pictures, here and on the server. */
-export async function forget(jobId: string): Promise<void> {
+/** Takes a job and its pictures away: at once from here, and from the server when it cannot be undone any more. */
+export function forget(jobId: string): void {
+  comparedIds.value = comparedIds.value.filter((id) => id !== jobId);
+  selectedId.value = "";
+  remove({
+    notice: "Run deleted.",
+    id: jobId,
+    undo() {
+      comparedIds.value = [];
+      selectedId.value = jobId;
+    },
+    finish: () => forgetForGood(jobId),
+  });
+}
+
+async function forgetForGood(jobId: string): Promise<void> {
   try {
     await client.deleteJob(jobId);
   } catch (error) {
     noteFailure(error);
-    if (!(error instanceof NotFound)) return;
+    if (!(error instanceof NotFound)) throw error;
   }
+  forgotten.add(jobId);
   const rest = new Map(runs.value);
   for (const { previewUrl, imageUrl } of rest.get(jobId)?.pictures ?? []) {
     if (previewUrl !== undefined) URL.revokeObjectURL(previewUrl);
@@ -308,8 +332,6 @@ export async function forget(jobId: string): Promise<void> {
   }
   rest.delete(jobId);
   runs.value = rest;
-  if (selectedId.value === jobId) selectedId.value = "";
-  comparedIds.value = comparedIds.value.filter((id) => id !== jobId);
 }
 
 /** Fetches the pictures of a job that this page has not. */

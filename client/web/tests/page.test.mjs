@@ -12,6 +12,7 @@ import {
   freePort,
   LORA_ROOT,
   launch,
+  misfits,
   noBrowser,
   open,
   shot,
@@ -82,7 +83,7 @@ describe("the page", { skip: noBrowser }, () => {
     const texts = {};
     for (const form of ["JSON", "Python", "curl"]) {
       await tab.locator(".copy").getByRole("button", { name: form }).click();
-      await tab.getByText("Copied ✓").waitFor();
+      await tab.getByText(`${form} copied ✓`).waitFor();
       texts[form] = await tab.evaluate(() => navigator.clipboard.readText());
     }
     const body = JSON.parse(texts.JSON);
@@ -230,8 +231,7 @@ describe("the page", { skip: noBrowser }, () => {
     await draw(tab);
     await status(tab, /Done in/);
     await tab.locator(".run").scrollIntoViewIfNeeded();
-    const overflow = await tab.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-    assert.ok(overflow <= 0, `${overflow} px stick out`);
+    assert.deepEqual(await misfits(tab), []);
     await shot(tab, "phone-dark");
     await tab.close();
   });
@@ -295,6 +295,8 @@ describe("the page", { skip: noBrowser }, () => {
     const tab = await open(browser, gateway.url, { allowed: LOST });
     await tab.getByText("The server cannot be reached").waitFor();
     assert.ok(await tab.getByRole("button", { name: /^Draw/ }).isDisabled());
+    assert.deepEqual(await misfits(tab, 320), []);
+    await tab.setViewportSize({ width: 1280, height: 860 });
     await shot(tab, "server-down");
     let server = await startServer(port, data);
     await tab.locator(".dot").waitFor();
@@ -330,6 +332,8 @@ describe("the page", { skip: noBrowser }, () => {
     const closed = await startStack(suite, "--callers", callers);
     const tab = await open(browser, closed.url, { allowed: LOST });
     await tab.getByText("The server wants a token").waitFor();
+    assert.deepEqual(await misfits(tab, 320), []);
+    await tab.setViewportSize({ width: 1280, height: 860 });
     await shot(tab, "token");
     await tab.getByLabel("The server wants a token").fill(token);
     await tab.getByRole("button", { name: "Use it" }).click();

@@ -120,12 +120,12 @@ export async function startGateway(test, port) {
 }
 
 /** Chromium, without its own errands in the network. */
-export async function launch(test) {
+export async function launch(test, ...flags) {
   const browser = await chromium.launch({
     executablePath: CHROMIUM,
     args: [
       ...["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"],
-      ...["--disable-background-networking", "--disable-component-update", "--disable-sync"],
+      ...["--disable-background-networking", "--disable-component-update", "--disable-sync", ...flags],
     ],
   });
   test.after(() => browser.close());
@@ -171,4 +171,41 @@ export async function status(tab, wanted) {
   const line = tab.locator(".status", { hasText: wanted });
   await line.waitFor();
   return line.textContent();
+}
+
+/**
+ * What sticks out of the window, is cut off, or is too small to press; empty where all is well. `innerWidth` would not
+ * do: on a phone it grows with what sticks out.
+ *
+ * @param width of the window in CSS pixels, to set first; as it is when left out.
+ */
+export async function misfits(tab, width) {
+  if (width !== undefined) await tab.setViewportSize({ width, height: 860 });
+  return tab.evaluate(() => {
+    const MIN_PX = 24;
+    const width = Math.round(visualViewport.width * visualViewport.scale);
+    const found = [];
+    const { scrollWidth } = document.documentElement;
+    if (scrollWidth > width) found.push(`the page is ${scrollWidth} px wide in a window of ${width} px`);
+    for (const element of document.querySelectorAll(
+      "a, button, dialog, input, label, meter, output, progress, select, summary, textarea, img, .notice",
+    )) {
+      const box = element.getBoundingClientRect();
+      if (box.width === 0 || element.classList.contains("visually-hidden")) continue;
+      const name = `${element.localName} “${(element.ariaLabel ?? element.textContent).trim().slice(0, 40)}”`;
+      const place = `${Math.round(box.left)} to ${Math.round(box.right)} px`;
+      if (box.left < -0.5 || box.right > width + 0.5) found.push(`${name} lies at ${place} of ${width} px`);
+      for (let around = element.parentElement; around !== null; around = around.parentElement) {
+        if (around.localName === "html" || around.localName === "body") break;
+        const edge = around.getBoundingClientRect();
+        const isCut = getComputedStyle(around).overflowX !== "visible" && box.right > edge.right + 0.5;
+        if (isCut) found.push(`${name}, ${place}, is cut off at ${Math.round(edge.right)} px`);
+      }
+      if (!element.matches("a, button, input, select, summary, textarea")) continue;
+      const pressed = (element.closest("label") ?? element).getBoundingClientRect();
+      if (Math.min(pressed.width, pressed.height) < MIN_PX)
+        found.push(`${name} is ${Math.round(pressed.width)} × ${Math.round(pressed.height)} px small`);
+    }
+    return found;
+  });
 }

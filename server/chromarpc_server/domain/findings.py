@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from chromarpc_server.domain.errors import FieldViolation, InvalidParameter, first_named
 from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.domain.requests import RANGES
 
 
 @dataclass
@@ -23,8 +24,15 @@ class Findings:
         """The request can be served, and its sender should know."""
         self.warnings.append(PlanWarning(code, path, message))
 
-    def in_range(self, path: str, value: float, low: float, high: float) -> None:
-        """Refuses what lies outside, and what is no number."""
+    def in_range(self, path: str, value: float, allowed: tuple[float, float] | None = None) -> None:
+        """Refuses what lies outside, and what is no number.
+
+        Args:
+            path: of the field.
+            value: what the request says.
+            allowed: both ends; by default those of `RANGES`.
+        """
+        low, high = allowed or RANGES[".".join(part for part in path.split(".") if not part.isdecimal())]
         if not low <= value <= high:  # NaN fails both comparisons
             self.refuse(path, f"must be between {low} and {high}, got {value}")
 

@@ -49,12 +49,13 @@ class JobRetention:
 
 @dataclass(frozen=True)
 class RestartLimits:
-    """What becomes of jobs that a server finds when it starts."""
+    """What becomes of jobs whose server, or whose caller, went away."""
 
     max_attempts: int = 2
     """How often a job may be begun."""
     reattach_s: float = 60.0
-    """How long a job that ends with its caller waits for the caller to come back."""
+    """How long a job that ends with its caller waits for the caller to come back: after a restart, and after a
+    lost connection where the request has an id."""
 
 
 @dataclass(frozen=True)

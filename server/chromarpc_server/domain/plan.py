@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chromarpc_server.domain.adapter_urls import is_url
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 from chromarpc_server.domain.trainer import TrainerSettings
 
@@ -53,7 +54,7 @@ class PlannedLora:
     @property
     def is_url(self) -> bool:
         """Whether it has to be fetched."""
-        return self.path.lower().startswith(("http://", "https://"))
+        return is_url(self.path)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Plan:
     """Under which the request may be repeated."""
     detached: bool = False
     """Whether the job goes on when nobody is attached to it."""
+    may_return: bool = False
+    """Whether a caller that went away may come back within a while before the job is ended."""
     max_queue_s: float | None = None
     """How long it may wait."""
     trainer: TrainerSettings | None = None

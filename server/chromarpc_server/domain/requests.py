@@ -6,10 +6,34 @@ reference's HTTP API (`protos/chromarpc/v1/generation_service.proto` documents e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 
 from chromarpc_server.domain.trainer import LokrForm
+
+RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "loras.network_multiplier": (-2.0, 2.0),
+        "prompts.width": (64, 4096),
+        "prompts.height": (64, 4096),
+        "prompts.guidance_scale": (0.0, 20.0),
+        "prompts.sample_steps": (1, 150),
+        "prompts.fps": (1, 120),
+        "output.quality": (1, 100),
+        "preview.every_n_steps": (0, 150),
+        "preview.max_side_px": (16, 512),
+    }
+)
+"""What numbers may be, both ends included; a field's path without list indices."""
+MIN_SEED = -1
+"""Draws one."""
+SAMPLERS = ("flowmatch",)
+"""ai-toolkit's name for the flow-match Euler sampler, the only one Chroma is sampled with."""
+RESOLUTIONS = ("Default",)
+FRAMES = 1
+"""Chroma draws single images."""
 
 
 class ImageFormat(StrEnum):
@@ -111,6 +135,8 @@ class GenerationRequest:
     noise_draw: NoiseDraw | None = None
     request_id: str | None = None
     detach: bool = False
+    cancel_at_once: bool = False
+    """Whether the caller's leaving ends the job without delay, although it has a request id."""
     max_queue_s: float | None = None
     trainer: TrainerRequest | None = None
     unknown_fields: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from chromarpc_server.domain.adapter_urls import is_url, url_problem
 from chromarpc_server.domain.errors import (
     MAX_LISTED,
     ModelNotFound,
@@ -28,20 +29,29 @@ from chromarpc_server.domain.plan import (
     PlannedPrompt,
 )
 from chromarpc_server.domain.requests import (
+    FRAMES,
+    MIN_SEED,
+    RESOLUTIONS,
+    SAMPLERS,
     GenerationRequest,
     ImageFormat,
     LoraRequest,
     NoiseDraw,
     PromptRequest,
 )
-from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE, trainer_size
+from chromarpc_server.domain.trainer import (
+    MIN_SIZE_PX,
+    PREVIEW_PROFILES,
+    SIZE_MULTIPLE,
+    TRAINER_SIZES,
+    trainer_size,
+)
 from chromarpc_server.domain.trainer_options import resolve_trainer
 
 TRIGGER = "[trigger]"
-SAMPLERS = ("flowmatch",)
-"""ai-toolkit's name for the flow-match Euler sampler, the only one Chroma is sampled with."""
 MAX_QUEUE_S = 30 * 86_400
 MAX_LORA_PATH_BYTES = 4096
+MAX_UUID_LENGTH = len("urn:uuid:{00000000-0000-0000-0000-000000000000}")
 DEFAULT_QUALITY = 95
 TRAINER_QUALITY = 75
 """Pillow's default for JPEG, with which the trainer writes its samples."""
@@ -68,34 +78,30 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     """Turns a request into a plan.
 
     Args:
-        request: what the client sent.
+        request: what the client sent. An empty text means nothing, as if it were left out, but for a prompt.
         serving: models, aliases, profiles and limits of this server.
         draw_seed: gives the seed of a prompt whose seed is −1.
 
     Raises:
-        InvalidParameter: with one violation for each field at fault.
-        ModelNotFound: no model has this id.
+        InvalidParameter: with one violation for each field at fault, an unknown model among them.
+        ModelNotFound: no model has this id, and nothing else is wrong.
     """
     found = Findings()
     limits = serving.limits
-    if request.model is None:
-        found.refuse("model", "is required")
-        found.raise_if_any()
-    requested_id = request.model or ""
-    spec = serving.models.get(requested_id)
-    if spec is None:
-        served = sorted(serving.models)
-        raise ModelNotFound(
-            f"no model has the id {requested_id[:64]!r}; this server knows {first_named(served)}",
-            field="model",
-            metadata={"models": ",".join(served[:MAX_LISTED])},
-        )
+    asked = serving.models.get(request.model or "")
+    # Without a model everything else is judged all the same: ranges and limits are the same for all.
+    spec = asked or next(iter(serving.models.values()))
     served_id = serving.aliases.get(spec.id, spec.id)
     divisor = serving.models[served_id].resolution_divisor
-    if served_id != spec.id:
+    unknown_model = None
+    if request.model is None:
+        found.refuse("model", "is required")
+    elif asked is None:
+        unknown_model = _model_not_found(request.model, serving)
+    elif served_id != spec.id:
         found.warn("MODEL_ALIASED", "model", f"{spec.id} is served by {served_id} on this server")
 
-    profile = request.profile if request.profile is not None else serving.default_profile
+    profile = request.profile or serving.default_profile
     if profile not in serving.profiles:
         known = ", ".join(serving.profiles)
         found.refuse("profile", f"no such numerics profile: {profile[:64]!r}; known are {known}")
@@ -112,8 +118,13 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     output = _resolve_output(request, found)
     preview = _resolve_preview(request, prompts, found)
     trainer = resolve_trainer(request.trainer, profile, found)
-    _check_totals(prompts, limits, found)
+    if asked is not None:  # sizes that are left out are the model's
+        _check_totals(prompts, limits, found)
     _check_delivery(request, found)
+    if unknown_model is not None:
+        if not found.violations:
+            raise unknown_model
+        found.violations[:0] = unknown_model.violations
     found.raise_if_any()
     return Plan(
         model=spec.id,
@@ -125,18 +136,31 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         output=output,
         preview=preview,
         warnings=tuple(found.warnings),
-        request_id=request.request_id,
+        request_id=request.request_id or None,
         detached=request.detach,
+        may_return=request.request_id is not None and not request.detach and not request.cancel_at_once,
         max_queue_s=request.max_queue_s,
         trainer=trainer,
     )
 
 
+def _model_not_found(model_id: str, serving: Serving) -> ModelNotFound:
+    served = sorted(serving.models)
+    return ModelNotFound(
+        f"no model has the id {model_id[:64]!r}; this server knows {first_named(served)}",
+        field="model",
+        metadata={"models": ",".join(served[:MAX_LISTED])},
+    )
+
+
 def _check_delivery(request: GenerationRequest, found: Findings) -> None:
-    if request.request_id is not None:
+    if request.request_id:
         try:
             uuid.UUID(request.request_id)
+            is_uuid = len(request.request_id) <= MAX_UUID_LENGTH  # Python takes any number of hyphens
         except ValueError:
+            is_uuid = False
+        if not is_uuid:
             found.refuse("request_id", "not a UUID")
     if request.max_queue_s is not None and not 0 < request.max_queue_s <= MAX_QUEUE_S:
         found.refuse("max_queue_time", f"must be more than 0 and at most {MAX_QUEUE_S} seconds")
@@ -170,13 +194,15 @@ def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: Findings)
             found.refuse(f"{at}.path", "is required")
         elif len(lora.path.encode()) > MAX_LORA_PATH_BYTES:
             found.refuse(f"{at}.path", f"longer than {MAX_LORA_PATH_BYTES} bytes")
-        if lora.transformer is not None:
+        elif is_url(lora.path) and (problem := url_problem(lora.path)) is not None:
+            found.refuse(f"{at}.path", problem)
+        if lora.transformer:
             found.refuse(f"{at}.transformer", "Chroma has one transformer, so this cannot be honoured")
         multiplier = lora.network_multiplier
         if multiplier is None:
             multiplier = rules.spec.defaults.network_multiplier
-        found.in_range(f"{at}.network_multiplier", multiplier, -2.0, 2.0)
-        expected = lora.expected_sha256
+        found.in_range(f"{at}.network_multiplier", multiplier)
+        expected = lora.expected_sha256 or None
         if expected is not None and re.fullmatch(r"[0-9a-fA-F]{64}", expected) is None:
             found.refuse(f"{at}.expected_sha256", "must be 64 hexadecimal digits")
         planned.append(
@@ -205,19 +231,19 @@ def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: Fin
     defaults = rules.spec.defaults
     _refuse_foreign_options(prompt, at, found)
     guidance_scale = defaults.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
-    found.in_range(f"{at}.guidance_scale", guidance_scale, 0.0, 20.0)
+    found.in_range(f"{at}.guidance_scale", guidance_scale)
     sample_steps = defaults.sample_steps if prompt.sample_steps is None else prompt.sample_steps
-    found.in_range(f"{at}.sample_steps", sample_steps, 1, 150)
+    found.in_range(f"{at}.sample_steps", sample_steps)
     seed = defaults.seed + index if prompt.seed is None else prompt.seed
-    if seed < -1:
-        found.refuse(f"{at}.seed", f"must be -1 (draw one) or more, got {seed}")
+    if seed < MIN_SEED:
+        found.refuse(f"{at}.seed", f"must be {MIN_SEED} (draw one) or more, got {seed}")
     return PlannedPrompt(
         prompt=_replace_trigger(prompt, at, rules, found),
         width=_snap(f"{at}.width", prompt.width, defaults.width, rules, found),
         height=_snap(f"{at}.height", prompt.height, defaults.height, rules, found),
         sample_steps=sample_steps,
         guidance_scale=guidance_scale,
-        seed=rules.draw_seed() if seed == -1 else seed,
+        seed=rules.draw_seed() if seed == MIN_SEED else seed,
         neg=_resolve_neg(prompt.neg or "", guidance_scale, at, rules, found),
     )
 
@@ -246,8 +272,8 @@ def _resolve_neg(neg: str, guidance_scale: float, at: str, rules: _Rules, found:
 
 def _snap(path: str, asked: int | None, default: int, rules: _Rules, found: Findings) -> int:
     size = default if asked is None else asked
-    multiple, smallest = (SIZE_MULTIPLE, 1) if rules.is_preview else (rules.divisor, 64)
-    found.in_range(path, size, smallest, 4096)
+    multiple = SIZE_MULTIPLE if rules.is_preview else rules.divisor
+    found.in_range(path, size, TRAINER_SIZES if rules.is_preview else None)
     snapped = trainer_size(size) if rules.is_preview else size // multiple * multiple
     if snapped > size:
         found.warn(
@@ -295,16 +321,16 @@ def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: Findi
 
 def _refuse_foreign_options(prompt: PromptRequest, at: str, found: Findings) -> None:
     if prompt.fps is not None:
-        found.in_range(f"{at}.fps", prompt.fps, 1, 120)
+        found.in_range(f"{at}.fps", prompt.fps)
         found.warn("FPS_IGNORED", f"{at}.fps", "an image has no frames a second, so this has no effect")
-    if prompt.sampler is not None and prompt.sampler not in SAMPLERS:
+    if prompt.sampler and prompt.sampler not in SAMPLERS:
         found.refuse(f"{at}.sampler", f"Chroma is sampled with {SAMPLERS[0]!r} only")
-    if prompt.num_frames is not None and prompt.num_frames != 1:
+    if prompt.num_frames is not None and prompt.num_frames != FRAMES:
         found.refuse(f"{at}.num_frames", f"Chroma draws single images, so only 1, got {prompt.num_frames}")
-    if prompt.resolution is not None and prompt.resolution != "Default":
-        found.refuse(f"{at}.resolution", "only 'Default' can be honoured")
+    if prompt.resolution and prompt.resolution not in RESOLUTIONS:
+        found.refuse(f"{at}.resolution", f"only {RESOLUTIONS[0]!r} can be honoured")
     for name in ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"):
-        if getattr(prompt, name) is not None:
+        if getattr(prompt, name):
             found.refuse(f"{at}.{name}", "Chroma takes no control image")
 
 
@@ -317,12 +343,13 @@ def _resolve_output(request: GenerationRequest, found: Findings) -> PlannedOutpu
         elif image_format is ImageFormat.JPEG_TRAINER:
             found.refuse("output.quality", f"the trainer writes its samples with {TRAINER_QUALITY}, always")
         else:
-            found.in_range("output.quality", quality, 1, 100)
+            found.in_range("output.quality", quality)
     is_trainers = image_format is ImageFormat.JPEG_TRAINER
     record = request.output.picture_record
+    default_quality = TRAINER_QUALITY if is_trainers else DEFAULT_QUALITY
     return PlannedOutput(
         format=image_format,
-        quality=quality or (TRAINER_QUALITY if is_trainers else DEFAULT_QUALITY),
+        quality=default_quality if quality is None else quality,
         picture_record=not is_trainers if record is None else record,
     )
 
@@ -331,10 +358,10 @@ def _resolve_preview(
     request: GenerationRequest, prompts: Sequence[PlannedPrompt], found: Findings
 ) -> PlannedPreview | None:
     every = request.preview.every_n_steps
-    found.in_range("preview.every_n_steps", every, 0, 150)
+    found.in_range("preview.every_n_steps", every)
     asked_side = request.preview.max_side_px
     max_side_px = 256 if asked_side is None else asked_side
-    found.in_range("preview.max_side_px", max_side_px, 16, 512)
+    found.in_range("preview.max_side_px", max_side_px)
     if every == 0:
         if asked_side is not None:
             found.warn("PREVIEW_OFF", "preview.max_side_px", "previews are off (every_n_steps is 0): no effect")

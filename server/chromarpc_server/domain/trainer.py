@@ -52,6 +52,8 @@ UNSUPPORTED_DTYPES = ("fp16", "float16", "half")
 SIZE_MULTIPLE = 16
 """Widths and heights are floored to 8, raised to `MIN_SIZE_PX`, and floored to this."""
 MIN_SIZE_PX = 64
+TRAINER_SIZES = (1, 4096)
+"""Widths and heights that may be asked for, in pixels, both ends included."""
 
 
 class LokrForm(StrEnum):

@@ -34,13 +34,13 @@ def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings)
     quantize = default.quantize if asked.quantize is None else asked.quantize
     quantize_te = quantize if asked.quantize_te is None else asked.quantize_te
     is_quantized = quantize or quantize_te
-    if asked.qtype is not None and not is_quantized:
+    if asked.qtype and not is_quantized:
         found.warn("TRAINER_OPTIONS_IGNORED", "trainer.qtype", "nothing is quantized, so this has no effect")
     return TrainerSettings(
         quantize=quantize,
-        qtype=_qtype(asked.qtype, found) if asked.qtype is not None and is_quantized else default.qtype,
+        qtype=_qtype(asked.qtype, found) if asked.qtype and is_quantized else default.qtype,
         quantize_te=quantize_te,
-        dtype=_dtype(asked.dtype, found) if asked.dtype is not None else default.dtype,
+        dtype=_dtype(asked.dtype, found) if asked.dtype else default.dtype,
         lokr_form=asked.lokr_form or default.lokr_form,
     )
 

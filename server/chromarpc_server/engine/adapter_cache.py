@@ -5,46 +5,87 @@ Keyed by what the file system says of a file, not by its name alone: a file that
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path, PurePath
 
 from chromarpc_server.domain.errors import LoraChanged, LoraContentChanged, LoraNotFound
 from chromarpc_server.domain.plan import PlannedLora
+from chromarpc_server.engine.beneath import open_below, status_below
 from chromarpc_server.pipeline import Adapter, read_adapter
+
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""What a system says of a path that leads nowhere any more, or through a link."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file as it was when a job was admitted."""
+    """A file as it was when a job was admitted.
+
+    It is found and opened below its folder without following a link, so that whoever can write there cannot have
+    the server read what lies elsewhere.
+    """
 
     path: Path
+    """Without links below the folder."""
     size_bytes: int
     modified_ns: int
     inode: int
+    device: int
+    folder: Path = field(compare=False, repr=False)
+    """It lies below this one."""
 
     @classmethod
-    def of(cls, path: Path, field: str) -> AdapterFile:
+    def of(cls, path: Path, field: str, *, below: Path | None = None) -> AdapterFile:
         """Looks at the file.
 
+        Args:
+            path: without links below the folder.
+            field: of the request, to blame.
+            below: the folder that the file lies below; by default the one that it lies in.
+
         Raises:
-            LoraNotFound: blaming `field`; it went away.
+            LoraNotFound: it went away, or is no regular file, or is reached through a link.
         """
+        folder = path.parent if below is None else below
         try:
-            status = path.stat()
+            status = status_below(folder, path.relative_to(folder))
         except OSError:
-            raise LoraNotFound("no such adapter below the server's adapter root", field=field) from None
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise LoraNotFound("no such adapter below the server's adapter root", field=field)
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, folder)
 
     def is_same(self, status: os.stat_result) -> bool:
         """Whether this is what the file system says of the same version of the file."""
-        return (status.st_size, status.st_mtime_ns, status.st_ino) == (
-            self.size_bytes,
-            self.modified_ns,
-            self.inode,
-        )
+        return stat.S_ISREG(status.st_mode) and (
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ino,
+            status.st_dev,
+        ) == (self.size_bytes, self.modified_ns, self.inode, self.device)
+
+    def open(self) -> BufferedReader:
+        """Opens this version of the file, and nothing else.
+
+        Raises:
+            LoraChanged: it was written anew, or went away.
+            OSError: it may not be read.
+        """
+        try:
+            stream = open_below(self.folder, self._below, self.is_same)
+        except OSError as error:
+            if error.errno in _GONE:
+                raise _gone() from None
+            raise
+        if stream is None:
+            raise _written_anew()
+        return stream
 
     def require_still(self) -> None:
         """Looks at the file again.
@@ -53,11 +94,23 @@ class AdapterFile:
             LoraChanged: it was written anew, or went away.
         """
         try:
-            status = self.path.stat()
+            status = status_below(self.folder, self._below)
         except OSError:
-            raise LoraChanged("the adapter went away while the job waited") from None
+            raise _gone() from None
         if not self.is_same(status):
-            raise LoraChanged("the adapter was written anew while the job waited")
+            raise _written_anew()
+
+    @property
+    def _below(self) -> PurePath:
+        return self.path.relative_to(self.folder)
+
+
+def _gone() -> LoraChanged:
+    return LoraChanged("the adapter went away while the job waited")
+
+
+def _written_anew() -> LoraChanged:
+    return LoraChanged("the adapter was written anew while the job waited")
 
 
 def require_expected(lora: PlannedLora, sha256: str, index: int) -> None:
@@ -107,8 +160,7 @@ class AdapterCache:
             self._held.move_to_end(key)
             return found
         # Both here and in prepared sets the key stands for the bytes: another version must not come in under it.
-        file.require_still()
-        adapter = read_adapter(file.path, targets, check=check)
+        adapter = read_adapter(file.path, targets, opener=file.open, check=check)
         file.require_still()
         self._held[key] = adapter
         while self._held and self.size_bytes > self._budget_bytes:

@@ -27,6 +27,7 @@ from typing import BinaryIO, Self
 
 import httpx2
 
+from chromarpc_server.domain.adapter_urls import url_problem
 from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,
@@ -180,11 +181,10 @@ class AdapterDownloads:
                 full.
             OSError: the folder cannot be written.
         """
+        source = self.require_fetchable(url, field)
         try:
-            source = _file_url(url)
             if token is not None and not _TOKEN.fullmatch(token):
                 raise InvalidParameter("hf_token is not a token: only printable ASCII without spaces can be one")
-            self._client.check(source)
             stored = await self._join(source, token, progress)
         except ChromaError as error:
             # Calls that share a download share its error: each blames its own field on a copy.
@@ -192,6 +192,22 @@ class AdapterDownloads:
         file = Downloaded(self._path(stored.sha256), stored.sha256, stored.size_bytes, self._leases)
         self._leases[file] = stored.sha256
         return file
+
+    def require_fetchable(self, url: str, field: str) -> httpx2.URL:
+        """The URL of the file that `url` stands for, as far as can be judged before its host is asked for.
+
+        Raises:
+            InvalidParameter: blaming `field`; it may not be fetched. Never repeats any of it.
+        """
+        problem = url_problem(url)
+        if problem is not None:
+            raise InvalidParameter(problem, field=field)
+        try:
+            source = _file_url(url)
+            self._client.check(source)
+        except InvalidParameter as error:
+            raise InvalidParameter(error.message, field=field) from None
+        return source
 
     async def _join(self, url: httpx2.URL, token: str | None, progress: Progress) -> _Stored:
         """Waits for the one download of `url`, which keeps its file from leaving while anyone waits."""

@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.engine.weight_norms import WeightNorms
-from chromarpc_server.pipeline import Adapter, CheckpointFiles
+from chromarpc_server.pipeline import Adapter, CheckpointFiles, translate_memory_error
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
@@ -68,23 +68,32 @@ class AdapterInspection:
 
 
 def inspect_adapter(
-    path: Path, files: CheckpointFiles, norms: WeightNorms, *, check: Callable[[], None] = lambda: None
+    file: AdapterFile, files: CheckpointFiles, norms: WeightNorms, *, check: Callable[[], None] = lambda: None
 ) -> AdapterInspection:
     """Reads an adapter beside a model, of which only the header is read, and what `norms` does not know yet.
 
     Args:
-        path: the adapter's file.
+        file: the adapter's.
         files: the model's.
         norms: of models' own parameters.
         check: called between pieces of work; may raise to stop.
 
     Raises:
         LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
+        LoraChanged: it is no longer the file that was found.
         WeightsInvalid: the model's file cannot be read.
+        OutOfMemory: the host has too little.
     """
-    model = open_weights(files.transformer)
-    adapter = read_adapter(path, model.shapes, check=check)
-    return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    try:
+        model = open_weights(files.transformer)
+        adapter = read_adapter(file.path, model.shapes, opener=file.open, check=check)
+        file.require_still()
+        return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = translate_memory_error(error)
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
 
 
 @torch.inference_mode()

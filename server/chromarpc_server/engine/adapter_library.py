@@ -3,11 +3,12 @@
 All can be named by what they hold, `sha256:` and the file's hash; uploaded and downloaded ones lie in folders of
 `<hash>.safetensors`. An upload grows in a file of its own and moves there, whole, at its end. Each belongs to the
 callers that sent or fetched its bytes, and to others does not exist. Everything here touches the disk: call it
-from a thread.
+from a thread; but `look_up`, which lives on the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import logging
@@ -35,23 +36,17 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import UploadLimits
-from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
 from chromarpc_server.engine.adapter_cache import AdapterFile
 from chromarpc_server.engine.adapter_owners import note_owners, owners_of
-from chromarpc_server.engine.adapter_root import AdapterRoot
-from chromarpc_server.engine.root_hashes import RootHashes, StillHashing
+from chromarpc_server.engine.adapter_root import HASH_PREFIX, SUFFIX, AdapterRoot
+from chromarpc_server.engine.root_hashes import WAIT_S, RootHashes, StillHashing
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".safetensors"
 PART_SUFFIX = ".part"
-HASH_PREFIX = "sha256:"
-MAX_DEPTH = 8
-"""Folders below the root that are looked into."""
-MAX_FILES = 10_000
-MAX_ENTRIES = 100_000
-"""Files and folders of any kind that one listing looks at."""
+RETRY_HASHING_S = 1.0
+"""When to ask again for a hash that is not known yet: soon, as hashing goes on while somebody asks."""
 MAX_FILENAME = 200
 """Characters of what an upload is called."""
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -157,8 +152,8 @@ class AdapterLibrary(AdapterRoot):
         """What it takes."""
         return self._limits
 
-    def locate(self, path: str, field: str, owner: str = NOBODY.name) -> Path:
-        """The file that a request of `owner` names.
+    def locate(self, path: str, field: str, owner: str = NOBODY.name) -> AdapterFile:
+        """The file that a request of `owner` names, as far as that can be told at once.
 
         Raises:
             LoraNotFound: blaming `field`; the same answer for whatever lies outside the library.
@@ -168,21 +163,55 @@ class AdapterLibrary(AdapterRoot):
         sha256 = _hash_in(path)
         for folder in (self._loras, self._downloads):
             if sha256 is not None and folder is not None:
-                file = folder / f"{sha256}{SUFFIX}"
-                if _is_plain_file(file) and owner in owners_of(file):
-                    return file
-        message = "the server has no adapter with this hash"
-        if sha256 is not None and self._root is not None:
-            try:
-                if (found := self._root_hashes.find(sha256)) is not None:
-                    return found.path
-            except StillHashing:
-                message += " among those it knows; it is still hashing the files below its root: try again later"
-        raise LoraNotFound(message, field=field)
+                with suppress(LoraNotFound):
+                    file = AdapterFile.of(folder / f"{sha256}{SUFFIX}", field)
+                    if owner in owners_of(file.path):
+                        return file
+        raise LoraNotFound("the server has no adapter with this hash", field=field)
+
+    async def look_up(
+        self, path: str, field: str, owner: str = NOBODY.name, *, wait_s: float = WAIT_S
+    ) -> AdapterFile:
+        """The file that a request of `owner` names; waits while files below the root are hashed for it.
+
+        Raises:
+            LoraNotFound: blaming `field`; as for `locate`, or the hash is not among those known by then.
+        """
+        sha256 = _hash_in(path)
+        try:
+            return await asyncio.to_thread(self.locate, path, field, owner)
+        except LoraNotFound as error:
+            if sha256 is None or self._root is None:
+                raise
+            missing = error
+        try:
+            found = await self._root_hashes.find(sha256, wait_s=wait_s)
+        except StillHashing:
+            raise LoraNotFound(
+                "the server has no adapter with this hash among those it knows; it has not hashed all files below "
+                "its root yet, which goes on when it is asked again",
+                field=field,
+                retry_after_s=RETRY_HASHING_S,
+            ) from None
+        if found is None:
+            raise missing
+        return found
+
+    def recall(self, path: str, is_it: Callable[[AdapterFile], bool]) -> None:
+        """Takes the hash that a path names for that of the root's files that an earlier process found by it."""
+        sha256 = _hash_in(path)
+        if sha256 is not None and not _is_plain_file(self._loras / f"{sha256}{SUFFIX}"):
+            for file in self._root_files():
+                if is_it(file):
+                    self._root_hashes.learn(file, sha256)
+
+    def stop_hashing(self) -> None:
+        """Lets nobody wait for files to be hashed any longer; any thread may call this."""
+        self._root_hashes.close()
 
     def learn(self, file: AdapterFile, sha256: str) -> None:
         """Takes the hash of a file that was read; one below the root can be named by it from now on."""
-        if self._root is not None and file.path.is_relative_to(self._root):
+        if file.folder == self._root:
             self._root_hashes.learn(file, sha256)
 
     def known_hash(self, path: str, file: AdapterFile) -> str | None:
@@ -471,44 +500,21 @@ class AdapterLibrary(AdapterRoot):
 
     def _below_root(self) -> tuple[list[StoredLora], bool]:
         """The root's adapters in any order, and whether there is more than was looked at."""
-        found: list[StoredLora] = []
-        folders = [("", 0)] if self._root is not None else []
-        looked_at = 0
-        truncated = False
-        while folders:
-            below, depth = folders.pop()
-            for entry in _entries(self._root / below if self._root is not None else None):
-                looked_at += 1
-                if looked_at > MAX_ENTRIES or len(found) >= MAX_FILES:
-                    return found, True
-                path = f"{below}{entry.name}"
-                if _is_folder(entry):
-                    if depth < MAX_DEPTH:
-                        folders.append((f"{path}/", depth + 1))
-                    else:
-                        truncated = True
-                elif entry.name.endswith(SUFFIX) and (lora := self._in_root(path)):
-                    found.append(lora)
-        return found, truncated
-
-    def _in_root(self, path: str) -> StoredLora | None:
-        """The root's adapter of this path, where a request could name it."""
-        try:
-            if path.startswith(HASH_PREFIX) or len(path.encode()) > MAX_LORA_PATH_BYTES:
-                return None
-            file = AdapterFile.of(super().locate(path, "path"), "path")
-        except (LoraNotFound, OSError, UnicodeEncodeError):
-            return None
-        sha256 = self._root_hashes.of(file)
-        return StoredLora(path, LoraSource.ROOT, file.size_bytes, sha256, _time(file.modified_ns / 1e9))
+        found, truncated = self.files()
+        return [
+            StoredLora(
+                path=path,
+                source=LoraSource.ROOT,
+                size_bytes=file.size_bytes,
+                sha256=self._root_hashes.of(file),
+                modified=_time(file.modified_ns / 1e9),
+            )
+            for path, file in found.items()
+        ], truncated
 
     def _root_files(self) -> list[AdapterFile]:
         """Those of the root's adapters that fit the bounds on looking, links to one file told once."""
-        files: dict[AdapterFile, None] = {}
-        for lora in self._below_root()[0]:
-            with suppress(LoraNotFound):
-                files[AdapterFile.of(super().locate(lora.path, "path"), "path")] = None
-        return list(files)
+        return list(dict.fromkeys(self.files()[0].values()))
 
 
 def require_hash(text: str, field: str) -> str:
@@ -565,13 +571,6 @@ def _entries(folder: Path | None) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError:
         return []
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False
 
 
 def _is_plain_file(file: Path) -> bool:

@@ -15,6 +15,7 @@ from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.engine.adapter_cache import AdapterFile, require_expected
 from chromarpc_server.engine.adapter_download import AdapterDownloads, Downloaded
 from chromarpc_server.engine.adapter_library import AdapterLibrary
+from chromarpc_server.engine.root_hashes import WAIT_S
 
 TELL_EVERY_S = 0.2
 
@@ -47,30 +48,49 @@ class AdapterSources:
         self._downloads = downloads
 
     async def find(
-        self, loras: Sequence[PlannedLora], owner: str = NOBODY.name, *, first: int = 0
+        self,
+        loras: Sequence[PlannedLora],
+        owner: str = NOBODY.name,
+        *,
+        first: int = 0,
+        wait_s: float = WAIT_S,
     ) -> FoundAdapters:
         """Everything of the owner's, and of everybody's, that is on this machine; URLs are left open.
 
         Args:
             loras: the job's, or some that follow one another.
-            owner: whose job it is.
+            owner: whose it is.
             first: which of the job's adapters the first of them is.
+            wait_s: how long to wait while files below the root are hashed, for each hash that is not known.
 
         Raises:
             LoraNotFound: no such file.
             LoraContentChanged: one is known to be another than the request expects.
-            InvalidParameter: a URL, where this server fetches none.
+            InvalidParameter: a URL, where this server fetches none, or not this one.
         """
         files: list[AdapterFile | None] = []
         for index, lora in enumerate(loras, first):
             field = f"loras.{index}.path"
             if not lora.is_url:
-                files.append(await asyncio.to_thread(self._look_at, lora, index, owner))
+                file = await self._library.look_up(lora.path, field, owner, wait_s=wait_s)
+                sha256 = self._library.known_hash(lora.path, file)
+                if sha256 is not None:
+                    require_expected(lora, sha256, index)
+                files.append(file)
             elif self._downloads is None:
                 raise InvalidParameter("this server fetches no adapters from URLs", field=field)
             else:
+                self._downloads.require_fetchable(lora.path, field)
                 files.append(None)
         return FoundAdapters(tuple(files))
+
+    async def recall(self, path: str, is_it: Callable[[AdapterFile], bool]) -> None:
+        """After a restart: what a path by hash named before it, known by what else is remembered of the file."""
+        await asyncio.to_thread(self._library.recall, path, is_it)
+
+    def stop_hashing(self) -> None:
+        """Lets nobody wait for files to be hashed any longer."""
+        self._library.stop_hashing()
 
     async def fetch(
         self,
@@ -111,14 +131,6 @@ class AdapterSources:
                     await asyncio.to_thread(self._library.fetched, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
-
-    def _look_at(self, lora: PlannedLora, index: int, owner: str) -> AdapterFile:
-        field = f"loras.{index}.path"
-        file = AdapterFile.of(self._library.locate(lora.path, field, owner), field)
-        sha256 = self._library.known_hash(lora.path, file)
-        if sha256 is not None:
-            require_expected(lora, sha256, index)
-        return file
 
 
 class _Throttled:

@@ -23,6 +23,7 @@ from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     ChromaError,
     DeviceError,
+    DeviceLost,
     Draining,
     InternalError,
     JobCancelled,
@@ -38,6 +39,7 @@ from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Faile
 from chromarpc_server.domain.limits import Budgets, JobRetention, Patience, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.engine.absence import Absences, is_abandoned, not_back, stop_waiting
 from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.images import (
     RenderedImage,
@@ -70,6 +72,8 @@ from chromarpc_server.pipeline import (
     DeviceChoice,
     DeviceDescription,
     describe_device,
+    select_device,
+    translate_memory_error,
     used_memory_bytes,
 )
 
@@ -79,6 +83,7 @@ _T = TypeVar("_T")
 
 RETRY_AFTER_DRAIN_S = 5.0
 HOUSEKEEPING_S = 30.0
+RETRY_AFTER_UNSTORED_S = HOUSEKEEPING_S
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Engine:
             on_device_lost: called when the process must be restarted.
             store: keeps jobs; closed by `drain`.
             retention: how long it keeps those that ended.
-            restarts: what becomes of those that an earlier process left.
+            restarts: what becomes of those that an earlier process, or their caller, left.
             store_prompts: whether a store on disk gets to see what prompts say.
             patience: how long the device may take.
             observers: are told of every event of every job.
@@ -131,6 +136,7 @@ class Engine:
         self._watch = DeviceWatch(patience or Patience())
         self._store = store
         self._restarts = restarts or RestartLimits()
+        self._absences = Absences(self._restarts.reattach_s, self.cancel)
         self._store_prompts = store_prompts
         self.jobs = JobBook(store, retention)
         self._choice = choice
@@ -154,6 +160,8 @@ class Engine:
         self._idle.set()
         self._tasks: set[asyncio.Task[Any]] = set()
         """What must be done before the engine ends."""
+        self._looking: set[asyncio.Task[Any] | None] = set()
+        """Those of them that look for a job's adapters, and have stored nothing of it yet."""
         self._housekeeper: asyncio.Task[None] | None = None
         self._accepting = False
         self._device_failed = False
@@ -164,7 +172,7 @@ class Engine:
         self._description: DeviceDescription | None = None
 
     async def start(self) -> DeviceDescription:
-        """Opens the device and begins to take jobs.
+        """Opens the device and begins to take jobs, which wait until `begin`.
 
         Raises:
             ChromaError: the device cannot be used.
@@ -172,14 +180,12 @@ class Engine:
         loop = asyncio.get_running_loop()
         worker, description = await loop.run_in_executor(self._device_thread, self._open_device, loop)
         self._worker, self._description = worker, description
-        self._dispatcher = asyncio.create_task(self._dispatch(worker), name="dispatcher")
-        self._dispatcher.add_done_callback(self._dispatcher_ended)
         self._housekeeper = asyncio.create_task(self._keep_house(), name="housekeeper")
         self._accepting = True
         return description
 
     async def resume(self, models: Mapping[str, ModelSpec]) -> int:
-        """Takes over what an earlier process was told to run. Returns how many jobs.
+        """Takes over what an earlier process was told to run, from `begin` on. Returns how many jobs.
 
         Args:
             models: those that are served, by id.
@@ -211,14 +217,9 @@ class Engine:
         files = await asyncio.to_thread(self._model_files.require, spec)
         job.adapter_files = found.complete
         if not job.plan.detached:
-            job.is_orphan = True
-            asyncio.get_running_loop().call_later(self._restarts.reattach_s, self._end_orphan, job)
+            self._absences.begin(job)
         # One that was running has waited its time already, and is to be run again.
         self._set_going(Waiting(job, files, found), hf_token=None, may_expire=not stored.was_begun)
-
-    def _end_orphan(self, job: Job) -> None:
-        if job.is_orphan:
-            self.cancel(job, JobCancelled("its caller did not come back after the server was restarted"))
 
     async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Makes a model resident before any request asks for it, warmed up for pictures of these sizes.
@@ -232,6 +233,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         load = partial(self._worker.load, spec.id, files, profile, sizes)
         await self._watch.guard(loop.run_in_executor(self._device_thread, load))
+
+    def begin(self) -> None:
+        """Begins to run jobs: once everything is preloaded, for a job has the device's thread to itself."""
+        if self._worker is None:
+            raise RuntimeError("begin before start")
+        self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
+        self._dispatcher.add_done_callback(self._dispatcher_ended)
 
     @property
     def description(self) -> DeviceDescription:
@@ -290,6 +298,8 @@ class Engine:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
             submitting.add_done_callback(self._abandoned)
+            if submitting in self._looking:
+                submitting.cancel()
             raise
 
     def _abandoned(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
@@ -297,8 +307,8 @@ class Engine:
         if submitting.cancelled() or submitting.exception() is not None:
             return
         job, existed = submitting.result()
-        if isinstance(job, Job) and not existed and not job.attached and not job.plan.detached:
-            self.cancel(job, JobCancelled("the caller cancelled or went away"))
+        if isinstance(job, Job) and not existed and not job.attached:
+            self._leave(job, JobCancelled("the caller cancelled or went away"))
 
     async def _submit(
         self,
@@ -311,7 +321,7 @@ class Engine:
     ) -> tuple[AnyJob, bool]:
         async with self.jobs.creating(caller.name, plan.request_id):
             known = await self.jobs.existing(caller.name, plan.request_id, fingerprint)
-            if known is not None:
+            if known is not None and not await self._forget_abandoned(known):
                 await self._join(known, plan, deadline_s)
                 return known, True
             return await self._admit(plan, spec, deadline_s, hf_token, caller, fingerprint), False
@@ -320,6 +330,7 @@ class Engine:
         """One more caller counts on a job, which the earlier ones' deadlines and leaving may not end any more."""
         if not isinstance(known, Job):
             return
+        self._absences.renew(known)
         known.cancellation.wait_longer(None if deadline_s is None else time.monotonic() + deadline_s)
         if plan.detached and not known.plan.detached:
             before = known.plan
@@ -329,7 +340,18 @@ class Engine:
             except StoreUnavailable:
                 known.plan = before
                 raise
-            known.is_orphan = False
+            stop_waiting(known)
+
+    async def _forget_abandoned(self, known: AnyJob) -> bool:
+        """Whether a job ended only because its caller did not come back; its request id is then free again."""
+        if not is_abandoned(known):
+            return False
+        async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs
+            pass
+        if not is_abandoned(known):
+            return False
+        await self._store.release_request_id(known)
+        return True
 
     async def _admit(
         self,
@@ -343,7 +365,12 @@ class Engine:
         _refuse_size(plan, caller)
         self._refuse_if_closed(caller)
         deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
-        found = await self._adapters.find(plan.loras, caller.name)
+        looking = asyncio.current_task()
+        self._looking.add(looking)
+        try:
+            found = await self._adapters.find(plan.loras, caller.name)
+        finally:
+            self._looking.discard(looking)
         files = await asyncio.to_thread(self._model_files.require, spec)
         self._refuse_if_closed(caller)
         job = Job(plan, found.complete, Cancellation(deadline_at), owner=caller.name, fingerprint=fingerprint)
@@ -433,19 +460,78 @@ class Engine:
         """Somebody holds on to a job from now on, until `detach`."""
         if isinstance(job, Job):
             job.attached += 1
-            job.is_orphan = False
+            job.is_left = False
+            stop_waiting(job)
 
     def detach(self, job: AnyJob, cause: ChromaError) -> None:
-        """Somebody who held on to a job let go; unless it may go on alone, the last one ends it."""
+        """Somebody who held on to a job let go; unless it may go on alone, or wait, the last one ends it."""
         if isinstance(job, Job):
             job.attached -= 1
-            if job.attached <= 0 and not job.plan.detached and not job.log.suspended:
-                self.cancel(job, cause)
+            if job.attached <= 0:
+                self._leave(job, cause)
 
     def watch(self, job: AnyJob) -> None:
-        """Somebody looks at a job, without holding on to it."""
+        """Somebody looks at a job from now on, until `unwatch`, and has come back to it if nobody else has."""
         if isinstance(job, Job):
-            job.is_orphan = False
+            job.watchers += 1
+            stop_waiting(job)
+
+    def unwatch(self, job: AnyJob) -> None:
+        """Somebody looks at a job no more."""
+        if isinstance(job, Job):
+            job.watchers -= 1
+            if job.watchers <= 0 and job.attached <= 0 and job.plan.may_return:
+                self._leave(job, JobCancelled("the caller cancelled or went away"))
+
+    def _leave(self, job: Job, cause: ChromaError) -> None:
+        """Nobody holds on to a job any more."""
+        if job.plan.detached or job.log.sealed or job.log.suspended:
+            return
+        if not (job.plan.may_return and isinstance(cause, JobCancelled)):
+            self.cancel(job, cause)
+        elif job.watchers <= 0:
+            if job.is_left:
+                self._track(self._cancel_left(job))
+            else:
+                self._absences.begin(job)
+
+    async def cancel_for_good(self, job: AnyJob, *, when_unattended: bool = False) -> None:
+        """Stops a job as `cancel` does, and lets no later process go on with it. Returns once that is stored.
+
+        Args:
+            job: the job.
+            when_unattended: leave it to those who hold on to it or watch it; the last one who goes ends it.
+                One that goes on without callers is left alone.
+
+        Raises:
+            StoreUnavailable, Draining: it is not stored; this process has stopped the job all the same.
+        """
+        if not isinstance(job, Job) or (when_unattended and job.plan.detached):
+            return
+        if when_unattended and (job.attached > 0 or job.watchers > 0):
+            job.is_left = True
+        else:
+            cause = not_back("its caller left") if when_unattended else JobCancelled("the job was cancelled")
+            # Whole, although the caller may go away meanwhile.
+            await asyncio.shield(self._track(self._cancel_for_good(job, cause)))
+
+    async def _cancel_left(self, job: Job) -> None:
+        with suppress(StoreUnavailable, Draining):  # stopped all the same, and nobody was told anything
+            await self._cancel_for_good(job, not_back("its caller left"))
+
+    async def _cancel_for_good(self, job: Job, cause: JobCancelled) -> None:
+        is_noted = False
+        if not job.log.sealed:
+            job.cancelled = job.cancelled or cause
+            self.cancel(job, cause)
+        if not job.log.sealed and self._store.is_durable:
+            await self._store.note_cancelled(job)
+            is_noted = True
+        if job.log.suspended and job.cancelled is not None:
+            self._end_early(job, job.cancelled)
+        await self._settled(job)
+        if not is_noted and job in self._unstored:
+            raise StoreUnavailable("the job's end cannot be stored now", retry_after_s=RETRY_AFTER_UNSTORED_S)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -465,9 +551,9 @@ class Engine:
                 self._tell_positions()
                 return
 
-    async def settled(self, job: AnyJob) -> None:
+    async def _settled(self, job: Job) -> None:
         """Returns once an end that is decided is stored, and so can be seen."""
-        if isinstance(job, Job) and job.log.sealed and not job.log.closed:
+        if job.log.sealed and not job.log.closed:
             async for _ in job.log.follow(job.log.last_sequence):
                 pass
 
@@ -477,6 +563,7 @@ class Engine:
         What did not end is left to the next process, or ended where the store does not outlive this one.
         """
         self._accepting = False
+        self._adapters.stop_hashing()
         for waiting in (*self._fetching, *self._queue):
             if waiting.fetching is not None and not waiting.fetching.done():
                 waiting.fetching.cancel()
@@ -499,6 +586,8 @@ class Engine:
         await asyncio.gather(*loops, return_exceptions=True)
         with suppress(StoreUnavailable):
             await self._settle()
+        while self._tasks:  # jobs that were cancelled in the last moment
+            await asyncio.wait(self._tasks)
         await self._store.close()
         self._device_thread.shutdown(wait=False)
         self._image_thread.shutdown(wait=False)
@@ -579,7 +668,14 @@ class Engine:
             )
 
     def _open_device(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
-        description = describe_device(self._choice)
+        try:
+            # The first thing that the device's thread does; whatever names no device there means this one.
+            select_device(self._choice.device)
+            description = describe_device(self._choice)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            lost = DeviceLost(f"{self._choice.device} cannot be used: {why}")
+            raise translate_memory_error(error) or lost from None
 
         def publish(snapshot: CacheSnapshot) -> None:
             loop.call_soon_threadsafe(self._take_snapshot, snapshot)
@@ -637,10 +733,12 @@ class Engine:
             work = loop.run_in_executor(self._device_thread, worker.run, job, waiting.files, emit)
             done = await self._watch.guard(work)
         except ChromaError as error:
-            if self._store.is_durable and isinstance(error, Draining | DeviceError):
-                await self._set_aside(job, error)
-            else:
+            if not isinstance(error, Draining | DeviceError):
                 self._end_early(job, error)
+            elif job.cancelled is not None or not self._store.is_durable:
+                self._end_early(job, job.cancelled or error)
+            else:
+                await self._set_aside(job, error)
             if isinstance(error, DeviceError):
                 self._fail_device()
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
@@ -654,6 +752,9 @@ class Engine:
         if isinstance(error, Draining):
             with suppress(StoreUnavailable):
                 await self._store.unbegin(job)
+        if job.cancelled is not None:  # meanwhile
+            self._end_early(job, job.cancelled)
+            return
         log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
         job.log.suspend(error)
 
@@ -698,7 +799,7 @@ class Engine:
                 return
             header, data = await loop.run_in_executor(self._image_thread, encode_image, report, job.plan.output)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
-            failure = self._unforeseen(job, error)
+            failure = translate_memory_error(error) or self._unforeseen(job, error)
             job.cancellation.cancel(failure)
             self._end_early(job, failure)
             return
@@ -748,7 +849,7 @@ class Engine:
     def _conclude(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
         """Decides on a job's end, which readers see once it is stored. The first decision stands."""
         if not job.log.sealed:
-            _stop_expiry(job)
+            _stop_timers(job)
             job.log.seal(event)
             self._track(self._commit(job, event, fields))
 
@@ -812,6 +913,12 @@ _LOG_NAMES: Mapping[type[Terminal], str] = {
     Failed: "job.failed",
     Cancelled: "job.cancelled",
 }
+
+
+def _stop_timers(job: Job) -> None:
+    """A timer that is not needed any more would hold what the job weighs."""
+    _stop_expiry(job)
+    stop_waiting(job)
 
 
 def _stop_expiry(job: Job) -> None:

@@ -31,6 +31,16 @@ class Cancellation:
         """Whether somebody asked the job to stop."""
         return self._cause is not None
 
+    @property
+    def cause(self) -> ChromaError | None:
+        """Why it is to stop, where it is."""
+        return self._cause
+
+    @property
+    def deadline_at(self) -> float | None:
+        """When its caller stops waiting, as `time.monotonic()` says it."""
+        return self._deadline_at
+
     def cancel(self, cause: ChromaError) -> None:
         """Asks the job to stop because of `cause`."""
         if self._cause is None:
@@ -94,8 +104,14 @@ class Job:
     """Pictures that are being encoded and stored."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Ends it when it has waited too long; a timer that is not needed any more would hold the job's pictures."""
-    is_orphan: bool = False
-    """Whether it ends with its caller, and the caller has not come back since the server was restarted."""
+    watchers: int = 0
+    """Callers that look at it, without holding on to it."""
+    absence: asyncio.TimerHandle | None = field(default=None, repr=False)
+    """Runs while the caller that it ends with is away and may come back; ends it then."""
+    is_left: bool = False
+    """Whether a caller has left it for good, so that nobody is waited for once the others have."""
+    cancelled: ChromaError | None = None
+    """Why it is to be stopped whichever process has it, once somebody was or will be told so."""
 
     @property
     def set_key(self) -> SetKey:

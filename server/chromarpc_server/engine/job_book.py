@@ -106,6 +106,20 @@ class JobBook:
             )
         return job
 
+    async def made_under(self, owner: str, request_id: str) -> AnyJob:
+        """The job that was made under a request id, and is being made now at the latest.
+
+        Raises:
+            JobNotFound: there is none.
+            StoreUnavailable: nobody can tell now.
+        """
+        async with self.creating(owner, request_id):
+            job: AnyJob | None = self._by_request.get((owner, request_id))
+            job = job or await self._store.ended_by_request(owner, request_id)
+        if job is None:
+            raise JobNotFound("no job was made under this id, or it was deleted", field="request_id")
+        return job
+
     def add(self, job: Job) -> None:
         """Enters a job that the store has."""
         self._jobs[job.id] = job

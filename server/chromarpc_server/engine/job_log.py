@@ -237,7 +237,7 @@ class JobLog:
                 if entry is None:
                     if self._closed:
                         return
-                    if self._suspended is not None:
+                    if self._suspended is not None and self._ending is None:
                         raise self._suspended
                     if not await self._wait(patience):
                         yield None

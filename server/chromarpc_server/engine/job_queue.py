@@ -1,6 +1,7 @@
 """Which job is next: callers take turns, each caller's jobs go in the order they came.
 
-A job whose weights are resident may go before others, but no job is overtaken so more than a few times.
+A job whose weights are resident may go before others, but no job is overtaken so more than a few times. Those
+whose caller is away for the moment let all others go first.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class JobQueue:
 
     def take(self, is_resident: Callable[[SetKey], bool]) -> Waiting:
         """Takes out the one to run now: the first whose weights are resident, unless that overtakes one that
-        was overtaken too often.
+        was overtaken too often. One whose caller is away keeps its place and waits for it, unless no other does.
 
         Raises:
             LookupError: the queue is empty.
         """
-        order = list(self)
+        order = [waiting for waiting in self if waiting.job.absence is None] or list(self)
         if not order:
             raise LookupError("no job waits")
         chosen = 0

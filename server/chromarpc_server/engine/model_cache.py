@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import WeightsReport, WeightsSource
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.plan import PlannedLora
@@ -30,8 +31,10 @@ from chromarpc_server.pipeline import (
     Pipeline,
     SwitchReport,
     Transformer,
+    forget_frames,
     free_memory_bytes,
     release_memory,
+    synchronize,
     translate_memory_error,
 )
 
@@ -108,6 +111,8 @@ class CacheSnapshot:
     """Of parsed adapters in host memory."""
     memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
     """Model id to what of it stays where on a GPU."""
+    fallbacks: tuple[DeviceFallback, ...] = ()
+    """What the device does without, as far as anything was tried."""
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
@@ -139,6 +144,7 @@ class ModelCache:
         """Least recently used first."""
         self._adapters = AdapterCache(budgets.adapter_bytes)
         self._counters = CacheCounters()
+        self._fallbacks: tuple[DeviceFallback, ...] = ()
 
     def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
         """The model's checkpoint, loaded if it is not resident.
@@ -220,8 +226,14 @@ class ModelCache:
         )
         return checkpoint.pipeline(slot.transformer), report
 
+    def tell_fallbacks(self) -> None:
+        """Publishes what turned out while something ran."""
+        if self._found_fallbacks() != self._fallbacks:
+            self._tell()
+
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
+        synchronize(self._device.device)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
         self._adapters.clear()
@@ -254,7 +266,7 @@ class ModelCache:
                 # There was less room than it seemed: switch what is there instead.
                 self._slots.remove(fresh)
                 del fresh
-                error.__traceback__ = None
+                forget_frames(error)
                 self._free()
         slot = broken or alike[0]
         if slot.key is not None:
@@ -316,6 +328,16 @@ class ModelCache:
         gc.collect()
         release_memory(self._device.device)
 
+    def _found_fallbacks(self) -> tuple[DeviceFallback, ...]:
+        if not self._slots:
+            return self._fallbacks  # nothing is there that could tell of a change
+        found = {
+            fallback.without: fallback
+            for slot in self._slots
+            for fallback in slot.checkpoint.fallbacks(slot.transformer)
+        }
+        return tuple(found.values())
+
     def _tell(self) -> None:
         resident = {
             model_id: checkpoint.size_bytes + checkpoint.trainer_parts.size_bytes
@@ -335,4 +357,7 @@ class ModelCache:
             for model_id, checkpoint in self._checkpoints.items()
             if checkpoint.memory is not None
         }
-        self._publish(CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes, memory))
+        self._fallbacks = self._found_fallbacks()
+        self._publish(
+            CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes, memory, self._fallbacks)
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from chromarpc_server.domain.events import AdapterPlacement, AdapterReport, Prepared, TokenCount, WeightsReport
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.plan import Plan, PlanWarning
 from chromarpc_server.engine.adapter_warnings import adapter_warnings
 from chromarpc_server.pipeline import Adapter, TokenizedPrompt, lies_beside
@@ -21,10 +22,14 @@ def prepared_event(
     device: str,
     weights: WeightsReport,
     tiled_beyond_px: int | None = None,
+    fallbacks: Sequence[DeviceFallback] = (),
 ) -> Prepared:
     """The event, with everything about files and tokens that the plan could not know.
 
-    `negative`: the negative prompts, where the profile honours them; `tiled_beyond_px`: longer sides than this are decoded in tiles.
+    Args:
+        negative: the negative prompts, where the profile honours them.
+        tiled_beyond_px: longer sides than this are decoded in tiles.
+        fallbacks: what the device does without.
     """
     return Prepared(
         adapters=tuple(
@@ -55,6 +60,7 @@ def prepared_event(
                 for warning in adapter_warnings(adapter, f"loras.{index}.path")
             ),
             *_tiling_warnings(plan, tiled_beyond_px),
+            *(PlanWarning("DEVICE_FALLBACK", "", fallback.message) for fallback in fallbacks),
         ),
     )
 

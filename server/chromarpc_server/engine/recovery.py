@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from chromarpc_server.domain.errors import AttemptsExhausted, LoraChanged, LoraNotFound, NotKept
+from chromarpc_server.domain.errors import AttemptsExhausted, JobCancelled, LoraChanged, LoraNotFound, NotKept
 from chromarpc_server.domain.events import Accepted, AdapterReport, Restarted
 from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
 from chromarpc_server.engine.job import Cancellation, Job
+from chromarpc_server.engine.root_hashes import WAIT_S
 from chromarpc_server.engine.store import records
 from chromarpc_server.engine.store.job_store import Unfinished
 from chromarpc_server.engine.store.records import KnownAdapter
@@ -49,9 +50,12 @@ def refuse_hopeless(stored: Unfinished, max_attempts: int) -> None:
     """Raises what ends a job that this process need not try.
 
     Raises:
+        JobCancelled: its caller was told that it is stopped.
         AttemptsExhausted: it was begun as often as it may be.
         NotKept: its prompts were not stored.
     """
+    if stored.is_cancelled:
+        raise JobCancelled("the job was cancelled")
     if stored.attempts >= max_attempts:
         raise AttemptsExhausted(
             f"the server was stopped {stored.attempts} times while it ran the job, and tries no more",
@@ -75,8 +79,12 @@ async def find_again(stored: Unfinished, sources: AdapterSources) -> FoundAdapte
         asked = lora
         if lora.is_url and known is not None and known.sha256 is not None:
             asked = replace(lora, path=f"sha256:{known.sha256}")
+        elif known is not None:
+            await sources.recall(lora.path, known.is_still)
         try:
-            found = await sources.find([asked], stored.owner, first=index)
+            # What was fetched lies among the downloads, or is fetched again: nothing is hashed for it.
+            wait_s = 0 if lora.is_url else WAIT_S
+            found = await sources.find([asked], stored.owner, first=index, wait_s=wait_s)
         except LoraNotFound:
             if not lora.is_url:
                 raise LoraChanged("the adapter went away while the server was restarted", field=field) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chromarpc_server.domain.errors import ChromaError, DeviceLost
@@ -20,6 +20,7 @@ from chromarpc_server.domain.events import (
     Timings,
 )
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
+from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.engine.images import RenderedImage, RenderedPreview
 from chromarpc_server.engine.job import Cancellation, Job
 from chromarpc_server.engine.job_observer import StageDone
@@ -34,6 +35,7 @@ from chromarpc_server.pipeline import (
     Pipeline,
     PromptEmbedding,
     finished_steps,
+    forget_frames,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -89,16 +91,28 @@ class DeviceWorker:
     def load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
         """Makes a model resident before any request asks for it, and on a GPU compiles, plans and records what
         pictures of these sizes (width, height) need.
+
+        Raises:
+            ChromaError: it cannot be loaded.
         """
         self._watch.other("loading a model")
         try:
             self._load(model_id, files, profile, sizes)
+        except ChromaError:
+            raise
+        except Exception as error:
+            found = self._sorted(error, {"model": model_id})
+            if found is error:
+                raise
+            raise found from None
         finally:
+            self._cache.tell_fallbacks()
             self._watch.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
         checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
-        key = SetKey(model_id, profile, ())
+        trainer = TrainerSettings() if profile in PREVIEW_PROFILES else None
+        key = SetKey(model_id, profile, (), trainer)
         pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
@@ -116,25 +130,34 @@ class DeviceWorker:
             # A traceback holds the frames that hold the tensors, and the job outlives its run.
             raise error.with_traceback(None) from None
         except Exception as error:
-            out_of_memory = translate_memory_error(error)
-            if out_of_memory is not None:
-                error.__traceback__ = None
-                self._cache.clear()
-            self._watch.other("probing the device")
-            try:
-                probe_device(self._choice.device)
-            except DeviceLost as lost:
-                log.exception("device.lost", extra={"job_id": job.id, "cause": type(error).__name__})
-                raise lost.with_traceback(None) from None
-            if out_of_memory is None:
+            found = self._sorted(error, {"job_id": job.id})
+            if found is error:
                 raise
-            raise out_of_memory from None
+            raise found from None
         except BaseException as error:
             # Nothing that ends a thread may end this one unnoticed.
             log.critical("device.thread_ended", exc_info=error, extra={"job_id": job.id})
             raise DeviceLost("the thread that owns the device was ended") from None
         finally:
+            self._cache.tell_fallbacks()
             self._watch.idle()
+
+    def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:
+        """What an unforeseen exception is, once memory is free again and the device has shown whether it works."""
+        out_of_memory = translate_memory_error(error)
+        if out_of_memory is not None:
+            forget_frames(error)
+            try:
+                self._cache.clear()
+            except Exception:  # the probe finds out whether the device still works
+                log.exception("memory.not_freed", extra=told)
+        self._watch.other("probing the device")
+        try:
+            probe_device(self._choice.device)
+        except DeviceLost as lost:
+            log.exception("device.lost", exc_info=error, extra={**told, "cause": type(error).__name__})
+            return lost.with_traceback(None)
+        return out_of_memory or error
 
     def _run(
         self, plan: Plan, job: Job, files: CheckpointFiles, cancellation: Cancellation, emit: Emit
@@ -163,6 +186,7 @@ class DeviceWorker:
                 device=self._description.name,
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
+                fallbacks=pipeline.fallbacks,
             )
         )
         remaining = _Remaining(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from chromarpc.compat.v1 import inference_service_pb2
+from chromarpc_server.gateway import openapi
 
 TEMPLATE = Path(__file__).with_name("envoy.yaml")
 PAGE = Path(__file__).with_name("page")
@@ -39,13 +41,15 @@ class Gateway:
     """Name to expect in that certificate."""
 
 
-def envoy_yaml(gateway: Gateway, *, descriptor: Path, page: Path = PAGE) -> str:
+def envoy_yaml(gateway: Gateway, *, descriptor: Path, page: Path = PAGE, description: Path = openapi.FILE) -> str:
     """The configuration file's text.
 
     Args:
         gateway: see there.
         descriptor: file that holds `descriptor_set()`.
-        page: folder of the page's files, as Envoy will find them.
+        page: folder of the page's files, as Envoy will find them. Their entity tags are those of the files beside
+            this module, so they must be the same.
+        description: `openapi.json`, likewise.
     """
     values: dict[str, object] = {
         "web_host": gateway.web_host,
@@ -58,6 +62,8 @@ def envoy_yaml(gateway: Gateway, *, descriptor: Path, page: Path = PAGE) -> str:
         "descriptor": str(descriptor),
         "cluster_type": "STATIC" if _is_address(gateway.grpc_host) else "STRICT_DNS",
         **{f"page_{kind}": str(page / name) for kind, name in PAGE_FILES.items()},
+        "openapi": str(description),
+        **_tags(),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
     filled = {name: json.dumps(value) for name, value in values.items()}
@@ -69,6 +75,20 @@ def envoy_yaml(gateway: Gateway, *, descriptor: Path, page: Path = PAGE) -> str:
         filled, transport_socket=_transport_socket(gateway)
     )
     return rendered.rstrip() + "\n"
+
+
+def _tags() -> dict[str, object]:
+    """For each file its entity tag, and a pattern of `if-none-match` headers that name it.
+
+    The tags are weak because answers are compressed on the way, which would void others.
+    """
+    files = {f"page_{kind}": PAGE / name for kind, name in PAGE_FILES.items()} | {"openapi": openapi.FILE}
+    values: dict[str, object] = {}
+    for name, file in files.items():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+        values[f"{name}_tag"] = f'W/"{digest}"'
+        values[f"{name}_known"] = rf'\*|.*"{digest}".*'
+    return values
 
 
 def descriptor_set() -> bytes:
@@ -126,4 +146,9 @@ def deployed_yaml() -> str:
     """What deploy/envoy.yaml holds: a server named `chromarpc`, and all files in /etc/chromarpc."""
     folder = Path("/etc/chromarpc")
     gateway = Gateway(web_host="0.0.0.0", web_port=8080, grpc_host="chromarpc", grpc_port=50051)  # noqa: S104
-    return envoy_yaml(gateway, descriptor=folder / "chromarpc.v1.binpb", page=folder / "page")
+    return envoy_yaml(
+        gateway,
+        descriptor=folder / "chromarpc.v1.binpb",
+        page=folder / "page",
+        description=folder / openapi.FILE.name,
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
+import sys
 import tempfile
 from collections import deque
 from pathlib import Path
 
+from chromarpc_server.gateway import leash
 from chromarpc_server.gateway.configuration import Gateway, descriptor_set, envoy_yaml
+from chromarpc_server.ports import PortUnusable, WantedPort, require_free
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,10 @@ def envoy_path() -> Path:
 
 
 class Envoy:
-    """A gateway process; `start` it, `wait` for its end, `stop` it."""
+    """A gateway process; `start` it, `wait` for its end, `stop` it.
+
+    It ends with this process, however that ends: `leash.py` holds it.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
         """Nothing is started yet."""
@@ -61,10 +66,12 @@ class Envoy:
         text = envoy_yaml(self._gateway, descriptor=descriptor)
         await asyncio.to_thread(configuration.write_text, text, encoding="utf-8")
         self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", leash.__file__),
             envoy_path(),
             *("-c", configuration),
             *("--disable-hot-restart", "--log-level", "warning", "--log-format", "%v", "--concurrency", "2"),
-            stdin=asyncio.subprocess.DEVNULL,
+            # Kept open and never written to: it closes with this process, and that ends Envoy.
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             # Ctrl-C is for us alone: the gateway goes after the server's last events have left.
@@ -75,6 +82,8 @@ class Envoy:
             await asyncio.wait_for(self._listening(), START_S)
         except TimeoutError:
             raise GatewayError(f"Envoy took no connection within {START_S:.0f} s") from None
+        # It has read its files; whoever is killed cannot tidy up.
+        await asyncio.to_thread(self._folder.cleanup)
 
     async def wait(self) -> int:
         """Waits for its end and gives its exit code."""
@@ -93,7 +102,8 @@ class Envoy:
             try:
                 await asyncio.wait_for(process.wait(), STOP_S)
             except TimeoutError:
-                process.kill()
+                if process.stdin is not None:
+                    process.stdin.close()  # kills Envoy; killing its keeper would set it free
                 await process.wait()
         if self._reading is not None:
             await self._reading
@@ -101,15 +111,10 @@ class Envoy:
 
     def _require_port(self) -> None:
         """Where somebody else listens, a connection would reach them before Envoy could say that it cannot."""
-        host, port = self._gateway.web_host, self._gateway.web_port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise GatewayError(f"Envoy did not start on {host}:{port}: {reason}") from None
+            require_free([WantedPort("--web-port", self._gateway.web_host, self._gateway.web_port)])
+        except PortUnusable as error:
+            raise GatewayError(str(error)) from None
 
     async def _listening(self) -> None:
         host, port = self._gateway.web_host, self._gateway.web_port

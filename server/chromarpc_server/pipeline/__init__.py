@@ -18,11 +18,12 @@ from chromarpc_server.pipeline.device import (
     probe_device,
     release_memory,
     reset_peak_memory,
+    select_device,
     synchronize,
-    translate_memory_error,
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
+from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
 from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
@@ -53,6 +54,7 @@ __all__ = [
     "choose_device",
     "describe_device",
     "finished_steps",
+    "forget_frames",
     "free_memory_bytes",
     "import_ahead",
     "library_versions",
@@ -62,6 +64,7 @@ __all__ = [
     "read_adapter",
     "release_memory",
     "reset_peak_memory",
+    "select_device",
     "served_profiles",
     "synchronize",
     "translate_memory_error",

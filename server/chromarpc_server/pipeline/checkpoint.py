@@ -1,7 +1,8 @@
 """From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
 
 A `Checkpoint` holds the master weights as they were stored. A `PreparedTransformer` of it has adapters merged,
-before quantization as the reference does; `trainer` has the forms that draw the trainer's picture. A `Pipeline` draws with one, and nothing on it changes between calls.
+before quantization as the reference does; `trainer` has the forms that draw the trainer's picture. A `Pipeline`
+draws with one, and nothing on it changes between calls.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
 from chromarpc_server.pipeline.denoising import Text, denoise_from
 from chromarpc_server.pipeline.device import usable_memory_bytes
-from chromarpc_server.pipeline.fused.check import warm_up_kernels
+from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
 from chromarpc_server.pipeline.pacing import beside
@@ -86,6 +88,13 @@ class Pipeline:
     rounding is part of the function that the checkpoint was trained as."""
     empty: tuple[Tensor, Tensor] = field(repr=False)
     """Embeddings and mask of the empty prompt: constants of the checkpoint and its text encoder."""
+    decoder_fallback: DeviceFallback | None = None
+    """Why the decoder is not the fused one, where it should be."""
+
+    @property
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """What the device does without, as far as it was tried."""
+        return _found(self.device, self.decoder_fallback, self.transformer, self.text_encoder.fallback)
 
     @property
     def tiled_beyond_px(self) -> int | None:
@@ -97,7 +106,7 @@ class Pipeline:
         return self.tokenizer(prompt)
 
     def encode(self, tokens: TokenizedPrompt, negative: TokenizedPrompt | None = None) -> PromptEmbedding:
-        """Embeds a prompt, beside the unconditional text: the negative prompt where it counts, else the empty one."""
+        """Embeds a prompt, and beside it the unconditional text: the negative prompt if there is one."""
         embeds = self.text_encoder(tokens.ids)
         unconditional = self.empty
         if negative is not None and negative.token_count > EMPTY_TOKENS:
@@ -176,6 +185,16 @@ class Pipeline:
             return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
 
 
+def _found(
+    device: torch.device,
+    decoder: DeviceFallback | None,
+    transformer: Transformer,
+    encoder: DeviceFallback | None,
+) -> tuple[DeviceFallback, ...]:
+    found = (kernels_fallback(device), decoder, *transformer.fallbacks, encoder)
+    return tuple(fallback for fallback in found if fallback is not None)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model's master weights as they were stored, and the parts that adapters leave alone."""
@@ -198,6 +217,8 @@ class Checkpoint:
     trainer_parts: TrainerParts = field(repr=False)
     memory: MemoryPlan | None = None
     """What stays where; None on a CPU."""
+    decoder_fallback: DeviceFallback | None = None
+    """Why `fused_autoencoder` is not fused, where it should be."""
 
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
@@ -267,6 +288,8 @@ class Checkpoint:
             vae.enable_tiling()
         check()
         empty = tokenizer("")
+        not_fused: list[DeviceFallback] = []
+        fused_vae = with_fused_decoder(vae, not_fused.append)
         return cls(
             config=config,
             master=master,
@@ -274,7 +297,7 @@ class Checkpoint:
                 encoder, record=plan is not None and plan.record_graphs and plan.text_encoder == "device"
             ),
             autoencoder=vae,
-            fused_autoencoder=with_fused_decoder(vae),
+            fused_autoencoder=fused_vae,
             tokenizer=tokenizer,
             latent_preview=LatentPreview.read(files.preview) if files.preview else LatentPreview.flux(),
             device=device,
@@ -294,6 +317,7 @@ class Checkpoint:
                 record=plan is not None and plan.record_graphs and plan.text_encoder == "device",
             ),
             memory=plan,
+            decoder_fallback=next(iter(not_fused), None),
         )
 
     def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
@@ -301,7 +325,8 @@ class Checkpoint:
 
         Args:
             profile: what it will be run with.
-            trainer: what the trainer's config says, for profiles that draw the trainer's picture; its defaults if None.
+            trainer: what the trainer's config says, for profiles that draw the trainer's picture; None: its
+                defaults.
         """
         record_graphs = self.memory is None or self.memory.record_graphs
         if not profile.trainer:
@@ -355,7 +380,20 @@ class Checkpoint:
             dtype=self.dtype,
             stored_dtype=self.master["img_in.weight"].dtype,
             empty=self.empty,
+            decoder_fallback=self._decoder_fallback(prepared),
         )
+
+    def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
+        """What the device does without for one of this checkpoint's transformers, as far as it was tried."""
+        settings = prepared.settings
+        encoder = self.text_encoder.fallback if settings is None else self.trainer_parts.encoder_fallback(settings)
+        return _found(self.device, self._decoder_fallback(prepared), prepared, encoder)
+
+    def _decoder_fallback(self, prepared: Transformer) -> DeviceFallback | None:
+        """None too in another dtype than the decoder was tried in, where a plain one is as it should be."""
+        settings = prepared.settings
+        is_tried = settings is None or self._fused_dtype(settings) == self.dtype
+        return self.decoder_fallback if prepared.profile.fused and is_tried else None
 
     def _fused_dtype(self, settings: TrainerSettings) -> torch.dtype:
         """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
@@ -378,7 +416,8 @@ class Checkpoint:
             device=self.device,
             dtype=dtype,
             stored_dtype=rounding,
-            empty=(encoder(empty.ids), empty.mask.to(self.device)),
+            empty=(self.trainer_parts.empty(settings, empty.ids), empty.mask.to(self.device)),
+            decoder_fallback=self._decoder_fallback(prepared),
         )
 
     def prepare(
@@ -443,7 +482,7 @@ def _read_master(
             master[name] = tensor
         revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
     if plan is not None and plan.master == "host":
-        master = pin(master)
+        master = pin(master, device)
     return master, revision
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from chromarpc_server.domain.errors import DeviceLost, OutOfMemory, WeightsInvalid
+from chromarpc_server.domain.errors import DeviceLost, WeightsInvalid
+from chromarpc_server.pipeline.memory_errors import translate_memory_error
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,17 @@ def choose_device(device: str, dtype: str, *, threads: int | None = None) -> Dev
     if dtype == "auto":
         dtype = "float32" if chosen.type == "cpu" else "bfloat16"
     return DeviceChoice(chosen, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+
+
+def select_device(device: torch.device) -> None:
+    """Makes a GPU the current one of the calling thread: whatever names none, such as an event, belongs to it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """The same for a while, for code that does not know which thread it runs on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def describe_device(choice: DeviceChoice) -> DeviceDescription:
@@ -160,27 +176,34 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def translate_memory_error(error: Exception) -> OutOfMemory | None:
-    """An exception that means too little memory, as the client is told of it; None for any other."""
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    # A CPU's allocator raises a RuntimeError that only its text tells apart.
-    on_cpu = "not enough memory" in text or "can't allocate memory" in text
-    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfMemory("the device has too little memory for this job")
-    return None
-
-
 def probe_device(device: torch.device) -> None:
     """Has the device do a small sum and looks at what comes back.
 
+    A device that has no memory left for the sum, not even after what is unused was given back, is full and not
+    lost: it said so itself.
+
     Raises:
-        DeviceLost: it cannot, or its answer is wrong. A poisoned CUDA context fails every call.
+        DeviceLost: it cannot, or its answer is wrong.
     """
+    failure = _failed_sum(device)
+    if failure is not None:
+        # The runtime may tell of an earlier failure once more at the next call; a poisoned context fails them all.
+        with suppress(Exception):
+            release_memory(device)
+        failure = _failed_sum(device)
+    if failure is None:
+        return
+    if translate_memory_error(failure) is None:
+        raise DeviceLost("the device failed and cannot be used any more")
+    log.warning("device.full", extra={"device": str(device)})
+
+
+def _failed_sum(device: torch.device) -> Exception | None:
+    """What went wrong with a small sum."""
     try:
         numbers = torch.arange(256, dtype=torch.float32, device=device)
         answer = float((numbers + 1).sum().item())
         synchronize(device)
-    except Exception:  # noqa: BLE001 - whatever it is, the device does not work
-        answer = float("nan")
-    if answer != 256 * 257 / 2:
-        raise DeviceLost("the device failed and cannot be used any more")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the device does not work
+        return error
+    return None if answer == 256 * 257 / 2 else ArithmeticError(f"the sum came to {answer}")

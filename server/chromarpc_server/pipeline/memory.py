@@ -5,7 +5,9 @@ All arrangements compute the same bits but the last, whose autoencoder works in 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +16,12 @@ from torch import Tensor
 from chromarpc_server.domain.errors import OutOfMemory
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
+from chromarpc_server.pipeline.device import on_device
 
 GIB = 1024**3
+_FOR_EVERY_CONTEXT = 1
+"""cudaHostRegisterPortable."""
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 RUNTIME_BYTES = int(0.7 * GIB)
 """The driver's context, loaded kernels and the libraries' workspaces."""
 STEP_BYTES = int(1.1 * GIB)
@@ -91,14 +97,44 @@ def _forced(plan: MemoryPlan, choice: MemoryChoice) -> MemoryPlan:
     )
 
 
-def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class _LockedMemory(mmap.mmap):
+    """Host memory, page-locked for a GPU, that is unlocked before it goes: else the driver would take what lies
+    there next for locked already, and refuse to lock it.
+    """
+
+    _locked_for: tuple[torch.device, int] | None = None
+
+    def lock(self, device: torch.device, address: int, size: int) -> None:
+        """Locks the first `size` bytes, which are at `address`.
+
+        Raises:
+            OutOfMemory: the system does not allow it.
+        """
+        with on_device(device):
+            if int(torch.cuda.cudart().cudaHostRegister(address, size, _FOR_EVERY_CONTEXT)) == 0:
+                self._locked_for = device, address
+                return
+            with suppress(RuntimeError):
+                # The runtime reports a failure once more at the next launch, which would blame that.
+                torch.zeros(1, device=device)
+        raise OutOfMemory(f"{size / 1e9:.1f} GB of host memory cannot be locked for the GPU")
+
+    def __del__(self) -> None:
+        if self._locked_for is not None:
+            device, address = self._locked_for
+            with suppress(Exception), on_device(device):  # the interpreter may be ending
+                torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def pin(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copies of host tensors in one block of page-locked memory, which stays as long as any of them.
 
     One block, because torch's own allocator rounds every tensor up to a power of two and locks each by itself.
     """
     align = 256
     total = sum(-(-tensor.nbytes // align) * align for tensor in tensors.values())
-    block = torch.empty(total, dtype=torch.uint8)
+    memory = _LockedMemory(-1, max(total, 1), **_PRIVATE)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
     pinned: dict[str, Tensor] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -106,8 +142,5 @@ def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         piece.copy_(tensor)
         pinned[name] = piece
         offset += -(-tensor.nbytes // align) * align
-    # It is never unlocked: a server keeps its master weights until it ends.
-    status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0)
-    if int(status) != 0:
-        raise OutOfMemory(f"{total / 1e9:.1f} GB of host memory cannot be locked for the GPU")
+    memory.lock(device, block.data_ptr(), total)
     return pinned

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, first_named
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.denoising import Text
@@ -122,7 +123,7 @@ class PreparedTransformer:
         return packed_velocity(self.run, conditioning, modulations)
 
     def _padded_velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
-        """As the reference: one pass after the other, 512 text tokens under a dense mask, modulations step by step."""
+        """As the reference: pass after pass, 512 text tokens under a dense mask, modulations step by step."""
         model = self.model
         rope = rope_table(model.config, texts[0].embeds.shape[1], grid, timesteps.device)
         masks = [dense_attention_mask(text.mask, grid[0] * grid[1], model.config.num_heads) for text in texts]
@@ -148,6 +149,15 @@ class PreparedTransformer:
         modulations = self.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([text.kept for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])
+
+    @property
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """What its forward does without, as far as it was tried."""
+        if self._run is None:
+            return ()
+        return tuple(
+            found for found in (self._run.fused.attention.fallback, self._run.fallback) if found is not None
+        )
 
     @property
     def size_bytes(self) -> int:

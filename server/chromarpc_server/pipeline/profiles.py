@@ -51,7 +51,7 @@ FP8 = NumericsProfile(
 
 PREVIEW = NumericsProfile(
     name="preview",
-    description="the picture that ai-toolkit draws during training, adapters beside its quantized weights, without the waste",
+    description="what ai-toolkit draws during training, adapters beside the quantized weights, without the waste",
     fused=True,
     trainer=True,
 )

@@ -18,6 +18,7 @@ import stat
 import struct
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard
@@ -61,6 +62,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
+Opener = Callable[[], BufferedReader]
+"""Opens the file that is meant, each time it is called."""
+
+
 class SafetensorsError(ValueError):
     """The file is not safetensors, is truncated, or lies about its contents. The message names no path."""
 
@@ -97,6 +102,8 @@ class SafetensorsFile:
     size_bytes: int
     _header_bytes: int = field(repr=False)
     _header_digest: bytes = field(repr=False)
+    _opener: Opener = field(repr=False, compare=False)
+    """For `load`."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,7 +145,7 @@ class SafetensorsFile:
         changed = SafetensorsError("it changed while it was read")
         tensors: dict[str, Tensor] = {}
         try:
-            with _open(self.path) as stream:
+            with self._opener() as stream:
                 before = _version(stream)
                 header = stream.read(8 + self._header_bytes)
                 if hashlib.sha256(header).digest() != self._header_digest:
@@ -191,14 +198,19 @@ class SafetensorsFile:
         return digest.hexdigest()
 
 
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path, opener: Opener | None = None) -> SafetensorsFile:
     """Checks a file's header.
+
+    Args:
+        path: where the file lies.
+        opener: opens it, where the path alone is not to be trusted.
 
     Raises:
         SafetensorsError: saying what is wrong with it.
     """
+    opener = opener or partial(_open, path)
     try:
-        with _open(path) as stream:
+        with opener() as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -222,7 +234,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     if len(header) > MAX_TENSORS:
         raise SafetensorsError(f"{len(header)} tensors, more than {MAX_TENSORS}")
     entries = _entries(header, size - 8 - header_bytes)
-    return SafetensorsFile(path, entries, metadata, size, header_bytes, hashlib.sha256(prefix + raw).digest())
+    digest = hashlib.sha256(prefix + raw).digest()
+    return SafetensorsFile(path, entries, metadata, size, header_bytes, digest, opener)
 
 
 def _open(path: Path) -> BufferedReader:

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from chromarpc_server.pipeline.device import select_device
 from chromarpc_server.pipeline.safetensors_file import SafetensorsError, SafetensorsFile
 
 PIECE_BYTES = 16 * 1024**2
@@ -30,6 +31,7 @@ AHEAD_BYTES = 3 * 1024**3
 class _Stage:
     """Two pieces of host memory: one is filled while the other is copied."""
 
+    device: torch.device
     pieces: tuple[Tensor, Tensor]
     copied: tuple[torch.cuda.Event, torch.cuda.Event] | None
     turn: int = field(default=0)
@@ -38,7 +40,7 @@ class _Stage:
     def make(cls, device: torch.device) -> _Stage:
         on_gpu = device.type == "cuda"
         first, second = (torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2))
-        return cls((first, second), (torch.cuda.Event(), torch.cuda.Event()) if on_gpu else None)
+        return cls(device, (first, second), (torch.cuda.Event(), torch.cuda.Event()) if on_gpu else None)
 
     def free_piece(self) -> Tensor:
         """The piece whose turn it is, once its last copy is done."""
@@ -50,7 +52,8 @@ class _Stage:
     def note_copy(self) -> None:
         """A copy of that piece was begun."""
         if self.copied is not None:
-            self.copied[self.turn].record()
+            # On the stream that copies: without one named, a thread that selected no device marks another's.
+            self.copied[self.turn].record(torch.cuda.current_stream(self.device))
 
 
 def tensor_hash_prefix(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
@@ -93,7 +96,7 @@ def read_onto(file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str
                 stages.put(stage)
             return digest.hexdigest()
 
-        with ThreadPoolExecutor(count, thread_name_prefix="read") as pool:
+        with ThreadPoolExecutor(count, "read", initializer=select_device, initargs=(device,)) as pool:
             names = iter(file.tensors)
             ahead = 0
             while True:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.fallbacks import unusable
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.quantization import FLOAT8
+from chromarpc_server.pipeline.recording import recording
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, reference_float8
 from chromarpc_server.pipeline.weights import (
@@ -215,7 +218,7 @@ def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
                 owners[key] = (index, module, name)
                 hosted[key] = tensor.data
     if device.type == "cuda":
-        hosted = pin(hosted)
+        hosted = pin(hosted, device)
 
     def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
         for key, (owner, module, name) in owners.items():
@@ -289,7 +292,7 @@ class RecordedEncoder:
         record: bool = True,
         run: Callable[[T5EncoderModel, Tensor], Tensor] | None = None,
     ) -> None:
-        """`model`: where it is to be recorded, its weights must stay where they are. `run`: instead of `encode`."""
+        """`model`: where it is recorded, its weights must stay where they are; `run`: in place of `encode`."""
         self.model = model
         self._run = run or encode
         self._ids: Tensor | None = None
@@ -297,6 +300,8 @@ class RecordedEncoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._met = False
         self._usable = record
+        self.fallback: DeviceFallback | None = None
+        """Why it is not recorded, where it should be."""
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -317,12 +322,12 @@ class RecordedEncoder:
         self._ids = ids.to(self.model.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.synchronize(self.model.device)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with recording(graph, self.model.device):
                 self._embeds = self._run(self.model, self._ids)
         except Exception as problem:  # noqa: BLE001 - what cannot be recorded can still be run
             log.warning("encoder.unrecorded", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
             self._usable = False
+            self.fallback = DeviceFallback(Part.ENCODER_GRAPH, unusable(problem))
             return
         self._graph = graph
 

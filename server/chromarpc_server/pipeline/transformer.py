@@ -215,8 +215,9 @@ class Linear(nn.Linear):
 
     A float8 weight is dequantized at every call: `bf16(weight) · scale`, one scale for each output row.
 
-    With `down` (rank, in), an adapter's path lies beside the weight: the weight is (out, in + rank), its last columns
-    the adapter's `up`, and the input is taken beside its own product with `down`; a float8 weight has its `up` apart.
+    With `down` (rank, in), an adapter's path lies beside the weight: the weight is (out, in + rank), its last
+    columns are the adapter's `up`, and the input is taken beside its own product with `down`; a float8 weight has
+    its `up` apart.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -228,7 +229,7 @@ class Linear(nn.Linear):
         self.up: Tensor | None
         self.register_buffer("up", None, persistent=False)
         self.paths: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
-        """Further paths beside the weight: each takes input and output, and gives the output with its part added."""
+        """Further paths beside the weight: each takes input and output, and adds its part to the output."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         """(…, in) → (…, out) in the weights' dtype."""

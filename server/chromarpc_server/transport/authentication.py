@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 
+from cryptography import x509
+from cryptography.x509.oid import ExtensionOID, NameOID
 from grpc_health.v1 import health
 
 from chromarpc_server.domain.callers import NOBODY, Caller, set_current_caller
@@ -28,8 +31,8 @@ _HEADER = "authorization"
 _SCHEME = "bearer "
 _MAX_HEADER = 4096
 _MESSAGE = "this server wants to know who calls: send a token that it knows, as `authorization: Bearer …`"
-_CERTIFICATE_PROPERTIES = ("peer_uri", "peer_dns", "x509_common_name")
-"""Names in a certificate, the most telling first."""
+_ALTERNATIVE_NAMES = ("peer_uri", "peer_dns")
+"""Names in a certificate that name a caller, the most telling first."""
 
 
 class Authentication:
@@ -91,11 +94,40 @@ class Authentication:
             self._told_at, self._refused = now, 0
 
 
-def certificate_identities(auth_context: dict[str, Sequence[bytes]]) -> list[str]:
-    """What a verified client certificate calls its owner: URIs (SPIFFE), then DNS names, then the common name."""
-    return [
-        value.decode("utf-8", "replace")
-        for key in _CERTIFICATE_PROPERTIES
-        for value in auth_context.get(key, ())
-        if value
-    ]
+def certificate_identities(auth_context: Mapping[str, Sequence[bytes]]) -> list[str]:
+    """What a verified client certificate calls its owner: URIs (SPIFFE), then DNS names.
+
+    The common name counts only in a certificate without any subjectAltName: beside one, of whatever kind, nobody
+    need have vouched for it. A name that is not plain text names nobody.
+    """
+    found = [_text(value) for key in _ALTERNATIVE_NAMES for value in auth_context.get(key, ())]
+    if not found and not auth_context.get("x509_subject_alternative_name"):
+        found = [_lone_common_name(pem) for pem in list(auth_context.get("x509_pem_cert", ()))[:1]]
+    return [name for name in found if name]
+
+
+def _text(value: bytes) -> str:
+    """A name's text; empty where it is none, so that no two certificates seem to hold the same one."""
+    try:
+        name = value.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+    return name if name.isprintable() else ""
+
+
+@lru_cache(maxsize=256)
+def _lone_common_name(pem: bytes) -> str:
+    """The common name of a certificate that has one of them and no subjectAltName; else, and in doubt, empty.
+
+    gRPC tells of alternative names that it knows the kind of, so the certificate itself is looked at.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        extensions = {extension.oid for extension in certificate.extensions}
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return ""
+    if ExtensionOID.SUBJECT_ALTERNATIVE_NAME in extensions or len(names) != 1:
+        return ""
+    (name,) = names
+    return _text(name.value if isinstance(name.value, bytes) else name.value.encode("utf-8"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import grpc
@@ -17,7 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.json_request import InvalidRequestJson, parse_request_json
 from chromarpc.v1 import job_event_pb2, job_service_pb2, model_service_pb2, options_pb2
-from chromarpc_server.domain.errors import MAX_LISTED, ChromaError
+from chromarpc_server.domain.errors import ChromaError, FieldViolation, first_named
 from chromarpc_server.transport.jobs import JobServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.status import code_of
@@ -27,6 +27,8 @@ STATUS_HEADER: Final = "chromarpc-http-status"
 BASE_URL_HEADER: Final = "chromarpc-base-url"
 """Where the gateway is reached, told by it; URLs are relative without."""
 JSON_TYPE: Final = "application/json"
+MAX_VIOLATIONS: Final = 100
+"""How many an answer lists; the rest is a count."""
 
 _STATES: Final[Mapping[int, str]] = {
     job_service_pb2.JOB_STATE_QUEUED: "in_queue",
@@ -105,8 +107,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         try:
             parsed = parse_request_json(body.data)
         except InvalidRequestJson as error:
-            violation = {"field": error.path, "description": error.message}
-            raise Refusal(422, "INVALID_PARAMETER", str(error), {"violations": [violation]}) from None
+            raise self._malformed(error) from None
         output = parsed.request.output
         if not parsed.request.HasField("output") or (output.HasField("picture_record") and not output.format):
             output.format = options_pb2.IMAGE_FORMAT_JPEG  # as the reference writes them
@@ -129,6 +130,21 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             "warnings": [*warnings, *_warnings(job.plan)],
         }
 
+    def _malformed(self, error: InvalidRequestJson) -> Refusal:
+        """What its types say against a body, and what the rest of it would be refused for."""
+        found = [FieldViolation(path, message) for path, message in error.violations]
+        if error.request is not None:
+            wrong = [f"{violation.field}." for violation in found]
+            found += [
+                other
+                for other in self._jobs.violations(error.request)
+                # What could not be read is not missing besides.
+                if not any(f"{other.field}.".startswith(at) or at.startswith(f"{other.field}.") for at in wrong)
+            ]
+        fields = first_named([violation.field for violation in found])
+        message = str(error) if len(found) == 1 else f"invalid request: {fields}"
+        return Refusal(422, "INVALID_PARAMETER", message, {"violations": _listed(found)})
+
     async def GetInferenceStatus(  # noqa: N802
         self, request: inference_service_pb2.GetInferenceStatusRequest, context: Any
     ) -> httpbody_pb2.HttpBody:
@@ -143,6 +159,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 "started_at": _time(job, "start_time"),
                 "finished_at": _time(job, "end_time"),
                 "error": _failure(job),
+                "detail": _failure_detail(job),
                 "queue_position": job.queue_position or None,
                 "done_steps": job.done_steps,
                 "total_steps": job.total_steps,
@@ -165,6 +182,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 "status": _STATES.get(job.state, "in_queue"),
                 "outputs": {"images": images, "videos": []} if is_done else None,
                 "error": _failure(job),
+                "detail": _failure_detail(job),
                 "created_at": _time(job, "create_time"),
                 "finished_at": _time(job, "end_time"),
                 "metadata": _metadata(job) if is_done else None,
@@ -238,10 +256,20 @@ def _refusal(error: ChromaError | Refusal) -> Refusal:
         return error
     details: dict[str, object] = dict(error.metadata)
     if error.violations:
-        listed = error.violations[:MAX_LISTED]
-        details["violations"] = [{"field": v.field, "description": v.description} for v in listed]
-    status = _REASON_STATUS.get(error.reason, _HTTP_STATUS.get(code_of(error), 500))
+        details["violations"] = _listed(error.violations)
+    status = _http_status(error.reason, code_of(error))
     return Refusal(status, error.reason, error.message, details, error.retry_after_s)
+
+
+def _http_status(reason: str, code: grpc.StatusCode) -> int:
+    return _REASON_STATUS.get(reason, _HTTP_STATUS.get(code, 500))
+
+
+def _listed(violations: Iterable[Any]) -> list[dict[str, str]]:
+    """Violations of an error or of a message, as JSON has them."""
+    shown = [{"field": violation.field, "description": violation.description} for violation in violations]
+    rest = len(shown) - MAX_VIOLATIONS
+    return [*shown[:MAX_VIOLATIONS], {"field": "", "description": f"and {rest} more"}] if rest > 0 else shown
 
 
 def _as_the_reference_says_it(refusal: Refusal, request: Any) -> Refusal:
@@ -307,11 +335,12 @@ def _model(model: model_service_pb2.Model) -> dict[str, object]:
 def _metadata(job: job_service_pb2.Job) -> dict[str, object]:
     start, end = job.start_time.ToMilliseconds(), job.end_time.ToMilliseconds()
     return {
+        "model": job.plan.model,
+        "inference_time": (end - start) / 1000,
         "timings": {
             "queued": (start - job.create_time.ToMilliseconds()) / 1000,
             "total": (end - job.create_time.ToMilliseconds()) / 1000,
         },
-        "model": job.plan.served_model,
         "warnings": _warnings(job.plan),
     }
 
@@ -322,6 +351,24 @@ def _warnings(plan: job_event_pb2.Accepted) -> list[dict[str, str]]:
 
 def _failure(job: job_service_pb2.Job) -> str | None:
     return job.failure.message if job.state == job_service_pb2.JOB_STATE_FAILED else None
+
+
+def _failure_detail(job: job_service_pb2.Job) -> dict[str, object] | None:
+    """Why a job failed, in the shape of an answer that is an error: scripts read both alike."""
+    if job.state != job_service_pb2.JOB_STATE_FAILED:
+        return None
+    failure = job.failure
+    code = next((code for code in grpc.StatusCode if code.value[0] == failure.code), grpc.StatusCode.UNKNOWN)
+    details: dict[str, object] = {
+        **failure.metadata,
+        "grpc_status": code.name,
+        "http_status": _http_status(failure.reason, code),
+    }
+    if failure.violations:
+        details["violations"] = _listed(failure.violations)
+    if failure.HasField("retry_after"):
+        details["retry_after_s"] = failure.retry_after.ToMilliseconds() / 1000
+    return {"error": {"code": failure.reason, "message": failure.message, "details": details}}
 
 
 def _time(job: job_service_pb2.Job, name: str) -> str | None:

@@ -49,6 +49,9 @@ _STAGES = {
 MAX_UNKNOWN_FIELDS = 100
 MAX_UNMATCHED_BYTES = 200
 MAX_METADATA_BYTES = 2000
+MAX_ACCEPTED_BYTES = 2 * 2**20 - 128 * 2**10
+"""Of a plan as it is told. With what a job gains, times, counts and why it failed, it stays under 2 MiB."""
+MAX_PREPARED_BYTES = 2 * 2**20
 
 
 def _optional(message: Message, *names: str) -> dict[str, object]:
@@ -116,6 +119,7 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
         ),
         noise_draw=_DRAWS.get(message.noise_draw),
         detach=message.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH,
+        cancel_at_once=message.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_CANCEL,
         max_queue_s=_seconds(message.max_queue_time) if message.HasField("max_queue_time") else None,
         trainer=trainer_request(message.trainer) if message.HasField("trainer") else None,
         unknown_fields=tuple(unknown),
@@ -277,7 +281,23 @@ def _output(output: PlannedOutput) -> options_pb2.OutputOptions:
 
 
 def accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
-    """The request as it is run."""
+    """The request as it is run; with its prompts cut where an earlier version admitted too much to tell."""
+    message = whole_accepted_message(job_id, plan)
+    size = message.ByteSize()
+    if size <= MAX_ACCEPTED_BYTES:
+        return message
+    text = f"the job has {size} bytes, too many to be told: its prompts are cut here, and are drawn whole"
+    message.warnings.add(code="PROMPTS_CUT", field="prompts", message=text)
+    longest = MAX_ACCEPTED_BYTES
+    while message.ByteSize() > MAX_ACCEPTED_BYTES and longest:
+        longest //= 2
+        for prompt in message.prompts:
+            prompt.prompt = shorten(prompt.prompt, max(1, longest))
+    return message
+
+
+def whole_accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
+    """The same, however large."""
     return job_event_pb2.Accepted(
         job_id=job_id,
         model=plan.model,
@@ -318,6 +338,16 @@ _PLACEMENTS = {
 
 
 def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
+    message = _whole_prepared(event)
+    for adapter in reversed(message.adapters):  # many adapters, each with much to say of itself
+        if message.ByteSize() <= MAX_PREPARED_BYTES:
+            break
+        adapter.ClearField("metadata")
+        adapter.ClearField("unmatched_keys")
+    return message
+
+
+def _whole_prepared(event: events.Prepared) -> job_event_pb2.Prepared:
     return job_event_pb2.Prepared(
         adapters=[
             job_event_pb2.AdapterReport(

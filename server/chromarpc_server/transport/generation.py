@@ -13,7 +13,8 @@ from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.transport.convert import encoded_event, fingerprint, generation_request, heartbeat
-from chromarpc_server.transport.status import code_of, trailing_metadata
+from chromarpc_server.transport.job_view import require_tellable
+from chromarpc_server.transport.status import code_of, status_message, trailing_metadata
 
 HEARTBEAT_S = 10.0
 
@@ -36,6 +37,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         """Queues one generation and streams its events until it ends."""
         try:
             plan = resolve(generation_request(request), self._serving)
+            require_tellable(plan)
             job, _ = await self._engine.submit(
                 plan,
                 self._serving.models[plan.served_model],
@@ -76,4 +78,4 @@ def _why_gone(context: Context) -> ChromaError:
 
 
 async def _abort(context: Context, error: ChromaError) -> None:
-    await context.abort(code_of(error), error.message[:1000], trailing_metadata(error))
+    await context.abort(code_of(error), status_message(error), trailing_metadata(error))

@@ -21,7 +21,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter, JobDeadlineExceeded
-from chromarpc_server.transport.status import code_of, trailing_metadata
+from chromarpc_server.transport.status import code_of, status_message, trailing_metadata
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ async def _end(context: Any, ending: _Ending) -> None:
     try:
         if isinstance(ending, grpc.aio.AbortError):
             raise ending
-        await context.abort(code_of(ending), ending.message[:1000], trailing_metadata(ending))
+        await context.abort(code_of(ending), status_message(ending), trailing_metadata(ending))
     finally:
         # gRPC keeps the error that ends the call, and the error keeps this frame.
         del ending, context

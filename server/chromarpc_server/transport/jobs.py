@@ -12,36 +12,33 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from chromarpc.v1 import job_event_pb2, job_service_pb2, job_service_pb2_grpc
+from chromarpc.v1 import generation_service_pb2, job_event_pb2, job_service_pb2, job_service_pb2_grpc
 from chromarpc_server.domain.callers import current_caller
-from chromarpc_server.domain.errors import ImageNotFound, InvalidParameter, JobCancelled
-from chromarpc_server.domain.events import Failed
+from chromarpc_server.domain.errors import (
+    ChromaError,
+    FieldViolation,
+    ImageNotFound,
+    InvalidParameter,
+)
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.engine.engine import Engine
-from chromarpc_server.engine.job import AnyJob, Job
-from chromarpc_server.engine.job_book import QUEUED, RUNNING, Selection, place, state_of
-from chromarpc_server.engine.store.job_store import CANCELLED, FAILED, SUCCEEDED
+from chromarpc_server.engine.job import AnyJob
+from chromarpc_server.engine.job_book import Selection, place
 from chromarpc_server.transport.convert import (
-    accepted_message,
     encoded_event,
-    failed_message,
     fingerprint,
     generation_request,
     heartbeat,
     image_header_message,
 )
+from chromarpc_server.transport.job_view import STATES, job_message, require_tellable
+from chromarpc_server.transport.paging import Page
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+READ_AT_ONCE = 16
 HEARTBEAT_S = 10.0
-_STATES = {
-    QUEUED: job_service_pb2.JOB_STATE_QUEUED,
-    RUNNING: job_service_pb2.JOB_STATE_RUNNING,
-    SUCCEEDED: job_service_pb2.JOB_STATE_SUCCEEDED,
-    FAILED: job_service_pb2.JOB_STATE_FAILED,
-    CANCELLED: job_service_pb2.JOB_STATE_CANCELLED,
-}
-_STATES_BACK = {value: key for key, value in _STATES.items()}
+_STATES_BACK = {value: key for key, value in STATES.items()}
 
 
 class JobServicer(job_service_pb2_grpc.JobServiceServicer):
@@ -59,6 +56,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         asked = request.request
         # Nobody is attached to it, so nobody's leaving ends it.
         plan = replace(resolve(generation_request(asked), self._serving), detached=True)
+        require_tellable(plan)
         job, existed = await self._engine.submit(
             plan,
             self._serving.models[plan.served_model],
@@ -68,6 +66,14 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             fingerprint=fingerprint(asked),
         )
         return job_service_pb2.CreateJobResponse(job=self._message(job), existed=existed)
+
+    def violations(self, request: generation_service_pb2.GenerateRequest) -> tuple[FieldViolation, ...]:
+        """What a request would be refused for before anything is looked up; it is not made."""
+        try:
+            resolve(generation_request(request), self._serving)
+        except ChromaError as error:
+            return error.violations
+        return ()
 
     async def WatchJob(  # noqa: N802
         self, request: job_service_pb2.WatchJobRequest, context: Any
@@ -81,14 +87,17 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
                 f"the job's last event so far is {job.log.last_sequence}", field="after_sequence"
             )
         self._engine.watch(job)
-        async for logged in job.log.follow(
-            sequence, idle_s=HEARTBEAT_S, omit_image_bytes=request.omit_image_bytes
-        ):
-            if logged is None:
-                yield job_service_pb2.WatchJobResponse(event=heartbeat(sequence))
-                continue
-            sequence = logged.sequence
-            yield encoded_event(logged)
+        try:
+            async for logged in job.log.follow(
+                sequence, idle_s=HEARTBEAT_S, omit_image_bytes=request.omit_image_bytes
+            ):
+                if logged is None:
+                    yield job_service_pb2.WatchJobResponse(event=heartbeat(sequence))
+                    continue
+                sequence = logged.sequence
+                yield encoded_event(logged)
+        finally:
+            self._engine.unwatch(job)
 
     async def GetJob(  # noqa: N802
         self, request: job_service_pb2.GetJobRequest, context: Any
@@ -105,18 +114,34 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         since = _time(request.created_after, "created_after") if request.HasField("created_after") else None
         states = {_STATES_BACK.get(state, "") for state in request.states} or None
         selection = Selection(before=after, since=since, states=states)
-        found = await self._engine.jobs.page(current_caller().name, size + 1, selection)
-        page = found[:size]
-        token = _page_token(page[-1]) if len(found) > size else ""
-        return job_service_pb2.ListJobsResponse(jobs=[self._message(job) for job in page], next_page_token=token)
+        page, last = Page(size), (0, "")
+        answer = job_service_pb2.ListJobsResponse()
+        while True:
+            # A few at a time: a thousand of the largest would be gigabytes to read, and would not be told.
+            wanted = min(page.entries_left + 1, READ_AT_ONCE)
+            found = await self._engine.jobs.page(current_caller().name, wanted, selection)
+            for job in found:
+                message = self._message(job)
+                if not page.takes(message):
+                    answer.next_page_token = _page_token(last)
+                    return answer
+                answer.jobs.append(message)
+                last = place(job)
+            if len(found) < wanted:
+                return answer
+            selection = replace(selection, before=last)
 
     async def CancelJob(  # noqa: N802
         self, request: job_service_pb2.CancelJobRequest, context: Any
     ) -> job_service_pb2.CancelJobResponse:
         """Stops a job."""
-        job = await self._find(request.job_id)
-        self._engine.cancel(job, JobCancelled("the job was cancelled"))
-        await self._engine.settled(job)
+        if request.job_id and request.request_id:
+            raise InvalidParameter("name the job by its id or by its request's, not by both", field="request_id")
+        if request.request_id:
+            job = await self._engine.jobs.made_under(current_caller().name, request.request_id)
+        else:
+            job = await self._find(request.job_id)
+        await self._engine.cancel_for_good(job, when_unattended=request.when_unattended)
         return job_service_pb2.CancelJobResponse(job=self._message(job))
 
     async def DeleteJob(  # noqa: N802
@@ -154,41 +179,12 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         return await self._engine.jobs.get(current_caller().name, job_id)
 
     def _message(self, job: AnyJob) -> job_service_pb2.Job:
-        message = job_service_pb2.Job(
-            job_id=job.id,
-            request_id=job.plan.request_id or "",
-            state=_STATES[state_of(job)],
-            create_time=_timestamp(job.created),
-            plan=accepted_message(job.id, job.plan),
-            last_sequence=job.log.last_sequence,
-            queue_position=job.position if isinstance(job, Job) and state_of(job) == QUEUED else 0,
-            done_steps=job.done_steps,
-            total_steps=sum(prompt.sample_steps for prompt in job.plan.prompts),
-            images=[image_header_message(header) for header in job.log.headers],
-            attempt_count=job.attempts,
-        )
-        if job.started is not None:
-            message.start_time.CopyFrom(_timestamp(job.started))
-        ending = job.log.ending
-        if ending is not None:
-            message.end_time.CopyFrom(_timestamp(ending.time))
-            expires = self._engine.jobs.expires(job)
-            if expires is not None:
-                message.expire_time.CopyFrom(_timestamp(expires))
-            if isinstance(ending.event, Failed):
-                message.failure.CopyFrom(failed_message(ending.event.error))
-        return message
+        return job_message(job, self._engine.jobs.expires(job))
 
 
 def _require_id(job_id: str) -> None:
     if not job_id:
         raise InvalidParameter("a job id is required", field="job_id")
-
-
-def _timestamp(time: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(time)
-    return message
 
 
 def _time(timestamp: Timestamp, field: str) -> datetime:
@@ -209,8 +205,8 @@ def _page_size(asked: int) -> int:
     return asked or DEFAULT_PAGE_SIZE
 
 
-def _page_token(last: AnyJob) -> str:
-    return base64.urlsafe_b64encode(json.dumps(place(last)).encode()).decode()
+def _page_token(last: tuple[int, str]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(last).encode()).decode()
 
 
 def _read_token(token: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import functools
+import itertools
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -38,7 +39,8 @@ from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.model_files import ModelFiles
 from chromarpc_server.engine.weight_norms import WeightNorms
 from chromarpc_server.transport.convert import MAX_METADATA_BYTES, MAX_UNMATCHED_BYTES
-from chromarpc_server.transport.status import code_of, shorten, trailing_metadata
+from chromarpc_server.transport.paging import Page
+from chromarpc_server.transport.status import code_of, shorten, status_message, trailing_metadata
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -67,7 +69,7 @@ def _answering(
         try:
             return await method(self, request, context)
         except ChromaError as error:
-            await context.abort(code_of(error), error.message[:1000], trailing_metadata(error))
+            await context.abort(code_of(error), status_message(error), trailing_metadata(error))
             raise
 
     return answer
@@ -102,10 +104,11 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         after = _token_position(request.page_token) if request.page_token else None
         listing = await asyncio.to_thread(self._library.listing, current_caller().name)
         rest = [lora for lora in listing.loras if after is None or _position(lora) > after]
-        page = rest[:size]
+        page = Page(size)
+        told = list(itertools.takewhile(page.takes, map(_stored_lora, rest)))
         return lora_service_pb2.ListLorasResponse(
-            loras=map(_stored_lora, page),
-            next_page_token=_token(_position(page[-1])) if len(rest) > size else "",
+            loras=told,
+            next_page_token=_token(_position(rest[len(told) - 1])) if len(rest) > len(told) else "",
             truncated=listing.truncated,
         )
 
@@ -129,8 +132,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         def inspect(file: AdapterFile) -> AdapterInspection:
             files = self._model_files.require(spec)
             try:
-                found = inspect_adapter(file.path, files, self._norms, check=check)
-                file.require_still()
+                found = inspect_adapter(file, files, self._norms, check=check)
             except (LoraError, LoraChanged) as error:
                 raise error.at("path") from None
             self._library.learn(file, found.sha256)

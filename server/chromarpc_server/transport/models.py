@@ -84,7 +84,14 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             version=self._version,
             library_versions=dict(self._library_versions),
             device=model_service_pb2.Device(
-                id=device.id, name=device.name, memory_bytes=device.memory_bytes, dtype=device.dtype
+                id=device.id,
+                name=device.name,
+                memory_bytes=device.memory_bytes,
+                dtype=device.dtype,
+                fallbacks=[
+                    model_service_pb2.DeviceFallback(without=str(fallback.without), message=fallback.message)
+                    for fallback in status.cache.fallbacks
+                ],
             ),
             profiles=[
                 model_service_pb2.Profile(id=name, description=self._profile_descriptions[name])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.v1 import (
@@ -20,6 +19,7 @@ from chromarpc.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
+from chromarpc_server.transport.addresses import is_unix, room_for
 from chromarpc_server.transport.authentication import Authentication
 from chromarpc_server.transport.compat import InferenceServicer
 from chromarpc_server.transport.generation import GenerationServicer
@@ -29,6 +29,7 @@ from chromarpc_server.transport.jobs import JobServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.quotas import CallQuotas
+from chromarpc_server.transport.reflection import serve_reflection
 from chromarpc_server.transport.tls import ServerTls
 
 SERVICES = (
@@ -104,7 +105,7 @@ async def listen(
     rules: Sequence[Rule] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
-    """Starts a server on `address` (`host:port`, port 0 picks one), NOT_SERVING until told otherwise.
+    """Starts a server on `address` (`joined`; port 0 picks one), NOT_SERVING until told otherwise.
 
     Args:
         address: where to listen.
@@ -131,14 +132,16 @@ async def listen(
     lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
     health_servicer = HealthServicer(SERVICE_NAMES)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    serve_reflection((*SERVICE_NAMES, health.SERVICE_NAME), server)
     try:
-        port = (
-            server.add_insecure_port(address)
-            if access.tls is None
-            else server.add_secure_port(address, access.tls.credentials())
-        )
+        with room_for(address):
+            port = (
+                server.add_insecure_port(address)
+                if access.tls is None
+                else server.add_secure_port(address, access.tls.credentials())
+            )
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: is the port in use?") from error
+        doubt = "" if is_unix(address) else ": is the port in use?"
+        raise OSError(f"cannot listen on {address}{doubt}") from error
     await server.start()
     return Listening(server, health_servicer, port)

@@ -51,8 +51,11 @@ DOMAIN = "chromarpc"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_DETAILS_BYTES = 4096
 """Clients answer large trailing metadata with RESOURCE_EXHAUSTED; 12 KB of it is known to be too much."""
+MAX_MESSAGE_BYTES = 1000
+"""Of a status's message, as gRPC writes it: percent-encoded."""
 MAX_TEXT = 400
 """Characters of one description, so that twenty of them stay within `MAX_DETAILS_BYTES` once shortened."""
+MIN_TEXT = 20
 
 CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
     InvalidParameter: grpc.StatusCode.INVALID_ARGUMENT,
@@ -106,6 +109,16 @@ def shorten(text: str, limit: int = MAX_TEXT) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def status_message(error: ChromaError) -> str:
+    """The error's message, cut so that it fits into a call's trailers in any script."""
+    text, room = error.message, MAX_MESSAGE_BYTES
+    for index, character in enumerate(text):
+        room -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="replace"))
+        if room < 0:
+            return text[:index].rstrip() + "…"
+    return text
+
+
 def listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
     """The first violations, and one that counts the rest."""
     shown = [FieldViolation(shorten(v.field, 100), shorten(v.description)) for v in violations[:MAX_LISTED]]
@@ -116,21 +129,26 @@ def listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
 def rich_status(error: ChromaError) -> status_pb2.Status:
     """The error as `google.rpc.Status`: ErrorInfo always; BadRequest, QuotaFailure, RetryInfo where they apply.
 
-    Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does.
+    Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does, and then texts are
+    cut.
     """
-    violations = listed(error.violations)
+    violations, limit = listed(error.violations), MAX_TEXT
     while True:
-        status = _status(error, violations)
-        if status.ByteSize() <= MAX_DETAILS_BYTES or not violations:
+        status = _status(error, violations, limit)
+        if status.ByteSize() <= MAX_DETAILS_BYTES or limit <= MIN_TEXT:
             return status
-        violations = violations[: len(violations) // 2]
+        if len(violations) > 1:
+            violations = violations[: len(violations) // 2]
+        else:
+            limit //= 2
+            violations = [FieldViolation(v.field, shorten(v.description, limit)) for v in violations]
 
 
-def _status(error: ChromaError, violations: list[FieldViolation]) -> status_pb2.Status:
+def _status(error: ChromaError, violations: list[FieldViolation], limit: int) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(
         reason=error.reason,
         domain=DOMAIN,
-        metadata={key: shorten(value) for key, value in error.metadata.items()},
+        metadata={key: shorten(value, limit) for key, value in error.metadata.items()},
     )
     details: list[Message] = [info]
     if violations:
@@ -145,7 +163,7 @@ def _status(error: ChromaError, violations: list[FieldViolation]) -> status_pb2.
     if error.quota is not None:
         violation = error_details_pb2.QuotaFailure.Violation(
             subject=error.quota.subject,
-            description=f"{error.quota.quota}={error.quota.limit}: {shorten(error.quota.description)}",
+            description=f"{error.quota.quota}={error.quota.limit}: {shorten(error.quota.description, limit)}",
         )
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if error.retry_after_s is not None:
@@ -154,7 +172,7 @@ def _status(error: ChromaError, violations: list[FieldViolation]) -> status_pb2.
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    return status_pb2.Status(code=code_number(error), message=shorten(error.message, 1000), details=packed)
+    return status_pb2.Status(code=code_number(error), message=status_message(error), details=packed)
 
 
 def trailing_metadata(error: ChromaError) -> tuple[tuple[str, bytes], ...]:

@@ -1,7 +1,8 @@
 """Checks an install against recorded outputs of the reference.
 
-The folder is laid out like tests/goldens, or is one of its folders of the trainer's picture; subfolders and files may be absent, and whatever is there is read for
-its sizes, names and counts. A file that cannot be used is that case's failure, never a traceback.
+The folder is laid out like tests/goldens, or is one of its folders of the trainer's picture; subfolders and files
+may be absent, and whatever is there is read for its sizes, names and counts. A file that cannot be used is that
+case's failure, never a traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TextIO
 import torch
 
 from chromarpc_server.domain.errors import ChromaError
-from chromarpc_server.pipeline.device import choose_device, describe_device
+from chromarpc_server.pipeline.device import choose_device, describe_device, on_device
+from chromarpc_server.pipeline.fused.check import kernels_fallback
 from chromarpc_server.verify import (
     adapter_cases,
     bfloat16_cases,
@@ -20,9 +22,10 @@ from chromarpc_server.verify import (
     preview_cases,
     preview_runs,
     request_cases,
+    torchao_cases,
 )
 from chromarpc_server.verify.preview_layout import Kind, find_preview_folders
-from chromarpc_server.verify.report import Outcome, Reporter, Result
+from chromarpc_server.verify.report import Outcome, Reporter, Result, skipped
 
 
 def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
@@ -43,6 +46,12 @@ def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
     except ChromaError as error:
         reporter.add(Result("device", Outcome.FAIL, note=error.message))
         return reporter.finish({"torch": torch.__version__})
+    with on_device(choice.device):
+        _run(directory, choice.device, reporter)
+    return reporter.finish({"device": describe_device(choice).name, "torch": torch.__version__})
+
+
+def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     previews = find_preview_folders(directory)
     float32_cases.run(directory / float32_cases.GROUP, reporter)
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
@@ -51,15 +60,25 @@ def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
         if folder.name != float32_cases.GROUP and any(
             (folder / name).is_file() for name in ("pipeline.safetensors", "t5.safetensors")
         ):
-            bfloat16_cases.run(folder, folder.name, choice.device, reporter)
+            bfloat16_cases.run(folder, folder.name, device, reporter)
     for preview in previews:
         if preview.kind is Kind.RUNS:
-            preview_runs.run(preview.folder, choice.device, reporter)
+            preview_runs.run(preview.folder, device, reporter)
         else:
-            preview_cases.run(preview, choice.device, reporter)
+            preview_cases.run(preview, device, reporter)
+    reporter.guarded("device/kernels", lambda: _kernels(device, reporter))
     base = directory / float32_cases.GROUP / "transformer_tiny.safetensors"
     reporter.guarded("adapters", lambda: adapter_cases.run(directory / "adapters", base, reporter))
     requests = directory / "requests" / "reference_requests.json"
     if requests.is_file():
         reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
-    return reporter.finish({"device": describe_device(choice).name, "torch": torch.__version__})
+    if any(result.outcome is not Outcome.SKIP for result in reporter.results):
+        # Of interest beside recorded outputs; alone it would verify nothing of them.
+        torchao_cases.run(device, reporter)
+
+
+def _kernels(device: torch.device, reporter: Reporter) -> None:
+    """Says so where a GPU was verified without the kernels that it should have."""
+    fallback = kernels_fallback(device)
+    if fallback is not None:
+        reporter.add(skipped("device/kernels", fallback.message))

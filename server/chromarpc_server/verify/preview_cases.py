@@ -1,4 +1,4 @@
-"""`preview/cpu` and `preview/h100`: the trainer's picture on small random models, as the trainer's code recorded it."""
+"""`preview/cpu` and `preview/h100`: the trainer's picture on small random models, as the trainer recorded it."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class _Cases:
     def _fused(
         self, case: str, model: Model, drawing: Drawing, key: str, recorded: Tensor, truth: Tensor | None
     ) -> None:
-        """On a GPU in bf16, no further from the truth than the trainer; on a CPU in float32, as it serves there."""
+        """On a GPU in bf16, as close to the truth as the trainer; on a CPU in float32, as it serves there."""
         qtype, _, dtype = key.partition(".")
         settings = settings_of(qtype, dtype or "bf16")
         if self._device.type == "cuda" and settings.dtype == "bfloat16":
@@ -266,7 +266,7 @@ class _Cases:
         )
 
     def _embedded(self, vectors: Vectors, key: str, prompt: str) -> tuple[Tensor, Tensor]:
-        """A text's embeddings: the recorded ones for the quantizer they were recorded with, else from its tokens."""
+        """A text's embeddings: as recorded, for the quantizer that they are of; else from its tokens."""
         index = json.loads(vectors.metadata["prompts"]).index(prompt)
         ids = vectors.tensors[f"text.{index}.input_ids"]
         mask = (ids != 0).long()

@@ -1,4 +1,4 @@
-"""`preview/runs`: folders that training runs left behind, their samples drawn again with the bundled checkpoint."""
+"""`preview/runs`: folders that training runs left behind; their samples are drawn again on chroma-mini."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def _rejected(name: str, case: dict[str, Any], reporter: Reporter) -> None:
     except InvalidParameter as error:
         named = {violation.field for violation in error.violations}
     except InvalidRequestJson as error:
-        named = {error.path}
+        named = {path for path, _ in error.violations}
     else:
         reporter.add(Result(name, Outcome.FAIL, note=f"was accepted, should be refused for {sorted(wanted)}"))
         return

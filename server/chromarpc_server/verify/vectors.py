@@ -6,16 +6,20 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.pipeline.autoencoder import build_autoencoder
+from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.safetensors_file import open_safetensors
 from chromarpc_server.pipeline.text_encoder import build_text_encoder
 from chromarpc_server.pipeline.transformer import ChromaConfig
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import T5EncoderModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Vectors:
         self, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *, quantize: bool
     ) -> T5EncoderModel:
         """The encoder of these weights and this file's config."""
-        return build_text_encoder(T5Config(**self.config), weights, device=device, dtype=dtype, quantize=quantize)
+        config = libraries().t5_config(**self.config)
+        return build_text_encoder(config, weights, device=device, dtype=dtype, quantize=quantize)
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder of this file."""

@@ -138,6 +138,14 @@ class Database:
         """It goes on without its callers."""
         self._run("UPDATE jobs SET plan = json_set(plan, '$.detached', json('true')) WHERE id = ?", (job_id,))
 
+    def note_cancelled(self, job_id: str) -> None:
+        """Its caller will be told that it is stopped: no other process may go on with it."""
+        self._run("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
+
+    def release_request_id(self, job_id: str) -> None:
+        """Lets another job have the request id of one that ended."""
+        self._run("UPDATE jobs SET request_id = NULL WHERE id = ? AND ended_us IS NOT NULL", (job_id,))
+
     def put_image(self, sha256: str, data: bytes) -> None:
         """Keeps a picture of a job that has not ended.
 

@@ -18,7 +18,7 @@ from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Faile
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.engine.images import CHUNK_BYTES
-from chromarpc_server.engine.job import EndedJob, Job
+from chromarpc_server.engine.job import AnyJob, EndedJob, Job
 from chromarpc_server.engine.job_log import EndedLog, LoggedEvent, StoredEvent
 from chromarpc_server.engine.store import records
 from chromarpc_server.engine.store.database import FILE, Database, EndRow, NewRow, StoreSize, StoreUnusable
@@ -53,6 +53,8 @@ class Unfinished:
     """How often it was begun, but for stops in good order."""
     was_begun: bool
     """Whether it ever was."""
+    is_cancelled: bool
+    """Whether its caller was told that it will be stopped."""
 
 
 class JobStore:
@@ -160,6 +162,22 @@ class JobStore:
             StoreUnavailable: it cannot.
         """
         await self._ask(self._database.note_detached, job.id)
+
+    async def note_cancelled(self, job: Job) -> None:
+        """Keeps that a job is to be stopped, whichever process has it.
+
+        Raises:
+            StoreUnavailable: it cannot.
+        """
+        await self._ask(self._database.note_cancelled, job.id)
+
+    async def release_request_id(self, job: AnyJob) -> None:
+        """Lets another job have the request id of one that ended.
+
+        Raises:
+            StoreUnavailable: it cannot.
+        """
+        await self._ask(self._database.release_request_id, job.id)
 
     async def put_image(self, header: ImageHeader, data: bytes) -> None:
         """Keeps a picture of a job that runs.
@@ -340,6 +358,7 @@ def _unfinished(row: sqlite3.Row) -> Unfinished:
         starts=row["starts"],
         attempts=row["attempts"],
         was_begun=row["started_us"] is not None,
+        is_cancelled=bool(row["cancelled"]),
     )
 
 

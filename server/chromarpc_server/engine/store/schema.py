@@ -39,5 +39,9 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     CREATE INDEX images_by_hash ON images (sha256);
     """,
+    # Whether its caller was told that it will be stopped.
+    """
+    ALTER TABLE jobs ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """`PRAGMA user_version` counts those that were applied."""

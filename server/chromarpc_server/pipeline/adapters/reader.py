@@ -18,6 +18,7 @@ from chromarpc_server.pipeline.adapters.kinds import dora
 from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
 from chromarpc_server.pipeline.adapters.strength import largest_value
 from chromarpc_server.pipeline.safetensors_file import (
+    Opener,
     SafetensorsError,
     SafetensorsFile,
     all_finite,
@@ -92,12 +93,19 @@ class Adapter:
         return weight if change is None or multiplier == 0 else change.apply(weight, multiplier)
 
 
-def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[], None] = lambda: None) -> Adapter:
+def read_adapter(
+    path: Path,
+    targets: Mapping[str, Shape],
+    *,
+    opener: Opener | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Adapter:
     """Reads an adapter file that nobody vouches for.
 
     Args:
         path: the file.
         targets: the model's parameters, name to shape.
+        opener: opens the file, where the path alone is not to be trusted; whatever it raises is passed on.
         check: called between pieces of work; may raise to stop.
 
     Raises:
@@ -106,9 +114,8 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
         LoraIncompatible: no key matches the model, shapes differ, or two sets of keys change the same weight.
     """
     try:
-        file = open_safetensors(path)
-        if file.size_bytes > MAX_FILE_BYTES:
-            raise LoraInvalid(f"the file has {file.size_bytes} bytes, more than {MAX_FILE_BYTES}")
+        file = open_safetensors(path, opener)
+        _require_size(file)
         keys = sort_keys(file.tensors, targets)
         if not keys.modules:
             raise LoraIncompatible(_nothing_matches(file, keys))
@@ -145,19 +152,29 @@ def read_adapter(path: Path, targets: Mapping[str, Shape], *, check: Callable[[]
     )
 
 
-def require_adapter_file(path: Path) -> None:
-    """Checks from its header alone that a file is an adapter's, whatever model it is for.
+def require_adapter_file(path: Path, opener: Opener | None = None) -> None:
+    """Checks from its header and size alone that a file is an adapter's, whatever model it is for.
+
+    Args:
+        path: the file.
+        opener: as for `read_adapter`.
 
     Raises:
-        LoraInvalid: not safetensors, truncated, hostile, or without any key of a known format.
+        LoraInvalid: not safetensors, truncated, hostile, too large, or without any key of a known format.
     """
     try:
-        file = open_safetensors(path)
+        file = open_safetensors(path, opener)
     except SafetensorsError as error:
         raise LoraInvalid(f"the file cannot be used: {error}") from None
+    _require_size(file)
     keys = sort_keys(file.tensors, {})
     if not keys.kinds_seen:
         raise LoraInvalid(_nothing_matches(file, keys))
+
+
+def _require_size(file: SafetensorsFile) -> None:
+    if file.size_bytes > MAX_FILE_BYTES:
+        raise LoraInvalid(f"the file has {file.size_bytes} bytes, more than {MAX_FILE_BYTES}")
 
 
 def _format(built: Built) -> str:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
+from chromarpc_server.pipeline.memory_errors import translate_memory_error
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,8 @@ class Attention:
     kernel: Kernel
     any_length: bool
     """Whether boundaries are read from `Spans.starts`, so that a recorded graph serves every length."""
+    fallback: DeviceFallback | None = None
+    """Why it is not a faster one, where that is installed."""
 
     def __call__(self, qkv: Tensor, heads: int, spans: Spans) -> Tensor:
         """(R, 3 · H · D) → (R, H · D)."""
@@ -78,14 +84,15 @@ SDPA = Attention("torch", _sdpa, any_length=False)
 def _flash3() -> Kernel:
     try:
         from fa3_fwd_interface import flash_attn_varlen_func  # type: ignore[import-not-found]  # noqa: PLC0415
-    except ImportError:
+    except ModuleNotFoundError:
         from flash_attn_interface import (  # type: ignore[import-not-found]  # noqa: PLC0415
             flash_attn_varlen_func,
         )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
         starts, longest = spans.starts, spans.longest
-        out = flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
+        with torch.cuda.device_of(q):
+            out = flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
@@ -94,21 +101,29 @@ def _flash3() -> Kernel:
 
 @lru_cache(maxsize=8)
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
-    """FlashAttention-3 where it is installed, runs and agrees with plain attention; else torch's own."""
+    """FlashAttention-3 where it is installed, runs and agrees with plain attention; else torch's own.
+
+    Raises:
+        RuntimeError: the device has too little memory to find out, whoever says so.
+    """
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9:
         return SDPA
     try:
         attention = Attention("flash-attention-3", _flash3(), any_length=True)
         error = _error(attention, device, dtype, head_dim)
-    except ImportError:
-        return SDPA
-    except Exception as problem:  # noqa: BLE001 - whatever an optional kernel does wrong, there is another one
-        log.warning("attention.unusable", extra={"kernel": "flash-attention-3", "error": str(problem)[:300]})
-        return SDPA
-    if error <= TOLERANCE:
-        return attention
-    log.warning("attention.wrong", extra={"kernel": attention.name, "relative_error": error})
-    return SDPA
+        if not error <= TOLERANCE:
+            raise WrongResult(f"its result is {error:.3g} off")  # noqa: TRY301 - one way out for all that is wrong
+    except ModuleNotFoundError:
+        return SDPA  # an extra that nobody installed is not missed
+    except Exception as problem:
+        if translate_memory_error(problem) is not None:
+            raise  # it says nothing of the kernel: the next job finds out
+        log.warning(
+            "attention.wrong" if isinstance(problem, WrongResult) else "attention.unusable",
+            extra={"kernel": "flash-attention-3", "error": str(problem)[:300]},
+        )
+        return replace(SDPA, fallback=DeviceFallback(Part.ATTENTION, unusable(problem)))
+    return attention
 
 
 @torch.inference_mode()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.device import on_device
+from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
 from chromarpc_server.pipeline.fused import plain
+from chromarpc_server.pipeline.memory_errors import translate_memory_error
 from chromarpc_server.pipeline.transformer import ChromaConfig
 
 log = logging.getLogger(__name__)
@@ -17,19 +22,45 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.01
 
 
-@lru_cache(maxsize=8)
+@dataclass(frozen=True)
+class _Form:
+    ops: ModuleType
+    fallback: DeviceFallback | None = None
+
+
 def fused_ops(device: torch.device) -> ModuleType:
-    """The kernels on a GPU where they compile and are right, else their plain form."""
+    """The kernels on a GPU where they compile and are right, else their plain form.
+
+    Raises:
+        RuntimeError: the device has too little memory to find out, whoever says so.
+    """
+    return _form(device).ops
+
+
+def kernels_fallback(device: torch.device) -> DeviceFallback | None:
+    """Why a GPU gets the plain form; raises as `fused_ops` does."""
+    return _form(device).fallback
+
+
+@lru_cache(maxsize=8)
+def _form(device: torch.device) -> _Form:
     if device.type != "cuda":
-        return plain
+        return _Form(plain)
     try:
         from chromarpc_server.pipeline.fused import kernels  # noqa: PLC0415 - needs Triton
 
-        check_kernels(kernels, device)
-    except Exception as problem:  # noqa: BLE001 - a compiler can fail in any way, and the plain form cannot
-        log.warning("kernels.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
-        return plain
-    return kernels
+        with on_device(device):
+            check_kernels(kernels, device)
+    except ImportError as problem:
+        log.warning("kernels.unusable", extra={"device": str(device), "error": str(problem)[:300]})
+        return _Form(plain, DeviceFallback(Part.KERNELS, "Triton is not installed, or cannot be imported"))
+    except Exception as problem:
+        if translate_memory_error(problem) is not None:
+            raise  # it says nothing of the kernels: the next job finds out
+        error = f"{type(problem).__name__}: {problem}"[:300]
+        log.warning("kernels.unusable", extra={"device": str(device), "error": error})
+        return _Form(plain, DeviceFallback(Part.KERNELS, unusable(problem)))
+    return _Form(kernels)
 
 
 @torch.inference_mode()
@@ -37,12 +68,12 @@ def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     """Runs them once on little data.
 
     Raises:
-        RuntimeError: a result differs from the plain form's. Compilers raise what they like.
+        WrongResult: a result differs from the plain form's. Compilers raise what they like.
     """
     for found, expected in zip(_run(kernels, device), _run(plain, device), strict=True):
         error = float((found.float() - expected.float()).norm() / expected.float().norm())
         if not error < TOLERANCE:
-            raise RuntimeError(f"a kernel is wrong by {error:.3g}")
+            raise WrongResult(f"a kernel's result is {error:.3g} off")
 
 
 def _run(ops: ModuleType, device: torch.device) -> list[Tensor]:

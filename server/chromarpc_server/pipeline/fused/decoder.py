@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.memory_errors import translate_memory_error
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -100,10 +104,19 @@ def _convolve(x: Tensor, convolution: nn.Conv2d, *, biased: bool = True) -> Tens
     return result.contiguous(memory_format=torch.channels_last)
 
 
-def with_fused_decoder(model: AutoencoderKL) -> AutoencoderKL:
+def with_fused_decoder(
+    model: AutoencoderKL, tell: Callable[[DeviceFallback], object] = lambda _: None
+) -> AutoencoderKL:
     """The same autoencoder, over the same weights, with a `FusedDecoder`.
 
     Itself where that is no gain (on a CPU, or where kernels do not compile) or differs from diffusers' decoder.
+
+    Args:
+        model: what to decode with.
+        tell: is told why not, where it should be.
+
+    Raises:
+        RuntimeError: the device has too little memory to find out, whoever says so.
     """
     device = model.device
     if fused_ops(device) is plain:
@@ -111,11 +124,16 @@ def with_fused_decoder(model: AutoencoderKL) -> AutoencoderKL:
     fused = fuse(model)
     try:
         difference = _difference(model, fused)
-    except Exception as problem:  # noqa: BLE001 - another kind of decoder, or a compiler's failure: there is diffusers' own
-        log.warning("decoder.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
-        return model
-    if not difference <= TOLERANCE:
-        log.warning("decoder.wrong", extra={"relative_difference": difference})
+        if not difference <= TOLERANCE:
+            raise WrongResult(f"its result is {difference:.3g} off")  # noqa: TRY301 - one way out for all that is wrong
+    except Exception as problem:  # another kind of decoder, or a compiler's failure: there is diffusers' own
+        if translate_memory_error(problem) is not None:
+            raise  # it says nothing of the decoder: the next job finds out
+        log.warning(
+            "decoder.wrong" if isinstance(problem, WrongResult) else "decoder.unusable",
+            extra={"error": f"{type(problem).__name__}: {problem}"[:300]},
+        )
+        tell(DeviceFallback(Part.DECODER, unusable(problem)))
         return model
     return fused
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
+
 STATISTICS_PROGRAMS = 1056
 """Partial sums of a normalisation: eight for each of a large GPU's multiprocessors."""
 PIXELS_AT_ONCE = 4096
@@ -112,6 +114,7 @@ def _double_kernel(x, y, width, channels: tl.constexpr, block: tl.constexpr):
     tl.store(y + row * (2 * width * channels) + place, value, mask=inside)
 
 
+@on_device_of_tensors
 def group_norm(
     x: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, groups: int, eps: float, *, activates: bool
 ) -> Tensor:
@@ -137,6 +140,7 @@ def group_norm(
     return y
 
 
+@on_device_of_tensors
 def add_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """See `plain.add_residual`."""
     flat = (triton.cdiv(y.numel(), FLAT_BLOCK),)
@@ -144,6 +148,7 @@ def add_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
+@on_device_of_tensors
 def double_size(x: Tensor) -> Tensor:
     """See `plain.double_size`."""
     _, channels, height, width = x.shape

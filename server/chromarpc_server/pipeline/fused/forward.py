@@ -73,7 +73,7 @@ class FusedTransformer:
         weight: Tensor = model.img_in.bias
         self.attention = attention or select_attention(weight.device, weight.dtype, model.config.head_dim)
         self.variant: object = None
-        """What a recorded step depends on besides its shape: which layers have a path beside them, of which rank."""
+        """What a recorded step depends on besides its shape: the layers that have a path beside them, its rank."""
         self._buffer: Tensor | None = None
         """Where float8 weights are dequantized, one at a time."""
 

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.fallbacks import unusable
 from chromarpc_server.pipeline.fused.attention import Spans
 from chromarpc_server.pipeline.fused.forward import Conditioning, FusedTransformer
+from chromarpc_server.pipeline.recording import recording
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -61,6 +64,8 @@ class GraphedForward:
         self._met: set[Shape] = set()
         self._pool: _POOL_HANDLE | None = None
         self._usable = record
+        self.fallback: DeviceFallback | None = None
+        """Why steps are not recorded, where they should be."""
 
     @property
     def recorded_count(self) -> int:
@@ -113,14 +118,14 @@ class GraphedForward:
         )
         graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.synchronize(latents.device)
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with recording(graph, latents.device, self._pool):
                 velocities = self.fused(inputs[0], own, inputs[1])
         except Exception as problem:  # noqa: BLE001 - a step that cannot be recorded can still be run
             log.warning("graph.unusable", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
             self._recorded.clear()
             self._pool = None
             self._usable = False
+            self.fallback = DeviceFallback(Part.STEP_GRAPHS, unusable(problem))
             return None
         self._pool = self._pool or graph.pool()
         recorded = _Recorded(graph, inputs[0], own, inputs[1], velocities)

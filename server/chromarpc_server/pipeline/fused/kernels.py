@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chromarpc_server.pipeline.fused import decoder_kernels
+from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
 from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, SMALLEST_SCALE
 from chromarpc_server.pipeline.transformer import NORM_EPS
 
@@ -252,6 +253,7 @@ def _block(width: int) -> int:
     return int(triton.next_power_of_2(width))
 
 
+@on_device_of_tensors
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, room: int = 0) -> Tensor:
     """See `plain.norm_modulate`."""
     rows, width = x.shape
@@ -276,6 +278,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, room: int = 0) -> Ten
     return y
 
 
+@on_device_of_tensors
 def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.norm_modulate_quantized`."""
     rows, width = x.shape
@@ -287,6 +290,7 @@ def norm_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Te
     return y, y_scale
 
 
+@on_device_of_tensors
 def add_norm_modulate(
     x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, room: int = 0
 ) -> Tensor:
@@ -300,6 +304,7 @@ def add_norm_modulate(
     return y
 
 
+@on_device_of_tensors
 def add_norm_modulate_quantized(
     x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -313,12 +318,14 @@ def add_norm_modulate_quantized(
     return y, y_scale
 
 
+@on_device_of_tensors
 def gated_add(x: Tensor, added: Tensor, gate: Tensor) -> None:
     """See `plain.gated_add`."""
     rows, width = x.shape
     _gated_add_kernel[(rows,)](x, added, gate, width, _block(width), num_warps=4)
 
 
+@on_device_of_tensors
 def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> None:
     """See `plain.qk_norm_rope`."""
     head_dim = q_scale.shape[0]
@@ -327,6 +334,7 @@ def qk_norm_rope(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, rope: tuple[Tens
     )
 
 
+@on_device_of_tensors
 def join_gelu(attention: Tensor | None, mlp: Tensor, room: int = 0) -> Tensor:
     """See `plain.join_gelu`."""
     rows, inner = mlp.shape
@@ -339,6 +347,7 @@ def join_gelu(attention: Tensor | None, mlp: Tensor, room: int = 0) -> Tensor:
     return y
 
 
+@on_device_of_tensors
 def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.join_gelu_quantized`."""
     rows, inner = mlp.shape
@@ -351,6 +360,7 @@ def join_gelu_quantized(attention: Tensor | None, mlp: Tensor) -> tuple[Tensor, 
     return y, y_scale
 
 
+@on_device_of_tensors
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.quantize`."""
     rows, width = x.shape
@@ -359,6 +369,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y_scale
 
 
+@on_device_of_tensors
 def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """See `plain.dequantize`."""
     rows, width = q.shape
@@ -366,6 +377,7 @@ def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@on_device_of_tensors
 def round_weight(weight: Tensor, out: Tensor) -> None:
     """Writes w̃ of a bf16 weight (out, in) to `out`: `quantize_rows`, then `dequantize_rows`, bit for bit."""
     rows, width = weight.shape
@@ -374,6 +386,7 @@ def round_weight(weight: Tensor, out: Tensor) -> None:
     )
 
 
+@on_device_of_tensors
 def quantize_weight(weight: Tensor, q: Tensor, scale: Tensor) -> None:
     """Writes `quantize_rows` of a bf16 weight (out, in) to `q` and `scale`, bit for bit."""
     rows, width = weight.shape
@@ -385,8 +398,9 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
+@on_device_of_tensors
 def narrow_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """See `plain.narrow_product`. Reads x about as fast as memory gives it, where cuBLAS does not for short rows."""
+    """See `plain.narrow_product`. It reads short rows about as fast as memory gives them; cuBLAS does not."""
     rows, width = x.shape
     rank = weight.shape[0]
     is_short = width <= SHORT_ROW and width % NARROW_STEP == 0 and rank in NARROW_RANKS

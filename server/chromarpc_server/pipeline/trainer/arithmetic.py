@@ -17,15 +17,15 @@ TORCHAO_QTYPES = ("float8", "int8")
 def multiplies_in_tf32(settings: TrainerSettings) -> bool:
     """Whether float32 products (an adapter's path, T5's attention) run in TF32 on a GPU.
 
-    They do once torchao has quantized something. The recorded runs without quantization have it on too, since they came
-    after one with torchao in the same process.
+    They do once torchao has quantized something. The recorded runs without quantization have it on too, since they
+    came after one with torchao in the same process.
     """
     return not settings.quantize or settings.qtype in TORCHAO_QTYPES
 
 
 @contextmanager
 def trainer_arithmetic(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
-    """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever the process has set."""
+    """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever is set besides."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

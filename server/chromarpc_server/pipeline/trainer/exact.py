@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
@@ -179,6 +180,6 @@ class ExactPreview:
         return velocity
 
     @property
-    def records_ahead(self) -> bool:
-        """Nothing is recorded."""
-        return False
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """Nothing: the trainer's own sequence has no faster form that it could do without."""
+        return ()

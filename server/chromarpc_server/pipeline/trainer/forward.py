@@ -1,8 +1,8 @@
 """The transformer as the trainer runs it: every operation in the weights' dtype, adapters beside the weights.
 
 The same function as `pipeline.transformer`, from the same parameter names, in another sequence of roundings: no
-autocast, so normalisations, shift and scale stay in the weights' dtype; a quantized product is rounded before its bias is
-added; an adapter's low-rank path runs in float32 and is rounded before it is added to the layer's output.
+autocast, so normalisations, shift and scale stay in the weights' dtype; a quantized product is rounded before its
+bias is added; an adapter's low-rank path runs in float32 and is rounded before it is added to the layer's output.
 
 Shapes: B batch, N image tokens (h/16 · w/16), L text tokens, C hidden size, H heads, D head size.
 """
@@ -197,8 +197,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: 
 def attended_text(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Which text tokens attention sees: the real ones, and one more at the position that their count names.
 
-    The trainer casts the mask to the model's dtype before it counts. In bf16 a count above 256 is rounded to even, so the
-    one more may be a token that is real anyway (301 counts as 300), or one with a gap before it (303 as 304).
+    The trainer casts the mask to the model's dtype before it counts. In bf16 a count above 256 is rounded to even,
+    so the one more may be a token that is real anyway (301 counts as 300), or one with a gap before it (303 as
+    304).
 
     Args:
         mask: (1, L), 1 for real tokens.

@@ -1,8 +1,9 @@
 """`preview`: the trainer's function through the fused forward, low-rank adapters beside the quantized weights.
 
 A linear layer with a path beside it holds `[W̃, up]` (out, in + rank) and `down` (rank, in): its product takes
-`[x, x · downᵀ]`, so that base and adapter are one product. The rank of all adapters together is padded to a bucket;
-within a bucket nothing moves, and recorded graphs go on. No base weight is rewritten for another adapter or multiplier.
+`[x, x · downᵀ]`, so that base and adapter are one product. The rank of all adapters together is padded to a
+bucket; within a bucket nothing moves, and recorded graphs go on. No base weight is rewritten for another adapter
+or multiplier.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
@@ -90,7 +92,8 @@ class FusedPreview:
             settings: what the trainer's config says; weights are quantized in the dtype it names.
             device: where the transformer lies.
             dtype: what it computes in.
-            hold_float8: hold the blocks' weights in float8 where the quantizer's values are float8: half the memory.
+            hold_float8: hold the blocks' weights in float8 where the quantizer's values are float8: half the
+                memory.
             record_graphs: record steps as CUDA graphs.
         """
         with torch.device("meta"):
@@ -112,7 +115,8 @@ class FusedPreview:
         """By parameter name; a linear layer's is (out, in + capacity)."""
         self._held: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
         self._beside = {name: _Beside() for name in self._linears}
-        self._kronecker: dict[str, tuple[tuple[str, float], ...]] = {}
+        self._kronecker: dict[str, tuple[tuple[str, float], ...] | None] = {}
+        """By parameter name, what lies beside it factorized; None while that is not certain."""
         self._bucket = 0
         self._capacity = 0
         """Columns of every linear layer's storage beyond its weight's."""
@@ -125,6 +129,15 @@ class FusedPreview:
             fused = FusedTransformer(self.model, float8_products=False)
             self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
+
+    @property
+    def fallbacks(self) -> tuple[DeviceFallback, ...]:
+        """What its forward does without, as far as it was tried."""
+        if self._run is None:
+            return ()
+        return tuple(
+            found for found in (self._run.fused.attention.fallback, self._run.fallback) if found is not None
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -238,7 +251,7 @@ class FusedPreview:
         self.model.get_submodule(module).register_parameter(leaf, parameter)
 
     def _put_beside(self, wanted: Mapping[str, Sequence[Placed]], check: Check) -> int:
-        """Makes what lies beside the weights that of these adapters. Returns how many layers it was rewritten for."""
+        """Puts these adapters beside the weights. Returns for how many layers something was rewritten."""
         pairs = {name: [(placed, pair_of(placed.change)) for placed in those] for name, those in wanted.items()}
         low_rank = {
             name: [(placed, pair) for placed, pair in those if pair is not None] for name, those in pairs.items()
@@ -323,19 +336,22 @@ class FusedPreview:
         }
         keys = {name: those for name, those in keys.items() if those}
         changed = {
-            name for name in keys.keys() | self._kronecker.keys() if keys.get(name) != self._kronecker.get(name)
+            name
+            for name in keys.keys() | self._kronecker.keys()
+            if keys.get(name, ()) != self._kronecker.get(name, ())
         }
         if not changed:
             return 0
         # A recorded step reads the factors where they were.
         self._run = None
         for name in changed:
+            self._kronecker[name] = None
             self._linears[name].paths = tuple(
                 kronecker_path(placed.change, placed.multiplier, self._device)
                 for placed in wanted.get(name, ())
                 if isinstance(placed.change, Kronecker)
             )
-        self._kronecker = keys
+            self._kronecker[name] = keys.get(name, ())
         return len(changed)
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:

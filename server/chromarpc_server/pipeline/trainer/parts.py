@@ -1,4 +1,4 @@
-"""What surrounds the transformer in the trainer: its text encoder and autoencoder, in its dtype and with its quantizer."""
+"""What surrounds the transformer in the trainer: text encoder and autoencoder, in its dtype and quantizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, text_encoder
 from chromarpc_server.pipeline.text_encoder import RecordedEncoder
@@ -35,10 +36,10 @@ def _never(*_: object) -> None:
 
 @torch.inference_mode()
 def encode_as_trainer(model: T5EncoderModel, ids: Tensor, settings: TrainerSettings) -> Tensor:
-    """Embeds all 512 tokens, padding included, without a mask, as the trainer runs T5. (1, 512) → (1, 512, context).
+    """Embeds all 512 tokens, padding included, without a mask, as the trainer does. (1, 512) → (1, 512, context).
 
-    transformers 5.5, which the trainer has, computes attention by hand; on a GPU the vectors were recorded with 5.17, whose
-    position bias no fused kernel takes. Later versions choose otherwise, so the choice is made here.
+    transformers 5.5, which the trainer has, computes attention by hand; on a GPU the vectors were recorded with
+    5.17, whose position bias no fused kernel takes. Later versions choose otherwise, so the choice is made here.
     """
     attention = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cuda" else nullcontext()
     with attention, trainer_arithmetic(model.device, settings):
@@ -60,6 +61,7 @@ class TrainerParts:
     record: bool
     _encoder_key: tuple[object, ...] | None = None
     _encoder: RecordedEncoder | None = field(repr=False, default=None)
+    _empty: Tensor | None = field(repr=False, default=None)
     _autoencoders: dict[torch.dtype, AutoencoderKL] = field(repr=False, default_factory=dict)
 
     @property
@@ -75,13 +77,23 @@ class TrainerParts:
         Raises:
             WeightsInvalid: the files cannot be used, or a weight has a row that the quantizer turns into NaN.
         """
-        qtype = settings.qtype if settings.quantize_te else None
-        key = (qtype, settings.dtype, multiplies_in_tf32(settings))
+        key = _key(settings)
         if self._encoder is None or self._encoder_key != key:
-            self._encoder, self._encoder_key = None, None
-            self._encoder = self._build(qtype, settings)
+            self._encoder, self._encoder_key, self._empty = None, None, None
+            self._encoder = self._build(settings.qtype if settings.quantize_te else None, settings)
             self._encoder_key = key
         return self._encoder
+
+    def encoder_fallback(self, settings: TrainerSettings) -> DeviceFallback | None:
+        """Why the text encoder of these settings is not recorded, where it should be; None while there is none."""
+        return None if self._encoder is None or self._encoder_key != _key(settings) else self._encoder.fallback
+
+    def empty(self, settings: TrainerSettings, ids: Tensor) -> Tensor:
+        """Embeddings of the empty prompt: computed once for a text encoder. (1, 512) → (1, 512, context)."""
+        encoder = self.text_encoder(settings)
+        if self._empty is None:
+            self._empty = encoder(ids)
+        return self._empty
 
     def _build(self, qtype: str | None, settings: TrainerSettings) -> RecordedEncoder:
         dtype = TORCH_DTYPES[settings.dtype]
@@ -122,3 +134,8 @@ class TrainerParts:
                 dtype=dtype,
             )
         return self._autoencoders[dtype]
+
+
+def _key(settings: TrainerSettings) -> tuple[object, ...]:
+    """What of the settings decides a text encoder."""
+    return (settings.qtype if settings.quantize_te else None, settings.dtype, multiplies_in_tf32(settings))

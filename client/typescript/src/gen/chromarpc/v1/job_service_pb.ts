@@ -16,10 +16,10 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/job_service.proto.
  */
 export const file_chromarpc_v1_job_service: GenFile = /*@__PURE__*/
-  fileDesc("Ch5jaHJvbWFycGMvdjEvam9iX3NlcnZpY2UucHJvdG8SDGNocm9tYXJwYy52MSL3AwoDSm9iEg4KBmpvYl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEiUKBXN0YXRlGAMgASgOMhYuY2hyb21hcnBjLnYxLkpvYlN0YXRlEi8KC2NyZWF0ZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpzdGFydF90aW1lGAUgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIsCghlbmRfdGltZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLZXhwaXJlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiQKBHBsYW4YCCABKAsyFi5jaHJvbWFycGMudjEuQWNjZXB0ZWQSFQoNbGFzdF9zZXF1ZW5jZRgJIAEoBBIWCg5xdWV1ZV9wb3NpdGlvbhgKIAEoBRISCgpkb25lX3N0ZXBzGAsgASgFEhMKC3RvdGFsX3N0ZXBzGAwgASgFEikKBmltYWdlcxgNIAMoCzIZLmNocm9tYXJwYy52MS5JbWFnZUhlYWRlchIlCgdmYWlsdXJlGA4gASgLMhQuY2hyb21hcnBjLnYxLkZhaWxlZBIVCg1hdHRlbXB0X2NvdW50GA8gASgFIkIKEENyZWF0ZUpvYlJlcXVlc3QSLgoHcmVxdWVzdBgBIAEoCzIdLmNocm9tYXJwYy52MS5HZW5lcmF0ZVJlcXVlc3QiRAoRQ3JlYXRlSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlMKD1dhdGNoSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAQSGAoQb21pdF9pbWFnZV9ieXRlcxgDIAEoCCI5ChBXYXRjaEpvYlJlc3BvbnNlEiUKBWV2ZW50GAEgASgLMhYuY2hyb21hcnBjLnYxLkpvYkV2ZW50Ih8KDUdldEpvYlJlcXVlc3QSDgoGam9iX2lkGAEgASgJIjAKDkdldEpvYlJlc3BvbnNlEh4KA2pvYhgBIAEoCzIRLmNocm9tYXJwYy52MS5Kb2IikwEKD0xpc3RKb2JzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCRImCgZzdGF0ZXMYAyADKA4yFi5jaHJvbWFycGMudjEuSm9iU3RhdGUSMQoNY3JlYXRlZF9hZnRlchgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiTAoQTGlzdEpvYnNSZXNwb25zZRIfCgRqb2JzGAEgAygLMhEuY2hyb21hcnBjLnYxLkpvYhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiIgoQQ2FuY2VsSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkiMwoRQ2FuY2VsSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYiIiChBEZWxldGVKb2JSZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCSITChFEZWxldGVKb2JSZXNwb25zZSJNCg9HZXRJbWFnZVJlcXVlc3QSDgoGam9iX2lkGAEgASgJEhQKDHByb21wdF9pbmRleBgCIAEoBRIUCgxvZmZzZXRfYnl0ZXMYAyABKAQifgoQR2V0SW1hZ2VSZXNwb25zZRIxCgxpbWFnZV9oZWFkZXIYASABKAsyGS5jaHJvbWFycGMudjEuSW1hZ2VIZWFkZXJIABIvCgtpbWFnZV9jaHVuaxgCIAEoCzIYLmNocm9tYXJwYy52MS5JbWFnZUNodW5rSABCBgoEcGFydCqaAQoISm9iU3RhdGUSGQoVSk9CX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQSk9CX1NUQVRFX1FVRVVFRBABEhUKEUpPQl9TVEFURV9SVU5OSU5HEAISFwoTSk9CX1NUQVRFX1NVQ0NFRURFRBADEhQKEEpPQl9TVEFURV9GQUlMRUQQBBIXChNKT0JfU1RBVEVfQ0FOQ0VMTEVEEAUyoAQKCkpvYlNlcnZpY2USTAoJQ3JlYXRlSm9iEh4uY2hyb21hcnBjLnYxLkNyZWF0ZUpvYlJlcXVlc3QaHy5jaHJvbWFycGMudjEuQ3JlYXRlSm9iUmVzcG9uc2USSwoIV2F0Y2hKb2ISHS5jaHJvbWFycGMudjEuV2F0Y2hKb2JSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLldhdGNoSm9iUmVzcG9uc2UwARJDCgZHZXRKb2ISGy5jaHJvbWFycGMudjEuR2V0Sm9iUmVxdWVzdBocLmNocm9tYXJwYy52MS5HZXRKb2JSZXNwb25zZRJJCghMaXN0Sm9icxIdLmNocm9tYXJwYy52MS5MaXN0Sm9ic1JlcXVlc3QaHi5jaHJvbWFycGMudjEuTGlzdEpvYnNSZXNwb25zZRJMCglDYW5jZWxKb2ISHi5jaHJvbWFycGMudjEuQ2FuY2VsSm9iUmVxdWVzdBofLmNocm9tYXJwYy52MS5DYW5jZWxKb2JSZXNwb25zZRJMCglEZWxldGVKb2ISHi5jaHJvbWFycGMudjEuRGVsZXRlSm9iUmVxdWVzdBofLmNocm9tYXJwYy52MS5EZWxldGVKb2JSZXNwb25zZRJLCghHZXRJbWFnZRIdLmNocm9tYXJwYy52MS5HZXRJbWFnZVJlcXVlc3QaHi5jaHJvbWFycGMudjEuR2V0SW1hZ2VSZXNwb25zZTABYgZwcm90bzM", [file_chromarpc_v1_generation_service, file_chromarpc_v1_job_event, file_google_protobuf_timestamp]);
+  fileDesc("Ch5jaHJvbWFycGMvdjEvam9iX3NlcnZpY2UucHJvdG8SDGNocm9tYXJwYy52MSL3AwoDSm9iEg4KBmpvYl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEiUKBXN0YXRlGAMgASgOMhYuY2hyb21hcnBjLnYxLkpvYlN0YXRlEi8KC2NyZWF0ZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpzdGFydF90aW1lGAUgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIsCghlbmRfdGltZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLZXhwaXJlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiQKBHBsYW4YCCABKAsyFi5jaHJvbWFycGMudjEuQWNjZXB0ZWQSFQoNbGFzdF9zZXF1ZW5jZRgJIAEoBBIWCg5xdWV1ZV9wb3NpdGlvbhgKIAEoBRISCgpkb25lX3N0ZXBzGAsgASgFEhMKC3RvdGFsX3N0ZXBzGAwgASgFEikKBmltYWdlcxgNIAMoCzIZLmNocm9tYXJwYy52MS5JbWFnZUhlYWRlchIlCgdmYWlsdXJlGA4gASgLMhQuY2hyb21hcnBjLnYxLkZhaWxlZBIVCg1hdHRlbXB0X2NvdW50GA8gASgFIkIKEENyZWF0ZUpvYlJlcXVlc3QSLgoHcmVxdWVzdBgBIAEoCzIdLmNocm9tYXJwYy52MS5HZW5lcmF0ZVJlcXVlc3QiRAoRQ3JlYXRlSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlMKD1dhdGNoSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAQSGAoQb21pdF9pbWFnZV9ieXRlcxgDIAEoCCI5ChBXYXRjaEpvYlJlc3BvbnNlEiUKBWV2ZW50GAEgASgLMhYuY2hyb21hcnBjLnYxLkpvYkV2ZW50Ih8KDUdldEpvYlJlcXVlc3QSDgoGam9iX2lkGAEgASgJIjAKDkdldEpvYlJlc3BvbnNlEh4KA2pvYhgBIAEoCzIRLmNocm9tYXJwYy52MS5Kb2IikwEKD0xpc3RKb2JzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCRImCgZzdGF0ZXMYAyADKA4yFi5jaHJvbWFycGMudjEuSm9iU3RhdGUSMQoNY3JlYXRlZF9hZnRlchgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiTAoQTGlzdEpvYnNSZXNwb25zZRIfCgRqb2JzGAEgAygLMhEuY2hyb21hcnBjLnYxLkpvYhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiTwoQQ2FuY2VsSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRIXCg93aGVuX3VuYXR0ZW5kZWQYAyABKAgiMwoRQ2FuY2VsSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYiIiChBEZWxldGVKb2JSZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCSITChFEZWxldGVKb2JSZXNwb25zZSJNCg9HZXRJbWFnZVJlcXVlc3QSDgoGam9iX2lkGAEgASgJEhQKDHByb21wdF9pbmRleBgCIAEoBRIUCgxvZmZzZXRfYnl0ZXMYAyABKAQifgoQR2V0SW1hZ2VSZXNwb25zZRIxCgxpbWFnZV9oZWFkZXIYASABKAsyGS5jaHJvbWFycGMudjEuSW1hZ2VIZWFkZXJIABIvCgtpbWFnZV9jaHVuaxgCIAEoCzIYLmNocm9tYXJwYy52MS5JbWFnZUNodW5rSABCBgoEcGFydCqaAQoISm9iU3RhdGUSGQoVSk9CX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQSk9CX1NUQVRFX1FVRVVFRBABEhUKEUpPQl9TVEFURV9SVU5OSU5HEAISFwoTSk9CX1NUQVRFX1NVQ0NFRURFRBADEhQKEEpPQl9TVEFURV9GQUlMRUQQBBIXChNKT0JfU1RBVEVfQ0FOQ0VMTEVEEAUyvgQKCkpvYlNlcnZpY2USTAoJQ3JlYXRlSm9iEh4uY2hyb21hcnBjLnYxLkNyZWF0ZUpvYlJlcXVlc3QaHy5jaHJvbWFycGMudjEuQ3JlYXRlSm9iUmVzcG9uc2USUAoIV2F0Y2hKb2ISHS5jaHJvbWFycGMudjEuV2F0Y2hKb2JSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLldhdGNoSm9iUmVzcG9uc2UiA5ACATABEkgKBkdldEpvYhIbLmNocm9tYXJwYy52MS5HZXRKb2JSZXF1ZXN0GhwuY2hyb21hcnBjLnYxLkdldEpvYlJlc3BvbnNlIgOQAgESTgoITGlzdEpvYnMSHS5jaHJvbWFycGMudjEuTGlzdEpvYnNSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkxpc3RKb2JzUmVzcG9uc2UiA5ACARJRCglDYW5jZWxKb2ISHi5jaHJvbWFycGMudjEuQ2FuY2VsSm9iUmVxdWVzdBofLmNocm9tYXJwYy52MS5DYW5jZWxKb2JSZXNwb25zZSIDkAICElEKCURlbGV0ZUpvYhIeLmNocm9tYXJwYy52MS5EZWxldGVKb2JSZXF1ZXN0Gh8uY2hyb21hcnBjLnYxLkRlbGV0ZUpvYlJlc3BvbnNlIgOQAgISUAoIR2V0SW1hZ2USHS5jaHJvbWFycGMudjEuR2V0SW1hZ2VSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdldEltYWdlUmVzcG9uc2UiA5ACATABQpoBCgxjaHJvbWFycGMudjFCD0pvYlNlcnZpY2VQcm90b1ABWhhjaHJvbWFycGMvdjE7Y2hyb21hcnBjdjGiAgNDUlCqAgxDaHJvbWFycGMuVjG6Ag1DaHJvbWFycGNfVjFfygIMQ2hyb21hcnBjXFYx4gIYQ2hyb21hcnBjXFYxXEdQQk1ldGFkYXRh6gINQ2hyb21hcnBjOjpWMWIGcHJvdG8z", [file_chromarpc_v1_generation_service, file_chromarpc_v1_job_event, file_google_protobuf_timestamp]);
 
 /**
- * A job as it is now.
+ * A job as it is now; at most 2 MiB.
  *
  * @generated from message chromarpc.v1.Job
  */
@@ -291,7 +291,7 @@ export const GetJobResponseSchema: GenMessage<GetJobResponse> = /*@__PURE__*/
  */
 export type ListJobsRequest = Message<"chromarpc.v1.ListJobsRequest"> & {
   /**
-   * Jobs in one answer, 1 to 1000; 0 for 100.
+   * The most jobs in one answer, 1 to 1000; 0 for 100.
    *
    * @generated from field: int32 page_size = 1;
    */
@@ -355,17 +355,33 @@ export const ListJobsResponseSchema: GenMessage<ListJobsResponse> = /*@__PURE__*
   messageDesc(file_chromarpc_v1_job_service, 8);
 
 /**
- * Which job to stop.
+ * Which job to stop: exactly one of `job_id` and `request_id`.
  *
  * @generated from message chromarpc.v1.CancelJobRequest
  */
 export type CancelJobRequest = Message<"chromarpc.v1.CancelJobRequest"> & {
   /**
-   * Id of the job. Required.
+   * Id of the job.
    *
    * @generated from field: string job_id = 1;
    */
   jobId: string;
+
+  /**
+   * The `request_id` that it was made under, for callers that were not told its id yet.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+
+  /**
+   * For a caller of `Generate` that leaves: stops the job only once no other one holds on to it and nobody watches
+   * it. That is at once, unless somebody does; then the last one who goes ends it without delay. A job that goes on
+   * without callers is left alone.
+   *
+   * @generated from field: bool when_unattended = 3;
+   */
+  whenUnattended: boolean;
 };
 
 /**
@@ -601,7 +617,7 @@ export const JobService: GenService<{
     output: typeof GetJobResponseSchema;
   },
   /**
-   * Lists jobs, newest first.
+   * Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least.
    *
    * @generated from rpc chromarpc.v1.JobService.ListJobs
    */
@@ -612,6 +628,8 @@ export const JobService: GenService<{
   },
   /**
    * Stops a job: at once while it waits, within one denoising step while it runs. Does nothing to one that ended.
+   * Once this has answered, the job is not run again after a crash or a restart either; where that cannot be written
+   * down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
    *
    * @generated from rpc chromarpc.v1.JobService.CancelJob
    */

@@ -1,0 +1,95 @@
+"""Every warning, every reason and every event of the log has its row in the documents, and nothing else has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from chromarpc_server.engine.images import CHUNK_BYTES
+from chromarpc_server.transport.status import CODES
+
+ROOT = Path(__file__).parents[2]
+LOG_METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log")
+FORWARDED = {"code", "warning.code"}
+"""What stands where a code does and is none: a parameter, a warning that is passed on."""
+
+
+def calls() -> Iterator[ast.Call]:
+    for path in sorted((ROOT / "server" / "chromarpc_server").rglob("*.py")):
+        yield from (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call))
+
+
+def warning_codes() -> set[str]:
+    found = set()
+    for call in calls():
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("PlanWarning", "warn", "Warning"):
+            said = call.args[0] if call.args else next(k.value for k in call.keywords if k.arg == "code")
+            if ast.unparse(said) not in FORWARDED:
+                assert isinstance(said, ast.Constant), f"not a plain text: {ast.unparse(call)}"
+                found.add(said.value)
+    return found
+
+
+def log_events() -> set[str]:
+    """Names such as `job.accepted` that are logged, read from calls of `log` and from tables of names."""
+    found = set()
+    for path in sorted((ROOT / "server" / "chromarpc_server").rglob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for call in ast.walk(tree):
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Attribute)
+                and ast.unparse(call.func.value) == "log"
+                and call.func.attr in LOG_METHODS
+            ):
+                said = call.args[1 if call.func.attr == "log" else 0]
+                if isinstance(said, ast.Subscript):  # a table of this module
+                    table = ast.unparse(said.value)
+                    said = next(
+                        node.value
+                        for node in ast.walk(tree)
+                        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table and node.value
+                    )
+                texts = [
+                    n.value for n in ast.walk(said) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                ]
+                assert texts, f"no name in {ast.unparse(call)}"
+                found |= set(texts)
+    return found
+
+
+def rows(page: str, heading: str) -> set[str]:
+    """The names in the first column of the table below a heading."""
+    text = (ROOT / "docs" / page).read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    first = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return {name for cell in first for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_every_warning_has_its_row_in_the_api_page() -> None:
+    assert rows("api.md", "Warnings") == warning_codes()
+
+
+def test_every_reason_has_its_row_in_the_api_page() -> None:
+    assert rows("api.md", "Errors") == {kind.reason for kind in CODES}
+
+
+def test_every_event_of_the_log_has_its_row_in_the_operations_page() -> None:
+    assert rows("operations.md", "Logs") == log_events()
+
+
+def test_what_is_said_of_the_size_of_chunks_is_true() -> None:
+    size = f"{CHUNK_BYTES // 1024} KiB"
+    for page in (
+        "client/chromarpc/channel.py",
+        "client/typescript/src/node.ts",
+        "protos/chromarpc/v1/job_event.proto",
+        "docs/api.md",
+    ):
+        text = (ROOT / page).read_text("utf-8")
+        said = [line for line in text.splitlines() if re.search(r"parts? of|chunk.*KiB|128 KiB", line)]
+        about = [line for line in said if re.search(r"[Ii]mage", line) and re.search(r"[KM]iB", line)]
+        assert about, page
+        assert all(size in line for line in about), page
