@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chromarpc/v1/model_service.proto\x12\x0c\x63hromarpc.v1\"\x13\n\x11ListModelsRequest\"g\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chromarpc.v1.Model\x12,\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x1d.chromarpc.v1.CacheStatistics\"~\n\x0f\x43\x61\x63heStatistics\x12\x11\n\thit_count\x18\x01 \x01(\x04\x12\x14\n\x0cswitch_count\x18\x02 \x01(\x04\x12\x13\n\x0b\x62uild_count\x18\x03 \x01(\x04\x12\x16\n\x0e\x65viction_count\x18\x04 \x01(\x04\x12\x15\n\radapter_bytes\x18\x05 \x01(\x04\"c\n\x0bResidentSet\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12/\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1d.chromarpc.v1.ResidentAdapter\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"=\n\x0fResidentAdapter\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x1a\n\x12network_multiplier\x18\x02 \x01(\x01\"\x8b\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61se_checkpoint\x18\x03 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x04 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x05 \x01(\x05\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.chromarpc.v1.ModelDefaults\x12\x17\n\x0fweights_present\x18\x07 \x01(\x08\x12\x15\n\rfetch_command\x18\x08 \x01(\t\x12\x10\n\x08resident\x18\t \x01(\x08\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\x17\n\x0fignored_options\x18\x0b \x03(\t\x12\x17\n\x0frefused_options\x18\x0c \x03(\t\x12\x30\n\rresident_sets\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ResidentSet\x12-\n\x0bmemory_plan\x18\x0e \x01(\x0b\x32\x18.chromarpc.v1.MemoryPlan\"\xa3\x01\n\nMemoryPlan\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x14\n\x0ctext_encoder\x18\x02 \x01(\t\x12\x0e\n\x06master\x18\x03 \x01(\t\x12\x18\n\x10tile_autoencoder\x18\x04 \x01(\x08\x12\x15\n\rrecord_graphs\x18\x05 \x01(\x08\x12\x17\n\x0f\x65stimated_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cusable_bytes\x18\x07 \x01(\x04\"\x86\x01\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x14\n\x0csample_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1a\n\x12network_multiplier\x18\x06 \x01(\x01\"\x16\n\x14GetServerInfoRequest\"\xfb\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12R\n\x10library_versions\x18\x02 \x03(\x0b\x32\x38.chromarpc.v1.GetServerInfoResponse.LibraryVersionsEntry\x12$\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x14.chromarpc.v1.Device\x12\'\n\x08profiles\x18\x04 \x03(\x0b\x32\x15.chromarpc.v1.Profile\x12\x17\n\x0f\x64\x65\x66\x61ult_profile\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.chromarpc.v1.Limits\x12\'\n\x05queue\x18\x07 \x01(\x0b\x32\x18.chromarpc.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"x\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12/\n\tfallbacks\x18\x05 \x03(\x0b\x32\x1c.chromarpc.v1.DeviceFallback\"2\n\x0e\x44\x65viceFallback\x12\x0f\n\x07without\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"*\n\x07Profile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xa4\x02\n\x06Limits\x12\x13\n\x0bmax_prompts\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x11\n\tmax_loras\x18\x03 \x01(\x05\x12\x17\n\x0fmax_pixel_steps\x18\x04 \x01(\x04\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x05\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x08 \x01(\x05\x12\"\n\x1amax_queued_jobs_per_caller\x18\t \x01(\x05\x12\x18\n\x10max_upload_bytes\x18\n \x01(\x04\x12$\n\x1cmax_uploads_bytes_per_caller\x18\x0b \x01(\x04\"7\n\nQueueState\x12\x13\n\x0bqueued_jobs\x18\x01 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x02 \x01(\x05\x32\xc3\x01\n\x0cModelService\x12T\n\nListModels\x12\x1f.chromarpc.v1.ListModelsRequest\x1a .chromarpc.v1.ListModelsResponse\"\x03\x90\x02\x01\x12]\n\rGetServerInfo\x12\".chromarpc.v1.GetServerInfoRequest\x1a#.chromarpc.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x42\x9c\x01\n\x0c\x63hromarpc.v1B\x11ModelServiceProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chromarpc/v1/model_service.proto\x12\x0c\x63hromarpc.v1\"\x13\n\x11ListModelsRequest\"g\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chromarpc.v1.Model\x12,\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x1d.chromarpc.v1.CacheStatistics\"~\n\x0f\x43\x61\x63heStatistics\x12\x11\n\thit_count\x18\x01 \x01(\x04\x12\x14\n\x0cswitch_count\x18\x02 \x01(\x04\x12\x13\n\x0b\x62uild_count\x18\x03 \x01(\x04\x12\x16\n\x0e\x65viction_count\x18\x04 \x01(\x04\x12\x15\n\radapter_bytes\x18\x05 \x01(\x04\"c\n\x0bResidentSet\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12/\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1d.chromarpc.v1.ResidentAdapter\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"=\n\x0fResidentAdapter\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x1a\n\x12network_multiplier\x18\x02 \x01(\x01\"\xb9\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61se_checkpoint\x18\x03 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x04 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x05 \x01(\x05\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.chromarpc.v1.ModelDefaults\x12\x17\n\x0fweights_present\x18\x07 \x01(\x08\x12\x15\n\rfetch_command\x18\x08 \x01(\t\x12\x10\n\x08resident\x18\t \x01(\x08\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\x17\n\x0fignored_options\x18\x0b \x03(\t\x12\x17\n\x0frefused_options\x18\x0c \x03(\t\x12\x30\n\rresident_sets\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ResidentSet\x12-\n\x0bmemory_plan\x18\x0e \x01(\x0b\x32\x18.chromarpc.v1.MemoryPlan\x12,\n\x08profiles\x18\x0f \x03(\x0b\x32\x1a.chromarpc.v1.ModelProfile\"\x7f\n\x0cModelProfile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x02 \x01(\x05\x12\x13\n\x0bmin_size_px\x18\x03 \x01(\x05\x12\x13\n\x0bhonours_neg\x18\x04 \x01(\x08\x12\x1d\n\x15takes_trainer_options\x18\x05 \x01(\x08\"\xa3\x01\n\nMemoryPlan\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x14\n\x0ctext_encoder\x18\x02 \x01(\t\x12\x0e\n\x06master\x18\x03 \x01(\t\x12\x18\n\x10tile_autoencoder\x18\x04 \x01(\x08\x12\x15\n\rrecord_graphs\x18\x05 \x01(\x08\x12\x17\n\x0f\x65stimated_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cusable_bytes\x18\x07 \x01(\x04\"\x86\x01\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x14\n\x0csample_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1a\n\x12network_multiplier\x18\x06 \x01(\x01\"\x16\n\x14GetServerInfoRequest\"\xfb\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12R\n\x10library_versions\x18\x02 \x03(\x0b\x32\x38.chromarpc.v1.GetServerInfoResponse.LibraryVersionsEntry\x12$\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x14.chromarpc.v1.Device\x12\'\n\x08profiles\x18\x04 \x03(\x0b\x32\x15.chromarpc.v1.Profile\x12\x17\n\x0f\x64\x65\x66\x61ult_profile\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.chromarpc.v1.Limits\x12\'\n\x05queue\x18\x07 \x01(\x0b\x32\x18.chromarpc.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"x\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12/\n\tfallbacks\x18\x05 \x03(\x0b\x32\x1c.chromarpc.v1.DeviceFallback\"2\n\x0e\x44\x65viceFallback\x12\x0f\n\x07without\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"*\n\x07Profile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xa4\x02\n\x06Limits\x12\x13\n\x0bmax_prompts\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x11\n\tmax_loras\x18\x03 \x01(\x05\x12\x17\n\x0fmax_pixel_steps\x18\x04 \x01(\x04\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x05\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x08 \x01(\x05\x12\"\n\x1amax_queued_jobs_per_caller\x18\t \x01(\x05\x12\x18\n\x10max_upload_bytes\x18\n \x01(\x04\x12$\n\x1cmax_uploads_bytes_per_caller\x18\x0b \x01(\x04\"7\n\nQueueState\x12\x13\n\x0bqueued_jobs\x18\x01 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x02 \x01(\x05\x32\xc3\x01\n\x0cModelService\x12T\n\nListModels\x12\x1f.chromarpc.v1.ListModelsRequest\x1a .chromarpc.v1.ListModelsResponse\"\x03\x90\x02\x01\x12]\n\rGetServerInfo\x12\".chromarpc.v1.GetServerInfoRequest\x1a#.chromarpc.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x42\x9c\x01\n\x0c\x63hromarpc.v1B\x11ModelServiceProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,27 +49,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIDENTADAPTER']._serialized_start=405
   _globals['_RESIDENTADAPTER']._serialized_end=466
   _globals['_MODEL']._serialized_start=469
-  _globals['_MODEL']._serialized_end=864
-  _globals['_MEMORYPLAN']._serialized_start=867
-  _globals['_MEMORYPLAN']._serialized_end=1030
-  _globals['_MODELDEFAULTS']._serialized_start=1033
-  _globals['_MODELDEFAULTS']._serialized_end=1167
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1169
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1191
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1194
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1573
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=1519
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=1573
-  _globals['_DEVICE']._serialized_start=1575
-  _globals['_DEVICE']._serialized_end=1695
-  _globals['_DEVICEFALLBACK']._serialized_start=1697
-  _globals['_DEVICEFALLBACK']._serialized_end=1747
-  _globals['_PROFILE']._serialized_start=1749
-  _globals['_PROFILE']._serialized_end=1791
-  _globals['_LIMITS']._serialized_start=1794
-  _globals['_LIMITS']._serialized_end=2086
-  _globals['_QUEUESTATE']._serialized_start=2088
-  _globals['_QUEUESTATE']._serialized_end=2143
-  _globals['_MODELSERVICE']._serialized_start=2146
-  _globals['_MODELSERVICE']._serialized_end=2341
+  _globals['_MODEL']._serialized_end=910
+  _globals['_MODELPROFILE']._serialized_start=912
+  _globals['_MODELPROFILE']._serialized_end=1039
+  _globals['_MEMORYPLAN']._serialized_start=1042
+  _globals['_MEMORYPLAN']._serialized_end=1205
+  _globals['_MODELDEFAULTS']._serialized_start=1208
+  _globals['_MODELDEFAULTS']._serialized_end=1342
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1344
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1366
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1369
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1748
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=1694
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=1748
+  _globals['_DEVICE']._serialized_start=1750
+  _globals['_DEVICE']._serialized_end=1870
+  _globals['_DEVICEFALLBACK']._serialized_start=1872
+  _globals['_DEVICEFALLBACK']._serialized_end=1922
+  _globals['_PROFILE']._serialized_start=1924
+  _globals['_PROFILE']._serialized_end=1966
+  _globals['_LIMITS']._serialized_start=1969
+  _globals['_LIMITS']._serialized_end=2261
+  _globals['_QUEUESTATE']._serialized_start=2263
+  _globals['_QUEUESTATE']._serialized_end=2318
+  _globals['_MODELSERVICE']._serialized_start=2321
+  _globals['_MODELSERVICE']._serialized_end=2516
 # @@protoc_insertion_point(module_scope)
