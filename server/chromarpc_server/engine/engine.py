@@ -483,7 +483,7 @@ class Engine:
 
         Args:
             job: the job.
-            when_unattended: leave it to those who hold on to it or watch it; the last one who goes ends it. One that
+            when_unattended: leave it to those who hold on to it or watch it; the last who goes ends it. One that
                 goes on without callers is left alone.
 
         Raises:
