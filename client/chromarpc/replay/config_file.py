@@ -139,7 +139,9 @@ def _expanded(node: Any, sizes: dict[int, int], open_nodes: set[int], depth: int
             raise ConfigError("a number of more digits than a setting has")
         return 1
     open_nodes.add(id(node))
-    children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    children = (
+        node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    )
     total = 1
     for child in children:
         total += _expanded(child, sizes, open_nodes, depth + 1)
@@ -167,7 +169,13 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Plain:
 
 
 def _key(key: Any) -> str:
-    return key if isinstance(key, str) else json.dumps(key) if isinstance(key, bool | int | float | None) else str(key)
+    return (
+        key
+        if isinstance(key, str)
+        else json.dumps(key)
+        if isinstance(key, bool | int | float | None)
+        else str(key)
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Finds for every sample of a run what it was drawn with: its settings, and the adapter that was saved at its step."""
+"""Finds what each sample of a run was drawn with: its settings, and the adapter that was saved at its step."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ class _Adapters:
     def _find(self, step: int) -> tuple[str | None, bool, str | None]:
         run = self._run
         if step == 0:
-            started = "the run went on from another adapter (network.pretrained_lora_path), which is not in its folder"
+            started = (
+                "the run went on from another adapter (network.pretrained_lora_path), which is not in its folder"
+            )
             return None, False, started if run.pretrained else None
         if not run.network_type:
             return None, False, "the run trains the whole model, and no adapter"

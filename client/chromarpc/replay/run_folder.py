@@ -23,7 +23,7 @@ CONFIG_NAMES: Final = ("config.yaml", "config.yml", ".job_config.json")
 SAMPLES: Final = "samples"
 MAX_ENTRIES: Final = 100_000
 MAX_HEADER_BYTES: Final = 32 * 1024**2
-MAX_PICTURE_BYTES: Final = 256 * 1024**2
+MAX_PICTURE_BYTES: Final = 64 * 1024**2
 _SAMPLE_NAME: Final = re.compile(r"([0-9]{1,18})__([0-9]{9,12})_([0-9]{1,6})\.(jpg|jpeg|png|webp)")
 _BENEATH: Final = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW") and hasattr(os, "O_DIRECTORY")
 
@@ -154,11 +154,11 @@ class RunFolder:
             if _BENEATH:
                 descriptor = self._open(folder, directory=True)
                 try:
-                    names = os.listdir(descriptor)
+                    names = os.listdir(descriptor)  # noqa: PTH208 - no Path stands for a descriptor
                 finally:
                     os.close(descriptor)
             else:
-                names = os.listdir(self._checked(folder))  # noqa: PTH208 - the same call by descriptor has no Path
+                names = [entry.name for entry in self._checked(folder).iterdir()]
         except OSError:
             return []
         if len(names) > MAX_ENTRIES:
@@ -198,13 +198,12 @@ class RunFolder:
             sample = SampleFile(
                 name=f"{SAMPLES}/{name}", time_ms=int(found[1]), step=int(found[2]), index=int(found[3])
             )
-            older = newest.get((sample.step, sample.index))
-            if older is None or older.time_ms <= sample.time_ms:
-                newest[sample.step, sample.index], older = sample, older
-            else:
-                older = sample
-            if older is not None:
+            key = (sample.step, sample.index)
+            other = newest.get(key)
+            if other is not None:
+                older, sample = sorted((other, sample), key=lambda one: one.time_ms)
                 ignored.append(Ignored(older.name, "drawn again later"))
+            newest[key] = sample
         return SampleFiles(tuple(newest[key] for key in sorted(newest)), tuple(ignored))
 
     def adapter_header(self, name: str) -> AdapterHeader:
@@ -225,7 +224,9 @@ class RunFolder:
         metadata = header.get("__metadata__")
         metadata = metadata if isinstance(metadata, dict) else {}
         base_model = metadata.get("ss_base_model_version")
-        return AdapterHeader(_step(metadata.get("training_info")), base_model if isinstance(base_model, str) else "")
+        return AdapterHeader(
+            _step(metadata.get("training_info")), base_model if isinstance(base_model, str) else ""
+        )
 
     def _open(self, name: str, *, directory: bool) -> int:
         if not _BENEATH:

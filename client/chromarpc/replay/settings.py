@@ -1,7 +1,7 @@
 """What a training config decides about its samples, resolved as ai-toolkit resolves it, with its defaults.
 
-Facts of ai-toolkit 27a03a91: `SampleConfig`, `SampleItem`, `GenerateImageConfig`, `ModelConfig` (toolkit/config_modules.py)
-and `sample()` (jobs/process/BaseSDTrainProcess.py). Knows no file and no server.
+Facts of ai-toolkit 27a03a91: `SampleConfig`, `SampleItem`, `GenerateImageConfig` and `ModelConfig` in
+toolkit/config_modules.py, `sample()` in jobs/process/BaseSDTrainProcess.py. Knows no file and no server.
 """
 
 from __future__ import annotations
@@ -171,9 +171,7 @@ def _check_architecture(model: Mapping[str, Plain]) -> None:
     raise ConfigError(f"{said}; only {ARCHITECTURE!r} can be redrawn")
 
 
-def _trainer(
-    model: Mapping[str, Plain], train: Mapping[str, Plain], assumptions: list[str]
-) -> TrainerSettings:
+def _trainer(model: Mapping[str, Plain], train: Mapping[str, Plain], assumptions: list[str]) -> TrainerSettings:
     quantize = bool(model.get("quantize", False))
     qtype = _text(model.get("qtype", "qfloat8"))
     if model.get("layer_offloading", model.get("auto_memory", False)) and qtype == "qfloat8":
@@ -199,9 +197,8 @@ def _unhonoured(process: Mapping[str, Plain], model: Mapping[str, Plain]) -> lis
     said = [f"model.{key} cannot be honoured: {what}" for key, what in _UNHONOURED.items() if model.get(key)]
     if model.get("quantize_kwargs"):
         said.append("model.quantize_kwargs cannot be honoured: the trainer left some layers as they are")
-    for key in ("embedding", "adapter", "decorator"):
-        if process.get(key):
-            said.append(f"process.{key} cannot be honoured: it changes the samples too")
+    others = [key for key in ("embedding", "adapter", "decorator") if process.get(key)]
+    said += [f"process.{key} cannot be honoured: it changes the samples too" for key in others]
     if _mapping(process, "train").get("train_text_encoder"):
         said.append("train.train_text_encoder: what the adapter changes in the text encoder cannot be honoured")
     return said
@@ -280,8 +277,8 @@ _WHOLE: Final = frozenset({"requested_width", "requested_height", "seed", "steps
 def split_flags(prompt: str) -> tuple[str, dict[str, object]]:
     """A prompt's text and what its flags (`--w 320`) override, by the names of `SampleSettings`.
 
-    A value that is no number comes as a text that says so. Flags that have no effect on Chroma are left out, as are
-    those that the trainer does not know; their text is gone all the same.
+    A value that is no number comes as a text that says so. Flags that have no effect on Chroma are left out, as
+    are those that the trainer does not know; their text is gone all the same.
     """
     if not prompt:
         return prompt, {}

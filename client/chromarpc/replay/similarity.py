@@ -1,4 +1,4 @@
-"""How alike two pictures are, by Pillow alone: a second for a megapixel would be too long for a hundred of them."""
+"""How alike two pictures are, by Pillow alone and fast: a report measures hundreds."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise NoPicture(f"has {picture.width}×{picture.height} pixels")
-            return picture.convert("RGB")
-    except NoPicture:
-        raise
-    except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
+            size = picture.size
+            if size[0] * size[1] <= MAX_PIXELS:
+                return picture.convert("RGB")
+    except Exception as error:  # decoders raise whatever they like
         raise NoPicture("is no picture, or a broken one") from error
+    raise NoPicture(f"has {size[0]}×{size[1]} pixels")
 
 
 def compare(ours: bytes, theirs: bytes) -> Similarity:
@@ -104,6 +103,7 @@ def _similarities(
     mean_a: Image.Image, mean_b: Image.Image, square_a: Image.Image, square_b: Image.Image, product: Image.Image
 ) -> array[float]:
     """Of each window, from its means: of the values, their squares and their products."""
+
     def similarity(args: Any) -> Any:
         a, b = args["a"], args["b"]
         variances = args["s"] - a * a + (args["t"] - b * b)
