@@ -204,7 +204,7 @@ def _overview(facts: dict[str, Any]) -> str:
         f"training</h2>{curve_svg(facts['samples'], facts['curve'], summary['min_psnr_db'])}"
         '<p class="hint">Each point is a sample, the line is the median of a step. PSNR measures how alike two '
         "pictures are, both encoded as the trainer does: from 40 dB on hardly anybody sees a difference, at 30 dB "
-        "a careful look does. “Same” are equal pixels.</p></div>\n{_resolved(facts)}</div>\n"
+        f"a careful look does. “Same” are equal pixels.</p></div>\n{_resolved(facts)}</div>\n"
     )
 
 
@@ -305,7 +305,7 @@ def _card(sample: Mapping[str, Any], pair: _Pair) -> str:
         theirs += f'<figure class="wide"><div class="none">{_text(sample["reason"] or "not drawn")}</div></figure>'
         opening = data = ""
     return (
-        f'<article class="card" data-kind="{_kind(sample)}" data-title="{title}"'
+        f'<article class="card" id="s{sample["step"]}-{sample["index"]}" data-kind="{_kind(sample)}" data-title="{title}"'
         f' data-width="{int(resolved.get("width", 0))}"{data}>'
         f'<div class="three">{theirs}</div><div class="badges">{_badges(sample)}</div>'
         f'<p class="prompt">{_text(resolved.get("prompt", sample["file"]))}</p>'
@@ -341,7 +341,7 @@ def _settings(resolved: Mapping[str, Any]) -> str:
     if resolved["network_multiplier"] != 1:
         parts.append(f"multiplier {resolved['network_multiplier']:g}")
     if resolved["negative_prompt"]:
-        parts.append(f"without “{resolved['negative_prompt']}”")
+        parts.append(f"negative “{resolved['negative_prompt']}”")
     return " · ".join(parts)
 
 

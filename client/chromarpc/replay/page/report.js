@@ -30,6 +30,11 @@
     slide();
   }
 
+  function fit() {
+    const wide = mode === "sides" ? "" : `${dialog.querySelector(".pair").offsetWidth}px`;
+    for (const one of [range, part("names")]) one.style.width = wide;
+  }
+
   function blink() {
     stage.classList.toggle("shown");
     names();
@@ -38,6 +43,7 @@
   function slide() {
     stage.style.setProperty("--at", `${range.value}%`);
     stage.style.setProperty("--gain", range.value);
+    fit();
     names();
   }
 
@@ -76,6 +82,8 @@
   for (const card of cards) card.querySelector(".open")?.addEventListener("click", () => show(card));
   for (const button of modes) button.addEventListener("click", () => setMode(button.dataset.mode));
   range.addEventListener("input", slide);
+  theirs.addEventListener("load", fit);
+  addEventListener("resize", fit);
   part("before").addEventListener("click", () => go(-1));
   part("after").addEventListener("click", () => go(1));
   part("close").addEventListener("click", () => dialog.close());
@@ -83,7 +91,8 @@
     clearInterval(timer);
     cards[shown]?.querySelector(".open")?.focus();
   });
-  dialog.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", (event) => {
+    if (!dialog.open) return;
     const onRange = event.target === range;
     const keys = { s: "slide", b: "blink", d: "difference", v: "sides" };
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -116,4 +125,6 @@
   }
   tools.classList.add("ready");
   document.body.classList.add("scripted");
+  const asked = location.hash && document.getElementById(location.hash.slice(1)); // a link to one sample
+  if (asked?.dataset.ours) show(asked);
 })();
