@@ -27,6 +27,7 @@ from chromarpc.errors import (
     FailedPrecondition,
     FieldViolation,
     InvalidRequest,
+    LoraContentChanged,
     LoraDownloadFailed,
     LoraForbidden,
     LoraIncompatible,
@@ -50,6 +51,7 @@ from chromarpc.errors import (
 )
 from chromarpc.events import (
     Accepted,
+    AdapterPlacement,
     AdapterReport,
     Completed,
     Event,
@@ -67,6 +69,7 @@ from chromarpc.events import (
     Step,
     Timings,
     TokenCount,
+    TrainerOptions,
     WeightsReport,
     WeightsSource,
 )
@@ -80,6 +83,7 @@ from chromarpc.version import __version__
 __all__ = [
     "Accepted",
     "AccessDenied",
+    "AdapterPlacement",
     "AdapterReport",
     "AsyncClient",
     "AsyncEventStream",
@@ -106,6 +110,7 @@ __all__ = [
     "Loading",
     "LoadingStage",
     "Lora",
+    "LoraContentChanged",
     "LoraDownloadFailed",
     "LoraForbidden",
     "LoraIncompatible",
@@ -137,6 +142,7 @@ __all__ = [
     "Timings",
     "TlsOptions",
     "TokenCount",
+    "TrainerOptions",
     "UnsupportedKeys",
     "UploadNotFound",
     "UploadOutOfOrder",

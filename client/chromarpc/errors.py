@@ -10,6 +10,7 @@ ChromarpcError
 │   │   └── UploadNotFound       UPLOAD_NOT_FOUND                       the upload was dropped
 │   ├── FailedPrecondition       FAILED_PRECONDITION
 │   │   ├── LoraIncompatible     LORA_INCOMPATIBLE                      the adapter does not fit the model
+│   │   ├── LoraContentChanged   LORA_CONTENT_CHANGED                   it is another one than expected
 │   │   ├── LoraForbidden        LORA_FORBIDDEN                         its host wants a token, or another one
 │   │   ├── LoraDownloadFailed   LORA_DOWNLOAD_FAILED                   its host did not give it
 │   │   ├── UploadOutOfOrder     UPLOAD_OUT_OF_ORDER                    the bytes do not go on where it is
@@ -136,6 +137,10 @@ class LoraIncompatible(FailedPrecondition):
     """The adapter is well formed and does not fit this model."""
 
 
+class LoraContentChanged(FailedPrecondition):
+    """The adapter is another one than the request expects; `metadata["sha256_now"]` says which it is."""
+
+
 class UploadOutOfOrder(FailedPrecondition):
     """The bytes do not go on where the upload is; `metadata["expected_offset"]` says where that is."""
 
@@ -230,6 +235,7 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "MODEL_NOT_FOUND": ModelNotFound,
     "LORA_NOT_FOUND": LoraNotFound,
     "LORA_INCOMPATIBLE": LoraIncompatible,
+    "LORA_CONTENT_CHANGED": LoraContentChanged,
     "LORA_FORBIDDEN": LoraForbidden,
     "LORA_DOWNLOAD_FAILED": LoraDownloadFailed,
     "UPLOAD_NOT_FOUND": UploadNotFound,

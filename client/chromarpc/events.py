@@ -16,10 +16,12 @@ from typing import Literal, TypeAlias
 
 from chromarpc.images import GeneratedImage
 
-ImageFormat: TypeAlias = Literal["png", "jpeg", "webp"]
-"""How finished images are encoded."""
+ImageFormat: TypeAlias = Literal["png", "jpeg", "webp", "jpeg-trainer"]
+"""How finished images are encoded; `jpeg-trainer` as ai-toolkit writes its samples."""
 NoiseDraw: TypeAlias = Literal["float32", "legacy"]
 """What a seed means: today's draw, or that of torch up to 2.11 for LoRAs whose previews are older."""
+LokrForm: TypeAlias = Literal["factorized", "weight"]
+"""How a LoKr is added: beside the product by its factors, or, as before 2026-07-15, to the dequantized weight."""
 
 
 class LoadingStage(StrEnum):
@@ -47,6 +49,21 @@ class JobWarning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """What ai-toolkit's training config decides about its samples; None leaves it to the server's default."""
+
+    quantize: bool | None = None
+    """`model.quantize`: whether the transformer is quantized."""
+    qtype: str | None = None
+    """`model.qtype`: the quantizer, such as `qfloat8`."""
+    quantize_te: bool | None = None
+    """`model.quantize_te`: whether the text encoder is quantized; as `quantize` where nobody says."""
+    dtype: str | None = None
+    """`train.dtype`: `bf16` or `float32`."""
+    lokr_form: LokrForm | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannedPrompt:
     """One image to draw, with nothing left open."""
 
@@ -59,6 +76,8 @@ class PlannedPrompt:
     sample_steps: int
     guidance_scale: float
     seed: int
+    neg: str = ""
+    """Negative prompt, where the profile honours it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +86,19 @@ class PlannedLora:
 
     path: str
     network_multiplier: float
+    expected_sha256: str | None = None
+    """What the file must be, where the request says so."""
+
+
+class AdapterPlacement(StrEnum):
+    """Where an adapter's change is computed."""
+
+    MERGED = "merged"
+    """It was merged into the weights."""
+    BESIDE = "beside"
+    """Beside the weights, which stay as they are."""
+    UNKNOWN = "unknown"
+    """Not told, or another one, of a newer or an older server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +119,7 @@ class AdapterReport:
     """The first 20."""
     metadata: Mapping[str, str]
     """The file's own header (name, trainer, step), shortened."""
+    placement: AdapterPlacement = AdapterPlacement.UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +170,13 @@ class Accepted(_Event):
     loras: tuple[PlannedLora, ...]
     output_format: ImageFormat
     output_quality: int | None
-    """Of JPEG and WebP, 1 to 100; None for PNG."""
+    """Of JPEG and WebP, 1 to 100; None for PNG and the trainer's JPEG."""
     warnings: tuple[JobWarning, ...]
     """Those known so far; more may come with `Prepared`."""
+    picture_record: bool = True
+    """Whether each picture carries what it was drawn with."""
+    trainer: TrainerOptions | None = None
+    """What the trainer's config decides, where the profile takes it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,10 +82,12 @@ class GeneratedImage:
     def file_bytes(self) -> bytes:
         """The file to keep: a PNG gets its record as text chunks, its pixels untouched; others stay as sent.
 
+        So do all that were asked for without a record.
+
         Raises:
             ValueError: the server called it a PNG and it is none.
         """
-        if self.media_type != "image/png":
+        if self.media_type != "image/png" or not self.plan.picture_record:
             return self.data
         texts = {
             PARAMETERS_KEY: parameters_line(self),

@@ -6,11 +6,13 @@ picture that comes out differently can be explained.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from chromarpc.version import __version__
 
 if TYPE_CHECKING:
+    from chromarpc.events import TrainerOptions
     from chromarpc.images import GeneratedImage
 
 
@@ -49,12 +51,22 @@ def run_record(image: GeneratedImage) -> dict[str, object]:
 def repeat_request(image: GeneratedImage) -> dict[str, object]:
     """The request body that draws this one image again."""
     plan, prompt = image.plan, image.prompt
-    output: dict[str, object] = {"format": f"IMAGE_FORMAT_{plan.output_format.upper()}"}
+    has_record_by_default = plan.output_format != "jpeg-trainer"
+    output: dict[str, object] = {"format": f"IMAGE_FORMAT_{plan.output_format.upper().replace('-', '_')}"}
     if plan.output_quality is not None:
         output["quality"] = plan.output_quality
-    return {
+    if plan.picture_record != has_record_by_default:
+        output["picture_record"] = plan.picture_record
+    request: dict[str, object] = {
         "model": plan.model,
-        "loras": [{"path": lora.path, "network_multiplier": lora.network_multiplier} for lora in plan.loras],
+        "loras": [
+            {
+                "path": lora.path,
+                "network_multiplier": lora.network_multiplier,
+                **({"expected_sha256": lora.expected_sha256} if lora.expected_sha256 is not None else {}),
+            }
+            for lora in plan.loras
+        ],
         "prompts": [
             {
                 "prompt": prompt.prompt,
@@ -63,12 +75,21 @@ def repeat_request(image: GeneratedImage) -> dict[str, object]:
                 "sample_steps": prompt.sample_steps,
                 "guidance_scale": prompt.guidance_scale,
                 "seed": image.seed,
+                **({"neg": prompt.neg} if prompt.neg else {}),
             }
         ],
         "output": output,
         "profile": plan.profile,
         "noise_draw": f"NOISE_DRAW_{plan.noise_draw.upper()}",
     }
+    if plan.trainer is not None:
+        request["trainer"] = _trainer(plan.trainer)
+    return request
+
+
+def _trainer(options: TrainerOptions) -> dict[str, object]:
+    said = {name: value for name, value in asdict(options).items() if value is not None}
+    return said | ({"lokr_form": f"LOKR_FORM_{options.lokr_form.upper()}"} if options.lokr_form else {})
 
 
 def parameters_line(image: GeneratedImage) -> str:
@@ -87,4 +108,5 @@ def parameters_line(image: GeneratedImage) -> str:
     for number, lora in enumerate(plan.loras):
         facts[f"Lora {number}"] = f"{lora.path} x {lora.network_multiplier:g}"
     facts["Version"] = f"chromarpc {__version__}"
-    return f"{prompt.prompt}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
+    negative = f"Negative prompt: {prompt.neg}\n" if prompt.neg else ""
+    return f"{prompt.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in facts.items())

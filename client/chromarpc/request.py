@@ -13,7 +13,7 @@ from typing import Final, TypeAlias, TypedDict, TypeVar
 from google.protobuf.message import Message
 
 from chromarpc.errors import invalid_request
-from chromarpc.events import ImageFormat, NoiseDraw
+from chromarpc.events import ImageFormat, LokrForm, NoiseDraw, TrainerOptions
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
 DEFAULT_MODEL: Final = "chroma"
@@ -25,10 +25,15 @@ _FORMATS: Final[dict[ImageFormat, options_pb2.ImageFormat.ValueType]] = {
     "png": options_pb2.IMAGE_FORMAT_PNG,
     "jpeg": options_pb2.IMAGE_FORMAT_JPEG,
     "webp": options_pb2.IMAGE_FORMAT_WEBP,
+    "jpeg-trainer": options_pb2.IMAGE_FORMAT_JPEG_TRAINER,
 }
 _NOISE_DRAWS: Final[dict[NoiseDraw, options_pb2.NoiseDraw.ValueType]] = {
     "float32": options_pb2.NOISE_DRAW_FLOAT32,
     "legacy": options_pb2.NOISE_DRAW_LEGACY,
+}
+_LOKR_FORMS: Final[dict[LokrForm, options_pb2.LokrForm.ValueType]] = {
+    "factorized": options_pb2.LOKR_FORM_FACTORIZED,
+    "weight": options_pb2.LOKR_FORM_WEIGHT,
 }
 
 
@@ -39,6 +44,8 @@ class Lora:
     path: str
     network_multiplier: float | None = None
     """Strength, -2 to 2; the server's default (1.0) when None."""
+    expected_sha256: str | None = None
+    """What the file must be, hexadecimal; `LoraContentChanged` where it is another."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class Prompt:
     """`[trigger]` in it is replaced by the trigger word."""
     trigger_word: str | None = None
     width: int | None = None
-    """Pixels, 64 to 4096, floored to a multiple of 32."""
+    """Pixels, 64 to 4096, floored to a multiple of 32; 1 to 4096 and 16 in the trainer's profiles."""
     height: int | None = None
-    """Pixels, 64 to 4096, floored to a multiple of 32."""
+    """Pixels, as the width."""
     guidance_scale: float | None = None
     """Classifier-free guidance, 0 to 20."""
     sample_steps: int | None = None
@@ -59,7 +66,7 @@ class Prompt:
     seed: int | None = None
     """-1 draws one; 42 plus the prompt's index where nobody says."""
     neg: str | None = None
-    """Negative prompt: no effect on Chroma, answered by a warning."""
+    """Negative prompt: honoured in the trainer's profiles, elsewhere answered by a warning."""
 
 
 PromptLike: TypeAlias = str | Prompt
@@ -92,7 +99,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     """The same for every such prompt; -1 draws one for each; 42 plus the prompt's index when left out."""
     neg: str | None
-    """Negative prompt; no effect on Chroma, answered by a warning."""
+    """Negative prompt; honoured in the trainer's profiles, elsewhere answered by a warning."""
     profile: str | None
     """Numerics profile, as `server_info` names them."""
     noise_draw: NoiseDraw | None
@@ -101,6 +108,10 @@ class GenerateOptions(TypedDict, total=False):
     """How images are encoded; PNG when left out."""
     output_quality: int | None
     """Of JPEG and WebP, 1 to 100; 95 when left out."""
+    picture_record: bool | None
+    """Whether each picture carries what it was drawn with; true when left out, but for `jpeg-trainer`."""
+    trainer: TrainerOptions | None
+    """What the trainer's config decides; other profiles than the trainer's answer it by a warning."""
     preview_every: int
     """A preview after every so many steps; 0 sends none."""
     preview_max_side_px: int | None
@@ -131,6 +142,8 @@ def build_request(
     noise_draw: NoiseDraw | None = None,
     output_format: ImageFormat | None = None,
     output_quality: int | None = None,
+    picture_record: bool | None = None,
+    trainer: TrainerOptions | None = None,
     preview_every: int = 0,
     preview_max_side_px: int | None = None,
     hf_token: str | None = None,
@@ -172,11 +185,23 @@ def build_request(
         request.output.format = _choice("output.format", output_format, _FORMATS)
     if output_quality is not None:
         _set(request.output, "output.", quality=output_quality)
+    if picture_record is not None:
+        _set(request.output, "output.", picture_record=picture_record)
+    if trainer is not None:
+        _set_trainer(request.trainer, trainer)
     if preview_every or preview_max_side_px is not None:
         _set(request.preview, "preview.", every_n_steps=preview_every, max_side_px=preview_max_side_px)
     if noise_draw is not None:
         request.noise_draw = _choice("noise_draw", noise_draw, _NOISE_DRAWS)
     return request
+
+
+def _set_trainer(message: options_pb2.TrainerOptions, trainer: TrainerOptions) -> None:
+    message.SetInParent()
+    said = asdict(trainer)
+    if trainer.lokr_form is not None:
+        said["lokr_form"] = _choice("trainer.lokr_form", trainer.lokr_form, _LOKR_FORMS)
+    _set(message, "trainer.", **said)
 
 
 def _set(message: Message, at: str, **values: object) -> None:

@@ -31,6 +31,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FORMATS: Final[dict[int, events.ImageFormat]] = {
     options_pb2.IMAGE_FORMAT_JPEG: "jpeg",
     options_pb2.IMAGE_FORMAT_WEBP: "webp",
+    options_pb2.IMAGE_FORMAT_JPEG_TRAINER: "jpeg-trainer",
 }
 _STAGES: Final = {
     job_event_pb2.LOADING_STAGE_DOWNLOADING: events.LoadingStage.DOWNLOADING,
@@ -43,6 +44,14 @@ _WEIGHTS_SOURCES: Final = {
     job_event_pb2.WEIGHTS_SOURCE_RESIDENT: events.WeightsSource.RESIDENT,
     job_event_pb2.WEIGHTS_SOURCE_SWITCHED: events.WeightsSource.SWITCHED,
     job_event_pb2.WEIGHTS_SOURCE_BUILT: events.WeightsSource.BUILT,
+}
+_PLACEMENTS: Final = {
+    job_event_pb2.ADAPTER_PLACEMENT_MERGED: events.AdapterPlacement.MERGED,
+    job_event_pb2.ADAPTER_PLACEMENT_BESIDE: events.AdapterPlacement.BESIDE,
+}
+_LOKR_FORMS: Final[dict[int, events.LokrForm]] = {
+    options_pb2.LOKR_FORM_FACTORIZED: "factorized",
+    options_pb2.LOKR_FORM_WEIGHT: "weight",
 }
 
 
@@ -241,6 +250,8 @@ def _warnings(messages: Iterable[job_event_pb2.Warning]) -> tuple[events.JobWarn
 
 def _accepted(sequence: int, time: datetime, message: job_event_pb2.Accepted) -> events.Accepted:
     output = message.output
+    output_format = _FORMATS.get(output.format, "png")
+    has_record = output.picture_record if output.HasField("picture_record") else output_format != "jpeg-trainer"
     return events.Accepted(
         sequence=sequence,
         time=time,
@@ -257,16 +268,33 @@ def _accepted(sequence: int, time: datetime, message: job_event_pb2.Accepted) ->
                 sample_steps=prompt.sample_steps,
                 guidance_scale=prompt.guidance_scale,
                 seed=prompt.seed,
+                neg=prompt.neg,
             )
             for prompt in message.prompts
         ),
         loras=tuple(
-            events.PlannedLora(path=lora.path, network_multiplier=lora.network_multiplier)
+            events.PlannedLora(
+                path=lora.path,
+                network_multiplier=lora.network_multiplier,
+                expected_sha256=lora.expected_sha256 if lora.HasField("expected_sha256") else None,
+            )
             for lora in message.loras
         ),
-        output_format=_FORMATS.get(output.format, "png"),
+        output_format=output_format,
         output_quality=output.quality if output.HasField("quality") else None,
+        picture_record=has_record,
+        trainer=_trainer(message.trainer) if message.HasField("trainer") else None,
         warnings=_warnings(message.warnings),
+    )
+
+
+def _trainer(message: options_pb2.TrainerOptions) -> events.TrainerOptions:
+    return events.TrainerOptions(
+        quantize=message.quantize if message.HasField("quantize") else None,
+        qtype=message.qtype if message.HasField("qtype") else None,
+        quantize_te=message.quantize_te if message.HasField("quantize_te") else None,
+        dtype=message.dtype if message.HasField("dtype") else None,
+        lokr_form=_LOKR_FORMS.get(message.lokr_form),
     )
 
 
@@ -306,6 +334,7 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
                 unmatched_key_count=adapter.unmatched_key_count,
                 unmatched_keys=tuple(adapter.unmatched_keys),
                 metadata=dict(adapter.metadata),
+                placement=_PLACEMENTS.get(adapter.placement, events.AdapterPlacement.UNKNOWN),
             )
             for adapter in message.adapters
         ),

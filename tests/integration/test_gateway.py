@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import shutil
 import socket
 import subprocess
 import threading
@@ -168,6 +170,47 @@ def test_an_output_that_is_asked_for_is_given(web: Web) -> None:
     (image,) = generate(web, body)["outputs"]["images"]
     assert image["format"] == "png"
     assert web.ask(image["url"].removeprefix(web.url)).body[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"picture_record": False},
+        {"format": "IMAGE_FORMAT_JPEG_TRAINER"},
+        {"format": "IMAGE_FORMAT_JPEG_TRAINER", "picture_record": True},
+    ],
+)
+def test_a_record_that_is_spoken_of_leaves_the_format_as_it_is(web: Web, output: dict[str, Any]) -> None:
+    body = {"model": "chroma-mini", "prompts": [{"prompt": "a", **SMALL}], "output": output}
+    (image,) = generate(web, body)["outputs"]["images"]
+    assert image["format"] == "jpeg"
+    assert web.ask(image["url"].removeprefix(web.url)).body[:3] == b"\xff\xd8\xff"
+
+
+def test_what_the_trainers_config_decides_is_understood(web: Web) -> None:
+    trainer = {"quantize": True, "qtype": "qint8", "dtype": "float32", "lokr_form": "LOKR_FORM_WEIGHT"}
+    body = {
+        "model": "chroma-mini",
+        "profile": "reference",
+        "prompts": [{"prompt": "a", "neg": "ugly", **SMALL}],
+        "trainer": trainer,
+    }
+    answer = web.ask("/v1/inference", body)
+    assert answer.status == 200, answer.body
+    assert {warning["code"] for warning in answer.json["warnings"]} == {"NEG_IGNORED", "TRAINER_OPTIONS_IGNORED"}
+    answer = web.ask("/v1/inference", {**body, "trainer": {**trainer, "lokr_form": "OLD"}})
+    assert (answer.status, answer.error["details"]["violations"][0]["field"]) == (422, "trainer.lokr_form")
+
+
+def test_an_adapter_of_other_content_than_expected_is_refused(web: Web, lora_root: Path, goldens: Path) -> None:
+    recorded = goldens / "adapters" / "aitk.safetensors"
+    shutil.copy(recorded, lora_root / "pinned.safetensors")
+    lora = {"path": f"sha256:{hashlib.sha256(recorded.read_bytes()).hexdigest()}", "expected_sha256": "ab" * 32}
+    body = {"model": "chroma-mini", "loras": [lora], "prompts": [{"prompt": "a", **SMALL}]}
+    answer = web.ask("/v1/inference", body)
+    (lora_root / "pinned.safetensors").unlink()
+    assert (answer.status, answer.error["code"]) == (400, "LORA_CONTENT_CHANGED")
+    assert answer.error["details"]["violations"][0]["field"] == "loras.0.expected_sha256"
 
 
 def test_the_recorded_requests_of_the_reference(web: Web, goldens: Path) -> None:

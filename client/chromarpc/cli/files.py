@@ -42,19 +42,20 @@ def image_files(
     Raises:
         UsageError: they contradict each other, or nothing can be written there.
     """
+    is_trainers = image_format == "jpeg-trainer"
+    named: ImageFormat | None = "jpeg" if is_trainers else image_format
     if output is None:
-        image_format = image_format or "png"
-        output = Path("out.jpg" if image_format == "jpeg" else f"out.{image_format}")
+        output = Path("out.jpg" if named == "jpeg" else f"out.{named or 'png'}")
     meant = FORMATS_BY_SUFFIX.get(output.suffix.lower())
     if meant is None:
         raise UsageError(f"{output}: name a file that ends in {', '.join(FORMATS_BY_SUFFIX)}")
-    if image_format is not None and image_format != meant:
+    if named is not None and named != meant:
         raise UsageError(f"{output}: the name says {meant} and the request says {image_format}")
     files = ImageFiles(output, count)
     _check_writable(output.parent)
     if files.path(0, 0).is_dir():
         raise UsageError(f"{output}: is a folder")
-    return files, meant
+    return files, "jpeg-trainer" if is_trainers else meant
 
 
 def preview_folder(folder: Path) -> Path:

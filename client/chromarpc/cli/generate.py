@@ -15,6 +15,7 @@ from chromarpc.cli.following import follow
 from chromarpc.cli.progress import display
 from chromarpc.cli.request import parse_lora, read_json_request, request_format
 from chromarpc.client import Client
+from chromarpc.events import TrainerOptions
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2
 
@@ -35,6 +36,7 @@ class Format(StrEnum):
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
+    JPEG_TRAINER = "jpeg-trainer"
 
 
 class NoiseDrawChoice(StrEnum):
@@ -42,6 +44,13 @@ class NoiseDrawChoice(StrEnum):
 
     FLOAT32 = "float32"
     LEGACY = "legacy"
+
+
+class LokrFormChoice(StrEnum):
+    """Values of `--lokr-form`."""
+
+    FACTORIZED = "factorized"
+    WEIGHT = "weight"
 
 
 @with_client
@@ -64,7 +73,9 @@ def generate(
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PATH[:MULTIPLIER]", help="LoRA below the server's root, such as job/my.safetensors:0.8."
+            metavar="PATH[:MULTIPLIER][#sha256=HASH]",
+            help="LoRA below the server's root, such as job/my.safetensors:0.8; with a hash the server refuses a "
+            "file of other content.",
         ),
     ] = None,
     trigger_word: Annotated[str | None, typer.Option(help="Replaces [trigger] in the prompts.")] = None,
@@ -81,13 +92,39 @@ def generate(
         int | None,
         typer.Option(help="The same for every prompt, -1 draws one; 42 plus the index when left out."),
     ] = None,
-    neg: Annotated[str | None, typer.Option(help="Negative prompt; no effect on Chroma.")] = None,
+    neg: Annotated[
+        str | None, typer.Option(help="Negative prompt; honoured in the profiles preview and preview-exact.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="Numerics profile, see `chromarpc info`.")] = None,
     noise_draw: Annotated[
         NoiseDrawChoice | None, typer.Option(help="What a seed means; legacy is that of torch up to 2.11.")
     ] = None,
     image_format: Annotated[Format | None, typer.Option("--format", help="As -o's name says.")] = None,
     quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100; 95.")] = None,
+    picture_record: Annotated[
+        bool | None,
+        typer.Option(
+            "--picture-record/--no-picture-record",
+            help="Whether each picture carries what it was drawn with; it does, but for jpeg-trainer.",
+            show_default=False,
+        ),
+    ] = None,
+    trainer_quantize: Annotated[
+        bool | None,
+        typer.Option(
+            help="The trainer's model.quantize, which is true; for preview profiles.", show_default=False
+        ),
+    ] = None,
+    trainer_qtype: Annotated[str | None, typer.Option(help="The trainer's model.qtype; qfloat8.")] = None,
+    trainer_quantize_te: Annotated[
+        bool | None,
+        typer.Option(help="The trainer's model.quantize_te; as model.quantize.", show_default=False),
+    ] = None,
+    trainer_dtype: Annotated[str | None, typer.Option(help="The trainer's train.dtype: bf16 or float32.")] = None,
+    lokr_form: Annotated[
+        LokrFormChoice | None,
+        typer.Option(help="How a LoKr is added: factorized, or weight as before 2026-07-15."),
+    ] = None,
     preview_dir: Annotated[
         Path | None, typer.Option(help="Write previews here, as preview-INDEX-STEP.png; made if need be.")
     ] = None,
@@ -138,6 +175,8 @@ def generate(
         "noise_draw": noise_draw,
         "output_format": image_format,
         "output_quality": quality,
+        "picture_record": picture_record,
+        "trainer": _trainer(trainer_quantize, trainer_qtype, trainer_quantize_te, trainer_dtype, lokr_form),
         "preview_every": preview_every,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -156,12 +195,32 @@ def generate(
         follow(stream, files, preview_dir, shown, events=events)
 
 
+def _trainer(
+    quantize: bool | None,
+    qtype: str | None,
+    quantize_te: bool | None,
+    dtype: str | None,
+    lokr_form: LokrFormChoice | None,
+) -> TrainerOptions | None:
+    """What was said of the trainer's config; None where nothing was."""
+    said = TrainerOptions(
+        quantize=quantize,
+        qtype=qtype,
+        quantize_te=quantize_te,
+        dtype=dtype,
+        lokr_form=lokr_form.value if lokr_form else None,
+    )
+    return None if said == TrainerOptions() else said
+
+
 _OPTION_NAMES = {
     "loras": "--lora",
     "sample_steps": "--steps",
     "guidance_scale": "--guidance",
     "output_format": "--format",
     "output_quality": "--quality",
+    "picture_record": "--picture-record",
+    "trainer": "--trainer-… and --lokr-form",
 }
 
 

@@ -86,6 +86,10 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
             f"defaults: {defaults.width}x{defaults.height}, {defaults.sample_steps} steps, "
             f"guidance {defaults.guidance_scale:g}, seed {defaults.seed}"
         )
+    for profile in model.profiles:
+        if profile.takes_trainer_options:
+            neg = ", negative text is honoured" if profile.honours_neg else ""
+            yield f"in {profile.id}: sizes are floored to {profile.resolution_divisor}{neg}"
 
 
 def _info_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,21 +19,25 @@ _FORMATS: dict[int, ImageFormat] = {
     options_pb2.IMAGE_FORMAT_PNG: "png",
     options_pb2.IMAGE_FORMAT_JPEG: "jpeg",
     options_pb2.IMAGE_FORMAT_WEBP: "webp",
+    options_pb2.IMAGE_FORMAT_JPEG_TRAINER: "jpeg-trainer",
 }
 
 
 def parse_lora(text: str) -> Lora:
-    """`PATH` or `PATH:MULTIPLIER`; what follows the last colon is a multiplier only if it is a number.
+    """`PATH` or `PATH:MULTIPLIER`, and after either `#sha256=HASH` that the file must have.
 
-    The hash of `sha256:HASH` never is, not even one that could be read as a number.
+    What follows the last colon is a multiplier only if it is a number. The hash of `sha256:HASH` never is, not
+    even one that could be read as a number.
     """
-    path, separator, multiplier = text.rpartition(":")
+    expected = re.fullmatch(r"(.+)#sha256=([0-9a-fA-F]*)", text, re.DOTALL)
+    named, sha256 = (expected[1], expected[2]) if expected else (text, None)
+    path, separator, multiplier = named.rpartition(":")
     if separator and path and path != "sha256":
         try:
-            return Lora(path, float(multiplier))
+            return Lora(path, float(multiplier), sha256)
         except ValueError:
             pass
-    return Lora(text)
+    return Lora(named, expected_sha256=sha256)
 
 
 def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:

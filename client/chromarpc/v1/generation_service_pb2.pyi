@@ -69,6 +69,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    TRAINER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id of the model, as `ListModels` names it. Required."""
     hf_token: _builtins.str
@@ -109,6 +110,12 @@ class GenerateRequest(_message.Message):
     def max_queue_time(self) -> _duration_pb2.Duration:
         """How long the job may wait in the queue before it fails with `QUEUE_TIME_EXCEEDED`. For ever when left out."""
 
+    @_builtins.property
+    def trainer(self) -> _options_pb2.TrainerOptions:
+        """What the trainer's config decides. Only profiles that `ListModels` says take it do; elsewhere it is answered by a
+        warning.
+        """
+
     def __init__(
         self,
         *,
@@ -126,10 +133,11 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str | None = ...,
         on_disconnect: Global___DisconnectPolicy.ValueType = ...,
         max_queue_time: _duration_pb2.Duration | None = ...,
+        trainer: _options_pb2.TrainerOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "request_id", b"request_id", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "request_id", b"request_id", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "noise_draw", b"noise_draw", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "request_id", b"request_id", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "noise_draw", b"noise_draw", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "request_id", b"request_id", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__hf_token: _TypeAlias = _typing.Literal["hf_token"]  # noqa: Y015
     _WhichOneofArgType__hf_token: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token"]  # noqa: Y015
@@ -149,6 +157,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__profile: _TypeAlias = _typing.Literal["_profile", b"_profile"]  # noqa: Y015
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    _WhichOneofReturnType__trainer: _TypeAlias = _typing.Literal["trainer"]  # noqa: Y015
+    _WhichOneofArgType__trainer: _TypeAlias = _typing.Literal["_trainer", b"_trainer"]  # noqa: Y015
     _WhichOneofReturnType__trigger_word: _TypeAlias = _typing.Literal["trigger_word"]  # noqa: Y015
     _WhichOneofArgType__trigger_word: _TypeAlias = _typing.Literal["_trigger_word", b"_trigger_word"]  # noqa: Y015
     @_typing.overload
@@ -170,6 +180,8 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trainer) -> _WhichOneofReturnType__trainer | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trigger_word) -> _WhichOneofReturnType__trigger_word | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -183,29 +195,39 @@ class Lora(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     TRANSFORMER_FIELD_NUMBER: _builtins.int
     NETWORK_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    EXPECTED_SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """File below the server's adapter root, relative to it. Required."""
     transformer: _builtins.str
     """`low` or `high`, for models of two transformers. Refused: Chroma has one."""
     network_multiplier: _builtins.float
     """Strength, -2 to 2; 1.0 when left out."""
+    expected_sha256: _builtins.str
+    """SHA-256 that the file must have, hexadecimal; with another one the job fails with `LORA_CONTENT_CHANGED` before
+    anything is drawn.
+    """
     def __init__(
         self,
         *,
         path: _builtins.str | None = ...,
         transformer: _builtins.str | None = ...,
         network_multiplier: _builtins.float | None = ...,
+        expected_sha256: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_network_multiplier", b"_network_multiplier", "_path", b"_path", "_transformer", b"_transformer", "network_multiplier", b"network_multiplier", "path", b"path", "transformer", b"transformer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256", "_network_multiplier", b"_network_multiplier", "_path", b"_path", "_transformer", b"_transformer", "expected_sha256", b"expected_sha256", "network_multiplier", b"network_multiplier", "path", b"path", "transformer", b"transformer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_network_multiplier", b"_network_multiplier", "_path", b"_path", "_transformer", b"_transformer", "network_multiplier", b"network_multiplier", "path", b"path", "transformer", b"transformer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256", "_network_multiplier", b"_network_multiplier", "_path", b"_path", "_transformer", b"_transformer", "expected_sha256", b"expected_sha256", "network_multiplier", b"network_multiplier", "path", b"path", "transformer", b"transformer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_sha256: _TypeAlias = _typing.Literal["expected_sha256"]  # noqa: Y015
+    _WhichOneofArgType__expected_sha256: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256"]  # noqa: Y015
     _WhichOneofReturnType__network_multiplier: _TypeAlias = _typing.Literal["network_multiplier"]  # noqa: Y015
     _WhichOneofArgType__network_multiplier: _TypeAlias = _typing.Literal["_network_multiplier", b"_network_multiplier"]  # noqa: Y015
     _WhichOneofReturnType__path: _TypeAlias = _typing.Literal["path"]  # noqa: Y015
     _WhichOneofArgType__path: _TypeAlias = _typing.Literal["_path", b"_path"]  # noqa: Y015
     _WhichOneofReturnType__transformer: _TypeAlias = _typing.Literal["transformer"]  # noqa: Y015
     _WhichOneofArgType__transformer: _TypeAlias = _typing.Literal["_transformer", b"_transformer"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_sha256) -> _WhichOneofReturnType__expected_sha256 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__network_multiplier) -> _WhichOneofReturnType__network_multiplier | None: ...
     @_typing.overload
@@ -242,15 +264,19 @@ class Prompt(_message.Message):
     trigger_word: _builtins.str
     """Replaces `[trigger]` in this prompt, before the request's own."""
     width: _builtins.int
-    """Width in pixels, 64 to 4096; floored to the model's divisor (32). 1024 when left out."""
+    """Width in pixels, 64 to 4096; floored to the profile's divisor (32; 16 in the trainer's profiles, which take 1 to
+    4096 and draw 64 at least). 1024 when left out.
+    """
     height: _builtins.int
-    """Height in pixels, 64 to 4096; floored to the model's divisor (32). 1024 when left out."""
+    """Height in pixels, as the width."""
     guidance_scale: _builtins.float
     """Classifier-free guidance, 0 to 20; 4.0 when left out. At 1 and below a single pass is made."""
     sample_steps: _builtins.int
     """Denoising steps, 1 to 150; 25 when left out."""
     neg: _builtins.str
-    """Negative prompt. Has no effect on Chroma, whose unconditional text is always empty; answered by a warning."""
+    """Negative prompt. Honoured in the trainer's profiles; elsewhere it has no effect, since the unconditional text is
+    always empty there, and is answered by a warning.
+    """
     seed: _builtins.int
     """Seed of the initial noise; -1 draws one and reports it. 42 plus the prompt's index when left out."""
     sampler: _builtins.str

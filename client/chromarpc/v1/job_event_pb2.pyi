@@ -58,6 +58,30 @@ LOADING_STAGE_COMPILING: LoadingStage.ValueType  # 5
 """Kernels are being compiled."""
 Global___LoadingStage: _TypeAlias = LoadingStage  # noqa: Y015
 
+class _AdapterPlacement:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterPlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterPlacement.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_PLACEMENT_UNSPECIFIED: _AdapterPlacement.ValueType  # 0
+    """Not told."""
+    ADAPTER_PLACEMENT_MERGED: _AdapterPlacement.ValueType  # 1
+    """It was merged into the weights."""
+    ADAPTER_PLACEMENT_BESIDE: _AdapterPlacement.ValueType  # 2
+    """Beside the weights, which stay as they are."""
+
+class AdapterPlacement(_AdapterPlacement, metaclass=_AdapterPlacementEnumTypeWrapper):
+    """Where an adapter's change is computed."""
+
+ADAPTER_PLACEMENT_UNSPECIFIED: AdapterPlacement.ValueType  # 0
+"""Not told."""
+ADAPTER_PLACEMENT_MERGED: AdapterPlacement.ValueType  # 1
+"""It was merged into the weights."""
+ADAPTER_PLACEMENT_BESIDE: AdapterPlacement.ValueType  # 2
+"""Beside the weights, which stay as they are."""
+Global___AdapterPlacement: _TypeAlias = AdapterPlacement  # noqa: Y015
+
 class _WeightsSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -241,6 +265,7 @@ class Accepted(_message.Message):
     LORAS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    TRAINER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id of the job."""
     model: _builtins.str
@@ -267,6 +292,10 @@ class Accepted(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Warning]:
         """Warnings known so far; more may come with `prepared`."""
 
+    @_builtins.property
+    def trainer(self) -> _options_pb2.TrainerOptions:
+        """What the trainer's config decides, every default filled in; only where the profile takes it."""
+
     def __init__(
         self,
         *,
@@ -279,10 +308,11 @@ class Accepted(_message.Message):
         loras: _abc.Iterable[Global___PlannedLora] | None = ...,
         output: _options_pb2.OutputOptions | None = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
+        trainer: _options_pb2.TrainerOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "trainer", b"trainer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "loras", b"loras", "model", b"model", "noise_draw", b"noise_draw", "output", b"output", "profile", b"profile", "prompts", b"prompts", "served_model", b"served_model", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "loras", b"loras", "model", b"model", "noise_draw", b"noise_draw", "output", b"output", "profile", b"profile", "prompts", b"prompts", "served_model", b"served_model", "trainer", b"trainer", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -300,6 +330,7 @@ class PlannedPrompt(_message.Message):
     SAMPLE_STEPS_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    NEG_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt after `[trigger]` was replaced."""
     width: _builtins.int
@@ -312,6 +343,8 @@ class PlannedPrompt(_message.Message):
     """Classifier-free guidance."""
     seed: _builtins.int
     """Seed of the initial noise."""
+    neg: _builtins.str
+    """Negative prompt, only where it is honoured."""
     def __init__(
         self,
         *,
@@ -321,12 +354,15 @@ class PlannedPrompt(_message.Message):
         sample_steps: _builtins.int = ...,
         guidance_scale: _builtins.float = ...,
         seed: _builtins.int = ...,
+        neg: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "neg", b"neg"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "height", b"height", "prompt", b"prompt", "sample_steps", b"sample_steps", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "prompt", b"prompt", "sample_steps", b"sample_steps", "seed", b"seed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__neg: _TypeAlias = _typing.Literal["neg"]  # noqa: Y015
+    _WhichOneofArgType__neg: _TypeAlias = _typing.Literal["_neg", b"_neg"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__neg) -> _WhichOneofReturnType__neg | None: ...
 
 Global___PlannedPrompt: _TypeAlias = PlannedPrompt  # noqa: Y015
 
@@ -338,21 +374,27 @@ class PlannedLora(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     NETWORK_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    EXPECTED_SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """As in the request."""
     network_multiplier: _builtins.float
     """Strength."""
+    expected_sha256: _builtins.str
+    """SHA-256 that the file must have, where the request says so."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         network_multiplier: _builtins.float = ...,
+        expected_sha256: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256", "expected_sha256", b"expected_sha256"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["network_multiplier", b"network_multiplier", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256", "expected_sha256", b"expected_sha256", "network_multiplier", b"network_multiplier", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_sha256: _TypeAlias = _typing.Literal["expected_sha256"]  # noqa: Y015
+    _WhichOneofArgType__expected_sha256: _TypeAlias = _typing.Literal["_expected_sha256", b"_expected_sha256"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_sha256) -> _WhichOneofReturnType__expected_sha256 | None: ...
 
 Global___PlannedLora: _TypeAlias = PlannedLora  # noqa: Y015
 
@@ -477,6 +519,7 @@ class AdapterReport(_message.Message):
     UNMATCHED_KEY_COUNT_FIELD_NUMBER: _builtins.int
     UNMATCHED_KEYS_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """As in the request."""
     sha256: _builtins.str
@@ -491,6 +534,8 @@ class AdapterReport(_message.Message):
     """How many of the file's keys were applied."""
     unmatched_key_count: _builtins.int
     """How many of the file's keys match nothing in this model."""
+    placement: Global___AdapterPlacement.ValueType
+    """Where its change is computed."""
     @_builtins.property
     def unmatched_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The first 20 of those."""
@@ -511,10 +556,11 @@ class AdapterReport(_message.Message):
         unmatched_key_count: _builtins.int = ...,
         unmatched_keys: _abc.Iterable[_builtins.str] | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        placement: Global___AdapterPlacement.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "matched_key_count", b"matched_key_count", "metadata", b"metadata", "network_multiplier", b"network_multiplier", "path", b"path", "rank", b"rank", "sha256", b"sha256", "unmatched_key_count", b"unmatched_key_count", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "matched_key_count", b"matched_key_count", "metadata", b"metadata", "network_multiplier", b"network_multiplier", "path", b"path", "placement", b"placement", "rank", b"rank", "sha256", b"sha256", "unmatched_key_count", b"unmatched_key_count", "unmatched_keys", b"unmatched_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -181,6 +181,7 @@ class Model(_message.Message):
     REFUSED_OPTIONS_FIELD_NUMBER: _builtins.int
     RESIDENT_SETS_FIELD_NUMBER: _builtins.int
     MEMORY_PLAN_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -190,7 +191,7 @@ class Model(_message.Message):
     alias_of: _builtins.str
     """Id of the model that requests for this one are served by; empty where there is no alias."""
     resolution_divisor: _builtins.int
-    """Widths and heights are floored to a multiple of this."""
+    """Widths and heights are floored to a multiple of this, where no profile says otherwise."""
     weights_present: _builtins.bool
     """Whether every file is on this machine."""
     fetch_command: _builtins.str
@@ -205,7 +206,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def ignored_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Options that are accepted and have no effect; each is answered by a warning."""
+        """Options that are accepted and have no effect, but where `profiles` says otherwise; each is answered by a warning."""
 
     @_builtins.property
     def refused_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -218,6 +219,10 @@ class Model(_message.Message):
     @_builtins.property
     def memory_plan(self) -> Global___MemoryPlan:
         """What of it stays where; left out on a CPU, and where it is not in memory."""
+
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelProfile]:
+        """What differs between the numerics profiles that this server serves; one for each."""
 
     def __init__(
         self,
@@ -236,14 +241,53 @@ class Model(_message.Message):
         refused_options: _abc.Iterable[_builtins.str] | None = ...,
         resident_sets: _abc.Iterable[Global___ResidentSet] | None = ...,
         memory_plan: Global___MemoryPlan | None = ...,
+        profiles: _abc.Iterable[Global___ModelProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "memory_plan", b"memory_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "profiles", b"profiles", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelProfile(_message.Message):
+    """How a model is served in one numerics profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RESOLUTION_DIVISOR_FIELD_NUMBER: _builtins.int
+    MIN_SIZE_PX_FIELD_NUMBER: _builtins.int
+    HONOURS_NEG_FIELD_NUMBER: _builtins.int
+    TAKES_TRAINER_OPTIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Name, as `GenerateRequest.profile` takes it."""
+    resolution_divisor: _builtins.int
+    """Widths and heights are floored to a multiple of this."""
+    min_size_px: _builtins.int
+    """Smallest width and height that are drawn; less is raised to it in the trainer's profiles and refused elsewhere."""
+    honours_neg: _builtins.bool
+    """Whether a negative prompt has an effect."""
+    takes_trainer_options: _builtins.bool
+    """Whether `GenerateRequest.trainer` has an effect."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        resolution_divisor: _builtins.int = ...,
+        min_size_px: _builtins.int = ...,
+        honours_neg: _builtins.bool = ...,
+        takes_trainer_options: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["honours_neg", b"honours_neg", "id", b"id", "min_size_px", b"min_size_px", "resolution_divisor", b"resolution_divisor", "takes_trainer_options", b"takes_trainer_options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelProfile: _TypeAlias = ModelProfile  # noqa: Y015
 
 @_typing.final
 class MemoryPlan(_message.Message):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hromarpc/v1/options.proto\x12\x0c\x63hromarpc.v1\"\\\n\rOutputOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.chromarpc.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\"Q\n\x0ePreviewOptions\x12\x15\n\revery_n_steps\x18\x01 \x01(\x05\x12\x18\n\x0bmax_side_px\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_max_side_px*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*V\n\tNoiseDraw\x12\x1a\n\x16NOISE_DRAW_UNSPECIFIED\x10\x00\x12\x16\n\x12NOISE_DRAW_FLOAT32\x10\x01\x12\x15\n\x11NOISE_DRAW_LEGACY\x10\x02\x42\x97\x01\n\x0c\x63hromarpc.v1B\x0cOptionsProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hromarpc/v1/options.proto\x12\x0c\x63hromarpc.v1\"\x8c\x01\n\rOutputOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.chromarpc.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0epicture_record\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\n\n\x08_qualityB\x11\n\x0f_picture_record\"Q\n\x0ePreviewOptions\x12\x15\n\revery_n_steps\x18\x01 \x01(\x05\x12\x18\n\x0bmax_side_px\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_max_side_px\"\xd8\x01\n\x0eTrainerOptions\x12\x15\n\x08quantize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\x05qtype\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x18\n\x0bquantize_te\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x12\n\x05\x64type\x18\x04 \x01(\tH\x03\x88\x01\x01\x12.\n\tlokr_form\x18\x05 \x01(\x0e\x32\x16.chromarpc.v1.LokrFormH\x04\x88\x01\x01\x42\x0b\n\t_quantizeB\x08\n\x06_qtypeB\x0e\n\x0c_quantize_teB\x08\n\x06_dtypeB\x0c\n\n_lokr_form*\x8e\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x1d\n\x19IMAGE_FORMAT_JPEG_TRAINER\x10\x04*V\n\tNoiseDraw\x12\x1a\n\x16NOISE_DRAW_UNSPECIFIED\x10\x00\x12\x16\n\x12NOISE_DRAW_FLOAT32\x10\x01\x12\x15\n\x11NOISE_DRAW_LEGACY\x10\x02*U\n\x08LokrForm\x12\x19\n\x15LOKR_FORM_UNSPECIFIED\x10\x00\x12\x18\n\x14LOKR_FORM_FACTORIZED\x10\x01\x12\x14\n\x10LOKR_FORM_WEIGHT\x10\x02\x42\x97\x01\n\x0c\x63hromarpc.v1B\x0cOptionsProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,12 +32,16 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chromarpc.v1.options_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014chromarpc.v1B\014OptionsProtoP\001Z\030chromarpc/v1;chromarpcv1\242\002\003CRP\252\002\014Chromarpc.V1\272\002\rChromarpc_V1_\312\002\014Chromarpc\\V1\342\002\030Chromarpc\\V1\\GPBMetadata\352\002\rChromarpc::V1'
-  _globals['_IMAGEFORMAT']._serialized_start=221
-  _globals['_IMAGEFORMAT']._serialized_end=332
-  _globals['_NOISEDRAW']._serialized_start=334
-  _globals['_NOISEDRAW']._serialized_end=420
-  _globals['_OUTPUTOPTIONS']._serialized_start=44
-  _globals['_OUTPUTOPTIONS']._serialized_end=136
-  _globals['_PREVIEWOPTIONS']._serialized_start=138
-  _globals['_PREVIEWOPTIONS']._serialized_end=219
+  _globals['_IMAGEFORMAT']._serialized_start=490
+  _globals['_IMAGEFORMAT']._serialized_end=632
+  _globals['_NOISEDRAW']._serialized_start=634
+  _globals['_NOISEDRAW']._serialized_end=720
+  _globals['_LOKRFORM']._serialized_start=722
+  _globals['_LOKRFORM']._serialized_end=807
+  _globals['_OUTPUTOPTIONS']._serialized_start=45
+  _globals['_OUTPUTOPTIONS']._serialized_end=185
+  _globals['_PREVIEWOPTIONS']._serialized_start=187
+  _globals['_PREVIEWOPTIONS']._serialized_end=268
+  _globals['_TRAINEROPTIONS']._serialized_start=271
+  _globals['_TRAINEROPTIONS']._serialized_end=487
 # @@protoc_insertion_point(module_scope)

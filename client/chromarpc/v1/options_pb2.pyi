@@ -31,6 +31,8 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     """Lossy; quality 95 unless told otherwise, as the reference writes it."""
     IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
     """Lossy; quality 95 unless told otherwise."""
+    IMAGE_FORMAT_JPEG_TRAINER: _ImageFormat.ValueType  # 4
+    """Lossy: a JPEG as ai-toolkit writes its samples, with Pillow's defaults (quality 75, 4:2:0) and nothing else in it."""
 
 class ImageFormat(_ImageFormat, metaclass=_ImageFormatEnumTypeWrapper):
     """How an image is encoded."""
@@ -43,6 +45,8 @@ IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 2
 """Lossy; quality 95 unless told otherwise, as the reference writes it."""
 IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
 """Lossy; quality 95 unless told otherwise."""
+IMAGE_FORMAT_JPEG_TRAINER: ImageFormat.ValueType  # 4
+"""Lossy: a JPEG as ai-toolkit writes its samples, with Pillow's defaults (quality 75, 4:2:0) and nothing else in it."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
 
 class _NoiseDraw:
@@ -69,6 +73,30 @@ NOISE_DRAW_LEGACY: NoiseDraw.ValueType  # 2
 """As torch up to 2.11 drew bf16: another picture from the same seed, for LoRAs whose previews are older."""
 Global___NoiseDraw: _TypeAlias = NoiseDraw  # noqa: Y015
 
+class _LokrForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LokrFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LokrForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOKR_FORM_UNSPECIFIED: _LokrForm.ValueType  # 0
+    """The default: `LOKR_FORM_FACTORIZED`."""
+    LOKR_FORM_FACTORIZED: _LokrForm.ValueType  # 1
+    """Beside the product, by its factors: ai-toolkit since 2026-07-15."""
+    LOKR_FORM_WEIGHT: _LokrForm.ValueType  # 2
+    """To the dequantized weight, at every call: ai-toolkit before."""
+
+class LokrForm(_LokrForm, metaclass=_LokrFormEnumTypeWrapper):
+    """How a LoKr is added to the weights it changes."""
+
+LOKR_FORM_UNSPECIFIED: LokrForm.ValueType  # 0
+"""The default: `LOKR_FORM_FACTORIZED`."""
+LOKR_FORM_FACTORIZED: LokrForm.ValueType  # 1
+"""Beside the product, by its factors: ai-toolkit since 2026-07-15."""
+LOKR_FORM_WEIGHT: LokrForm.ValueType  # 2
+"""To the dequantized weight, at every call: ai-toolkit before."""
+Global___LokrForm: _TypeAlias = LokrForm  # noqa: Y015
+
 @_typing.final
 class OutputOptions(_message.Message):
     """How finished images are encoded."""
@@ -77,22 +105,31 @@ class OutputOptions(_message.Message):
 
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    PICTURE_RECORD_FIELD_NUMBER: _builtins.int
     format: Global___ImageFormat.ValueType
     """File format."""
     quality: _builtins.int
-    """Quality of JPEG and WebP, 1 to 100; 95 when left out. Refused for PNG."""
+    """Quality of JPEG and WebP, 1 to 100; 95 when left out. Refused for PNG and JPEG_TRAINER."""
+    picture_record: _builtins.bool
+    """Whether each picture carries what it was drawn with. When left out true, but for JPEG_TRAINER."""
     def __init__(
         self,
         *,
         format: Global___ImageFormat.ValueType = ...,
         quality: _builtins.int | None = ...,
+        picture_record: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "quality", b"quality"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_picture_record", b"_picture_record", "_quality", b"_quality", "picture_record", b"picture_record", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "quality", b"quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_picture_record", b"_picture_record", "_quality", b"_quality", "format", b"format", "picture_record", b"picture_record", "quality", b"quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__picture_record: _TypeAlias = _typing.Literal["picture_record"]  # noqa: Y015
+    _WhichOneofArgType__picture_record: _TypeAlias = _typing.Literal["_picture_record", b"_picture_record"]  # noqa: Y015
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__picture_record) -> _WhichOneofReturnType__picture_record | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
 
 Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
@@ -124,3 +161,60 @@ class PreviewOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_side_px) -> _WhichOneofReturnType__max_side_px | None: ...
 
 Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
+
+@_typing.final
+class TrainerOptions(_message.Message):
+    """What ai-toolkit's training config decides about its samples, by the config's names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTIZE_FIELD_NUMBER: _builtins.int
+    QTYPE_FIELD_NUMBER: _builtins.int
+    QUANTIZE_TE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    LOKR_FORM_FIELD_NUMBER: _builtins.int
+    quantize: _builtins.bool
+    """`model.quantize`: whether the transformer is quantized; true when left out."""
+    qtype: _builtins.str
+    """`model.qtype`: the quantizer; `qfloat8` when left out."""
+    quantize_te: _builtins.bool
+    """`model.quantize_te`: whether the text encoder is quantized, by the same quantizer; as `quantize` when left out."""
+    dtype: _builtins.str
+    """`train.dtype`: `bf16` (when left out) or `float32`, in any of the trainer's spellings."""
+    lokr_form: Global___LokrForm.ValueType
+    """How a LoKr is added."""
+    def __init__(
+        self,
+        *,
+        quantize: _builtins.bool | None = ...,
+        qtype: _builtins.str | None = ...,
+        quantize_te: _builtins.bool | None = ...,
+        dtype: _builtins.str | None = ...,
+        lokr_form: Global___LokrForm.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lokr_form", b"_lokr_form", "_qtype", b"_qtype", "_quantize", b"_quantize", "_quantize_te", b"_quantize_te", "dtype", b"dtype", "lokr_form", b"lokr_form", "qtype", b"qtype", "quantize", b"quantize", "quantize_te", b"quantize_te"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lokr_form", b"_lokr_form", "_qtype", b"_qtype", "_quantize", b"_quantize", "_quantize_te", b"_quantize_te", "dtype", b"dtype", "lokr_form", b"lokr_form", "qtype", b"qtype", "quantize", b"quantize", "quantize_te", b"quantize_te"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
+    _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
+    _WhichOneofReturnType__lokr_form: _TypeAlias = _typing.Literal["lokr_form"]  # noqa: Y015
+    _WhichOneofArgType__lokr_form: _TypeAlias = _typing.Literal["_lokr_form", b"_lokr_form"]  # noqa: Y015
+    _WhichOneofReturnType__qtype: _TypeAlias = _typing.Literal["qtype"]  # noqa: Y015
+    _WhichOneofArgType__qtype: _TypeAlias = _typing.Literal["_qtype", b"_qtype"]  # noqa: Y015
+    _WhichOneofReturnType__quantize: _TypeAlias = _typing.Literal["quantize"]  # noqa: Y015
+    _WhichOneofArgType__quantize: _TypeAlias = _typing.Literal["_quantize", b"_quantize"]  # noqa: Y015
+    _WhichOneofReturnType__quantize_te: _TypeAlias = _typing.Literal["quantize_te"]  # noqa: Y015
+    _WhichOneofArgType__quantize_te: _TypeAlias = _typing.Literal["_quantize_te", b"_quantize_te"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lokr_form) -> _WhichOneofReturnType__lokr_form | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qtype) -> _WhichOneofReturnType__qtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantize) -> _WhichOneofReturnType__quantize | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantize_te) -> _WhichOneofReturnType__quantize_te | None: ...
+
+Global___TrainerOptions: _TypeAlias = TrainerOptions  # noqa: Y015

@@ -12,7 +12,7 @@ export {
 export * from "./errors.js";
 export type * from "./events.js";
 export { type LoraInspection, LoraSource, type StoredLora } from "./gen/chromarpc/v1/lora_service_pb.js";
-export type { GetServerInfoResponse, Model } from "./gen/chromarpc/v1/model_service_pb.js";
+export type { GetServerInfoResponse, Model, ModelProfile } from "./gen/chromarpc/v1/model_service_pb.js";
 export { GeneratedImage, type ImageFacts, type RequestJson, repeatRequest } from "./images.js";
 export type { ImageInfo, Job, JobState } from "./jobs.js";
 export {

@@ -15,6 +15,7 @@
  *     │   │   └── RequestIdReused   REQUEST_ID_REUSED
  *     │   ├── FailedPrecondition    FAILED_PRECONDITION
  *     │   │   ├── LoraIncompatible  LORA_INCOMPATIBLE
+ *     │   │   ├── LoraContentChanged LORA_CONTENT_CHANGED
  *     │   │   ├── LoraForbidden     LORA_FORBIDDEN
  *     │   │   ├── LoraDownloadFailed LORA_DOWNLOAD_FAILED
  *     │   │   ├── UploadOutOfOrder  UPLOAD_OUT_OF_ORDER
@@ -120,6 +121,8 @@ export class RequestIdReused extends AlreadyExists {}
 export class FailedPrecondition extends StatusError {}
 /** The adapter is well formed and does not fit this model. */
 export class LoraIncompatible extends FailedPrecondition {}
+/** The adapter is another one than the request expects; `metadata.sha256_now` says which it is. */
+export class LoraContentChanged extends FailedPrecondition {}
 /** The host that the adapter's URL names wants a token, or another one. */
 export class LoraForbidden extends FailedPrecondition {}
 /** The host that the adapter's URL names did not give it. */
@@ -192,6 +195,7 @@ const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
   QUEUE_TIME_EXCEEDED: QueueTimeExceeded,
   REQUEST_ID_REUSED: RequestIdReused,
   LORA_INCOMPATIBLE: LoraIncompatible,
+  LORA_CONTENT_CHANGED: LoraContentChanged,
   LORA_FORBIDDEN: LoraForbidden,
   LORA_DOWNLOAD_FAILED: LoraDownloadFailed,
   UPLOAD_OUT_OF_ORDER: UploadOutOfOrder,

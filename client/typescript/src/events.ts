@@ -7,10 +7,14 @@
  */
 import type { GeneratedImage } from "./images.js";
 
-/** How finished images are encoded. */
-export type ImageFormat = "png" | "jpeg" | "webp";
+/** How finished images are encoded; `jpeg-trainer` as ai-toolkit writes its samples. */
+export type ImageFormat = "png" | "jpeg" | "webp" | "jpeg-trainer";
 /** What a seed means: today's draw, or that of torch up to 2.11 for LoRAs whose previews are older. */
 export type NoiseDraw = "float32" | "legacy";
+/** How a LoKr is added: beside the product by its factors, or, as before 2026-07-15, to the dequantized weight. */
+export type LokrForm = "factorized" | "weight";
+/** Where an adapter's change is computed: merged into the weights, or beside them. */
+export type AdapterPlacement = "merged" | "beside" | "unknown";
 /** What is being done before denoising can start. */
 export type LoadingStage = "downloading" | "reading" | "merging" | "quantizing" | "compiling" | "unknown";
 /** Where a job's weights came from: they were in memory, were switched in place, or were made anew. */
@@ -26,6 +30,19 @@ export interface JobWarning {
   readonly message: string;
 }
 
+/** What ai-toolkit's training config decides about its samples; what is left out is the server's default. */
+export interface TrainerOptions {
+  /** `model.quantize`: whether the transformer is quantized. */
+  readonly quantize?: boolean | undefined;
+  /** `model.qtype`: the quantizer, such as `qfloat8`. */
+  readonly qtype?: string | undefined;
+  /** `model.quantize_te`: whether the text encoder is quantized; as `quantize` where nobody says. */
+  readonly quantizeTe?: boolean | undefined;
+  /** `train.dtype`: `bf16` or `float32`. */
+  readonly dtype?: string | undefined;
+  readonly lokrForm?: LokrForm | undefined;
+}
+
 /** One image to draw, with nothing left open. */
 export interface PlannedPrompt {
   /** After `[trigger]` was replaced. */
@@ -38,12 +55,16 @@ export interface PlannedPrompt {
   readonly guidanceScale: number;
   /** Up to 2^63 - 1. */
   readonly seed: bigint;
+  /** Negative prompt, where the profile honours it. */
+  readonly neg?: string | undefined;
 }
 
 /** One adapter, with nothing left open. */
 export interface PlannedLora {
   readonly path: string;
   readonly networkMultiplier: number;
+  /** What the file must be, hexadecimal, where the request says so. */
+  readonly expectedSha256?: string | undefined;
 }
 
 /** The request as it is run, every default filled in. */
@@ -59,8 +80,12 @@ export interface Plan {
   readonly prompts: readonly PlannedPrompt[];
   readonly loras: readonly PlannedLora[];
   readonly outputFormat: ImageFormat;
-  /** Of JPEG and WebP, 1 to 100; undefined for PNG. */
+  /** Of JPEG and WebP, 1 to 100; undefined for PNG and the trainer's JPEG. */
   readonly outputQuality: number | undefined;
+  /** Whether each picture carries what it was drawn with; undefined where the server does not say. */
+  readonly pictureRecord?: boolean | undefined;
+  /** What the trainer's config decides, where the profile takes it. */
+  readonly trainer?: TrainerOptions | undefined;
   /** Those known so far; more may come with `prepared`. */
   readonly warnings: readonly JobWarning[];
 }
@@ -81,6 +106,7 @@ export interface AdapterReport {
   readonly unmatchedKeys: readonly string[];
   /** The file's own header (name, trainer, step), shortened. */
   readonly metadata: Readonly<Record<string, string>>;
+  readonly placement: AdapterPlacement;
 }
 
 /** What it took to have the weights with the job's adapters merged. */

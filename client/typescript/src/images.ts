@@ -1,5 +1,5 @@
 /** A finished image: its bytes, and everything that is needed to draw it again. */
-import type { JobWarning, Plan, PlannedPrompt, Prepared } from "./events.js";
+import type { JobWarning, Plan, PlannedPrompt, Prepared, TrainerOptions } from "./events.js";
 
 /** What an image is made of. */
 export interface ImageFacts {
@@ -79,7 +79,11 @@ export class GeneratedImage implements ImageFacts {
 /** A request body; seeds beyond 2^53 are text, as protobuf's JSON mapping allows. */
 export interface RequestJson {
   readonly model: string;
-  readonly loras: readonly { readonly path: string; readonly network_multiplier: number }[];
+  readonly loras: readonly {
+    readonly path: string;
+    readonly network_multiplier: number;
+    readonly expected_sha256?: string;
+  }[];
   readonly prompts: readonly {
     readonly prompt: string;
     readonly width: number;
@@ -87,10 +91,18 @@ export interface RequestJson {
     readonly sample_steps: number;
     readonly guidance_scale: number;
     readonly seed: number | string;
+    readonly neg?: string;
   }[];
-  readonly output: { readonly format: string; readonly quality?: number };
+  readonly output: { readonly format: string; readonly quality?: number; readonly picture_record?: boolean };
   readonly profile: string;
   readonly noise_draw: string;
+  readonly trainer?: {
+    readonly quantize?: boolean;
+    readonly qtype?: string;
+    readonly quantize_te?: boolean;
+    readonly dtype?: string;
+    readonly lokr_form?: string;
+  };
 }
 
 /** The body that draws one image of a plan again. */
@@ -98,9 +110,15 @@ export function repeatRequest(plan: Plan, promptIndex: number, seed?: bigint): R
   const prompt = plan.prompts[promptIndex];
   if (prompt === undefined) throw new RangeError(`the plan has no prompt ${promptIndex}`);
   const drawn = seed ?? prompt.seed;
+  const hasRecord = plan.outputFormat !== "jpeg-trainer";
+  const record = plan.pictureRecord ?? hasRecord;
   return {
     model: plan.model,
-    loras: plan.loras.map(({ path, networkMultiplier }) => ({ path, network_multiplier: networkMultiplier })),
+    loras: plan.loras.map(({ path, networkMultiplier, expectedSha256 }) => ({
+      path,
+      network_multiplier: networkMultiplier,
+      ...(expectedSha256 === undefined ? {} : { expected_sha256: expectedSha256 }),
+    })),
     prompts: [
       {
         prompt: prompt.prompt,
@@ -109,13 +127,32 @@ export function repeatRequest(plan: Plan, promptIndex: number, seed?: bigint): R
         sample_steps: prompt.sampleSteps,
         guidance_scale: prompt.guidanceScale,
         seed: drawn <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(drawn) : drawn.toString(),
+        ...(prompt.neg ? { neg: prompt.neg } : {}),
       },
     ],
     output: {
-      format: `IMAGE_FORMAT_${plan.outputFormat.toUpperCase()}`,
+      format: `IMAGE_FORMAT_${plan.outputFormat.toUpperCase().replace("-", "_")}`,
       ...(plan.outputQuality === undefined ? {} : { quality: plan.outputQuality }),
+      ...(record === hasRecord ? {} : { picture_record: record }),
     },
     profile: plan.profile,
     noise_draw: `NOISE_DRAW_${plan.noiseDraw.toUpperCase()}`,
+    ...(plan.trainer && { trainer: trainerJson(plan.trainer) }),
+  };
+}
+
+function trainerJson({
+  quantize,
+  qtype,
+  quantizeTe,
+  dtype,
+  lokrForm,
+}: TrainerOptions): NonNullable<RequestJson["trainer"]> {
+  return {
+    ...(quantize === undefined ? {} : { quantize }),
+    ...(qtype === undefined ? {} : { qtype }),
+    ...(quantizeTe === undefined ? {} : { quantize_te: quantizeTe }),
+    ...(dtype === undefined ? {} : { dtype }),
+    ...(lokrForm && { lokr_form: `LOKR_FORM_${lokrForm.toUpperCase()}` }),
   };
 }

@@ -5,9 +5,14 @@
 import { create } from "@bufbuild/protobuf";
 import { durationFromMs } from "@bufbuild/protobuf/wkt";
 import { invalidRequest } from "./errors.js";
-import type { ImageFormat as ImageFormatName, NoiseDraw as NoiseDrawName } from "./events.js";
+import type {
+  ImageFormat as ImageFormatName,
+  LokrForm as LokrFormName,
+  NoiseDraw as NoiseDrawName,
+  TrainerOptions,
+} from "./events.js";
 import { type GenerateRequest, GenerateRequestSchema } from "./gen/chromarpc/v1/generation_service_pb.js";
-import { ImageFormat, NoiseDraw } from "./gen/chromarpc/v1/options_pb.js";
+import { ImageFormat, LokrForm, NoiseDraw, TrainerOptionsSchema } from "./gen/chromarpc/v1/options_pb.js";
 
 /** The model of calls that name none. */
 export const DEFAULT_MODEL = "chroma";
@@ -18,10 +23,15 @@ const FORMATS: Readonly<Record<ImageFormatName, ImageFormat>> = {
   png: ImageFormat.PNG,
   jpeg: ImageFormat.JPEG,
   webp: ImageFormat.WEBP,
+  "jpeg-trainer": ImageFormat.JPEG_TRAINER,
 };
 const NOISE_DRAWS: Readonly<Record<NoiseDrawName, NoiseDraw>> = {
   float32: NoiseDraw.FLOAT32,
   legacy: NoiseDraw.LEGACY,
+};
+const LOKR_FORMS: Readonly<Record<LokrFormName, LokrForm>> = {
+  factorized: LokrForm.FACTORIZED,
+  weight: LokrForm.WEIGHT,
 };
 
 /** An adapter, as `loras[].path` of the API takes it: a path below the server's root, `sha256:…`, or a URL. */
@@ -29,13 +39,15 @@ export interface Lora {
   readonly path: string;
   /** Strength, -2 to 2; the server's default (1.0) when left out. */
   readonly networkMultiplier?: number | undefined;
+  /** What the file must be, hexadecimal; `LoraContentChanged` where it is another. */
+  readonly expectedSha256?: string | undefined;
 }
 
 /** What may be said for one prompt, or for all of them at once. */
 export interface PromptOptions {
-  /** Pixels, 64 to 4096, floored to a multiple of 32. */
+  /** Pixels, 64 to 4096, floored to a multiple of 32; 1 to 4096 and 16 in the trainer's profiles. */
   readonly width?: number | undefined;
-  /** Pixels, 64 to 4096, floored to a multiple of 32. */
+  /** Pixels, as the width. */
   readonly height?: number | undefined;
   /** Classifier-free guidance, 0 to 20. */
   readonly guidanceScale?: number | undefined;
@@ -43,7 +55,7 @@ export interface PromptOptions {
   readonly sampleSteps?: number | undefined;
   /** -1 draws one; 42 plus the prompt's index where nobody says. */
   readonly seed?: number | bigint | undefined;
-  /** Negative prompt: no effect on Chroma, answered by a warning. */
+  /** Negative prompt: honoured in the trainer's profiles, elsewhere answered by a warning. */
   readonly neg?: string | undefined;
 }
 
@@ -69,6 +81,10 @@ export interface GenerateOptions extends PromptOptions {
   readonly outputFormat?: ImageFormatName | undefined;
   /** Of JPEG and WebP, 1 to 100; 95 when left out. */
   readonly outputQuality?: number | undefined;
+  /** Whether each picture carries what it was drawn with; true when left out, but for `jpeg-trainer`. */
+  readonly pictureRecord?: boolean | undefined;
+  /** What the trainer's config decides; other profiles than the trainer's answer it by a warning. */
+  readonly trainer?: TrainerOptions | undefined;
   /** A preview after every so many steps; none when left out. */
   readonly previewEvery?: number | undefined;
   /** Longer side of a preview in pixels, 16 to 512; 256 when left out. */
@@ -93,7 +109,7 @@ export type { GenerateRequest };
  * @throws InvalidRequest a value that the message cannot hold, naming its field.
  */
 export function buildRequest(prompts: Prompts, options: GenerateOptions = {}): GenerateRequest {
-  const { loras = [], previewEvery, previewMaxSidePx, outputFormat, outputQuality } = options;
+  const { loras = [], previewEvery, previewMaxSidePx, outputFormat, outputQuality, pictureRecord } = options;
   const request = create(GenerateRequestSchema, {
     model: options.model ?? DEFAULT_MODEL,
     ...given({
@@ -103,22 +119,26 @@ export function buildRequest(prompts: Prompts, options: GenerateOptions = {}): G
       requestId: options.requestId,
       maxQueueTime: options.maxQueueTimeMs === undefined ? undefined : durationFromMs(options.maxQueueTimeMs),
       noiseDraw: options.noiseDraw && choice("noise_draw", options.noiseDraw, NOISE_DRAWS),
+      trainer: options.trainer && trainerOptions(options.trainer),
     }),
     loras: list(loras).map((item, index) => {
       const lora = typeof item === "string" ? { path: item } : item;
       return {
         path: lora.path,
-        ...given({ networkMultiplier: number(`loras.${index}.network_multiplier`, lora.networkMultiplier) }),
+        ...given({
+          networkMultiplier: number(`loras.${index}.network_multiplier`, lora.networkMultiplier),
+          expectedSha256: lora.expectedSha256,
+        }),
       };
     }),
     prompts: list(prompts).map((item, index) => prompt(item, options, `prompts.${index}`)),
   });
-  if (outputFormat !== undefined || outputQuality !== undefined) {
+  if (outputFormat !== undefined || outputQuality !== undefined || pictureRecord !== undefined) {
     request.output = {
       $typeName: "chromarpc.v1.OutputOptions",
       format:
         outputFormat === undefined ? ImageFormat.UNSPECIFIED : choice("output.format", outputFormat, FORMATS),
-      ...given({ quality: int32("output.quality", outputQuality) }),
+      ...given({ quality: int32("output.quality", outputQuality), pictureRecord }),
     };
   }
   if (previewEvery !== undefined || previewMaxSidePx !== undefined) {
@@ -129,6 +149,19 @@ export function buildRequest(prompts: Prompts, options: GenerateOptions = {}): G
     };
   }
   return request;
+}
+
+function trainerOptions({ quantize, qtype, quantizeTe, dtype, lokrForm }: TrainerOptions) {
+  return create(
+    TrainerOptionsSchema,
+    given({
+      quantize,
+      qtype,
+      quantizeTe,
+      dtype,
+      lokrForm: lokrForm && choice("trainer.lokr_form", lokrForm, LOKR_FORMS),
+    }),
+  );
 }
 
 function prompt(item: string | Prompt, shared: PromptOptions, at: string) {

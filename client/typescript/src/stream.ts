@@ -10,14 +10,17 @@ import { sha256 } from "@noble/hashes/sha2.js";
 import { bytesToHex } from "@noble/hashes/utils.js";
 import { Cancelled, ProtocolError, type StatusError, statusCode, statusError } from "./errors.js";
 import type {
+  AdapterPlacement,
   Completed,
   GenerationEvent,
   ImageFormat,
   ImageReady,
   JobWarning,
   LoadingStage,
+  LokrForm,
   Plan,
   Prepared,
+  TrainerOptions,
   WeightsSource,
 } from "./events.js";
 import * as pb from "./gen/chromarpc/v1/job_event_pb.js";
@@ -41,6 +44,16 @@ const WEIGHTS_SOURCES: Readonly<Record<pb.WeightsSource, WeightsSource>> = {
   [pb.WeightsSource.RESIDENT]: "resident",
   [pb.WeightsSource.SWITCHED]: "switched",
   [pb.WeightsSource.BUILT]: "built",
+};
+const PLACEMENTS: Readonly<Record<pb.AdapterPlacement, AdapterPlacement>> = {
+  [pb.AdapterPlacement.UNSPECIFIED]: "unknown",
+  [pb.AdapterPlacement.MERGED]: "merged",
+  [pb.AdapterPlacement.BESIDE]: "beside",
+};
+const LOKR_FORMS: Readonly<Record<options.LokrForm, LokrForm | undefined>> = {
+  [options.LokrForm.UNSPECIFIED]: undefined,
+  [options.LokrForm.FACTORIZED]: "factorized",
+  [options.LokrForm.WEIGHT]: "weight",
 };
 
 interface OpenImage {
@@ -326,19 +339,30 @@ export function planOf(message: pb.Accepted): Plan {
     servedModel: message.servedModel,
     profile: message.profile,
     noiseDraw: message.noiseDraw === options.NoiseDraw.LEGACY ? "legacy" : "float32",
-    prompts: message.prompts.map(({ prompt, width, height, sampleSteps, guidanceScale, seed }) => ({
+    prompts: message.prompts.map(({ prompt, width, height, sampleSteps, guidanceScale, seed, neg }) => ({
       prompt,
       width,
       height,
       sampleSteps,
       guidanceScale,
       seed,
+      neg,
     })),
-    loras: message.loras.map(({ path, networkMultiplier }) => ({ path, networkMultiplier })),
+    loras: message.loras.map(({ path, networkMultiplier, expectedSha256 }) => ({
+      path,
+      networkMultiplier,
+      expectedSha256,
+    })),
     outputFormat: formatOf(message.output?.format),
     outputQuality: message.output?.quality,
+    pictureRecord: message.output?.pictureRecord,
+    trainer: message.trainer && trainerOf(message.trainer),
     warnings: warningsOf(message.warnings),
   };
+}
+
+function trainerOf({ quantize, qtype, quantizeTe, dtype, lokrForm }: options.TrainerOptions): TrainerOptions {
+  return { quantize, qtype, quantizeTe, dtype, lokrForm: LOKR_FORMS[lokrForm ?? 0] };
 }
 
 /** Warnings as the server told them. */
@@ -364,6 +388,8 @@ function formatOf(format: options.ImageFormat | undefined): ImageFormat {
       return "jpeg";
     case options.ImageFormat.WEBP:
       return "webp";
+    case options.ImageFormat.JPEG_TRAINER:
+      return "jpeg-trainer";
     default:
       return "png";
   }
@@ -382,6 +408,7 @@ function preparedOf(message: pb.Prepared): Omit<Prepared, "type" | "sequence" | 
       unmatchedKeyCount: adapter.unmatchedKeyCount,
       unmatchedKeys: adapter.unmatchedKeys,
       metadata: { ...adapter.metadata },
+      placement: PLACEMENTS[adapter.placement] ?? "unknown",
     })),
     modelRevision: message.modelRevision,
     tokenCounts: message.tokenCounts.map(({ used, cut }) => ({ used, cut })),

@@ -164,7 +164,10 @@ function factsOf(plan: Plan, index: number): Map<string, string> {
     facts.set("steps", String(prompt.sampleSteps));
     facts.set("guidance", String(prompt.guidanceScale));
     facts.set("size", `${prompt.width} × ${prompt.height}`);
+    if (prompt.neg) facts.set("negative text", prompt.neg);
   }
+  for (const [name, value] of Object.entries(plan.trainer ?? {}))
+    facts.set(`trainer: ${name}`, String(value));
   for (const { path, networkMultiplier } of plan.loras) facts.set(nameOf(path), `× ${networkMultiplier}`);
   return facts;
 }

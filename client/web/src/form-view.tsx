@@ -5,6 +5,7 @@ import { servedModels, serverInfo, serverState } from "./connection.ts";
 import { change, chosenModel, fieldErrors, form, otherErrors, sharedError } from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
 import { isSubmitting, submit } from "./runs.ts";
+import { TrainerView } from "./trainer-view.tsx";
 
 const IDEAS = [
   "a large red circle in the middle on a white background",
@@ -174,6 +175,7 @@ export function FormView() {
               <option value="png">PNG</option>
               <option value="jpeg">JPEG</option>
               <option value="webp">WebP</option>
+              <option value="jpeg-trainer">JPEG as the trainer writes it</option>
             </select>
           )}
         </Field>
@@ -186,6 +188,7 @@ export function FormView() {
           Go on drawing when this page is closed
         </label>
       </details>
+      <TrainerView />
       {otherErrors.value.map(([field, message]) => (
         <p key={field} class="error" role="alert">
           {field && <code>{field}</code>} {message}
@@ -286,7 +289,7 @@ interface FieldProps {
 }
 
 /** A label, its control, and what is wrong with its value. */
-function Field({ name, label, hint, action, children }: FieldProps) {
+export function Field({ name, label, hint, action, children }: FieldProps) {
   const id = `field-${name.replaceAll(".", "-")}`;
   const error = fieldErrors.value.get(name) ?? sharedError(name);
   return (

@@ -4,18 +4,23 @@ import {
   buildRequest,
   type GenerateOptions,
   type GenerateRequest,
+  type ImageFormat,
   InvalidRequest,
+  type LokrForm,
   type Plan,
   type Prompt,
   StatusError,
+  type TrainerOptions,
 } from "chromarpc/web";
-import { models, servedModels } from "./connection.ts";
+import { models, servedModels, serverInfo } from "./connection.ts";
 import { store, stored } from "./storage.ts";
 
 /** An adapter in the form. */
 export interface LoraChoice {
   readonly path: string;
   readonly multiplier: number;
+  /** What the file must be, where it was taken over from a run that said so. */
+  readonly expectedSha256?: string | undefined;
 }
 
 /** The form; numbers are as they were typed, so that a wrong one can be shown with its error. */
@@ -31,9 +36,16 @@ export interface FormValues {
   readonly isSeedRandom: boolean;
   readonly loras: readonly LoraChoice[];
   readonly profile: string;
-  readonly format: "png" | "jpeg" | "webp";
+  readonly format: ImageFormat;
   /** Whether the job goes on when this page is closed. */
   readonly outlivesPage: boolean;
+  /** From here on, what only profiles that draw as the trainer does take; empty is the trainer's default. */
+  readonly neg: string;
+  readonly isQuantized: boolean;
+  readonly qtype: string;
+  readonly textQuantized: "" | "yes" | "no";
+  readonly dtype: string;
+  readonly lokrForm: "" | LokrForm;
 }
 
 const EMPTY: FormValues = {
@@ -50,6 +62,12 @@ const EMPTY: FormValues = {
   profile: "",
   format: "png",
   outlivesPage: true,
+  neg: "",
+  isQuantized: true,
+  qtype: "",
+  textQuantized: "",
+  dtype: "",
+  lokrForm: "",
 };
 
 export const form = signal<FormValues>(stored(localStorage, "form", EMPTY));
@@ -60,6 +78,12 @@ export const fieldErrors = signal<ReadonlyMap<string, string>>(new Map());
 export const chosenModel = computed(() => {
   const wanted = models.value.find((model) => model.id === form.value.model);
   return wanted?.weightsPresent ? wanted : servedModels.value[0];
+});
+
+/** What the chosen profile makes of a request. */
+export const chosenProfile = computed(() => {
+  const wanted = form.value.profile || serverInfo.value?.defaultProfile;
+  return chosenModel.value?.profiles.find(({ id }) => id === wanted);
 });
 
 effect(() => store(localStorage, "form", form.value));
@@ -87,6 +111,9 @@ const WIRE_NAMES: Readonly<Record<string, readonly string[]>> = {
   loras: ["path", "network_multiplier", "loras"],
   profile: ["profile"],
   format: ["format", "quality"],
+  neg: ["neg"],
+  qtype: ["qtype"],
+  dtype: ["dtype"],
 };
 
 /** The error of a field that all prompts share, whichever prompt the server named. */
@@ -129,7 +156,11 @@ export function showNoError(): void {
 export function requestOf(values: FormValues): GenerateRequest {
   const options: GenerateOptions = {
     model: chosenModel.value?.id ?? values.model,
-    loras: values.loras.map(({ path, multiplier }) => ({ path, networkMultiplier: multiplier })),
+    loras: values.loras.map(({ path, multiplier, expectedSha256 }) => ({
+      path,
+      networkMultiplier: multiplier,
+      expectedSha256,
+    })),
     triggerWord: values.triggerWord || undefined,
     profile: values.profile || undefined,
     outputFormat: values.format,
@@ -139,6 +170,8 @@ export function requestOf(values: FormValues): GenerateRequest {
     guidanceScale: number("prompts.0.guidance_scale", values.guidance),
     previewEvery: 1,
     previewMaxSidePx: 512,
+    neg: (chosenProfile.value?.honoursNeg && values.neg) || undefined,
+    trainer: chosenProfile.value?.takesTrainerOptions ? trainerOf(values) : undefined,
   };
   const seed = values.isSeedRandom ? -1n : wholeNumber("prompts.0.seed", values.seed);
   const prompts: Prompt[] = values.prompts.map((prompt, index) => ({
@@ -146,6 +179,16 @@ export function requestOf(values: FormValues): GenerateRequest {
     seed: seed === undefined || seed < 0n ? seed : seed + BigInt(index),
   }));
   return buildRequest(prompts, options);
+}
+
+function trainerOf(values: FormValues): TrainerOptions {
+  return {
+    quantize: values.isQuantized,
+    qtype: values.qtype.trim() || undefined,
+    quantizeTe: values.textQuantized === "" ? undefined : values.textQuantized === "yes",
+    dtype: values.dtype || undefined,
+    lokrForm: values.lokrForm || undefined,
+  };
 }
 
 /** Fills the form with what a run was made of, seed included. */
@@ -163,9 +206,19 @@ export function reuse(plan: Plan): void {
     guidance: String(first.guidanceScale),
     seed: String(first.seed),
     isSeedRandom: false,
-    loras: plan.loras.map(({ path, networkMultiplier }) => ({ path, multiplier: networkMultiplier })),
+    loras: plan.loras.map(({ path, networkMultiplier, expectedSha256 }) => ({
+      path,
+      multiplier: networkMultiplier,
+      expectedSha256,
+    })),
     profile: plan.profile,
     format: plan.outputFormat,
+    neg: first.neg ?? "",
+    isQuantized: plan.trainer?.quantize ?? true,
+    qtype: plan.trainer?.qtype ?? "",
+    textQuantized: plan.trainer?.quantizeTe === undefined ? "" : plan.trainer.quantizeTe ? "yes" : "no",
+    dtype: plan.trainer?.dtype ?? "",
+    lokrForm: plan.trainer?.lokrForm ?? "",
   });
 }
 

@@ -200,6 +200,7 @@ function Facts({ run }: { run: Run }) {
                 <dt>{shortName(adapter.path)}</dt>
                 <dd>
                   {adapter.format}, rank {adapter.rank}, {adapter.matchedKeyCount} keys
+                  {adapter.placement === "beside" && ", beside the weights"}
                 </dd>
               </>
             ))}

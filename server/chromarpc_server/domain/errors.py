@@ -8,7 +8,8 @@ ChromaError
 │   ├── LoraForbidden       LORA_FORBIDDEN       the adapter's host wants another token, or refuses
 │   ├── LoraDownloadFailed  LORA_DOWNLOAD_FAILED the adapter's host cannot be reached, fails, or is too slow
 │   ├── LoraInvalid         LORA_INVALID         not safetensors, truncated, hostile
-│   └── LoraIncompatible    LORA_INCOMPATIBLE    no key matches the model, or shapes differ
+│   ├── LoraIncompatible    LORA_INCOMPATIBLE    no key matches the model, or shapes differ
+│   └── LoraContentChanged  LORA_CONTENT_CHANGED the file is another one than the request expects
 ├── UploadNotFound          UPLOAD_NOT_FOUND     no such upload, or it was dropped
 ├── UploadOutOfOrder        UPLOAD_OUT_OF_ORDER  the bytes do not go on where the upload is
 ├── UploadsFull             UPLOADS_FULL         the server keeps no more uploads
@@ -161,6 +162,12 @@ class LoraIncompatible(LoraError):
     """A well-formed file that does not fit this model: nothing matches, or shapes differ."""
 
     reason = "LORA_INCOMPATIBLE"
+
+
+class LoraContentChanged(LoraError):
+    """The adapter's file is another one than the request expects."""
+
+    reason = "LORA_CONTENT_CHANGED"
 
 
 class UploadNotFound(ChromaError):

@@ -58,6 +58,15 @@ class Loading:
         return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 0.0
 
 
+class AdapterPlacement(StrEnum):
+    """Where an adapter's change is computed."""
+
+    MERGED = "merged"
+    """It was merged into the weights."""
+    BESIDE = "beside"
+    """Beside the weights, which stay as they are."""
+
+
 @dataclass(frozen=True)
 class AdapterReport:
     """What an adapter file turned out to be."""
@@ -70,6 +79,7 @@ class AdapterReport:
     matched_keys: int
     unmatched_keys: tuple[str, ...]
     metadata: Mapping[str, str]
+    placement: AdapterPlacement = AdapterPlacement.MERGED
 
 
 @dataclass(frozen=True)

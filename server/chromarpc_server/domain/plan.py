@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
+from chromarpc_server.domain.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class PlannedPrompt:
     prompt: str = field(repr=False)
     """After `[trigger]` was replaced."""
     width: int
-    """Pixels, a multiple of the model's divisor."""
+    """Pixels, a multiple of the profile's divisor."""
     height: int
-    """Pixels, a multiple of the model's divisor."""
+    """Pixels, a multiple of the profile's divisor."""
     sample_steps: int
     guidance_scale: float
     seed: int
+    neg: str = field(default="", repr=False)
+    """The unconditional text; always empty but in the preview profiles."""
 
     @property
     def pixel_steps(self) -> int:
@@ -44,6 +47,8 @@ class PlannedLora:
 
     path: str
     network_multiplier: float
+    expected_sha256: str | None = None
+    """What the file must be, 64 lower-case hexadecimal digits; None where the request does not say."""
 
     @property
     def is_url(self) -> bool:
@@ -58,6 +63,8 @@ class PlannedOutput:
     format: ImageFormat
     quality: int
     """1 to 100; without meaning for PNG."""
+    picture_record: bool = False
+    """Whether each picture carries what it was drawn with; not those of jobs that older versions stored."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Plan:
     """Whether the job goes on when nobody is attached to it."""
     max_queue_s: float | None = None
     """How long it may wait."""
+    trainer: TrainerSettings | None = None
+    """What the trainer's config decides; None outside the preview profiles."""
 
     @property
     def pixel_steps(self) -> int:

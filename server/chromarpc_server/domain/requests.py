@@ -9,18 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from chromarpc_server.domain.trainer import LokrForm
+
 
 class ImageFormat(StrEnum):
-    """File formats of finished images; the value is the media type's second half."""
+    """File formats of finished images."""
 
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
+    JPEG_TRAINER = "jpeg-trainer"
+    """As ai-toolkit writes its samples."""
 
     @property
     def media_type(self) -> str:
         """`image/png` and so on."""
-        return f"image/{self.value}"
+        return "image/jpeg" if self is ImageFormat.JPEG_TRAINER else f"image/{self.value}"
 
 
 class NoiseDraw(StrEnum):
@@ -37,6 +41,7 @@ class LoraRequest:
     path: str | None = None
     transformer: str | None = None
     network_multiplier: float | None = None
+    expected_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class OutputRequest:
 
     format: ImageFormat | None = None
     quality: int | None = None
+    picture_record: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,17 @@ class PreviewRequest:
 
     every_n_steps: int = 0
     max_side_px: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainerRequest:
+    """What the trainer's config says, by its names."""
+
+    quantize: bool | None = None
+    qtype: str | None = None
+    quantize_te: bool | None = None
+    dtype: str | None = None
+    lokr_form: LokrForm | None = None
 
 
 @dataclass(frozen=True)
@@ -95,5 +112,6 @@ class GenerationRequest:
     request_id: str | None = None
     detach: bool = False
     max_queue_s: float | None = None
+    trainer: TrainerRequest | None = None
     unknown_fields: tuple[str, ...] = ()
     """Values this version does not know: numbers of protobuf fields or enum values, with their paths."""

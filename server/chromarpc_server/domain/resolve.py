@@ -6,6 +6,7 @@ Ranges and names are the reference schema's (docs/api.md).
 
 from __future__ import annotations
 
+import re
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,10 @@ from dataclasses import dataclass, field
 
 from chromarpc_server.domain.errors import (
     MAX_LISTED,
-    FieldViolation,
-    InvalidParameter,
     ModelNotFound,
     first_named,
 )
+from chromarpc_server.domain.findings import Findings
 from chromarpc_server.domain.limits import Limits
 from chromarpc_server.domain.models import REGISTRY, ModelSpec
 from chromarpc_server.domain.plan import (
@@ -26,7 +26,6 @@ from chromarpc_server.domain.plan import (
     PlannedOutput,
     PlannedPreview,
     PlannedPrompt,
-    PlanWarning,
 )
 from chromarpc_server.domain.requests import (
     GenerationRequest,
@@ -35,6 +34,8 @@ from chromarpc_server.domain.requests import (
     NoiseDraw,
     PromptRequest,
 )
+from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE, trainer_size
+from chromarpc_server.domain.trainer_options import resolve_trainer
 
 TRIGGER = "[trigger]"
 SAMPLERS = ("flowmatch",)
@@ -42,6 +43,8 @@ SAMPLERS = ("flowmatch",)
 MAX_QUEUE_S = 30 * 86_400
 MAX_LORA_PATH_BYTES = 4096
 DEFAULT_QUALITY = 95
+TRAINER_QUALITY = 75
+"""Pillow's default for JPEG, with which the trainer writes its samples."""
 
 
 def draw_seed() -> int:
@@ -61,29 +64,6 @@ class Serving:
     limits: Limits = Limits()
 
 
-@dataclass
-class _Findings:
-    """What was found so far while reading one request."""
-
-    violations: list[FieldViolation] = field(default_factory=list)
-    warnings: list[PlanWarning] = field(default_factory=list)
-
-    def refuse(self, path: str, description: str) -> None:
-        self.violations.append(FieldViolation(path, description))
-
-    def warn(self, code: str, path: str, message: str) -> None:
-        self.warnings.append(PlanWarning(code, path, message))
-
-    def in_range(self, path: str, value: float, low: float, high: float) -> None:
-        if not low <= value <= high:  # NaN fails both comparisons
-            self.refuse(path, f"must be between {low} and {high}, got {value}")
-
-    def raise_if_any(self) -> None:
-        if self.violations:
-            fields = first_named([violation.field for violation in self.violations])
-            raise InvalidParameter(f"invalid request: {fields}", violations=self.violations)
-
-
 def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable[[], int] = draw_seed) -> Plan:
     """Turns a request into a plan.
 
@@ -96,7 +76,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         InvalidParameter: with one violation for each field at fault.
         ModelNotFound: no model has this id.
     """
-    found = _Findings()
+    found = Findings()
     limits = serving.limits
     if request.model is None:
         found.refuse("model", "is required")
@@ -124,13 +104,14 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
             found.refuse(name, "Chroma has no such option")
     for path in request.unknown_fields[:MAX_LISTED]:
         found.warn("UNKNOWN_FIELD", path, "this server's version of the API does not know it")
-    rules = _Rules(spec, divisor, limits, request.trigger_word, draw_seed)
+    rules = _Rules(spec, divisor, profile, limits, request.trigger_word, draw_seed)
     loras = _resolve_loras(request.loras, rules, found)
     if request.hf_token and not any(lora.is_url for lora in loras):
         found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
     prompts = _resolve_prompts(request, rules, found)
     output = _resolve_output(request, found)
     preview = _resolve_preview(request, prompts, found)
+    trainer = resolve_trainer(request.trainer, profile, found)
     _check_totals(prompts, limits, found)
     _check_delivery(request, found)
     found.raise_if_any()
@@ -147,10 +128,11 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         request_id=request.request_id,
         detached=request.detach,
         max_queue_s=request.max_queue_s,
+        trainer=trainer,
     )
 
 
-def _check_delivery(request: GenerationRequest, found: _Findings) -> None:
+def _check_delivery(request: GenerationRequest, found: Findings) -> None:
     if request.request_id is not None:
         try:
             uuid.UUID(request.request_id)
@@ -166,12 +148,18 @@ class _Rules:
 
     spec: ModelSpec
     divisor: int
+    profile: str
     limits: Limits
     trigger_word: str | None
     draw_seed: Callable[[], int]
 
+    @property
+    def is_preview(self) -> bool:
+        """Whether the trainer's own picture is drawn."""
+        return self.profile in PREVIEW_PROFILES
 
-def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: _Findings) -> list[PlannedLora]:
+
+def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: Findings) -> list[PlannedLora]:
     if len(loras) > rules.limits.max_loras:
         found.refuse("loras", f"at most {rules.limits.max_loras} adapters, got {len(loras)}")
         return []
@@ -188,11 +176,20 @@ def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: _Findings
         if multiplier is None:
             multiplier = rules.spec.defaults.network_multiplier
         found.in_range(f"{at}.network_multiplier", multiplier, -2.0, 2.0)
-        planned.append(PlannedLora(path=lora.path or "", network_multiplier=multiplier))
+        expected = lora.expected_sha256
+        if expected is not None and re.fullmatch(r"[0-9a-fA-F]{64}", expected) is None:
+            found.refuse(f"{at}.expected_sha256", "must be 64 hexadecimal digits")
+        planned.append(
+            PlannedLora(
+                path=lora.path or "",
+                network_multiplier=multiplier,
+                expected_sha256=None if expected is None else expected.lower(),
+            )
+        )
     return planned
 
 
-def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: _Findings) -> list[PlannedPrompt]:
+def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: Findings) -> list[PlannedPrompt]:
     if not request.prompts:
         found.refuse("prompts", "at least one is required")
     if len(request.prompts) > rules.limits.max_prompts:
@@ -203,7 +200,7 @@ def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: _Findings
     return [_resolve_prompt(prompt, index, rules, found) for index, prompt in enumerate(request.prompts)]
 
 
-def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: _Findings) -> PlannedPrompt:
+def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: Findings) -> PlannedPrompt:
     at = f"prompts.{index}"
     defaults = rules.spec.defaults
     _refuse_foreign_options(prompt, at, found)
@@ -216,24 +213,56 @@ def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: _Fi
         found.refuse(f"{at}.seed", f"must be -1 (draw one) or more, got {seed}")
     return PlannedPrompt(
         prompt=_replace_trigger(prompt, at, rules, found),
-        width=_snap(f"{at}.width", prompt.width, defaults.width, rules.divisor, found),
-        height=_snap(f"{at}.height", prompt.height, defaults.height, rules.divisor, found),
+        width=_snap(f"{at}.width", prompt.width, defaults.width, rules, found),
+        height=_snap(f"{at}.height", prompt.height, defaults.height, rules, found),
         sample_steps=sample_steps,
         guidance_scale=guidance_scale,
         seed=rules.draw_seed() if seed == -1 else seed,
+        neg=_resolve_neg(prompt.neg or "", guidance_scale, at, rules, found),
     )
 
 
-def _snap(path: str, asked: int | None, default: int, divisor: int, found: _Findings) -> int:
+def _resolve_neg(neg: str, guidance_scale: float, at: str, rules: _Rules, found: Findings) -> str:
+    """The trainer takes it as it stands: no trigger word is put into it, and no space cut off."""
+    if not neg:
+        return ""
+    if not rules.is_preview:
+        found.warn(
+            "NEG_IGNORED",
+            f"{at}.neg",
+            f"in the profile {rules.profile} Chroma's unconditional text is always empty, so this has no effect",
+        )
+        return ""
+    if guidance_scale <= 1:
+        found.warn(
+            "NEG_WITHOUT_GUIDANCE",
+            f"{at}.neg",
+            "guidance of 1 and below makes a single pass, so this has no effect",
+        )
+    if len(neg.encode()) > rules.limits.max_prompt_bytes:
+        found.refuse(f"{at}.neg", f"at most {rules.limits.max_prompt_bytes} bytes, got {len(neg.encode())}")
+    return neg
+
+
+def _snap(path: str, asked: int | None, default: int, rules: _Rules, found: Findings) -> int:
     size = default if asked is None else asked
-    found.in_range(path, size, 64, 4096)
-    snapped = size // divisor * divisor
-    if snapped != size:
-        found.warn("SIZE_SNAPPED", path, f"{size} was floored to {snapped}, a multiple of {divisor}")
+    multiple, smallest = (SIZE_MULTIPLE, 1) if rules.is_preview else (rules.divisor, 64)
+    found.in_range(path, size, smallest, 4096)
+    snapped = trainer_size(size) if rules.is_preview else size // multiple * multiple
+    if snapped > size:
+        found.warn(
+            "SIZE_SNAPPED", path, f"{size} was raised to {MIN_SIZE_PX}, the least in the profile {rules.profile}"
+        )
+    elif snapped != size:
+        found.warn(
+            "SIZE_SNAPPED",
+            path,
+            f"{size} was floored to {snapped}, a multiple of {multiple}, in the profile {rules.profile}",
+        )
     return snapped
 
 
-def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: _Findings) -> str:
+def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: Findings) -> str:
     if prompt.prompt is None:
         found.refuse(f"{at}.prompt", "is required; it may be empty")
         return ""
@@ -264,11 +293,7 @@ def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: _Find
     return prompt.prompt.replace(TRIGGER, trigger_word) if trigger_word else prompt.prompt
 
 
-def _refuse_foreign_options(prompt: PromptRequest, at: str, found: _Findings) -> None:
-    if prompt.neg:
-        found.warn(
-            "NEG_IGNORED", f"{at}.neg", "Chroma's unconditional text is always empty, so this has no effect"
-        )
+def _refuse_foreign_options(prompt: PromptRequest, at: str, found: Findings) -> None:
     if prompt.fps is not None:
         found.in_range(f"{at}.fps", prompt.fps, 1, 120)
         found.warn("FPS_IGNORED", f"{at}.fps", "an image has no frames a second, so this has no effect")
@@ -283,19 +308,27 @@ def _refuse_foreign_options(prompt: PromptRequest, at: str, found: _Findings) ->
             found.refuse(f"{at}.{name}", "Chroma takes no control image")
 
 
-def _resolve_output(request: GenerationRequest, found: _Findings) -> PlannedOutput:
+def _resolve_output(request: GenerationRequest, found: Findings) -> PlannedOutput:
     image_format = request.output.format or ImageFormat.PNG
     quality = request.output.quality
     if quality is not None:
         if image_format is ImageFormat.PNG:
             found.refuse("output.quality", "PNG is lossless and has no quality")
+        elif image_format is ImageFormat.JPEG_TRAINER:
+            found.refuse("output.quality", f"the trainer writes its samples with {TRAINER_QUALITY}, always")
         else:
             found.in_range("output.quality", quality, 1, 100)
-    return PlannedOutput(format=image_format, quality=DEFAULT_QUALITY if quality is None else quality)
+    is_trainers = image_format is ImageFormat.JPEG_TRAINER
+    record = request.output.picture_record
+    return PlannedOutput(
+        format=image_format,
+        quality=quality or (TRAINER_QUALITY if is_trainers else DEFAULT_QUALITY),
+        picture_record=not is_trainers if record is None else record,
+    )
 
 
 def _resolve_preview(
-    request: GenerationRequest, prompts: Sequence[PlannedPrompt], found: _Findings
+    request: GenerationRequest, prompts: Sequence[PlannedPrompt], found: Findings
 ) -> PlannedPreview | None:
     every = request.preview.every_n_steps
     found.in_range("preview.every_n_steps", every, 0, 150)
@@ -315,7 +348,7 @@ def _resolve_preview(
     return PlannedPreview(every_n_steps=every, max_side_px=max_side_px)
 
 
-def _check_totals(prompts: Sequence[PlannedPrompt], limits: Limits, found: _Findings) -> None:
+def _check_totals(prompts: Sequence[PlannedPrompt], limits: Limits, found: Findings) -> None:
     pixels = sum(prompt.width * prompt.height for prompt in prompts)
     if pixels > limits.max_pixels:
         found.refuse("prompts", f"at most {limits.max_pixels} pixels in all, got {pixels}")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chromarpc_server.domain.errors import LoraChanged, LoraNotFound
+from chromarpc_server.domain.errors import LoraChanged, LoraContentChanged, LoraNotFound
+from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.pipeline import Adapter, read_adapter
 
 
@@ -57,6 +58,20 @@ class AdapterFile:
             raise LoraChanged("the adapter went away while the job waited") from None
         if not self.is_same(status):
             raise LoraChanged("the adapter was written anew while the job waited")
+
+
+def require_expected(lora: PlannedLora, sha256: str, index: int) -> None:
+    """Checks the content of a job's adapter, where the request says what it must be.
+
+    Raises:
+        LoraContentChanged: blaming `loras.{index}.expected_sha256`.
+    """
+    if lora.expected_sha256 is not None and lora.expected_sha256 != sha256:
+        raise LoraContentChanged(
+            "the adapter is another one than the request expects",
+            field=f"loras.{index}.expected_sha256",
+            metadata={"sha256_expected": lora.expected_sha256, "sha256_now": sha256},
+        )
 
 
 class AdapterCache:

@@ -185,6 +185,10 @@ class AdapterLibrary(AdapterRoot):
         if self._root is not None and file.path.is_relative_to(self._root):
             self._root_hashes.learn(file, sha256)
 
+    def known_hash(self, path: str, file: AdapterFile) -> str | None:
+        """The hash of the file that `locate` found for `path`, where that costs no reading."""
+        return _hash_in(path) or self._root_hashes.of(file) or None
+
     def listing(self, owner: str = NOBODY.name) -> Listing:
         """Every adapter that a request of `owner` could name now, as far as the bounds on looking allow."""
         below, truncated = self._below_root()

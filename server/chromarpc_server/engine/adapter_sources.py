@@ -12,7 +12,7 @@ from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Loading, LoadingStage
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine.adapter_cache import AdapterFile
+from chromarpc_server.engine.adapter_cache import AdapterFile, require_expected
 from chromarpc_server.engine.adapter_download import AdapterDownloads, Downloaded
 from chromarpc_server.engine.adapter_library import AdapterLibrary
 
@@ -46,18 +46,26 @@ class AdapterSources:
         self._library = library
         self._downloads = downloads
 
-    async def find(self, loras: Sequence[PlannedLora], owner: str = NOBODY.name) -> FoundAdapters:
+    async def find(
+        self, loras: Sequence[PlannedLora], owner: str = NOBODY.name, *, first: int = 0
+    ) -> FoundAdapters:
         """Everything of the owner's, and of everybody's, that is on this machine; URLs are left open.
+
+        Args:
+            loras: the job's, or some that follow one another.
+            owner: whose job it is.
+            first: which of the job's adapters the first of them is.
 
         Raises:
             LoraNotFound: no such file.
+            LoraContentChanged: one is known to be another than the request expects.
             InvalidParameter: a URL, where this server fetches none.
         """
         files: list[AdapterFile | None] = []
-        for index, lora in enumerate(loras):
+        for index, lora in enumerate(loras, first):
             field = f"loras.{index}.path"
             if not lora.is_url:
-                files.append(await asyncio.to_thread(self._look_at, lora.path, field, owner))
+                files.append(await asyncio.to_thread(self._look_at, lora, index, owner))
             elif self._downloads is None:
                 raise InvalidParameter("this server fetches no adapters from URLs", field=field)
             else:
@@ -83,6 +91,7 @@ class AdapterSources:
             owner: may name what was fetched by its hash from now on.
 
         Raises:
+            LoraContentChanged: one is another than the request expects.
             ChromaError: see `AdapterDownloads.fetch`.
         """
         if self._downloads is None:
@@ -97,13 +106,19 @@ class AdapterSources:
                         lora.path, token=token, field=field, progress=_Throttled(emit)
                     )
                     downloads.append(held.enter_context(download))
+                    require_expected(lora, download.sha256, index)
                     files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
                     await asyncio.to_thread(self._library.fetched, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
 
-    def _look_at(self, path: str, field: str, owner: str) -> AdapterFile:
-        return AdapterFile.of(self._library.locate(path, field, owner), field)
+    def _look_at(self, lora: PlannedLora, index: int, owner: str) -> AdapterFile:
+        field = f"loras.{index}.path"
+        file = AdapterFile.of(self._library.locate(lora.path, field, owner), field)
+        sha256 = self._library.known_hash(lora.path, file)
+        if sha256 is not None:
+            require_expected(lora, sha256, index)
+        return file
 
 
 class _Throttled:

@@ -46,7 +46,7 @@ class RenderedPreview:
 
 
 def encode_pixels(pixels: Pixels, output: PlannedOutput) -> bytes:
-    """The file's bytes; JPEG and WebP as Pillow writes them at the plan's quality."""
+    """The file's bytes; JPEG and WebP as Pillow writes them, at the plan's quality or by its defaults."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     match output.format:
@@ -56,6 +56,8 @@ def encode_pixels(pixels: Pixels, output: PlannedOutput) -> bytes:
             image.save(buffer, "JPEG", quality=output.quality)
         case ImageFormat.WEBP:
             image.save(buffer, "WEBP", quality=output.quality)
+        case ImageFormat.JPEG_TRAINER:
+            image.save(buffer, "JPEG")
     return buffer.getvalue()
 
 

@@ -18,7 +18,7 @@ from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
+from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile, require_expected
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
@@ -171,6 +171,7 @@ class ModelCache:
                 adapter = self._adapters.read(file, checkpoint.revision, checkpoint.targets, check=check)
             except ChromaError as error:
                 raise error.at(f"loras.{index}.path") from None
+            require_expected(lora, adapter.sha256, index)
             adapters.append((adapter, lora.network_multiplier))
         return tuple(adapters)
 

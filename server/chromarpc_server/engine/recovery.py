@@ -76,7 +76,7 @@ async def find_again(stored: Unfinished, sources: AdapterSources) -> FoundAdapte
         if lora.is_url and known is not None and known.sha256 is not None:
             asked = replace(lora, path=f"sha256:{known.sha256}")
         try:
-            found = await sources.find([asked], stored.owner)
+            found = await sources.find([asked], stored.owner, first=index)
         except LoraNotFound:
             if not lora.is_url:
                 raise LoraChanged("the adapter went away while the server was restarted", field=field) from None

@@ -107,8 +107,9 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         except InvalidRequestJson as error:
             violation = {"field": error.path, "description": error.message}
             raise Refusal(422, "INVALID_PARAMETER", str(error), {"violations": [violation]}) from None
-        if not parsed.request.HasField("output"):
-            parsed.request.output.format = options_pb2.IMAGE_FORMAT_JPEG  # as the reference writes them
+        output = parsed.request.output
+        if not parsed.request.HasField("output") or (output.HasField("picture_record") and not output.format):
+            output.format = options_pb2.IMAGE_FORMAT_JPEG  # as the reference writes them
         try:
             created = await self._jobs.CreateJob(job_service_pb2.CreateJobRequest(request=parsed.request), caller)
         except ChromaError as error:

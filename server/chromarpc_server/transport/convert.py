@@ -25,11 +25,13 @@ from chromarpc_server.domain.requests import (
 )
 from chromarpc_server.engine.job_log import LoggedEvent
 from chromarpc_server.transport.status import code_number, duration, listed, shorten
+from chromarpc_server.transport.trainer_options import trainer_message, trainer_request
 
 _FORMATS = {
     options_pb2.IMAGE_FORMAT_PNG: ImageFormat.PNG,
     options_pb2.IMAGE_FORMAT_JPEG: ImageFormat.JPEG,
     options_pb2.IMAGE_FORMAT_WEBP: ImageFormat.WEBP,
+    options_pb2.IMAGE_FORMAT_JPEG_TRAINER: ImageFormat.JPEG_TRAINER,
 }
 _FORMATS_BACK = {value: key for key, value in _FORMATS.items()}
 _DRAWS = {
@@ -93,18 +95,20 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
         unknown.append("noise_draw")
     if message.on_disconnect not in generation_service_pb2.DisconnectPolicy.values():
         unknown.append("on_disconnect")
+    if message.trainer.lokr_form not in options_pb2.LokrForm.values():
+        unknown.append("trainer.lokr_form")
     return GenerationRequest(
         **_optional(
             message, "model", "hf_token", "trigger_word", "kv_cache", "match_target_res", "profile", "request_id"
         ),  # type: ignore[arg-type]
         loras=tuple(
-            LoraRequest(**_optional(lora, "path", "transformer", "network_multiplier"))  # type: ignore[arg-type]
+            LoraRequest(**_optional(lora, "path", "transformer", "network_multiplier", "expected_sha256"))  # type: ignore[arg-type]
             for lora in message.loras
         ),
         prompts=tuple(_prompt(prompt) for prompt in message.prompts),
         output=OutputRequest(
             format=_FORMATS.get(image_format),
-            **_optional(message.output, "quality"),  # type: ignore[arg-type]
+            **_optional(message.output, "quality", "picture_record"),  # type: ignore[arg-type]
         ),
         preview=PreviewRequest(
             every_n_steps=message.preview.every_n_steps,
@@ -113,6 +117,7 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
         noise_draw=_DRAWS.get(message.noise_draw),
         detach=message.on_disconnect == generation_service_pb2.DISCONNECT_POLICY_DETACH,
         max_queue_s=_seconds(message.max_queue_time) if message.HasField("max_queue_time") else None,
+        trainer=trainer_request(message.trainer) if message.HasField("trainer") else None,
         unknown_fields=tuple(unknown),
     )
 
@@ -265,8 +270,9 @@ def _warnings(warnings: tuple[PlanWarning, ...]) -> list[job_event_pb2.Warning]:
 
 def _output(output: PlannedOutput) -> options_pb2.OutputOptions:
     message = options_pb2.OutputOptions(format=_FORMATS_BACK[output.format])
-    if output.format is not ImageFormat.PNG:
+    if output.format not in (ImageFormat.PNG, ImageFormat.JPEG_TRAINER):
         message.quality = output.quality
+    message.picture_record = output.picture_record
     return message
 
 
@@ -286,20 +292,28 @@ def accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
                 sample_steps=prompt.sample_steps,
                 guidance_scale=prompt.guidance_scale,
                 seed=prompt.seed,
+                neg=prompt.neg or None,
             )
             for prompt in plan.prompts
         ],
         loras=[
-            job_event_pb2.PlannedLora(path=lora.path, network_multiplier=lora.network_multiplier)
+            job_event_pb2.PlannedLora(
+                path=lora.path, network_multiplier=lora.network_multiplier, expected_sha256=lora.expected_sha256
+            )
             for lora in plan.loras
         ],
         output=_output(plan.output),
         warnings=_warnings(plan.warnings),
+        trainer=None if plan.trainer is None else trainer_message(plan.trainer),
     )
 
 
 _WEIGHTS_SOURCES = {
     source: job_event_pb2.WeightsSource.Value(f"WEIGHTS_SOURCE_{source.name}") for source in events.WeightsSource
+}
+_PLACEMENTS = {
+    placement: job_event_pb2.AdapterPlacement.Value(f"ADAPTER_PLACEMENT_{placement.name}")
+    for placement in events.AdapterPlacement
 }
 
 
@@ -319,6 +333,7 @@ def _prepared(event: events.Prepared) -> job_event_pb2.Prepared:
                     shorten(key, MAX_UNMATCHED_BYTES): shorten(value, MAX_METADATA_BYTES)
                     for key, value in list(adapter.metadata.items())[:MAX_LISTED]
                 },
+                placement=_PLACEMENTS[adapter.placement],
             )
             for adapter in event.adapters
         ],

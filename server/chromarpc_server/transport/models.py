@@ -11,6 +11,7 @@ from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
 from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.model_cache import CacheSnapshot
@@ -149,7 +150,19 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 if held.key.model_id == served.id and hidden.isdisjoint(sha256 for sha256, _ in held.adapters)
             ],
             memory_plan=_memory_plan(cache.memory.get(served.id)),
+            profiles=[_profile(name, served) for name in self._serving.profiles],
         )
+
+
+def _profile(name: str, served: ModelSpec) -> model_service_pb2.ModelProfile:
+    is_preview = name in PREVIEW_PROFILES
+    return model_service_pb2.ModelProfile(
+        id=name,
+        resolution_divisor=SIZE_MULTIPLE if is_preview else served.resolution_divisor,
+        min_size_px=MIN_SIZE_PX,
+        honours_neg=is_preview,
+        takes_trainer_options=is_preview,
+    )
 
 
 def _memory_plan(plan: MemoryPlan | None) -> model_service_pb2.MemoryPlan | None:

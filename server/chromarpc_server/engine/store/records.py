@@ -77,7 +77,7 @@ def from_microseconds(count: int) -> datetime:
 def plan_json(plan: Plan, *, with_prompts: bool) -> str:
     """The plan; `with_prompts` False leaves their text out, and the plan cannot be run from what is left."""
     if not with_prompts:
-        plan = replace(plan, prompts=tuple(replace(prompt, prompt="") for prompt in plan.prompts))
+        plan = replace(plan, prompts=tuple(replace(prompt, prompt="", neg="") for prompt in plan.prompts))
     return _dump(plan)
 
 

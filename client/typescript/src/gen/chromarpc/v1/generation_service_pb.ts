@@ -6,7 +6,7 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { JobEvent } from "./job_event_pb.js";
 import { file_chromarpc_v1_job_event } from "./job_event_pb.js";
-import type { NoiseDraw, OutputOptions, PreviewOptions } from "./options_pb.js";
+import type { NoiseDraw, OutputOptions, PreviewOptions, TrainerOptions } from "./options_pb.js";
 import { file_chromarpc_v1_options } from "./options_pb.js";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/generation_service.proto.
  */
 export const file_chromarpc_v1_generation_service: GenFile = /*@__PURE__*/
-  fileDesc("CiVjaHJvbWFycGMvdjEvZ2VuZXJhdGlvbl9zZXJ2aWNlLnByb3RvEgxjaHJvbWFycGMudjEinQUKD0dlbmVyYXRlUmVxdWVzdBISCgVtb2RlbBgBIAEoCUgAiAEBEiEKBWxvcmFzGAIgAygLMhIuY2hyb21hcnBjLnYxLkxvcmESFQoIaGZfdG9rZW4YAyABKAlIAYgBARIZCgx0cmlnZ2VyX3dvcmQYBCABKAlIAogBARIlCgdwcm9tcHRzGAUgAygLMhQuY2hyb21hcnBjLnYxLlByb21wdBIVCghrdl9jYWNoZRgGIAEoCEgDiAEBEh0KEG1hdGNoX3RhcmdldF9yZXMYByABKAhIBIgBARIwCgZvdXRwdXQYECABKAsyGy5jaHJvbWFycGMudjEuT3V0cHV0T3B0aW9uc0gFiAEBEjIKB3ByZXZpZXcYESABKAsyHC5jaHJvbWFycGMudjEuUHJldmlld09wdGlvbnNIBogBARIUCgdwcm9maWxlGBIgASgJSAeIAQESKwoKbm9pc2VfZHJhdxgTIAEoDjIXLmNocm9tYXJwYy52MS5Ob2lzZURyYXcSFwoKcmVxdWVzdF9pZBgUIAEoCUgIiAEBEjUKDW9uX2Rpc2Nvbm5lY3QYFSABKA4yHi5jaHJvbWFycGMudjEuRGlzY29ubmVjdFBvbGljeRI2Cg5tYXhfcXVldWVfdGltZRgWIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgJiAEBQggKBl9tb2RlbEILCglfaGZfdG9rZW5CDwoNX3RyaWdnZXJfd29yZEILCglfa3ZfY2FjaGVCEwoRX21hdGNoX3RhcmdldF9yZXNCCQoHX291dHB1dEIKCghfcHJldmlld0IKCghfcHJvZmlsZUINCgtfcmVxdWVzdF9pZEIRCg9fbWF4X3F1ZXVlX3RpbWVKBAgIEBAihAEKBExvcmESEQoEcGF0aBgBIAEoCUgAiAEBEhgKC3RyYW5zZm9ybWVyGAIgASgJSAGIAQESHwoSbmV0d29ya19tdWx0aXBsaWVyGAMgASgBSAKIAQFCBwoFX3BhdGhCDgoMX3RyYW5zZm9ybWVyQhUKE19uZXR3b3JrX211bHRpcGxpZXIizAQKBlByb21wdBITCgZwcm9tcHQYASABKAlIAIgBARIZCgx0cmlnZ2VyX3dvcmQYAiABKAlIAYgBARISCgV3aWR0aBgDIAEoBUgCiAEBEhMKBmhlaWdodBgEIAEoBUgDiAEBEhsKDmd1aWRhbmNlX3NjYWxlGAUgASgBSASIAQESGQoMc2FtcGxlX3N0ZXBzGAYgASgFSAWIAQESEAoDbmVnGAcgASgJSAaIAQESEQoEc2VlZBgIIAEoA0gHiAEBEhQKB3NhbXBsZXIYCSABKAlICIgBARIXCgpudW1fZnJhbWVzGAogASgFSAmIAQESEAoDZnBzGAsgASgFSAqIAQESFwoKcmVzb2x1dGlvbhgMIAEoCUgLiAEBEhUKCGN0cmxfaW1nGA0gASgJSAyIAQESFwoKY3RybF9pbWdfMRgOIAEoCUgNiAEBEhcKCmN0cmxfaW1nXzIYDyABKAlIDogBARIXCgpjdHJsX2ltZ18zGBAgASgJSA+IAQFCCQoHX3Byb21wdEIPCg1fdHJpZ2dlcl93b3JkQggKBl93aWR0aEIJCgdfaGVpZ2h0QhEKD19ndWlkYW5jZV9zY2FsZUIPCg1fc2FtcGxlX3N0ZXBzQgYKBF9uZWdCBwoFX3NlZWRCCgoIX3NhbXBsZXJCDQoLX251bV9mcmFtZXNCBgoEX2Zwc0INCgtfcmVzb2x1dGlvbkILCglfY3RybF9pbWdCDQoLX2N0cmxfaW1nXzFCDQoLX2N0cmxfaW1nXzJCDQoLX2N0cmxfaW1nXzMiOQoQR2VuZXJhdGVSZXNwb25zZRIlCgVldmVudBgBIAEoCzIWLmNocm9tYXJwYy52MS5Kb2JFdmVudCpxChBEaXNjb25uZWN0UG9saWN5EiEKHURJU0NPTk5FQ1RfUE9MSUNZX1VOU1BFQ0lGSUVEEAASHAoYRElTQ09OTkVDVF9QT0xJQ1lfQ0FOQ0VMEAESHAoYRElTQ09OTkVDVF9QT0xJQ1lfREVUQUNIEAIyYAoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5jaHJvbWFycGMudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdlbmVyYXRlUmVzcG9uc2UwAUKhAQoMY2hyb21hcnBjLnYxQhZHZW5lcmF0aW9uU2VydmljZVByb3RvUAFaGGNocm9tYXJwYy92MTtjaHJvbWFycGN2MaICA0NSUKoCDENocm9tYXJwYy5WMboCDUNocm9tYXJwY19WMV/KAgxDaHJvbWFycGNcVjHiAhhDaHJvbWFycGNcVjFcR1BCTWV0YWRhdGHqAg1DaHJvbWFycGM6OlYxYgZwcm90bzM", [file_chromarpc_v1_job_event, file_chromarpc_v1_options, file_google_protobuf_duration]);
+  fileDesc("CiVjaHJvbWFycGMvdjEvZ2VuZXJhdGlvbl9zZXJ2aWNlLnByb3RvEgxjaHJvbWFycGMudjEi3QUKD0dlbmVyYXRlUmVxdWVzdBISCgVtb2RlbBgBIAEoCUgAiAEBEiEKBWxvcmFzGAIgAygLMhIuY2hyb21hcnBjLnYxLkxvcmESFQoIaGZfdG9rZW4YAyABKAlIAYgBARIZCgx0cmlnZ2VyX3dvcmQYBCABKAlIAogBARIlCgdwcm9tcHRzGAUgAygLMhQuY2hyb21hcnBjLnYxLlByb21wdBIVCghrdl9jYWNoZRgGIAEoCEgDiAEBEh0KEG1hdGNoX3RhcmdldF9yZXMYByABKAhIBIgBARIwCgZvdXRwdXQYECABKAsyGy5jaHJvbWFycGMudjEuT3V0cHV0T3B0aW9uc0gFiAEBEjIKB3ByZXZpZXcYESABKAsyHC5jaHJvbWFycGMudjEuUHJldmlld09wdGlvbnNIBogBARIUCgdwcm9maWxlGBIgASgJSAeIAQESKwoKbm9pc2VfZHJhdxgTIAEoDjIXLmNocm9tYXJwYy52MS5Ob2lzZURyYXcSFwoKcmVxdWVzdF9pZBgUIAEoCUgIiAEBEjUKDW9uX2Rpc2Nvbm5lY3QYFSABKA4yHi5jaHJvbWFycGMudjEuRGlzY29ubmVjdFBvbGljeRI2Cg5tYXhfcXVldWVfdGltZRgWIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgJiAEBEjIKB3RyYWluZXIYFyABKAsyHC5jaHJvbWFycGMudjEuVHJhaW5lck9wdGlvbnNICogBAUIICgZfbW9kZWxCCwoJX2hmX3Rva2VuQg8KDV90cmlnZ2VyX3dvcmRCCwoJX2t2X2NhY2hlQhMKEV9tYXRjaF90YXJnZXRfcmVzQgkKB19vdXRwdXRCCgoIX3ByZXZpZXdCCgoIX3Byb2ZpbGVCDQoLX3JlcXVlc3RfaWRCEQoPX21heF9xdWV1ZV90aW1lQgoKCF90cmFpbmVySgQICBAQIrYBCgRMb3JhEhEKBHBhdGgYASABKAlIAIgBARIYCgt0cmFuc2Zvcm1lchgCIAEoCUgBiAEBEh8KEm5ldHdvcmtfbXVsdGlwbGllchgDIAEoAUgCiAEBEhwKD2V4cGVjdGVkX3NoYTI1NhgEIAEoCUgDiAEBQgcKBV9wYXRoQg4KDF90cmFuc2Zvcm1lckIVChNfbmV0d29ya19tdWx0aXBsaWVyQhIKEF9leHBlY3RlZF9zaGEyNTYizAQKBlByb21wdBITCgZwcm9tcHQYASABKAlIAIgBARIZCgx0cmlnZ2VyX3dvcmQYAiABKAlIAYgBARISCgV3aWR0aBgDIAEoBUgCiAEBEhMKBmhlaWdodBgEIAEoBUgDiAEBEhsKDmd1aWRhbmNlX3NjYWxlGAUgASgBSASIAQESGQoMc2FtcGxlX3N0ZXBzGAYgASgFSAWIAQESEAoDbmVnGAcgASgJSAaIAQESEQoEc2VlZBgIIAEoA0gHiAEBEhQKB3NhbXBsZXIYCSABKAlICIgBARIXCgpudW1fZnJhbWVzGAogASgFSAmIAQESEAoDZnBzGAsgASgFSAqIAQESFwoKcmVzb2x1dGlvbhgMIAEoCUgLiAEBEhUKCGN0cmxfaW1nGA0gASgJSAyIAQESFwoKY3RybF9pbWdfMRgOIAEoCUgNiAEBEhcKCmN0cmxfaW1nXzIYDyABKAlIDogBARIXCgpjdHJsX2ltZ18zGBAgASgJSA+IAQFCCQoHX3Byb21wdEIPCg1fdHJpZ2dlcl93b3JkQggKBl93aWR0aEIJCgdfaGVpZ2h0QhEKD19ndWlkYW5jZV9zY2FsZUIPCg1fc2FtcGxlX3N0ZXBzQgYKBF9uZWdCBwoFX3NlZWRCCgoIX3NhbXBsZXJCDQoLX251bV9mcmFtZXNCBgoEX2Zwc0INCgtfcmVzb2x1dGlvbkILCglfY3RybF9pbWdCDQoLX2N0cmxfaW1nXzFCDQoLX2N0cmxfaW1nXzJCDQoLX2N0cmxfaW1nXzMiOQoQR2VuZXJhdGVSZXNwb25zZRIlCgVldmVudBgBIAEoCzIWLmNocm9tYXJwYy52MS5Kb2JFdmVudCpxChBEaXNjb25uZWN0UG9saWN5EiEKHURJU0NPTk5FQ1RfUE9MSUNZX1VOU1BFQ0lGSUVEEAASHAoYRElTQ09OTkVDVF9QT0xJQ1lfQ0FOQ0VMEAESHAoYRElTQ09OTkVDVF9QT0xJQ1lfREVUQUNIEAIyYAoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5jaHJvbWFycGMudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdlbmVyYXRlUmVzcG9uc2UwAWIGcHJvdG8z", [file_chromarpc_v1_job_event, file_chromarpc_v1_options, file_google_protobuf_duration]);
 
 /**
  * A generation, field by field as in the reference's HTTP API, so that its JSON bodies parse unchanged.
@@ -124,6 +124,14 @@ export type GenerateRequest = Message<"chromarpc.v1.GenerateRequest"> & {
    * @generated from field: optional google.protobuf.Duration max_queue_time = 22;
    */
   maxQueueTime?: Duration | undefined;
+
+  /**
+   * What the trainer's config decides. Only profiles that `ListModels` says take it do; elsewhere it is answered by a
+   * warning.
+   *
+   * @generated from field: optional chromarpc.v1.TrainerOptions trainer = 23;
+   */
+  trainer?: TrainerOptions | undefined;
 };
 
 /**
@@ -159,6 +167,14 @@ export type Lora = Message<"chromarpc.v1.Lora"> & {
    * @generated from field: optional double network_multiplier = 3;
    */
   networkMultiplier?: number | undefined;
+
+  /**
+   * SHA-256 that the file must have, hexadecimal; with another one the job fails with `LORA_CONTENT_CHANGED` before
+   * anything is drawn.
+   *
+   * @generated from field: optional string expected_sha256 = 4;
+   */
+  expectedSha256?: string | undefined;
 };
 
 /**
@@ -189,14 +205,15 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   triggerWord?: string | undefined;
 
   /**
-   * Width in pixels, 64 to 4096; floored to the model's divisor (32). 1024 when left out.
+   * Width in pixels, 64 to 4096; floored to the profile's divisor (32; 16 in the trainer's profiles, which take 1 to
+   * 4096 and draw 64 at least). 1024 when left out.
    *
    * @generated from field: optional int32 width = 3;
    */
   width?: number | undefined;
 
   /**
-   * Height in pixels, 64 to 4096; floored to the model's divisor (32). 1024 when left out.
+   * Height in pixels, as the width.
    *
    * @generated from field: optional int32 height = 4;
    */
@@ -217,7 +234,8 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   sampleSteps?: number | undefined;
 
   /**
-   * Negative prompt. Has no effect on Chroma, whose unconditional text is always empty; answered by a warning.
+   * Negative prompt. Honoured in the trainer's profiles; elsewhere it has no effect, since the unconditional text is
+   * always empty there, and is answered by a warning.
    *
    * @generated from field: optional string neg = 7;
    */

@@ -10,7 +10,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/model_service.proto.
  */
 export const file_chromarpc_v1_model_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASKLAwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuIqMBCgpNZW1vcnlQbGFuEg8KB3dlaWdodHMYASABKAkSFAoMdGV4dF9lbmNvZGVyGAIgASgJEg4KBm1hc3RlchgDIAEoCRIYChB0aWxlX2F1dG9lbmNvZGVyGAQgASgIEhUKDXJlY29yZF9ncmFwaHMYBSABKAgSFwoPZXN0aW1hdGVkX2J5dGVzGAYgASgEEhQKDHVzYWJsZV9ieXRlcxgHIAEoBCKGAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IvsCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRJSChBsaWJyYXJ5X3ZlcnNpb25zGAIgAygLMjguY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZS5MaWJyYXJ5VmVyc2lvbnNFbnRyeRIkCgZkZXZpY2UYAyABKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEicKCHByb2ZpbGVzGAQgAygLMhUuY2hyb21hcnBjLnYxLlByb2ZpbGUSFwoPZGVmYXVsdF9wcm9maWxlGAUgASgJEiQKBmxpbWl0cxgGIAEoCzIULmNocm9tYXJwYy52MS5MaW1pdHMSJwoFcXVldWUYByABKAsyGC5jaHJvbWFycGMudjEuUXVldWVTdGF0ZRIOCgZjYWxsZXIYCCABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASJHCgZEZXZpY2USCgoCaWQYASABKAkSDAoEbmFtZRgCIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAyABKAQSDQoFZHR5cGUYBCABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSKkAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUywwEKDE1vZGVsU2VydmljZRJUCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZSIDkAIBEl0KDUdldFNlcnZlckluZm8SIi5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIy5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlIgOQAgFCnAEKDGNocm9tYXJwYy52MUIRTW9kZWxTZXJ2aWNlUHJvdG9QAVoYY2hyb21hcnBjL3YxO2Nocm9tYXJwY3YxogIDQ1JQqgIMQ2hyb21hcnBjLlYxugINQ2hyb21hcnBjX1YxX8oCDENocm9tYXJwY1xWMeICGENocm9tYXJwY1xWMVxHUEJNZXRhZGF0YeoCDUNocm9tYXJwYzo6VjFiBnByb3RvMw");
+  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASK5AwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuEiwKCHByb2ZpbGVzGA8gAygLMhouY2hyb21hcnBjLnYxLk1vZGVsUHJvZmlsZSJ/CgxNb2RlbFByb2ZpbGUSCgoCaWQYASABKAkSGgoScmVzb2x1dGlvbl9kaXZpc29yGAIgASgFEhMKC21pbl9zaXplX3B4GAMgASgFEhMKC2hvbm91cnNfbmVnGAQgASgIEh0KFXRha2VzX3RyYWluZXJfb3B0aW9ucxgFIAEoCCKjAQoKTWVtb3J5UGxhbhIPCgd3ZWlnaHRzGAEgASgJEhQKDHRleHRfZW5jb2RlchgCIAEoCRIOCgZtYXN0ZXIYAyABKAkSGAoQdGlsZV9hdXRvZW5jb2RlchgEIAEoCBIVCg1yZWNvcmRfZ3JhcGhzGAUgASgIEhcKD2VzdGltYXRlZF9ieXRlcxgGIAEoBBIUCgx1c2FibGVfYnl0ZXMYByABKAQihgEKDU1vZGVsRGVmYXVsdHMSDQoFd2lkdGgYASABKAUSDgoGaGVpZ2h0GAIgASgFEhQKDHNhbXBsZV9zdGVwcxgDIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgEIAEoARIMCgRzZWVkGAUgASgDEhoKEm5ldHdvcmtfbXVsdGlwbGllchgGIAEoASIWChRHZXRTZXJ2ZXJJbmZvUmVxdWVzdCL7AgoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSUgoQbGlicmFyeV92ZXJzaW9ucxgCIAMoCzI4LmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2UuTGlicmFyeVZlcnNpb25zRW50cnkSJAoGZGV2aWNlGAMgASgLMhQuY2hyb21hcnBjLnYxLkRldmljZRInCghwcm9maWxlcxgEIAMoCzIVLmNocm9tYXJwYy52MS5Qcm9maWxlEhcKD2RlZmF1bHRfcHJvZmlsZRgFIAEoCRIkCgZsaW1pdHMYBiABKAsyFC5jaHJvbWFycGMudjEuTGltaXRzEicKBXF1ZXVlGAcgASgLMhguY2hyb21hcnBjLnYxLlF1ZXVlU3RhdGUSDgoGY2FsbGVyGAggASgJGjYKFExpYnJhcnlWZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiRwoGRGV2aWNlEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSFAoMbWVtb3J5X2J5dGVzGAMgASgEEg0KBWR0eXBlGAQgASgJIioKB1Byb2ZpbGUSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkipAIKBkxpbWl0cxITCgttYXhfcHJvbXB0cxgBIAEoBRIYChBtYXhfcHJvbXB0X2J5dGVzGAIgASgFEhEKCW1heF9sb3JhcxgDIAEoBRIXCg9tYXhfcGl4ZWxfc3RlcHMYBCABKAQSFwoPbWF4X3F1ZXVlZF9qb2JzGAUgASgFEhkKEW1heF9yZXF1ZXN0X2J5dGVzGAYgASgFEhIKCm1heF9waXhlbHMYByABKAQSEwoLbWF4X3N0cmVhbXMYCCABKAUSIgoabWF4X3F1ZXVlZF9qb2JzX3Blcl9jYWxsZXIYCSABKAUSGAoQbWF4X3VwbG9hZF9ieXRlcxgKIAEoBBIkChxtYXhfdXBsb2Fkc19ieXRlc19wZXJfY2FsbGVyGAsgASgEIjcKClF1ZXVlU3RhdGUSEwoLcXVldWVkX2pvYnMYASABKAUSFAoMcnVubmluZ19qb2JzGAIgASgFMrkBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVxdWVzdBogLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVzcG9uc2USWAoNR2V0U2VydmVySW5mbxIiLmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVxdWVzdBojLmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2ViBnByb3RvMw");
 
 /**
  * Nothing to choose yet.
@@ -202,7 +202,7 @@ export type Model = Message<"chromarpc.v1.Model"> & {
   aliasOf: string;
 
   /**
-   * Widths and heights are floored to a multiple of this.
+   * Widths and heights are floored to a multiple of this, where no profile says otherwise.
    *
    * @generated from field: int32 resolution_divisor = 5;
    */
@@ -244,7 +244,7 @@ export type Model = Message<"chromarpc.v1.Model"> & {
   residentBytes: bigint;
 
   /**
-   * Options that are accepted and have no effect; each is answered by a warning.
+   * Options that are accepted and have no effect, but where `profiles` says otherwise; each is answered by a warning.
    *
    * @generated from field: repeated string ignored_options = 11;
    */
@@ -270,6 +270,13 @@ export type Model = Message<"chromarpc.v1.Model"> & {
    * @generated from field: chromarpc.v1.MemoryPlan memory_plan = 14;
    */
   memoryPlan?: MemoryPlan | undefined;
+
+  /**
+   * What differs between the numerics profiles that this server serves; one for each.
+   *
+   * @generated from field: repeated chromarpc.v1.ModelProfile profiles = 15;
+   */
+  profiles: ModelProfile[];
 };
 
 /**
@@ -278,6 +285,55 @@ export type Model = Message<"chromarpc.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 5);
+
+/**
+ * How a model is served in one numerics profile.
+ *
+ * @generated from message chromarpc.v1.ModelProfile
+ */
+export type ModelProfile = Message<"chromarpc.v1.ModelProfile"> & {
+  /**
+   * Name, as `GenerateRequest.profile` takes it.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * Widths and heights are floored to a multiple of this.
+   *
+   * @generated from field: int32 resolution_divisor = 2;
+   */
+  resolutionDivisor: number;
+
+  /**
+   * Smallest width and height that are drawn; less is raised to it in the trainer's profiles and refused elsewhere.
+   *
+   * @generated from field: int32 min_size_px = 3;
+   */
+  minSizePx: number;
+
+  /**
+   * Whether a negative prompt has an effect.
+   *
+   * @generated from field: bool honours_neg = 4;
+   */
+  honoursNeg: boolean;
+
+  /**
+   * Whether `GenerateRequest.trainer` has an effect.
+   *
+   * @generated from field: bool takes_trainer_options = 5;
+   */
+  takesTrainerOptions: boolean;
+};
+
+/**
+ * Describes the message chromarpc.v1.ModelProfile.
+ * Use `create(ModelProfileSchema)` to create a new message.
+ */
+export const ModelProfileSchema: GenMessage<ModelProfile> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_model_service, 6);
 
 /**
  * What of a model stays where on a GPU, chosen from the memory that may be used.
@@ -340,7 +396,7 @@ export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
  * Use `create(MemoryPlanSchema)` to create a new message.
  */
 export const MemoryPlanSchema: GenMessage<MemoryPlan> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 6);
+  messageDesc(file_chromarpc_v1_model_service, 7);
 
 /**
  * What is filled in for what a request leaves out.
@@ -396,7 +452,7 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 7);
+  messageDesc(file_chromarpc_v1_model_service, 8);
 
 /**
  * Nothing to choose.
@@ -411,7 +467,7 @@ export type GetServerInfoRequest = Message<"chromarpc.v1.GetServerInfoRequest"> 
  * Use `create(GetServerInfoRequestSchema)` to create a new message.
  */
 export const GetServerInfoRequestSchema: GenMessage<GetServerInfoRequest> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 8);
+  messageDesc(file_chromarpc_v1_model_service, 9);
 
 /**
  * What this server is and allows.
@@ -481,7 +537,7 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
  * Use `create(GetServerInfoResponseSchema)` to create a new message.
  */
 export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 9);
+  messageDesc(file_chromarpc_v1_model_service, 10);
 
 /**
  * A device that computes.
@@ -523,7 +579,7 @@ export type Device = Message<"chromarpc.v1.Device"> & {
  * Use `create(DeviceSchema)` to create a new message.
  */
 export const DeviceSchema: GenMessage<Device> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 10);
+  messageDesc(file_chromarpc_v1_model_service, 11);
 
 /**
  * A numerics profile.
@@ -551,7 +607,7 @@ export type Profile = Message<"chromarpc.v1.Profile"> & {
  * Use `create(ProfileSchema)` to create a new message.
  */
 export const ProfileSchema: GenMessage<Profile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 11);
+  messageDesc(file_chromarpc_v1_model_service, 12);
 
 /**
  * Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own.
@@ -642,7 +698,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
  * Use `create(LimitsSchema)` to create a new message.
  */
 export const LimitsSchema: GenMessage<Limits> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 12);
+  messageDesc(file_chromarpc_v1_model_service, 13);
 
 /**
  * The admission queue now.
@@ -670,7 +726,7 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
  * Use `create(QueueStateSchema)` to create a new message.
  */
 export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 13);
+  messageDesc(file_chromarpc_v1_model_service, 14);
 
 /**
  * Tells what this server serves.

@@ -10,7 +10,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/options.proto.
  */
 export const file_chromarpc_v1_options: GenFile = /*@__PURE__*/
-  fileDesc("ChpjaHJvbWFycGMvdjEvb3B0aW9ucy5wcm90bxIMY2hyb21hcnBjLnYxIlwKDU91dHB1dE9wdGlvbnMSKQoGZm9ybWF0GAEgASgOMhkuY2hyb21hcnBjLnYxLkltYWdlRm9ybWF0EhQKB3F1YWxpdHkYAiABKAVIAIgBAUIKCghfcXVhbGl0eSJRCg5QcmV2aWV3T3B0aW9ucxIVCg1ldmVyeV9uX3N0ZXBzGAEgASgFEhgKC21heF9zaWRlX3B4GAIgASgFSACIAQFCDgoMX21heF9zaWRlX3B4Km8KC0ltYWdlRm9ybWF0EhwKGElNQUdFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhQKEElNQUdFX0ZPUk1BVF9QTkcQARIVChFJTUFHRV9GT1JNQVRfSlBFRxACEhUKEUlNQUdFX0ZPUk1BVF9XRUJQEAMqVgoJTm9pc2VEcmF3EhoKFk5PSVNFX0RSQVdfVU5TUEVDSUZJRUQQABIWChJOT0lTRV9EUkFXX0ZMT0FUMzIQARIVChFOT0lTRV9EUkFXX0xFR0FDWRACQpcBCgxjaHJvbWFycGMudjFCDE9wdGlvbnNQcm90b1ABWhhjaHJvbWFycGMvdjE7Y2hyb21hcnBjdjGiAgNDUlCqAgxDaHJvbWFycGMuVjG6Ag1DaHJvbWFycGNfVjFfygIMQ2hyb21hcnBjXFYx4gIYQ2hyb21hcnBjXFYxXEdQQk1ldGFkYXRh6gINQ2hyb21hcnBjOjpWMWIGcHJvdG8z");
+  fileDesc("ChpjaHJvbWFycGMvdjEvb3B0aW9ucy5wcm90bxIMY2hyb21hcnBjLnYxIowBCg1PdXRwdXRPcHRpb25zEikKBmZvcm1hdBgBIAEoDjIZLmNocm9tYXJwYy52MS5JbWFnZUZvcm1hdBIUCgdxdWFsaXR5GAIgASgFSACIAQESGwoOcGljdHVyZV9yZWNvcmQYAyABKAhIAYgBAUIKCghfcXVhbGl0eUIRCg9fcGljdHVyZV9yZWNvcmQiUQoOUHJldmlld09wdGlvbnMSFQoNZXZlcnlfbl9zdGVwcxgBIAEoBRIYCgttYXhfc2lkZV9weBgCIAEoBUgAiAEBQg4KDF9tYXhfc2lkZV9weCLYAQoOVHJhaW5lck9wdGlvbnMSFQoIcXVhbnRpemUYASABKAhIAIgBARISCgVxdHlwZRgCIAEoCUgBiAEBEhgKC3F1YW50aXplX3RlGAMgASgISAKIAQESEgoFZHR5cGUYBCABKAlIA4gBARIuCglsb2tyX2Zvcm0YBSABKA4yFi5jaHJvbWFycGMudjEuTG9rckZvcm1IBIgBAUILCglfcXVhbnRpemVCCAoGX3F0eXBlQg4KDF9xdWFudGl6ZV90ZUIICgZfZHR5cGVCDAoKX2xva3JfZm9ybSqOAQoLSW1hZ2VGb3JtYXQSHAoYSU1BR0VfRk9STUFUX1VOU1BFQ0lGSUVEEAASFAoQSU1BR0VfRk9STUFUX1BORxABEhUKEUlNQUdFX0ZPUk1BVF9KUEVHEAISFQoRSU1BR0VfRk9STUFUX1dFQlAQAxIdChlJTUFHRV9GT1JNQVRfSlBFR19UUkFJTkVSEAQqVgoJTm9pc2VEcmF3EhoKFk5PSVNFX0RSQVdfVU5TUEVDSUZJRUQQABIWChJOT0lTRV9EUkFXX0ZMT0FUMzIQARIVChFOT0lTRV9EUkFXX0xFR0FDWRACKlUKCExva3JGb3JtEhkKFUxPS1JfRk9STV9VTlNQRUNJRklFRBAAEhgKFExPS1JfRk9STV9GQUNUT1JJWkVEEAESFAoQTE9LUl9GT1JNX1dFSUdIVBACYgZwcm90bzM");
 
 /**
  * How finished images are encoded.
@@ -26,11 +26,18 @@ export type OutputOptions = Message<"chromarpc.v1.OutputOptions"> & {
   format: ImageFormat;
 
   /**
-   * Quality of JPEG and WebP, 1 to 100; 95 when left out. Refused for PNG.
+   * Quality of JPEG and WebP, 1 to 100; 95 when left out. Refused for PNG and JPEG_TRAINER.
    *
    * @generated from field: optional int32 quality = 2;
    */
   quality?: number | undefined;
+
+  /**
+   * Whether each picture carries what it was drawn with. When left out true, but for JPEG_TRAINER.
+   *
+   * @generated from field: optional bool picture_record = 3;
+   */
+  pictureRecord?: boolean | undefined;
 };
 
 /**
@@ -69,6 +76,55 @@ export const PreviewOptionsSchema: GenMessage<PreviewOptions> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_options, 1);
 
 /**
+ * What ai-toolkit's training config decides about its samples, by the config's names.
+ *
+ * @generated from message chromarpc.v1.TrainerOptions
+ */
+export type TrainerOptions = Message<"chromarpc.v1.TrainerOptions"> & {
+  /**
+   * `model.quantize`: whether the transformer is quantized; true when left out.
+   *
+   * @generated from field: optional bool quantize = 1;
+   */
+  quantize?: boolean | undefined;
+
+  /**
+   * `model.qtype`: the quantizer; `qfloat8` when left out.
+   *
+   * @generated from field: optional string qtype = 2;
+   */
+  qtype?: string | undefined;
+
+  /**
+   * `model.quantize_te`: whether the text encoder is quantized, by the same quantizer; as `quantize` when left out.
+   *
+   * @generated from field: optional bool quantize_te = 3;
+   */
+  quantizeTe?: boolean | undefined;
+
+  /**
+   * `train.dtype`: `bf16` (when left out) or `float32`, in any of the trainer's spellings.
+   *
+   * @generated from field: optional string dtype = 4;
+   */
+  dtype?: string | undefined;
+
+  /**
+   * How a LoKr is added.
+   *
+   * @generated from field: optional chromarpc.v1.LokrForm lokr_form = 5;
+   */
+  lokrForm?: LokrForm | undefined;
+};
+
+/**
+ * Describes the message chromarpc.v1.TrainerOptions.
+ * Use `create(TrainerOptionsSchema)` to create a new message.
+ */
+export const TrainerOptionsSchema: GenMessage<TrainerOptions> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_options, 2);
+
+/**
  * How an image is encoded.
  *
  * @generated from enum chromarpc.v1.ImageFormat
@@ -101,6 +157,13 @@ export enum ImageFormat {
    * @generated from enum value: IMAGE_FORMAT_WEBP = 3;
    */
   WEBP = 3,
+
+  /**
+   * Lossy: a JPEG as ai-toolkit writes its samples, with Pillow's defaults (quality 75, 4:2:0) and nothing else in it.
+   *
+   * @generated from enum value: IMAGE_FORMAT_JPEG_TRAINER = 4;
+   */
+  JPEG_TRAINER = 4,
 }
 
 /**
@@ -142,4 +205,38 @@ export enum NoiseDraw {
  */
 export const NoiseDrawSchema: GenEnum<NoiseDraw> = /*@__PURE__*/
   enumDesc(file_chromarpc_v1_options, 1);
+
+/**
+ * How a LoKr is added to the weights it changes.
+ *
+ * @generated from enum chromarpc.v1.LokrForm
+ */
+export enum LokrForm {
+  /**
+   * The default: `LOKR_FORM_FACTORIZED`.
+   *
+   * @generated from enum value: LOKR_FORM_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Beside the product, by its factors: ai-toolkit since 2026-07-15.
+   *
+   * @generated from enum value: LOKR_FORM_FACTORIZED = 1;
+   */
+  FACTORIZED = 1,
+
+  /**
+   * To the dequantized weight, at every call: ai-toolkit before.
+   *
+   * @generated from enum value: LOKR_FORM_WEIGHT = 2;
+   */
+  WEIGHT = 2,
+}
+
+/**
+ * Describes the enum chromarpc.v1.LokrForm.
+ */
+export const LokrFormSchema: GenEnum<LokrForm> = /*@__PURE__*/
+  enumDesc(file_chromarpc_v1_options, 2);
 

@@ -1,0 +1,37 @@
+"""`TrainerOptions` to domain values and back."""
+
+from __future__ import annotations
+
+from chromarpc.v1 import options_pb2
+from chromarpc_server.domain.requests import TrainerRequest
+from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
+
+_LOKR_FORMS = {
+    options_pb2.LOKR_FORM_FACTORIZED: LokrForm.FACTORIZED,
+    options_pb2.LOKR_FORM_WEIGHT: LokrForm.WEIGHT,
+}
+_LOKR_FORMS_BACK = {value: key for key, value in _LOKR_FORMS.items()}
+_DTYPES_BACK = {"bfloat16": "bf16", "float32": "float32"}
+"""As the config usually spells them."""
+
+
+def trainer_request(message: options_pb2.TrainerOptions) -> TrainerRequest:
+    """The options as a domain value; what was left out, and a form that nobody here knows, is None."""
+    return TrainerRequest(
+        quantize=message.quantize if message.HasField("quantize") else None,
+        qtype=message.qtype if message.HasField("qtype") else None,
+        quantize_te=message.quantize_te if message.HasField("quantize_te") else None,
+        dtype=message.dtype if message.HasField("dtype") else None,
+        lokr_form=_LOKR_FORMS.get(message.lokr_form),
+    )
+
+
+def trainer_message(settings: TrainerSettings) -> options_pb2.TrainerOptions:
+    """The settings as a message that gives the same ones again."""
+    return options_pb2.TrainerOptions(
+        quantize=settings.quantize,
+        qtype=settings.qtype,
+        quantize_te=settings.quantize_te,
+        dtype=_DTYPES_BACK[settings.dtype],
+        lokr_form=_LOKR_FORMS_BACK[settings.lokr_form],
+    )

@@ -1,0 +1,75 @@
+"""Plans and events as they are stored: those of older versions are read, those of now come back as they were."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+from chromarpc.json_request import parse_request_json
+from chromarpc_server.domain.events import Accepted, AdapterPlacement, Prepared
+from chromarpc_server.domain.plan import Plan
+from chromarpc_server.domain.resolve import Serving, resolve
+from chromarpc_server.domain.trainer import PREVIEW_PROFILES
+from chromarpc_server.engine.store import records
+from chromarpc_server.transport.convert import fingerprint, generation_request
+
+BEFORE = json.loads((Path(__file__).parent / "stored_before_preview_profiles.json").read_text("utf-8"))
+"""A request, its fingerprint, its plan and its events, as a version without the trainer's profiles stored them."""
+SECRET = "a prompt that nobody may store"
+
+
+def test_a_plan_stored_before_is_read_and_draws_the_same_picture() -> None:
+    stored = records.read_plan(json.dumps(BEFORE["plan"]))
+    now = resolve(generation_request(parse_request_json(json.dumps(BEFORE["request"])).request), Serving())
+    assert (stored.prompts, stored.loras, stored.preview) == (now.prompts, now.loras, now.preview)
+    assert (stored.profile, stored.noise_draw, stored.trainer) == (now.profile, now.noise_draw, None)
+    assert (stored.output.format, stored.output.quality) == (now.output.format, now.output.quality)
+    assert not stored.output.picture_record, "its picture carried none"
+    assert {warning.code for warning in stored.warnings} == {warning.code for warning in now.warnings}
+
+
+def test_events_stored_before_are_read() -> None:
+    plan = records.read_plan(json.dumps(BEFORE["plan"]))
+    packed = zlib.compress(json.dumps(BEFORE["events"]).encode())
+    _, prepared = records.unpack_events(packed, Accepted("job", plan))
+    assert isinstance(prepared.event, Prepared)
+    assert [adapter.placement for adapter in prepared.event.adapters] == [AdapterPlacement.MERGED] * 2
+
+
+def test_a_request_without_the_new_fields_is_known_by_its_old_fingerprint() -> None:
+    message = parse_request_json(json.dumps(BEFORE["request"])).request
+    assert fingerprint(message) == BEFORE["fingerprint"]
+    told_apart = {BEFORE["fingerprint"]}
+    message.loras[0].expected_sha256 = "ab" * 32
+    told_apart.add(fingerprint(message))
+    message.output.picture_record = False
+    told_apart.add(fingerprint(message))
+    message.trainer.quantize = True
+    told_apart.add(fingerprint(message))
+    assert len(told_apart) == 4
+
+
+def test_a_plan_of_the_trainers_profiles_comes_back_as_it_was() -> None:
+    plan = _trainers_plan()
+    assert plan.trainer is not None
+    assert records.read_plan(records.plan_json(plan, with_prompts=True)) == plan
+
+
+def test_negative_text_is_a_prompt_too_where_none_may_be_stored() -> None:
+    plan = _trainers_plan()
+    assert records.plan_json(plan, with_prompts=True).count(SECRET) == 2
+    assert SECRET not in records.plan_json(plan, with_prompts=False)
+
+
+def _trainers_plan() -> Plan:
+    body = {
+        "model": "chroma",
+        "profile": "preview",
+        "loras": [{"path": "a", "expected_sha256": "ab" * 32}],
+        "prompts": [{"prompt": SECRET, "neg": SECRET, "width": 80, "height": 16}],
+        "output": {"format": "IMAGE_FORMAT_JPEG_TRAINER", "picture_record": True},
+        "trainer": {"qtype": "qint8", "quantize_te": False, "dtype": "fp32", "lokr_form": "LOKR_FORM_WEIGHT"},
+    }
+    serving = Serving(profiles=("reference", *sorted(PREVIEW_PROFILES)))
+    return resolve(generation_request(parse_request_json(json.dumps(body)).request), serving)

@@ -1,0 +1,61 @@
+"""docs/api.md against the code: every field, warning and error that callers meet has its place there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import Descriptor
+
+from chromarpc.v1 import generation_service_pb2
+from chromarpc_server.domain.trainer import TRAINER_DTYPES, UNSUPPORTED_QTYPES
+from chromarpc_server.transport.status import CODES
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+NAMES = set(re.findall(r"[A-Za-z0-9_]+", PAGE))
+REASON = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+")
+
+
+def request_fields(descriptor: Descriptor) -> set[str]:
+    found = set()
+    for field in descriptor.fields:
+        found.add(field.name)
+        if field.message_type is not None and field.message_type.file.package == "chromarpc.v1":
+            found |= request_fields(field.message_type)
+    return found - {f"ctrl_img_{number}" for number in (1, 2, 3)} - {"every_n_steps", "max_side_px", "ctrl_img"}
+
+
+def warning_codes() -> set[str]:
+    """What is given to `PlanWarning` and to `Findings.warn`."""
+    found = set()
+    for path in (ROOT / "server/chromarpc_server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called in ("warn", "PlanWarning") and REASON.fullmatch(str(node.args[0].value)):
+                    found.add(node.args[0].value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        request_fields(generation_service_pb2.GenerateRequest.DESCRIPTOR),
+        warning_codes(),
+        {kind.reason for kind in CODES},
+        {*TRAINER_DTYPES, *UNSUPPORTED_QTYPES},
+    ],
+    ids=["fields", "warnings", "errors", "trainer"],
+)
+def test_everything_is_told_of(known: set[str]) -> None:
+    assert len(known) >= 9
+    assert known - NAMES == set()
+
+
+def test_no_warning_is_told_of_that_does_not_exist() -> None:
+    section = PAGE.split("## Warnings")[1].split("## Errors")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert {name for row in rows for name in REASON.findall(row)} == warning_codes()
