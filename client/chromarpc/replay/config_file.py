@@ -16,7 +16,7 @@ Plain: TypeAlias = "dict[str, Plain] | list[Plain] | str | int | float | bool | 
 
 MAX_CONFIG_BYTES: Final = 1024**2
 MAX_DEPTH: Final = 48
-MAX_NODES: Final = 100_000
+MAX_NODES: Final = 40_000
 """Values of a config, an alias counted as all that it stands for."""
 MAX_NUMBER_CHARS: Final = 64
 _VARIABLE: Final = re.compile(r"\$\{([^}]+)\}")

@@ -112,9 +112,10 @@ class RunFolder:
             descriptor = self._open(name, directory=False)
         except OSError as error:
             raise Unreadable(_why(name, error)) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise Unreadable(f"{name} is no plain file")
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise Unreadable(f"{name} is no plain file")
             yield file
 
     def read(self, name: str, limit_bytes: int) -> bytes:
