@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos page format verify bench bench-watchers performance fuzz clean
+.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos baseline page format verify bench bench-watchers performance fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,7 +60,6 @@ check-clients: setup node  ## Types and lint of the TypeScript, and that its stu
 	tools/check_page.sh
 
 page: setup node  ## Generate the TypeScript stubs and build the page into the server's package
-	PYTHON=$(BIN)/python tools/proto_dependencies.sh
 	BUF=$(CURDIR)/$(BIN)/buf tools/generate_typescript.sh client/typescript/src/gen
 	cd client/web && npx --no-install vite build
 	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
@@ -71,14 +70,15 @@ check: setup check-protos  ## Lint, types, import layers, protos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-protos: setup  ## buf lint, buf breaking, and that the committed stubs are current
-	PYTHON=$(BIN)/python tools/proto_dependencies.sh
+check-protos: setup  ## buf lint, buf breaking against the last release, and that the stubs are current
 	$(BIN)/buf lint
 	$(BIN)/buf breaking protos --against protos/chromarpc.v1.binpb
 	PYTHON=$(BIN)/python tools/check_stubs.sh
 
-protos: setup  ## Generate the Python stubs and the descriptor image from protos/
+protos: setup  ## Generate the Python stubs from protos/
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
+
+baseline: setup  ## At a release, and only then: make its contract what `buf breaking` compares with
 	$(BIN)/buf build protos -o protos/chromarpc.v1.binpb
 
 format: setup  ## Format and fix what can be fixed

@@ -4,7 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
-tools/proto_dependencies.sh
 tools/generate_typescript.sh "$fresh/gen"
 (cd client/web && PAGE_DIR="$fresh/page" npx --no-install vite build --logLevel warn)
 for pair in gen:client/typescript/src/gen page:server/chromarpc_server/gateway/page; do

@@ -29,6 +29,7 @@ from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
 from chromarpc_server.transport.compat import InferenceServicer
 from chromarpc_server.transport.health import HealthServicer
 from tests.conftest import RunningServer
+from tests.integration.test_foreign_client import BUF
 
 ENDED = ("succeeded", "failed", "canceled")
 SMALL = {"width": 64, "height": 64, "sample_steps": 2}
@@ -359,7 +360,9 @@ def test_the_file_for_an_envoy_of_ones_own(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     text = deployed_yaml()
     assert (root / "deploy/envoy.yaml").read_text() == text, "run `make page`"
-    here = text.replace("/etc/chromarpc/chromarpc.v1.binpb", str(root / "protos/chromarpc.v1.binpb"))
+    descriptor = tmp_path / "chromarpc.v1.binpb"  # as docs/web.md has it
+    subprocess.run([BUF, "build", "protos", "-o", descriptor], cwd=root, check=True, timeout=60)
+    here = text.replace("/etc/chromarpc/chromarpc.v1.binpb", str(descriptor))
     (tmp_path / "envoy.yaml").write_text(here.replace("/etc/chromarpc/page", str(PAGE)))
     command = [envoy_path(), "--mode", "validate", "-c", tmp_path / "envoy.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

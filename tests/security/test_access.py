@@ -18,7 +18,7 @@ import pytest
 import trustme
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 import chromarpc
 from chromarpc.channel import TlsOptions
@@ -185,13 +185,14 @@ def test_every_service_but_health_asks_for_it(serve: Serve, callers_file: Caller
             with pytest.raises(grpc.RpcError) as caught:
                 list(call(b"")) if streams else call(b"")
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, method
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-        ask = reflection_pb2.ServerReflectionRequest(list_services="")
-        with pytest.raises(grpc.RpcError) as caught:
-            list(reflection.ServerReflectionInfo(iter([ask])))
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        ask = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
         known = (("authorization", f"Bearer {TOKENS['bob']}"),)
-        assert list(reflection.ServerReflectionInfo(iter([ask]), metadata=known))
+        for version in ("v1", "v1alpha"):
+            call = channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter([ask])))
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, version
+            assert b"chromarpc.v1.JobService" in next(iter(call(iter([ask]), metadata=known)))
 
 
 def test_bytes_of_a_stranger_are_not_parsed_and_others_are_told(serve: Serve, callers_file: Callers) -> None:

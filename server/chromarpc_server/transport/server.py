@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.v1 import (
@@ -29,6 +28,7 @@ from chromarpc_server.transport.jobs import JobServicer
 from chromarpc_server.transport.loras import LoraServicer
 from chromarpc_server.transport.models import ModelServicer
 from chromarpc_server.transport.quotas import CallQuotas
+from chromarpc_server.transport.reflection import serve_reflection
 from chromarpc_server.transport.tls import ServerTls
 
 SERVICES = (
@@ -131,7 +131,7 @@ async def listen(
     lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
     health_servicer = HealthServicer(SERVICE_NAMES)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    serve_reflection((*SERVICE_NAMES, health.SERVICE_NAME), server)
     try:
         port = (
             server.add_insecure_port(address)

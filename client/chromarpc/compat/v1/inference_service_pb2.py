@@ -26,25 +26,26 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+chromarpc/compat/v1/inference_service.proto\x12\x13\x63hromarpc.compat.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"<\n\x16SubmitInferenceRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"/\n\x19GetInferenceStatusRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"/\n\x19GetInferenceResultRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"I\n\x1d\x44ownloadInferenceImageRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0cprompt_index\x18\x02 \x01(\t\"\x1c\n\x1aListInferenceModelsRequest\"\x1b\n\x19GetInferenceHealthRequest2\x92\x06\n\x10InferenceService\x12q\n\x0fSubmitInference\x12+.chromarpc.compat.v1.SubmitInferenceRequest\x1a\x14.google.api.HttpBody\"\x1b\x82\xd3\xe4\x93\x02\x15\"\r/v1/inference:\x04\x62ody\x12\x84\x01\n\x12GetInferenceStatus\x12..chromarpc.compat.v1.GetInferenceStatusRequest\x1a\x14.google.api.HttpBody\"(\x82\xd3\xe4\x93\x02\"\x12 /v1/requests/{request_id}/status\x12\x84\x01\n\x12GetInferenceResult\x12..chromarpc.compat.v1.GetInferenceResultRequest\x1a\x14.google.api.HttpBody\"(\x82\xd3\xe4\x93\x02\"\x12 /v1/requests/{request_id}/result\x12\x9d\x01\n\x16\x44ownloadInferenceImage\x12\x32.chromarpc.compat.v1.DownloadInferenceImageRequest\x1a\x14.google.api.HttpBody\"7\x82\xd3\xe4\x93\x02\x31\x12//v1/requests/{request_id}/images/{prompt_index}0\x01\x12p\n\x13ListInferenceModels\x12/.chromarpc.compat.v1.ListInferenceModelsRequest\x1a\x14.google.api.HttpBody\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12k\n\x12GetInferenceHealth\x12..chromarpc.compat.v1.GetInferenceHealthRequest\x1a\x14.google.api.HttpBody\"\x0f\x82\xd3\xe4\x93\x02\t\x12\x07/healthb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+chromarpc/compat/v1/inference_service.proto\x12\x13\x63hromarpc.compat.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"<\n\x16SubmitInferenceRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"/\n\x19GetInferenceStatusRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"/\n\x19GetInferenceResultRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"I\n\x1d\x44ownloadInferenceImageRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0cprompt_index\x18\x02 \x01(\t\"\x1c\n\x1aListInferenceModelsRequest\"\x1b\n\x19GetInferenceHealthRequest2\xa1\x06\n\x10InferenceService\x12q\n\x0fSubmitInference\x12+.chromarpc.compat.v1.SubmitInferenceRequest\x1a\x14.google.api.HttpBody\"\x1b\x82\xd3\xe4\x93\x02\x15\"\r/v1/inference:\x04\x62ody\x12\x87\x01\n\x12GetInferenceStatus\x12..chromarpc.compat.v1.GetInferenceStatusRequest\x1a\x14.google.api.HttpBody\"+\x90\x02\x01\x82\xd3\xe4\x93\x02\"\x12 /v1/requests/{request_id}/status\x12\x87\x01\n\x12GetInferenceResult\x12..chromarpc.compat.v1.GetInferenceResultRequest\x1a\x14.google.api.HttpBody\"+\x90\x02\x01\x82\xd3\xe4\x93\x02\"\x12 /v1/requests/{request_id}/result\x12\xa0\x01\n\x16\x44ownloadInferenceImage\x12\x32.chromarpc.compat.v1.DownloadInferenceImageRequest\x1a\x14.google.api.HttpBody\":\x90\x02\x01\x82\xd3\xe4\x93\x02\x31\x12//v1/requests/{request_id}/images/{prompt_index}0\x01\x12s\n\x13ListInferenceModels\x12/.chromarpc.compat.v1.ListInferenceModelsRequest\x1a\x14.google.api.HttpBody\"\x15\x90\x02\x01\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12n\n\x12GetInferenceHealth\x12..chromarpc.compat.v1.GetInferenceHealthRequest\x1a\x14.google.api.HttpBody\"\x12\x90\x02\x01\x82\xd3\xe4\x93\x02\t\x12\x07/healthB\xd0\x01\n\x13\x63hromarpc.compat.v1B\x15InferenceServiceProtoP\x01Z\x1c\x63hromarpc/compat/v1;compatv1\xa2\x02\x04\x43RPC\xaa\x02\x13\x43hromarpc.Compat.V1\xba\x02\x14\x43hromarpc_Compat_V1_\xca\x02\x13\x43hromarpc\\Compat\\V1\xe2\x02\x1f\x43hromarpc\\Compat\\V1\\GPBMetadata\xea\x02\x15\x43hromarpc::Compat::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chromarpc.compat.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\023chromarpc.compat.v1B\025InferenceServiceProtoP\001Z\034chromarpc/compat/v1;compatv1\242\002\004CRPC\252\002\023Chromarpc.Compat.V1\272\002\024Chromarpc_Compat_V1_\312\002\023Chromarpc\\Compat\\V1\342\002\037Chromarpc\\Compat\\V1\\GPBMetadata\352\002\025Chromarpc::Compat::V1'
   _globals['_INFERENCESERVICE'].methods_by_name['SubmitInference']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['SubmitInference']._serialized_options = b'\202\323\344\223\002\025\"\r/v1/inference:\004body'
   _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceStatus']._loaded_options = None
-  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceStatus']._serialized_options = b'\202\323\344\223\002\"\022 /v1/requests/{request_id}/status'
+  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceStatus']._serialized_options = b'\220\002\001\202\323\344\223\002\"\022 /v1/requests/{request_id}/status'
   _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceResult']._loaded_options = None
-  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceResult']._serialized_options = b'\202\323\344\223\002\"\022 /v1/requests/{request_id}/result'
+  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceResult']._serialized_options = b'\220\002\001\202\323\344\223\002\"\022 /v1/requests/{request_id}/result'
   _globals['_INFERENCESERVICE'].methods_by_name['DownloadInferenceImage']._loaded_options = None
-  _globals['_INFERENCESERVICE'].methods_by_name['DownloadInferenceImage']._serialized_options = b'\202\323\344\223\0021\022//v1/requests/{request_id}/images/{prompt_index}'
+  _globals['_INFERENCESERVICE'].methods_by_name['DownloadInferenceImage']._serialized_options = b'\220\002\001\202\323\344\223\0021\022//v1/requests/{request_id}/images/{prompt_index}'
   _globals['_INFERENCESERVICE'].methods_by_name['ListInferenceModels']._loaded_options = None
-  _globals['_INFERENCESERVICE'].methods_by_name['ListInferenceModels']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/models'
+  _globals['_INFERENCESERVICE'].methods_by_name['ListInferenceModels']._serialized_options = b'\220\002\001\202\323\344\223\002\014\022\n/v1/models'
   _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceHealth']._loaded_options = None
-  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceHealth']._serialized_options = b'\202\323\344\223\002\t\022\007/health'
+  _globals['_INFERENCESERVICE'].methods_by_name['GetInferenceHealth']._serialized_options = b'\220\002\001\202\323\344\223\002\t\022\007/health'
   _globals['_SUBMITINFERENCEREQUEST']._serialized_start=125
   _globals['_SUBMITINFERENCEREQUEST']._serialized_end=185
   _globals['_GETINFERENCESTATUSREQUEST']._serialized_start=187
@@ -58,5 +59,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINFERENCEHEALTHREQUEST']._serialized_start=390
   _globals['_GETINFERENCEHEALTHREQUEST']._serialized_end=417
   _globals['_INFERENCESERVICE']._serialized_start=420
-  _globals['_INFERENCESERVICE']._serialized_end=1206
+  _globals['_INFERENCESERVICE']._serialized_end=1221
 # @@protoc_insertion_point(module_scope)
