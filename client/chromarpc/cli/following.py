@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -17,7 +18,13 @@ from chromarpc.images import write_file
 
 
 def follow(
-    stream: EventStream, files: ImageFiles, preview_dir: Path | None, shown: Display, *, events: bool
+    stream: EventStream,
+    files: ImageFiles,
+    preview_dir: Path | None,
+    shown: Display,
+    *,
+    events: bool,
+    on_event: Callable[[Event], None] | None = None,
 ) -> None:
     """Saves and shows all that comes.
 
@@ -27,6 +34,7 @@ def follow(
         preview_dir: where previews go; None keeps none.
         shown: for people.
         events: print every event as a line of JSON.
+        on_event: is given each event first.
 
     Raises:
         ChromarpcError: how the stream ended, where it did not end well.
@@ -34,6 +42,8 @@ def follow(
     on_screen = sys.stdout.isatty() and sys.stderr.isatty()  # then the display has told the paths already
     try:
         for event in stream:
+            if on_event is not None:
+                on_event(event)
             path = _save(event, files, preview_dir)
             shown.show(event, path)
             if events:

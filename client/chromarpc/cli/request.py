@@ -1,17 +1,14 @@
-"""What to send: a request from options, from a JSON body, or from a picture that remembers its own."""
+"""What to send: a request from options or from a JSON body."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
-from chromarpc import png_text
 from chromarpc.cli.exits import UsageError, say
 from chromarpc.events import ImageFormat
-from chromarpc.images import RECORD_KEY
-from chromarpc.json_request import InvalidRequestJson, parse_request_json
+from chromarpc.json_request import parse_request_json
 from chromarpc.request import Lora
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
@@ -40,21 +37,24 @@ def parse_lora(text: str) -> Lora:
     return Lora(named, expected_sha256=sha256)
 
 
-def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:
-    """The request of a JSON file, of a PNG that `chromarpc` saved, or of standard input (`-`).
-
-    Keys that the schema does not have are left out, with a warning.
+def read_source(source: Path) -> bytes:
+    """What `--json` names: a file, or standard input (`-`).
 
     Raises:
-        UsageError: the file cannot be read, or is a picture without a record.
-        InvalidRequestJson: it holds no request.
+        UsageError: the file cannot be read.
     """
     try:
-        content = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+        return sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror}") from None
-    if content.startswith(png_text.SIGNATURE):
-        content = _recorded_request(source, content)
+
+
+def parse_body(content: bytes) -> generation_service_pb2.GenerateRequest:
+    """The request of a JSON body; keys that the schema does not have are left out, with a warning.
+
+    Raises:
+        InvalidRequestJson: it holds no request.
+    """
     parsed = parse_request_json(content)
     for path in parsed.unknown:
         say(f"warning: {path}: unknown, left out")
@@ -64,13 +64,3 @@ def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:
 def request_format(output: options_pb2.OutputOptions) -> ImageFormat:
     """The format that images come in."""
     return _FORMATS.get(output.format, "png")
-
-
-def _recorded_request(source: Path, picture: bytes) -> bytes:
-    try:
-        record = json.loads(png_text.read(picture)[RECORD_KEY])
-        return json.dumps(record["request"]).encode()
-    except KeyError:
-        raise UsageError(f"{source}: this picture does not say what it was drawn with") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidRequestJson("", f"the picture's record cannot be read: {error}") from None
