@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Recorded:
     model_revision: str
     hashes: Mapping[str, str]
     """SHA-256 of adapters by their paths; of those that the request still names."""
+    urls: Sequence[str]
+    """Of adapters that the picture, and nobody else, has a server fetch."""
     _told: set[str] = field(default_factory=set)
 
     def confirm_urls(self, *, confirmed: bool) -> None:
@@ -42,15 +44,14 @@ class Recorded:
         Raises:
             UsageError: they are not to be fetched, or nobody can be asked.
         """
-        urls = [lora.path for lora in self.request.loras if lora.path in self.hashes and _is_url(lora.path)]
-        if not urls:
+        if not self.urls:
             return
         say("The picture has the server fetch:")
-        for url in urls:
+        for url in self.urls:
             say(f"  {url}")
         if confirmed:
             return
-        if not sys.stdin.isatty():
+        if not _can_answer():
             raise UsageError("look at these URLs, and say --fetch-urls to have them fetched")
         if not typer.confirm("Fetch?", err=True):
             raise UsageError("nothing was fetched and nothing drawn")
@@ -129,8 +130,11 @@ def recorded_picture(
     if meant is not None and meant != request_format(request.output).removesuffix("-trainer"):
         options = {"output_format": meant, **options}
     _change(request, prompts, options)
-    same_model = "model" not in options
-    return Recorded(request, revision if same_model else "", {} if "loras" in options else hashes)
+    if "model" in options:
+        revision = ""
+    if "loras" in options:
+        return Recorded(request, revision, {}, ())
+    return Recorded(request, revision, hashes, [lora.path for lora in request.loras if _is_url(lora.path)])
 
 
 def _change(
@@ -154,6 +158,10 @@ def _change(
     if changed.output.format and changed.output.format not in has_quality:
         request.output.ClearField("quality")
     request.MergeFrom(changed)
+
+
+def _can_answer() -> bool:
+    return sys.stdin.isatty()
 
 
 def _is_url(path: str) -> bool:

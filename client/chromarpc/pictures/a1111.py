@@ -145,11 +145,7 @@ def _guidance(settings: dict[str, str]) -> Fact:
 
 def _random_note(settings: dict[str, str]) -> str:
     source = settings.get("RNG")
-    return (
-        f"drawn by {source}, which this service does not"
-        if source
-        else "drawn on the GPU unless its settings say CPU"
-    )
+    return f"drawn by {source}" if source else "drawn on the GPU, unless its settings say CPU"
 
 
 def _size(settings: dict[str, str]) -> dict[str, Fact]:
