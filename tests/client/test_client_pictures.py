@@ -223,7 +223,7 @@ def test_a_sample_is_told_by_its_runs_folder(shell: Shell) -> None:
     assert (facts["trainer.qtype"], facts["loras.0.placement"]) == ("qfloat8", "beside")
     assert facts["loras.0.path"] == "hlw_outlines_000000250.safetensors"
     assert facts["loras.0.sha256"] is not None
-    assert said["request"]["trainer"]["dtype"] == "bf16"
+    assert (said["request"]["trainer"]["dtype"], said["request"]["model"]) == ("bf16", "chroma-mini")
     write("ours.png", record(seed=7, sample_steps=8))
     lines = shell("compare", f"run/samples/{name}", "ours.png", "--run", "run").stdout.splitlines()
     assert any(line.startswith("profile: preview-exact → reference") for line in lines)
@@ -301,10 +301,8 @@ def test_other_content_than_recorded_is_a_warning_before_it_draws(shell: Shell) 
     write("a.png", made)
     result = shell("generate", "--json", "a.png", "-o", "b.png")
     assert result.exit_code == 0
-    assert (
-        "warning: job/l.safetensors has other content than recorded: abababababab, not efefefefefef"
-        in result.stderr
-    )
+    changed = "has other content than recorded"
+    assert f"warning: job/l.safetensors {changed}: abababababab, not efefefefefef" in result.stderr
     assert f"#sha256={'ef' * 32}" in result.stderr
     assert f"warning: the model {changed}: cdcdcdcdcdcd, not 121212121212" in result.stderr
     quiet = shell("generate", "--json", "a.png", "--lora", "k", "--model", "chroma", "-o", "b.png")

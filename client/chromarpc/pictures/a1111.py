@@ -48,7 +48,7 @@ def parameters_facts(text: str) -> PictureFacts | None:
     if version:
         facts["versions"] = Fact(version)
     if "Diffusion in Low Bits" in settings:
-        facts["dtype"] = Fact(settings["Diffusion in Low Bits"], "of the transformer's weights")
+        facts["dtype"] = Fact(None, f"its weights are held as {settings['Diffusion in Low Bits']}")
     remarks = [
         f"{name} ({settings[name]}) has no counterpart here"
         for name in ("Denoising strength", "Hires upscale", "Clip skip", "Shift", "Distilled CFG Scale")

@@ -213,7 +213,7 @@ def _loaded(model: list[Node]) -> dict[str, Fact]:
                 note = "a file's name; what is in it is not told"
                 found = {"model": Fact(value, note, same_as=name_of_file(value))}
                 if isinstance(weights, str):
-                    found["dtype"] = Fact(weights, "of the transformer's weights")
+                    found["dtype"] = Fact(None, f"its weights are loaded as {weights}")
                 return found
     return {}
 

@@ -111,8 +111,11 @@ class PictureFacts:
         return self.program.startswith(OURS)
 
     def get(self, name: str) -> Fact | None:
-        """A fact; None where there is no such thing."""
-        return self.facts.get(name) or (UNKNOWN if name in ALWAYS_ASKED and not self._is_told(name) else None)
+        """A fact; None where there is no such thing, rather than nobody who says."""
+        if name in self.facts:
+            return self.facts[name]
+        is_open = name in ALWAYS_ASKED if self.is_ours else not (self.program and name.startswith("loras."))
+        return UNKNOWN if is_open and not self._is_told(name) else None
 
     def _is_told(self, name: str) -> bool:
         return name == "versions" and any(other.startswith("versions.") for other in self.facts)

@@ -76,6 +76,8 @@ def _sized(found: PictureFacts, said: PictureFile) -> PictureFacts:
     """The size that was drawn is the file's, unless both are told and differ."""
     sides = {"width": said.width, "height": said.height}
     facts, remarks = dict(found.facts), list(found.remarks)
+    if found.program and not found.is_ours:
+        facts.setdefault("output.format", Fact(said.kind.lower()))
     for name, pixels in sides.items():
         told = facts.get(name)
         if told is None or told.value is None:

@@ -12,9 +12,12 @@ from chromarpc.replay.config_file import ConfigError, read_config
 from chromarpc.replay.pairing import FACTORIZED_LOKR_SINCE, FLOAT32_DRAW_SINCE, Row, pair
 from chromarpc.replay.run_folder import SAMPLES, RunFolder, Unreadable
 from chromarpc.replay.settings import SampleSettings, TrainingRun, resolve_run
+from chromarpc.request import DEFAULT_MODEL
 
 PROFILE: Final = "preview"
 PROGRAM: Final = "ai-toolkit"
+MODELS: Final = (DEFAULT_MODEL, "chroma-mini")
+"""Ids that a base model's file may be called by."""
 
 
 class NoSample(Exception):
@@ -92,15 +95,20 @@ def _facts(run: TrainingRun, row: Row, settings: SampleSettings, sha256: str | N
         is_beside = trainer.quantize
         note = "computed beside the weights" if is_beside else "merged into the weights, which are not quantized"
         facts["loras.0.placement"] = Fact("beside" if is_beside else "merged", note)
+    base = name_of_file(run.base_model)
+    model = base if base in MODELS else DEFAULT_MODEL
     more = {
+        "model": model,
         "profile": PROFILE,
         "noise_draw": f"NOISE_DRAW_{draw.upper()}",
         "trainer": said,
         "output": {"format": "IMAGE_FORMAT_JPEG_TRAINER"},
     }
     request = request_of(facts | {"seed": Fact(settings.request_seed)}, **more)
-    reason = () if row.reason is None else (row.reason,)
-    return PictureFacts(program=PROGRAM, facts=facts, request=request, remarks=(*reason, *run.assumptions))
+    remarks = [] if row.reason is None else [row.reason]
+    if model != base:
+        remarks.append(f"the config's base model is taken for {model}")
+    return PictureFacts(program=PROGRAM, facts=facts, request=request, remarks=(*remarks, *run.assumptions))
 
 
 _DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
