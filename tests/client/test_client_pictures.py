@@ -354,3 +354,22 @@ def test_what_cannot_be_drawn_again_exits_2(shell: Shell, arguments: tuple[str, 
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
     assert not shell.server.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jpg", saved(pixels(), "JPEG"), "a.jpg: is a picture (JPEG) that does not say"),
+        ("a.jpg", saved(pixels(), "JPEG")[:50], "a.jpg: is a picture (JPEG) that cannot be read"),
+        ("a.webp", saved(pixels(), "WEBP"), "a.webp: is a picture (WebP) that does not say"),
+        ("a.gif", saved(pixels(), "GIF"), "a.gif: is a picture (GIF)"),
+        ("a.bmp", saved(pixels(), "BMP"), "a.bmp: is a picture (BMP)"),
+        ("a.bin", b"\xff\x00\xfe", "is neither text nor a PNG"),
+        ("a.json", b" \n", "a.json: is empty"),
+    ],
+)
+def test_files_that_hold_no_request_are_told_apart(shell: Shell, name: str, data: bytes, said: str) -> None:
+    Path(name).write_bytes(data)
+    result = shell("generate", "--json", name)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())

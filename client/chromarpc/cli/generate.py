@@ -18,7 +18,7 @@ from chromarpc.cli.recorded import Recorded, recorded_picture
 from chromarpc.cli.request import parse_body, parse_lora, read_source, request_format
 from chromarpc.client import Client
 from chromarpc.events import TrainerOptions
-from chromarpc.pictures.files import is_picture
+from chromarpc.pictures.files import kind_of
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2
 
@@ -265,12 +265,12 @@ def _wanted(
         content = read_source(json_file)
     except UsageError as error:
         raise (leave_out if unwanted else error) from None
-    if is_picture(content):
+    if kind_of(content):
         recorded = recorded_picture(json_file, content, prompts, options, output=output)
         return _Wanted(recorded.request, recorded)
     if unwanted:
         raise leave_out
-    return _Wanted(parse_body(content))
+    return _Wanted(parse_body(json_file, content))
 
 
 def _wanted_and_files(

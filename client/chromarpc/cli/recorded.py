@@ -18,7 +18,7 @@ from chromarpc.client import Client
 from chromarpc.errors import ChromarpcError
 from chromarpc.events import Event, Prepared
 from chromarpc.json_request import InvalidRequestJson
-from chromarpc.pictures.files import PARAMETERS_KEY, RECORD_KEY, NoPicture, read_picture
+from chromarpc.pictures.files import PARAMETERS_KEY, RECORD_KEY, NoPicture, kind_of, read_picture
 from chromarpc.pictures.recorded import Unreadable, read_record, recorded_hashes
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2, options_pb2
@@ -116,16 +116,17 @@ def recorded_picture(
         record = read_record(text)
         revision, hashes = recorded_hashes(text)
     except NoPicture as error:
-        raise InvalidRequestJson("", f"the picture's record cannot be read: the file {error}") from None
+        raise UsageError(f"{source}: is a picture ({kind_of(picture)}) that cannot be read: it {error}") from None
     except KeyError:
         if any(key in texts for key in _FOREIGN_KEYS):
             raise UsageError(
                 f"{source}: another program drew this picture; `chromarpc explain --request` makes a request of it"
             ) from None
-        raise UsageError(f"{source}: this picture does not say what it was drawn with") from None
+        kind = kind_of(picture)
+        raise UsageError(f"{source}: is a picture ({kind}) that does not say what it was drawn with") from None
     except Unreadable as error:
         raise InvalidRequestJson("", f"{error}") from None
-    request = parse_body(json.dumps(record["request"]).encode())
+    request = parse_body(source, json.dumps(record["request"]).encode())
     meant = None if output is None else FORMATS_BY_SUFFIX.get(output.suffix.lower())
     if meant is not None and meant != request_format(request.output).removesuffix("-trainer"):
         options = {"output_format": meant, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,14 @@ from chromarpc.json_request import parse_request_json
 from chromarpc.request import Lora
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
+MAX_BYTES = 64 * 2**20
+"""More than the largest picture that holds a request."""
+_PICTURES = {
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
+    "AVIF or HEIF": re.compile(rb".{4}ftyp(?:avi|hei|hev|mif)", re.DOTALL),
+    "BMP": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
+}
 _FORMATS: dict[int, ImageFormat] = {
     options_pb2.IMAGE_FORMAT_PNG: "png",
     options_pb2.IMAGE_FORMAT_JPEG: "jpeg",
@@ -41,24 +50,47 @@ def read_source(source: Path) -> bytes:
     """What `--json` names: a file, or standard input (`-`).
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or is larger than any that holds a request.
     """
     try:
-        return sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+        if str(source) == "-":
+            content = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with source.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{source}: more than {MAX_BYTES // 2**20} MiB, which no request has")
+    return content
 
 
-def parse_body(content: bytes) -> generation_service_pb2.GenerateRequest:
+def parse_body(source: Path, content: bytes) -> generation_service_pb2.GenerateRequest:
     """The request of a JSON body; keys that the schema does not have are left out, with a warning.
 
     Raises:
+        UsageError: it is something else entirely.
         InvalidRequestJson: it holds no request.
     """
+    _require_text(source, content)
     parsed = parse_request_json(content)
     for path in parsed.unknown:
         say(f"warning: {path}: unknown, left out")
     return parsed.request
+
+
+def _require_text(source: Path, content: bytes) -> None:
+    if not content.strip():
+        raise UsageError(f"{source}: is empty")
+    kind = next((name for name, pattern in _PICTURES.items() if pattern.match(content)), None)
+    if kind is not None:
+        raise UsageError(f"{source}: is a picture ({kind}), and only PNG, JPEG and WebP can hold a request")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return  # text, and JSON's own business
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{source}: is neither text nor a PNG, JPEG or WebP, so it holds no request") from None
 
 
 def request_format(output: options_pb2.OutputOptions) -> ImageFormat:

@@ -7,6 +7,7 @@ picture is followed from where it is saved back to its sampler, and from there t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -297,7 +298,9 @@ def _value(graph: Graph, value: Any) -> Any:
         if node is None:
             break
         value = next((node.inputs[name] for name in _VALUES if name in node.inputs), None)
-    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if isinstance(value, str | int | float) else None
 
 
 def _number(graph: Graph, value: Any) -> Fact:

@@ -46,9 +46,13 @@ class PictureFile:
     """By keyword: a PNG's own; in other files `chromarpc` and `parameters`, and ComfyUI's `prompt`, `workflow`."""
 
 
-def is_picture(data: bytes) -> bool:
-    """Whether the bytes begin like a picture that can be read here."""
-    return data.startswith((PNG_SIGNATURE, _JPEG_START)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+def kind_of(data: bytes) -> str:
+    """`PNG`, `JPEG` or `WebP`, as the bytes begin; empty where they are no picture that can be read here."""
+    if data.startswith(PNG_SIGNATURE):
+        return "PNG"
+    if data.startswith(_JPEG_START):
+        return "JPEG"
+    return "WebP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
 def read_picture(data: bytes) -> PictureFile:
@@ -58,12 +62,13 @@ def read_picture(data: bytes) -> PictureFile:
         NoPicture: it is none, is cut short, or says more than a picture has to say.
     """
     try:
-        if data.startswith(PNG_SIGNATURE):
-            return _read_png(data)
-        if data.startswith(_JPEG_START):
-            return _read_jpeg(data)
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _read_webp(data)
+        match kind_of(data):
+            case "PNG":
+                return _read_png(data)
+            case "JPEG":
+                return _read_jpeg(data)
+            case "WebP":
+                return _read_webp(data)
     except (struct.error, IndexError, zlib.error):
         raise NoPicture("is a broken picture") from None
     raise NoPicture("is no PNG, JPEG or WebP")

@@ -9,6 +9,8 @@ from typing import Any, Final
 from chromarpc.pictures.facts import OURS, UNKNOWN, Fact, PictureFacts, Value, name_of_file
 
 MAX_ADAPTERS: Final = 100
+MAX_NAMES: Final = 50
+"""Of versions, and of a trainer's options."""
 SAMPLER: Final = Fact("flowmatch", "Euler steps along the flow", same_as="euler")
 SCHEDULER: Final = Fact("flowmatch", "evenly spaced, shifted by the picture's size")
 GUIDANCE: Final = Fact("classifier-free", "one pass at 1 and below")
@@ -63,12 +65,12 @@ def recorded_facts(text: str) -> PictureFacts:
         if name in prompt:
             facts[name] = _fact(_number(name, prompt[name]))
     facts |= dict(_adapters(request, record))
-    facts |= {f"versions.{name}": _fact(value) for name, value in sorted(versions.items())}
+    facts |= {f"versions.{name}": _fact(value) for name, value in sorted(versions.items())[:MAX_NAMES]}
     trainer = request.get("trainer")
     if isinstance(trainer, dict):
         facts |= {
             f"trainer.{name}": _fact(_short(value, "LOKR_FORM_") if name == "lokr_form" else value)
-            for name, value in trainer.items()
+            for name, value in list(trainer.items())[:MAX_NAMES]
         }
     output = request.get("output")
     if isinstance(output, dict):
@@ -148,4 +150,4 @@ def _short(value: Any, prefix: str) -> Any:
 
 def _fact(value: Any, note: str = "") -> Fact:
     known: Value | None = value if isinstance(value, str | int | float | bool) else None
-    return Fact(known, note)
+    return Fact(None if known != known else known, note)  # noqa: PLR0124 - NaN is no value
