@@ -365,6 +365,14 @@ def test_parameters_of_forge_are_told_from_those_of_a1111() -> None:
     assert facts.facts["dtype"].note == "its weights are held as Automatic (fp16 LoRA)"
 
 
+@pytest.mark.parametrize("hashes", ["ink: ", "ink", "ink: a: b", ":", '"', "ink: 1, ink: 2"])
+def test_hashes_that_make_no_sense_leave_the_rest_as_it_is(hashes: str) -> None:
+    facts = parameters_facts(f'a <lora:ink:0.5>\nSteps: 3, Lora hashes: "{hashes}", Seed: 4')
+    assert facts is not None
+    assert values(facts)["loras.0.network_multiplier"] == 0.5
+    assert values(facts)["loras.0.sha256"] is None
+
+
 @pytest.mark.parametrize("text", ["", "a cat", "Steps: many", "\n\n", "Negative prompt: x"])
 def test_a_text_without_settings_is_none_of_parameters(text: str) -> None:
     assert parameters_facts(text) is None

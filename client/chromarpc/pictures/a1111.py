@@ -89,9 +89,10 @@ def _unquoted(value: str) -> str:
 
 def _networks(prompt: str, settings: dict[str, str]) -> dict[str, Fact]:
     facts: dict[str, Fact] = {}
-    hashes = dict(
-        part.strip().split(": ", 1) for part in settings.get("Lora hashes", "").split(",") if ": " in part
-    )
+    hashes: dict[str, str] = {}
+    for part in settings.get("Lora hashes", "").split(","):
+        name, _, short = part.strip().partition(": ")
+        hashes[name] = short
     for number, body in enumerate(_NETWORK.findall(prompt)[:MAX_LORAS]):
         name, *arguments = body.split(":")
         named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
