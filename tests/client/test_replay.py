@@ -188,7 +188,9 @@ class TestCalibration:
         assert replay.facts["calibration"]["trials"][0]["step"] == 250
         assert replay.facts["summary"]["identical"] == 4
 
-    def test_a_trainer_that_was_renewed_in_the_middle_draws_otherwise_since(self, replay: Replay, run: Run) -> None:
+    def test_a_trainer_that_was_renewed_in_the_middle_draws_otherwise_since(
+        self, replay: Replay, run: Run
+    ) -> None:
         run.write_config()
         sha256 = run.write_adapter("my_run.safetensors", 500)
         old = picture(prompt="a red circle", noise_draw=LEGACY)
@@ -445,7 +447,9 @@ def test_the_facts_are_plain_json_and_complete(replay: Replay, run: Run) -> None
     assert not any(word in text for word in ("NaN", "Infinity", str(run.path.parent)))
     facts = json.loads(text)
     sample = replay.sample(500, 0)
-    assert sample["checkpoint_sha256"] == hashlib.sha256((run.path / "my_run.safetensors").read_bytes()).hexdigest()
+    assert (
+        sample["checkpoint_sha256"] == hashlib.sha256((run.path / "my_run.safetensors").read_bytes()).hexdigest()
+    )
     assert 30 < sample["psnr_db"] < 100
     assert 0.9 < sample["ssim"] < 1
     assert not sample["identical"]
