@@ -265,6 +265,7 @@ class TestGoingOn:
         replay.server.before = before
         result = replay("--in-flight", "1", exit_code=3)
         assert "cannot reach" in result.stderr
+        assert f"What was drawn is kept in {replay.out}" in result.stderr
         assert not (replay.out / "index.html").exists()
         replay.server.before = lambda request, context: None
         replay.server.requests.clear()

@@ -1,4 +1,4 @@
-"""The report's page: whole in itself, safe whatever the run's texts say, and light enough for hundreds of samples."""
+"""The report's page: whole in itself, safe whatever a run's texts say, light enough for hundreds of samples."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def sample(
 ) -> dict[str, Any]:
     drawn = reason is None
     return {
-        "step": step, "index": index, "file": f"samples/1__{step:09d}_{index}.jpg", "identical": drawn and psnr >= 100,
-        "same_pixels": drawn and psnr >= 100, "psnr_db": psnr if drawn else None, "ssim": 0.99 if drawn else None,
+        "step": step, "index": index, "file": f"samples/1__{step:09d}_{index}.jpg",
+        "identical": drawn and psnr >= 100, "same_pixels": drawn and psnr >= 100,
+        "psnr_db": psnr if drawn else None, "ssim": 0.99 if drawn else None,
         "largest_difference": 3 if drawn else None, "below_min_psnr": drawn and psnr < 30, "reason": reason,
         "checkpoint": text, "checkpoint_kept": drawn, "checkpoint_sha256": None, "trainer_sha256": "ab",
         "trainer_readable": True, "picture": f"pictures/{step}_{index}.jpg" if drawn else None,
@@ -71,7 +72,8 @@ def facts_of(samples: list[dict[str, Any]], *, text: str = "my run") -> dict[str
     }  # fmt: skip
     steps = sorted({one["step"] for one in samples if one["psnr_db"] is not None})
     return {
-        "client_version": "1", "summary": {"line": count_line(summary), "verdict": verdict_line(summary)} | summary,
+        "client_version": "1",
+        "summary": {"line": count_line(summary), "verdict": verdict_line(summary)} | summary,
         "run": {"name": text, "base_model": text, "network_type": text},
         "resolved": {
             "quantize": True, "qtype": text, "quantize_te": True, "dtype": text, "noise_draws": ["float32"],

@@ -305,8 +305,8 @@ def _card(sample: Mapping[str, Any], pair: _Pair) -> str:
         theirs += f'<figure class="wide"><div class="none">{_text(sample["reason"] or "not drawn")}</div></figure>'
         opening = data = ""
     return (
-        f'<article class="card" id="s{sample["step"]}-{sample["index"]}" data-kind="{_kind(sample)}" data-title="{title}"'
-        f' data-width="{int(resolved.get("width", 0))}"{data}>'
+        f'<article class="card" id="s{sample["step"]}-{sample["index"]}" data-kind="{_kind(sample)}"'
+        f' data-title="{title}" data-width="{int(resolved.get("width", 0))}"{data}>'
         f'<div class="three">{theirs}</div><div class="badges">{_badges(sample)}</div>'
         f'<p class="prompt">{_text(resolved.get("prompt", sample["file"]))}</p>'
         f'<p class="settings">{_text(_settings(resolved))}</p>{opening}</article>'
