@@ -63,8 +63,8 @@ def write_report(
     samples: Sequence[Mapping[str, Any]] = facts["samples"]
     pictures = _Pictures(out, theirs, samples, max_page_bytes)
     page = _page(facts, [pictures.pair(sample) for sample in samples], inline=pictures.inline)
-    write_file(out / REPORT_NAME, json.dumps(facts, indent=1, ensure_ascii=False).encode())
-    return write_file(out / PAGE_NAME, page.encode())
+    write_file(out / REPORT_NAME, json.dumps(facts, indent=1).encode())
+    return write_file(out / PAGE_NAME, page.encode("utf-8", "replace"))  # names of files may be no text
 
 
 class _Pictures:
@@ -309,7 +309,7 @@ def _card(sample: Mapping[str, Any], pair: _Pair) -> str:
         f' data-title="{title}" data-width="{int(resolved.get("width", 0))}"{data}>'
         f'<div class="three">{theirs}</div><div class="badges">{_badges(sample)}</div>'
         f'<p class="prompt">{_text(resolved.get("prompt", sample["file"]))}</p>'
-        f'<p class="settings">{_text(_settings(resolved))}</p>{opening}</article>'
+        f'<p class="settings">{_text(_settings(resolved))}</p>{_warnings(sample)}{opening}</article>'
     )
 
 
@@ -325,8 +325,12 @@ def _badges(sample: Mapping[str, Any]) -> str:
     else:
         shown.append(("error" if kind == "below" else "", f"{sample['psnr_db']:.1f} dB"))
         shown.append(("", f"SSIM {sample['ssim']:.4f}"))
-    shown += [("warning", warning) for warning in sample["warnings"] if "floored" not in warning]
     return "".join(f'<span class="badge {kind}">{_text(text)}</span>' for kind, text in shown)
+
+
+def _warnings(sample: Mapping[str, Any]) -> str:
+    told = [warning for warning in sample["warnings"] if "floored" not in warning]  # the size is in the settings
+    return "".join(f'<p class="settings warned">{_text(warning)}</p>' for warning in told)
 
 
 def _settings(resolved: Mapping[str, Any]) -> str:

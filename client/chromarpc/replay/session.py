@@ -173,7 +173,8 @@ class _Session:
         results = {_key(row): self._begin(row) for row in rows}
         for ignored in self._pairing.ignored:
             self._watcher.say(f"{ignored.name}: {ignored.reason}")
-        calibration = self._calibrate([results[_key(row)] for row in rows])
+        wanted = any(results[_key(row)].reason is None for row in asked)
+        calibration = self._calibrate([results[_key(row)] for row in rows]) if wanted else None
         if calibration is not None:
             self._watcher.say(calibration.sentence)
             self._assumptions += _eras(calibration, asked, self._run)
