@@ -185,7 +185,8 @@ def test_a_curve_of_one_step_and_of_very_many_is_drawn() -> None:
         ({"drawn": 1, "identical": 1}, "The picture is the trainer's own, byte for byte."),
         (
             {"drawn": 3, "identical": 1, "below_min_psnr": 1, "median_psnr_db": 51.0, "lowest_psnr_db": 20.0},
-            "1 identical to the trainer's file, byte for byte; median 51.0 dB, lowest 20.0 dB; 1 below 30 dB.",
+            "Some differ visibly: 1 identical to the trainer's file, byte for byte; median 51.0 dB, "
+            "lowest 20.0 dB; 1 below 30 dB.",
         ),
     ],
 )

@@ -268,7 +268,7 @@ class _Session:
             both = [self._drawing(self._in_era(candidate, draw)) for draw in DRAWS]
             self._artist.draw_all(both, on_event=self._watcher.event, on_outcome=ended)
             trials.append(Trial(step=candidate.row.file.step, index=candidate.row.file.index, psnr_db=measured))
-            if trials[-1].matches:
+            if trials[-1].decides:
                 break
         return judge(trials, likely=likely, with_adapter=first_step > 0)
 
