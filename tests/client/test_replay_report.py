@@ -201,20 +201,23 @@ def test_the_page_and_the_facts_are_written_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-@pytest.mark.parametrize("max_page_bytes", [25_000_000, 1000])
-def test_a_browser_runs_the_page_without_a_complaint(tmp_path: Path, max_page_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("max_page_bytes", "link"), [(25_000_000, ""), (25_000_000, "#s250-1"), (1000, "#s250-1")]
+)
+def test_a_browser_runs_the_page_without_a_complaint(tmp_path: Path, max_page_bytes: int, link: str) -> None:
     assert CHROMIUM is not None
     facts = facts_of([sample(0, 0, text=HOSTILE), sample(250, 1), sample(500, 0, reason=HOSTILE)], text=HOSTILE)
     written(tmp_path, facts, max_page_bytes=max_page_bytes)
     shown = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
          "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom",
-         f"file://{tmp_path / 'index.html'}#s250-1"],
+         f"file://{tmp_path / 'index.html'}{link}"],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in shown.stderr  # a refused picture, style or script would be told here
     page = Page(shown.stdout)
+    assert "scripted" in (page.all("body")[0].get("class") or "")
     (dialog,) = page.all("dialog")
-    assert "open" in dialog
+    assert ("open" in dialog) is bool(link)
     assert {"class": "ours", "alt": "ours"}.items() <= page.all("img")[-1].items()
-    assert page.all("img")[-1]["src"]
+    assert bool(page.all("img")[-1].get("src")) is bool(link)

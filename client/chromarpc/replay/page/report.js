@@ -84,7 +84,10 @@
   }
 
   for (const card of cards) card.querySelector(".open")?.addEventListener("click", () => show(card));
-  for (const button of modes) button.addEventListener("click", () => setMode(button.dataset.mode));
+  for (const button of modes) {
+    const own = button.dataset.mode;
+    button.addEventListener("click", () => (own === "blink" && mode === own ? blink() : setMode(own)));
+  }
   range.addEventListener("input", slide);
   theirs.addEventListener("load", fit);
   addEventListener("resize", fit);
@@ -129,6 +132,6 @@
   }
   tools.classList.add("ready");
   document.body.classList.add("scripted");
-  const asked = location.hash && document.getElementById(location.hash.slice(1)); // a link to one sample
+  const asked = location.hash ? document.getElementById(location.hash.slice(1)) : null; // a link to one sample
   if (asked?.dataset.ours) show(asked);
 })();
