@@ -387,8 +387,8 @@ _DIALOG: Final = """<dialog aria-label="Two pictures compared">
 <button type="button" class="before" aria-label="The sample before">←</button>
 <button type="button" class="after" aria-label="The next sample">→</button>
 <button type="button" class="close" aria-label="Close">✕</button></div>
-<div class="stage" data-mode="slide" tabindex="0" autofocus><div class="pair"><img class="theirs" alt="the trainer's">
-<img class="ours" alt="ours"><div class="edge"></div></div></div>
+<div class="stage" data-mode="slide" tabindex="0" autofocus><div class="pair">
+<img class="theirs" alt="the trainer's"><img class="ours" alt="ours"><div class="edge"></div></div></div>
 <div class="names"></div><input type="range" min="0" max="100" step="any" value="50">
 <div class="badges"></div><p class="prompt"></p><p class="settings"></p>
 <p class="hint">Keys: ← → other samples, s slider, b blink (space), v side by side, d difference, Esc closes.</p>
