@@ -397,7 +397,9 @@ def _model(
     found = exact[0] if exact else by_id.get(stem) or by_id.get(DEFAULT_MODEL)
     if found is None:
         raise Unusable(f"say --model: the config's base model is {wanted!r}, the server has {known}")
-    if not exact:
+    if found.id == stem and not exact:
+        assumptions.append(f"Base model: {stem!r}, found by its name; a file of that name may hold other weights.")
+    elif not exact:
         assumptions.append(f"Base model: the config names {stem!r}; taken for the server's model {found.id!r}.")
     return found
 
