@@ -73,7 +73,8 @@ def replay(
     from chromarpc.replay.facts import facts_of, verdict  # noqa: PLC0415
     from chromarpc.replay.report_page import write_report  # noqa: PLC0415
     from chromarpc.replay.run_folder import MAX_PICTURE_BYTES, RunFolder  # noqa: PLC0415
-    from chromarpc.replay.session import Options, Unusable  # noqa: PLC0415
+    from chromarpc.replay.serving import Unusable  # noqa: PLC0415
+    from chromarpc.replay.session import Options  # noqa: PLC0415
     from chromarpc.replay.session import replay as replayed_of  # noqa: PLC0415
 
     options = Options(
