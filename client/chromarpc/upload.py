@@ -90,6 +90,7 @@ def upload_steps(file: BufferedReader, filename: str, progress: UploadProgress |
     """
     tell = progress or _tell_nobody
     size = os.fstat(file.fileno()).st_size
+    file.seek(0)
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     created: lora_service_pb2.CreateLoraUploadResponse = yield Call(
         "CreateLoraUpload",

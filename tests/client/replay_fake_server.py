@@ -1,4 +1,4 @@
-"""A server that draws for `chromarpc replay`, and run folders whose samples it would draw: both by one function."""
+"""A server that draws for `chromarpc replay`, and run folders that it would draw: both by one function."""
 
 from __future__ import annotations
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ from replay_fake_server import (
 from typer.testing import CliRunner
 
 from chromarpc.cli import app
+from chromarpc.cli.replay import _Lines
+from chromarpc.client import Client
+from chromarpc.replay.drawing import Interrupted
+from chromarpc.replay.run_folder import RunFolder
+from chromarpc.replay.session import Options
+from chromarpc.replay.session import replay as replay_folder
 from chromarpc.v1 import options_pb2
 
 
@@ -188,7 +197,9 @@ class TestCalibration:
         assert replay.facts["calibration"]["trials"][0]["step"] == 250
         assert replay.facts["summary"]["identical"] == 4
 
-    def test_a_trainer_that_was_renewed_in_the_middle_draws_otherwise_since(self, replay: Replay, run: Run) -> None:
+    def test_a_trainer_that_was_renewed_in_the_middle_draws_otherwise_since(
+        self, replay: Replay, run: Run
+    ) -> None:
         run.write_config()
         sha256 = run.write_adapter("my_run.safetensors", 500)
         old = picture(prompt="a red circle", noise_draw=LEGACY)
@@ -263,6 +274,7 @@ class TestGoingOn:
         replay.server.before = before
         result = replay("--in-flight", "1", exit_code=3)
         assert "cannot reach" in result.stderr
+        assert f"What was drawn is kept in {replay.out}" in result.stderr
         assert not (replay.out / "index.html").exists()
         replay.server.before = lambda request, context: None
         replay.server.requests.clear()
@@ -299,6 +311,36 @@ class TestGoingOn:
         replay.server.limits = {"max_streams": 3, "max_queued_jobs": 32}
         replay()
         assert replay.server.most_at_once == 3
+
+    def test_a_client_that_is_closed_in_the_middle_ends_it_at_once(self, replay: Replay, run: Run) -> None:
+        run.write_all()
+        started = threading.Event()
+
+        def before(request: Request, context: Any) -> None:
+            started.set()
+            assert gone.wait(PATIENCE_S)
+
+        gone = threading.Event()
+        replay.server.before = before
+        with Client(replay.server.target) as client, RunFolder(run.path) as folder, ThreadPoolExecutor(1) as pool:
+            watcher = _Lines(quiet=True)
+            ended = pool.submit(replay_folder, client, folder, Options(out=replay.out), watcher)
+            assert started.wait(PATIENCE_S)
+            client.close()
+            with pytest.raises(Interrupted):
+                ended.result(PATIENCE_S)
+            gone.set()
+
+    def test_a_quota_that_no_waiting_helps_is_a_reason(self, replay: Replay, run: Run) -> None:
+        run.write_all(steps=(0,))
+
+        def before(request: Request, context: Any) -> None:
+            status = detailed_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too large", reason="QUOTA_EXCEEDED")
+            abort(context, status)
+
+        replay.server.before = before
+        replay("--noise-draw", "float32", exit_code=8)
+        assert replay.sample(0, 0)["reason"] == "too large"
 
 
 class TestBadInput:
@@ -338,6 +380,13 @@ class TestBadInput:
             {"file": "samples/holiday.jpg", "reason": "not named like a sample of ai-toolkit"}
         ]
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+    def test_names_that_are_no_text_are_written_all_the_same(self, replay: Replay, run: Run) -> None:
+        run.write_all(steps=(0,))
+        Path(os.fsdecode(os.fsencode(run.path / "samples") + b"/\xff.jpg")).write_bytes(b"")
+        replay()
+        assert replay.facts["ignored"][0]["file"] == "samples/\udcff.jpg"
+
     def test_a_sample_that_is_a_link_or_a_folder_has_a_reason(self, replay: Replay, run: Run) -> None:
         run.write_all(steps=(0,))
         linked = run.write_sample(0, 1, b"")
@@ -345,7 +394,11 @@ class TestBadInput:
         outside = run.path.parent / "outside.jpg"
         outside.write_bytes(trainer_jpeg(picture(prompt="a")))
         linked.symlink_to(outside)
-        replay()
+        folder = run.write_sample(0, 0, b"")
+        folder.unlink()
+        folder.mkdir()
+        replay(exit_code=8)
+        assert replay.sample(0, 0)["reason"] == f"samples/{folder.name} is no plain file"
         assert "is a link" in replay.sample(0, 1)["reason"]
         assert replay.sample(0, 1)["trainer_sha256"] is None
 
@@ -445,7 +498,9 @@ def test_the_facts_are_plain_json_and_complete(replay: Replay, run: Run) -> None
     assert not any(word in text for word in ("NaN", "Infinity", str(run.path.parent)))
     facts = json.loads(text)
     sample = replay.sample(500, 0)
-    assert sample["checkpoint_sha256"] == hashlib.sha256((run.path / "my_run.safetensors").read_bytes()).hexdigest()
+    assert (
+        sample["checkpoint_sha256"] == hashlib.sha256((run.path / "my_run.safetensors").read_bytes()).hexdigest()
+    )
     assert 30 < sample["psnr_db"] < 100
     assert 0.9 < sample["ssim"] < 1
     assert not sample["identical"]

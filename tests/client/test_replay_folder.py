@@ -78,7 +78,12 @@ def test_foreign_files_are_named_and_thumbnails_are_not(run: Run) -> None:
     for folder in (".thumbs", ".tmp"):
         (samples / folder).mkdir()
         (samples / folder / f"{TIME_MS}__000000000_0.jpg.jpg").write_bytes(JPEG)
-    foreign = [f"{TIME_MS}__000000250_0.jpg.jpg", f"{TIME_MS}__250_0.jpg", "holiday.jpg", f"{TIME_MS}__000000250_0.mp4"]
+    foreign = [
+        f"{TIME_MS}__000000250_0.jpg.jpg",
+        f"{TIME_MS}__250_0.jpg",
+        "holiday.jpg",
+        f"{TIME_MS}__000000250_0.mp4",
+    ]
     for name in foreign:
         (samples / name).write_bytes(JPEG)
     found = paired(run)

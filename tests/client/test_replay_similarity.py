@@ -115,6 +115,15 @@ def test_the_draw_that_matches_is_kept(float32: float, legacy: float, draw: str,
     assert ("the base model or the settings differ, not the LoRA" in found.sentence) is not matches
 
 
+def test_a_sample_that_looks_alike_in_both_draws_does_not_decide() -> None:
+    plain = Trial(step=0, index=0, psnr_db={"float32": 33.0, "legacy": 33.4})
+    telling = Trial(step=0, index=1, psnr_db={"float32": 48.0, "legacy": 20.0})
+    assert (plain.matches, plain.decides, telling.decides) == (True, False, True)
+    found = judge([plain, telling], likely="legacy", with_adapter=False)
+    assert (found.noise_draw, found.matches) == ("float32", True)
+    assert "sample 1 of step 0" in found.sentence
+
+
 def test_without_a_trial_the_date_decides() -> None:
     found = judge([Trial(step=0, index=0, psnr_db={})], likely="legacy", with_adapter=False)
     assert (found.noise_draw, found.matches) == ("legacy", None)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from chromarpc.cli.connection import with_client
 from chromarpc.cli.exits import ExitCode, UsageError, printable, say
 from chromarpc.client import Client
+from chromarpc.errors import ChromarpcError
 from chromarpc.events import Event, Loading, NoiseDraw, Queued, Step
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def replay(
     from chromarpc.replay.facts import facts_of, verdict  # noqa: PLC0415
     from chromarpc.replay.report_page import write_report  # noqa: PLC0415
     from chromarpc.replay.run_folder import MAX_PICTURE_BYTES, RunFolder  # noqa: PLC0415
-    from chromarpc.replay.session import Options, Unusable  # noqa: PLC0415
+    from chromarpc.replay.serving import Unusable  # noqa: PLC0415
+    from chromarpc.replay.session import Options  # noqa: PLC0415
     from chromarpc.replay.session import replay as replayed_of  # noqa: PLC0415
 
     options = Options(
@@ -100,6 +102,10 @@ def replay(
         except Interrupted:
             say(f"interrupted; what was drawn is kept in {out}")
             raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except ChromarpcError:
+            if out.is_dir():
+                say(f"What was drawn is kept in {out}; the same command goes on from there.")
+            raise
         facts = facts_of(replayed)
         page = write_report(facts, out, theirs=lambda name: folder.read(name, MAX_PICTURE_BYTES))
     say(facts["summary"]["line"])

@@ -14,6 +14,8 @@ MATCH_DB: Final = 30.0
 ROUGH_MATCH_DB: Final = 20.0
 CLEAR_MARGIN_DB: Final = 8.0
 """How much closer the right draw is than the other, where other things differ as well."""
+DECIDING_MARGIN_DB: Final = 3.0
+"""Small or plain pictures may be alike in both draws; then another one is tried."""
 MOST_TRIED: Final = 3
 
 
@@ -32,15 +34,21 @@ class Trial:
         return max(self.psnr_db.items(), key=lambda one: one[1])[0] if self.psnr_db else None
 
     @property
+    def margin_db(self) -> float:
+        """How much closer the closer draw is than the other; 0 where only one could be drawn."""
+        values = sorted(self.psnr_db.values())
+        return values[-1] - values[0] if len(values) > 1 else 0.0
+
+    @property
     def matches(self) -> bool:
         """Whether the closer draw is the trainer's picture."""
-        best = self.best
-        if best is None:
-            return False
-        closest = self.psnr_db[best]
-        others = [value for draw, value in self.psnr_db.items() if draw != best]
-        clear = bool(others) and closest - max(others) >= CLEAR_MARGIN_DB
-        return closest >= MATCH_DB or (closest >= ROUGH_MATCH_DB and clear)
+        closest = max(self.psnr_db.values(), default=0.0)
+        return closest >= MATCH_DB or (closest >= ROUGH_MATCH_DB and self.margin_db >= CLEAR_MARGIN_DB)
+
+    @property
+    def decides(self) -> bool:
+        """Whether no other sample has to be tried."""
+        return self.matches and self.margin_db >= DECIDING_MARGIN_DB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,7 @@ class Calibration:
         """The result, for people."""
         if self.matches is None:
             return f"No sample could be tried: the noise draw ({self.noise_draw}) is taken from the samples' date."
-        trial = max(self.trials, key=lambda trial: max(trial.psnr_db.values(), default=0.0))
+        trial = max(self.trials, key=lambda one: (one.matches, one.margin_db if one.matches else _closest(one)))
         measured = ", ".join(f"{draw} {value:.1f} dB" for draw, value in sorted(trial.psnr_db.items()))
         where = f"sample {trial.index} of step {trial.step}: {measured}"
         if self.matches:
@@ -73,12 +81,16 @@ class Calibration:
         )
 
 
+def _closest(trial: Trial) -> float:
+    return max(trial.psnr_db.values(), default=0.0)
+
+
 def judge(trials: Sequence[Trial], *, likely: NoiseDraw, with_adapter: bool) -> Calibration:
     """The result of trials, the last of which ended them."""
     tried = [trial for trial in trials if trial.psnr_db]
     if not tried:
         return Calibration(trials=tuple(trials), noise_draw=likely, matches=None, with_adapter=with_adapter)
-    matching = next((trial for trial in tried if trial.matches), None)
+    matching = max((trial for trial in tried if trial.matches), key=lambda trial: trial.margin_db, default=None)
     draw = matching.best if matching is not None else None
     return Calibration(
         trials=tuple(trials), noise_draw=draw or likely, matches=matching is not None, with_adapter=with_adapter

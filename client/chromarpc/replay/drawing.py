@@ -24,7 +24,7 @@ from chromarpc.errors import (
     ChromarpcError,
     ProtocolError,
     QueueFull,
-    ResourceExhausted,
+    QuotaExceeded,
     ServerUnavailable,
     StatusError,
 )
@@ -330,8 +330,10 @@ class Artist:
                 raise Interrupted
             try:
                 return call()
-            except RuntimeError:  # the client is closed
-                raise Interrupted from None
+            except (RuntimeError, ValueError) as error:
+                if "closed" in f"{error}":  # the client, or its channel in the moment before
+                    raise Interrupted from None
+                raise
             except ServerUnavailable as error:
                 if lost >= len(RETRY_WAITS_S):
                     raise
@@ -342,9 +344,11 @@ class Artist:
                 if cancelled > 1:
                     raise
                 delay_s = 0.0
-            except ResourceExhausted as error:
-                if full >= MOST_WAITS or not (isinstance(error, QueueFull) or error.retry_after_s is not None):
+            except (QueueFull, QuotaExceeded) as error:
+                if full >= MOST_WAITS or (isinstance(error, QuotaExceeded) and error.retry_after_s is None):
                     raise
+                if not full:
+                    self._tell(f"waiting: {error.message}")
                 full += 1
                 delay_s = error.retry_after_s or FULL_WAIT_S
             self._stop.wait(delay_s)

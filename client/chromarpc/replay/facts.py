@@ -14,6 +14,8 @@ from chromarpc.version import __version__
 
 FORMAT: Final = "chromarpc-replay"
 FORMAT_VERSION: Final = 1
+EYE_DB: Final = 40.0
+"""From here on hardly anybody sees a difference."""
 _LOCAL_PATH: Final = re.compile(r"[/\\~]|[A-Za-z]:[\\/]|.*\\")
 
 
@@ -139,7 +141,15 @@ def verdict_line(summary: dict[str, Any]) -> str:
     parts.append(f"median {_db(summary['median_psnr_db'])}, lowest {_db(summary['lowest_psnr_db'])}")
     limit = f"{summary['min_psnr_db']:g} dB"
     parts.append(f"{below} below {limit}" if below else f"none below {limit}")
-    return "; ".join(parts) + "."
+    lowest = summary["lowest_psnr_db"]
+    seen = (
+        "Some differ visibly"
+        if below
+        else "The same to the eye"
+        if lowest >= EYE_DB
+        else "Alike, with small differences"
+    )
+    return f"{seen}: {'; '.join(parts)}."
 
 
 def _db(value: float) -> str:

@@ -63,8 +63,8 @@ def write_report(
     samples: Sequence[Mapping[str, Any]] = facts["samples"]
     pictures = _Pictures(out, theirs, samples, max_page_bytes)
     page = _page(facts, [pictures.pair(sample) for sample in samples], inline=pictures.inline)
-    write_file(out / REPORT_NAME, json.dumps(facts, indent=1, ensure_ascii=False).encode())
-    return write_file(out / PAGE_NAME, page.encode())
+    write_file(out / REPORT_NAME, json.dumps(facts, indent=1).encode())
+    return write_file(out / PAGE_NAME, page.encode("utf-8", "replace"))  # names of files may be no text
 
 
 class _Pictures:
@@ -305,11 +305,11 @@ def _card(sample: Mapping[str, Any], pair: _Pair) -> str:
         theirs += f'<figure class="wide"><div class="none">{_text(sample["reason"] or "not drawn")}</div></figure>'
         opening = data = ""
     return (
-        f'<article class="card" id="s{sample["step"]}-{sample["index"]}" data-kind="{_kind(sample)}" data-title="{title}"'
-        f' data-width="{int(resolved.get("width", 0))}"{data}>'
+        f'<article class="card" id="s{sample["step"]}-{sample["index"]}" data-kind="{_kind(sample)}"'
+        f' data-title="{title}" data-width="{int(resolved.get("width", 0))}"{data}>'
         f'<div class="three">{theirs}</div><div class="badges">{_badges(sample)}</div>'
         f'<p class="prompt">{_text(resolved.get("prompt", sample["file"]))}</p>'
-        f'<p class="settings">{_text(_settings(resolved))}</p>{opening}</article>'
+        f'<p class="settings">{_text(_settings(resolved))}</p>{_warnings(sample)}{opening}</article>'
     )
 
 
@@ -325,8 +325,12 @@ def _badges(sample: Mapping[str, Any]) -> str:
     else:
         shown.append(("error" if kind == "below" else "", f"{sample['psnr_db']:.1f} dB"))
         shown.append(("", f"SSIM {sample['ssim']:.4f}"))
-    shown += [("warning", warning) for warning in sample["warnings"] if "floored" not in warning]
     return "".join(f'<span class="badge {kind}">{_text(text)}</span>' for kind, text in shown)
+
+
+def _warnings(sample: Mapping[str, Any]) -> str:
+    told = [warning for warning in sample["warnings"] if "floored" not in warning]  # the size is in the settings
+    return "".join(f'<p class="settings warned">{_text(warning)}</p>' for warning in told)
 
 
 def _settings(resolved: Mapping[str, Any]) -> str:
@@ -383,8 +387,8 @@ _DIALOG: Final = """<dialog aria-label="Two pictures compared">
 <button type="button" class="before" aria-label="The sample before">←</button>
 <button type="button" class="after" aria-label="The next sample">→</button>
 <button type="button" class="close" aria-label="Close">✕</button></div>
-<div class="stage" data-mode="slide"><div class="pair"><img class="theirs" alt="the trainer's">
-<img class="ours" alt="ours"><div class="edge"></div></div></div>
+<div class="stage" data-mode="slide" tabindex="0" autofocus><div class="pair">
+<img class="theirs" alt="the trainer's"><img class="ours" alt="ours"><div class="edge"></div></div></div>
 <div class="names"></div><input type="range" min="0" max="100" step="any" value="50">
 <div class="badges"></div><p class="prompt"></p><p class="settings"></p>
 <p class="hint">Keys: ← → other samples, s slider, b blink (space), v side by side, d difference, Esc closes.</p>

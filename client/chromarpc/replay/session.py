@@ -15,18 +15,11 @@ from chromarpc.replay.config_file import ConfigError, read_config
 from chromarpc.replay.drawing import Adapter, Artist, Drawing, Drawn, Failed, Outcome, Pictures
 from chromarpc.replay.pairing import FACTORIZED_LOKR_SINCE, FLOAT32_DRAW_SINCE, Pairing, Row, pair
 from chromarpc.replay.run_folder import MAX_PICTURE_BYTES, Ignored, RunFolder, Unreadable
+from chromarpc.replay.serving import Server, Unusable, choose
 from chromarpc.replay.settings import TrainingRun, resolve_run
 from chromarpc.replay.similarity import NoPicture, Similarity, compare, decode
-from chromarpc.request import DEFAULT_MODEL
-from chromarpc.v1 import model_service_pb2
 
-PROFILES: Final = ("preview", "preview-exact")
-"""The profiles that draw the trainer's own picture; the first that a server has is taken."""
 IN_FLIGHT: Final = 4
-
-
-class Unusable(Exception):
-    """Nothing can be drawn of this folder, or on this server; a sentence for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +58,6 @@ class Result:
     similarity: Similarity | None = None
     reason: str | None = None
     """Why there is no picture of ours beside the trainer's; None where there is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """Where it is drawn."""
-
-    version: str
-    device: str
-    dtype: str
-    model: str
-    served_model: str
-    base_checkpoint: str
-    profile: str
-
-    @property
-    def identity(self) -> str:
-        """Tells it from servers that may draw otherwise."""
-        return "|".join((self.version, self.device, self.dtype, self.served_model, self.profile))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +130,14 @@ class _Session:
         self._options = options
         self._watcher = watcher
         self._assumptions = list(run.assumptions)
-        self._server, in_flight = _server(client, run, options, self._assumptions)
+        self._server, in_flight = choose(
+            client,
+            run,
+            model=options.model,
+            profile=options.profile,
+            in_flight=options.in_flight,
+            assumptions=self._assumptions,
+        )
         self._pictures = Pictures(options.out)
         self._artist = Artist(
             client,
@@ -173,7 +155,8 @@ class _Session:
         results = {_key(row): self._begin(row) for row in rows}
         for ignored in self._pairing.ignored:
             self._watcher.say(f"{ignored.name}: {ignored.reason}")
-        calibration = self._calibrate([results[_key(row)] for row in rows])
+        wanted = any(results[_key(row)].reason is None for row in asked)
+        calibration = self._calibrate([results[_key(row)] for row in rows]) if wanted else None
         if calibration is not None:
             self._watcher.say(calibration.sentence)
             self._assumptions += _eras(calibration, asked, self._run)
@@ -267,7 +250,7 @@ class _Session:
             both = [self._drawing(self._in_era(candidate, draw)) for draw in DRAWS]
             self._artist.draw_all(both, on_event=self._watcher.event, on_outcome=ended)
             trials.append(Trial(step=candidate.row.file.step, index=candidate.row.file.index, psnr_db=measured))
-            if trials[-1].matches:
+            if trials[-1].decides:
                 break
         return judge(trials, likely=likely, with_adapter=first_step > 0)
 
@@ -353,52 +336,6 @@ class _Session:
         except ValueError as error:
             return replace(result, reason=f"the server drew another size: {error}")
         return replace(result, drawn=outcome, similarity=similarity)
-
-
-def _server(client: Client, run: TrainingRun, options: Options, assumptions: list[str]) -> tuple[Server, int]:
-    """The server, the model and the profile to draw with, and how many drawings to ask for at once."""
-    info, models = client.server_info(), client.list_models()
-    served = [profile.id for profile in info.profiles]
-    profile = options.profile or next((one for one in PROFILES if one in served), None)
-    if profile is None:
-        raise Unusable(f"the server serves none of the profiles {', '.join(PROFILES)}; it has {', '.join(served)}")
-    if profile not in served:
-        raise Unusable(f"the server does not serve the profile {profile}; it has {', '.join(served)}")
-    if profile not in PROFILES:
-        assumptions.append(f"The profile {profile} does not draw the trainer's own picture.")
-    model = _model(models, run, options, assumptions)
-    limits = [limit for limit in (info.limits.max_streams, info.limits.max_queued_jobs,
-                                  info.limits.max_queued_jobs_per_caller) if limit > 0]  # fmt: skip
-    server = Server(
-        version=info.version,
-        device=info.device.name or info.device.id,
-        dtype=info.device.dtype,
-        model=model.id,
-        served_model=model.alias_of or model.id,
-        base_checkpoint=model.base_checkpoint,
-        profile=profile,
-    )
-    return server, min([options.in_flight, *limits])
-
-
-def _model(
-    models: Sequence[model_service_pb2.Model], run: TrainingRun, options: Options, assumptions: list[str]
-) -> model_service_pb2.Model:
-    by_id = {model.id: model for model in models}
-    known = ", ".join(by_id)
-    if options.model is not None:
-        if options.model not in by_id:
-            raise Unusable(f"the server has no model {options.model}; it has {known}")
-        return by_id[options.model]
-    wanted = run.base_model
-    stem = wanted.replace("\\", "/").rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
-    exact = [model for model in models if wanted and model.base_checkpoint == wanted]
-    found = exact[0] if exact else by_id.get(stem) or by_id.get(DEFAULT_MODEL)
-    if found is None:
-        raise Unusable(f"say --model: the config's base model is {wanted!r}, the server has {known}")
-    if not exact:
-        assumptions.append(f"Base model: the config names {stem!r}; taken for the server's model {found.id!r}.")
-    return found
 
 
 def _eras(calibration: Calibration, rows: Sequence[Row], run: TrainingRun) -> list[str]:

@@ -16,7 +16,6 @@ from chromarpc.replay.config_file import ConfigError, Plain, unresolved, with_na
 ARCHITECTURE: Final = "chroma"
 SIZE_DIVISOR: Final = 16
 MIN_SIZE_PX: Final = 64
-IMAGE_SUFFIXES: Final = ("jpg", "jpeg", "png", "webp")
 _SEED_BITS: Final = 2**32
 """As much of a seed as the generator on a CPU looks at."""
 _UNHONOURED: Final = {
@@ -93,7 +92,6 @@ class TrainingRun:
     save_every: int | None = None
     saves_kept: int | None = None
     total_steps: int | None = None
-    image_suffix: str = "jpg"
     assumptions: tuple[str, ...] = ()
     """What the config leaves open or what cannot be honoured, each a sentence."""
     unresolved: tuple[str, ...] = field(default=())
@@ -145,7 +143,6 @@ def resolve_run(config: Mapping[str, Plain]) -> TrainingRun:
         save_every=_whole(save.get("save_every", 1000)),
         saves_kept=_whole(save.get("max_step_saves_to_keep", 5)),
         total_steps=_whole(train.get("steps", 1000)),
-        image_suffix=_text(sample_config.get("format", "jpg")),
         assumptions=tuple(dict.fromkeys(assumptions)),
     )
     return replace(run, unresolved=_unresolved(process))

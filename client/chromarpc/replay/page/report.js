@@ -1,5 +1,4 @@
 // The report's comparison of two pictures, and its filters. Without it the page shows the same facts.
-"use strict";
 (() => {
   const cards = [...document.querySelectorAll(".card")];
   const dialog = document.querySelector("dialog");
@@ -26,7 +25,8 @@
     range.value = mode === "difference" ? "8" : "50";
     range.setAttribute("aria-label", mode === "difference" ? "Amplification" : "Where the pictures meet");
     clearInterval(timer);
-    if (mode === "blink" && !matchMedia("(prefers-reduced-motion: reduce)").matches) timer = setInterval(blink, 700);
+    if (mode === "blink" && !matchMedia("(prefers-reduced-motion: reduce)").matches)
+      timer = setInterval(blink, 700);
     slide();
   }
 
@@ -55,7 +55,9 @@
       blink: [`now: ${blinking}`, "space changes it"],
       difference: [`difference × ${Math.round(Number(range.value))}`, ""],
     }[mode];
-    part("names").replaceChildren(...text.map((one) => Object.assign(document.createElement("span"), { textContent: one })));
+    part("names").replaceChildren(
+      ...text.map((one) => Object.assign(document.createElement("span"), { textContent: one })),
+    );
   }
 
   function show(card) {
@@ -66,7 +68,9 @@
     const small = Number(card.dataset.width) < 512;
     theirs.classList.toggle("small", small);
     part("title").textContent = card.dataset.title;
-    part("badges").replaceChildren(...[...card.querySelector(".badges").children].map((one) => one.cloneNode(true)));
+    part("badges").replaceChildren(
+      ...[...card.querySelector(".badges").children].map((one) => one.cloneNode(true)),
+    );
     part("prompt").textContent = card.querySelector(".prompt").textContent;
     part("settings").textContent = card.querySelector(".settings").textContent;
     if (!dialog.open) dialog.showModal();
@@ -80,7 +84,10 @@
   }
 
   for (const card of cards) card.querySelector(".open")?.addEventListener("click", () => show(card));
-  for (const button of modes) button.addEventListener("click", () => setMode(button.dataset.mode));
+  for (const button of modes) {
+    const own = button.dataset.mode;
+    button.addEventListener("click", () => (own === "blink" && mode === own ? blink() : setMode(own)));
+  }
   range.addEventListener("input", slide);
   theirs.addEventListener("load", fit);
   addEventListener("resize", fit);
@@ -125,6 +132,6 @@
   }
   tools.classList.add("ready");
   document.body.classList.add("scripted");
-  const asked = location.hash && document.getElementById(location.hash.slice(1)); // a link to one sample
+  const asked = location.hash ? document.getElementById(location.hash.slice(1)) : null; // a link to one sample
   if (asked?.dataset.ours) show(asked);
 })();
