@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -33,7 +34,7 @@ from chromarpc.loras import (
 )
 from chromarpc.request import GenerateOptions, PromptLike, build_request
 from chromarpc.stream import StreamReader
-from chromarpc.upload import Call, Uploaded, UploadProgress, Wait, advance, upload_steps
+from chromarpc.upload import Call, Uploaded, UploadProgress, Wait, advance, open_file, upload_steps
 from chromarpc.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
@@ -473,7 +474,7 @@ class Client:
 
     def upload_lora(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | BufferedReader,
         *,
         filename: str | None = None,
         progress: UploadProgress | None = None,
@@ -484,7 +485,7 @@ class Client:
         A connection that breaks is tried again, and the upload goes on where it was.
 
         Args:
-            path: the file.
+            path: the file, or the file itself, open for reading.
             filename: what the server shall call it; the file's own name when left out.
             progress: called with the bytes that the server has, and the bytes of the file.
             timeout_s: deadline of each of its calls.
@@ -497,8 +498,8 @@ class Client:
         """
         stub = lora_service_pb2_grpc.LoraServiceStub(self._open_channel())
         deadline_s = self._deadline_s(timeout_s)
-        with Path(path).open("rb") as file:
-            steps = upload_steps(file, filename or Path(path).name, progress)
+        with open_file(path) as file:
+            steps = upload_steps(file, filename or Path(file.name).name, progress)
             answer: object = None
             while True:
                 step = advance(steps, answer)

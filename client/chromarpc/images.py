@@ -83,14 +83,17 @@ class GeneratedImage:
         return run_record(self)
 
     def file_bytes(self) -> bytes:
-        """The file to keep: a PNG gets its record as text chunks, its pixels untouched; others stay as sent.
+        """The file to keep: as sent.
 
-        So do all that were asked for without a record.
+        Older servers wrote no record into pictures: a PNG of theirs gets one as text chunks, its pixels untouched,
+        unless it was asked for without.
 
         Raises:
             ValueError: the server called it a PNG and it is none.
         """
         if self.media_type != "image/png" or not self.plan.picture_record:
+            return self.data
+        if RECORD_KEY in png_text.read(self.data):
             return self.data
         texts = {
             PARAMETERS_KEY: parameters_line(self),

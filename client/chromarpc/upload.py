@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import Message
@@ -64,6 +66,15 @@ class Uploaded:
 Steps: TypeAlias = Generator[Call | Wait, Any, StoredLora]
 
 
+def open_file(file: str | os.PathLike[str] | BufferedReader) -> AbstractContextManager[BufferedReader]:
+    """A file to upload, open for reading; one that is open already stays open.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return nullcontext(file) if isinstance(file, BufferedReader) else Path(file).open("rb")
+
+
 def upload_steps(file: BufferedReader, filename: str, progress: UploadProgress | None) -> Steps:
     """The steps of an upload, in order.
 
@@ -79,6 +90,7 @@ def upload_steps(file: BufferedReader, filename: str, progress: UploadProgress |
     """
     tell = progress or _tell_nobody
     size = os.fstat(file.fileno()).st_size
+    file.seek(0)
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     created: lora_service_pb2.CreateLoraUploadResponse = yield Call(
         "CreateLoraUpload",

@@ -11,7 +11,7 @@ from importlib import metadata
 
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
-from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.engine.adapter_download import AdapterDownloads
 from chromarpc_server.engine.adapter_library import AdapterLibrary
 from chromarpc_server.engine.adapter_sources import AdapterSources
@@ -116,6 +116,7 @@ class App:
             retention=retention,
             restarts=settings.restarts(),
             store_prompts=settings.store_prompts,
+            picture_records=settings.picture_records() is PictureRecords.WRITTEN,
             patience=settings.patience(),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
@@ -190,6 +191,7 @@ class App:
             profiles=profiles,
             default_profile=settings.profile,
             limits=settings.limits.limits(),
+            picture_records=settings.picture_records(),
         )
 
     def _adapters(self) -> tuple[AdapterLibrary, AdapterSources]:

@@ -35,6 +35,7 @@ from chromarpc_server.domain.limits import (
     WeightsPlace,
 )
 from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.domain.resolve import PictureRecords
 from chromarpc_server.ports import WantedPort
 from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
 
@@ -281,6 +282,10 @@ class ServerSettings(BaseSettings):
         True,
         description="write prompts to the store on disk; without, jobs that did not end before a restart fail",
     )
+    picture_record: bool = Field(
+        True,
+        description="let pictures carry what they were drawn with; without, none does, whatever it is asked",
+    )
     job_keep_s: float = Field(
         _RETENTION.keep_s, gt=0, description="seconds that an ended job and its pictures can be asked for"
     )
@@ -344,6 +349,13 @@ class ServerSettings(BaseSettings):
         default = _RETENTION.keep_bytes if self.store == "disk" else MEMORY_STORE_BYTES
         keep_bytes = default if self.job_keep_bytes is None else self.job_keep_bytes
         return JobRetention(keep_s=self.job_keep_s, keep_bytes=keep_bytes)
+
+    def picture_records(self) -> PictureRecords:
+        """Whether pictures may carry what they were drawn with."""
+        if not self.picture_record:
+            return PictureRecords.OFF
+        keeps_prompts = self.store_prompts or self.store == "memory"
+        return PictureRecords.WRITTEN if keeps_prompts else PictureRecords.KEPT_OUT
 
     def patience(self) -> Patience:
         """How long the device may take."""

@@ -291,11 +291,15 @@ class FakeServer:
     def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
 
+    def add_services(self, server: grpc.Server) -> None:
+        """For those that serve more."""
+
     def start(self) -> grpc.Server:
-        server = grpc.server(futures.ThreadPoolExecutor(4))
+        server = grpc.server(futures.ThreadPoolExecutor(16))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)  # type: ignore[arg-type]
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, server)  # type: ignore[arg-type]
         health_pb2_grpc.add_HealthServicer_to_server(self, server)  # type: ignore[arg-type]
+        self.add_services(server)
         self.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         return server

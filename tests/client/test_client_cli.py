@@ -248,7 +248,7 @@ USAGE_ERRORS: list[tuple[list[str], str]] = [
     (["generate", "--json", "."], "Is a directory"),
     (["generate", "--json", "plain.png"], "does not say what it was drawn with"),
     (["generate", "--json", "broken.png"], "cannot be read"),
-    (["generate", "--json", "a.jpg"], "a.jpg: is a picture (JPEG), and only a PNG that chromarpc saved holds"),
+    (["generate", "--json", "a.jpg"], "a.jpg: is a picture (JPEG) that does not say what it was drawn with"),
     (["generate", "--json", "a.webp"], "a.webp: is a picture (WebP)"),
     (["generate", "--json", "a.gif"], "a.gif: is a picture (GIF)"),
     (["generate", "--json", "a.bmp"], "a.bmp: is a picture (BMP)"),

@@ -10,7 +10,9 @@ from typing import Any
 
 import grpc
 import pytest
+from replay_fake_server import DrawingServer
 
+from chromarpc import AsyncClient, Client
 from chromarpc.cli.request import parse_lora
 from chromarpc.errors import DeadlineExceeded, Draining, ProtocolError, StatusError, UploadOutOfOrder
 from chromarpc.request import Lora
@@ -137,3 +139,21 @@ def test_a_hash_is_never_taken_for_a_multiplier() -> None:
     path = f"sha256:{'1' * 64}"
     assert parse_lora(path) == Lora(path)
     assert parse_lora(f"{path}:0.5") == Lora(path, 0.5)
+
+
+async def test_a_file_that_is_open_is_uploaded_and_stays_open(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(CONTENT)
+    fake = DrawingServer()
+    running = fake.start()
+    try:
+        with (tmp_path / "a.safetensors").open("rb") as file, Client(fake.target) as client:
+            assert client.upload_lora(file).path == f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+            fake.uploads.clear()
+            file.seek(7)
+            async with AsyncClient(fake.target) as async_client:
+                await async_client.upload_lora(file, filename="b")
+            assert not file.closed
+    finally:
+        running.stop(grace=None).wait()
+    assert fake.upload_calls == ["a.safetensors", "b"]
+    assert list(fake.uploads.values()) == [CONTENT]

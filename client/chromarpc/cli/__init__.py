@@ -1,7 +1,8 @@
 """The `chromarpc` command: generates pictures, and asks a server what it serves.
 
-`generate.py` runs a generation, `sweep.py` one for each multiplier; `inquiry.py` holds the short questions;
-`loras.py` looks after adapters, `jobs.py` after jobs; `connection.py` has common options, `interrupt.py` Ctrl-C.
+`generate.py` runs a generation, `sweep.py` one for each multiplier, `replay.py` a training run's samples;
+`explain.py` says what pictures were drawn with; `inquiry.py` holds the short questions; `loras.py` looks after
+adapters, `jobs.py` after jobs; `connection.py` has common options, `interrupt.py` Ctrl-C.
 Every error ends in `exits.py`, which alone knows sentences and exit codes.
 """
 
@@ -13,10 +14,12 @@ from typing import Annotated
 import typer
 
 from chromarpc.cli.exits import EXIT_CODES_HELP
+from chromarpc.cli.explain import COMPARE_EXAMPLES, COMPARE_HELP, EXPLAIN_EXAMPLES, compare, explain
 from chromarpc.cli.generate import EXAMPLES, generate
 from chromarpc.cli.inquiry import health, info, models
 from chromarpc.cli.jobs import job_app
 from chromarpc.cli.loras import lora_app
+from chromarpc.cli.replay import REPLAY_EXAMPLES, replay
 from chromarpc.cli.sweep import SWEEP_EXAMPLES, sweep
 from chromarpc.version import __version__
 
@@ -31,6 +34,9 @@ app = typer.Typer(
 )
 app.command(epilog=f"{EXAMPLES}\n\n{EXIT_CODES_HELP}")(generate)
 app.command(epilog=f"{SWEEP_EXAMPLES}\n\n{EXIT_CODES_HELP}")(sweep)
+app.command(epilog=f"{REPLAY_EXAMPLES}\n\n{EXIT_CODES_HELP}")(replay)
+app.command(epilog=EXPLAIN_EXAMPLES)(explain)
+app.command(epilog=f"{COMPARE_EXAMPLES}\n\n{COMPARE_HELP}")(compare)
 app.command()(models)
 app.command()(info)
 app.command()(health)

@@ -44,6 +44,8 @@ class ExitCode(IntEnum):
     NOT_READY = 4
     NO_ROOM = 5
     STOPPED = 6
+    BELOW_MIN_PSNR = 7
+    NOTHING_DRAWN = 8
     INTERRUPTED = 130
 
 
@@ -56,6 +58,8 @@ Exit codes:
   4    the server cannot serve this: weights are missing, a LoRA does not fit
   5    no room: the queue is full, or the device's memory
   6    cancelled by the server, or --timeout passed
+  7    of `replay`: a sample is less alike than --min-psnr asks
+  8    of `replay`: nothing could be drawn
   130  interrupted by Ctrl-C, which cancels a job of `generate`
 """
 _CODES: tuple[tuple[type[ChromarpcError], ExitCode], ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -18,7 +19,13 @@ from chromarpc.images import write_file
 
 
 def follow(
-    stream: EventStream, files: ImageFiles, preview_dir: Path | None, shown: Display, *, events: bool
+    stream: EventStream,
+    files: ImageFiles,
+    preview_dir: Path | None,
+    shown: Display,
+    *,
+    events: bool,
+    on_event: Callable[[Event], None] | None = None,
 ) -> None:
     """Saves and shows all that comes.
 
@@ -28,6 +35,7 @@ def follow(
         preview_dir: where previews go; None keeps none.
         shown: for people.
         events: print every event as a line of JSON.
+        on_event: is given each event first.
 
     A file that cannot be written stops nothing: the job goes on, and what it draws stays with the server.
 
@@ -40,6 +48,8 @@ def follow(
     unsaved: dict[type, OSError] = {}
     try:
         for event in stream:
+            if on_event is not None:
+                on_event(event)
             if isinstance(event, Accepted):
                 job_id = event.job_id
             path = None

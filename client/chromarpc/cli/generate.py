@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,11 @@ from chromarpc.cli.exits import UsageError
 from chromarpc.cli.files import ImageFiles, image_files, preview_folder
 from chromarpc.cli.following import follow
 from chromarpc.cli.progress import display
-from chromarpc.cli.request import parse_lora, read_json_request, request_format
+from chromarpc.cli.recorded import Recorded, recorded_picture
+from chromarpc.cli.request import parse_body, parse_lora, read_source, request_format
 from chromarpc.client import Client
 from chromarpc.events import TrainerOptions
+from chromarpc.pictures.files import kind_of
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2
 
@@ -25,7 +28,7 @@ Examples:
   chromarpc generate "a red circle on a white background" -o circle.png
   chromarpc generate "[trigger] a cat" --trigger-word sks --lora job/my.safetensors:0.8
   chromarpc generate --json request.json --events
-  chromarpc generate --json circle.png -o again.png
+  chromarpc generate --json circle.png --seed 43 -o again.png
   chromarpc job watch $(chromarpc generate --detach "a red circle")
 """
 
@@ -136,10 +139,14 @@ def generate(
         Path | None,
         typer.Option(
             "--json",
-            help="Send this JSON body (- is standard input) instead of prompts and options; or the body that "
-            "a PNG of this command holds, to draw it again.",
+            help="Send this JSON body (- is standard input) instead of prompts and options; or draw this picture "
+            "of the service again, with what PROMPT and options change.",
         ),
     ] = None,
+    fetch_urls: Annotated[
+        bool,
+        typer.Option("--fetch-urls", help="Have adapters fetched that --json PICTURE names by URLs, unasked."),
+    ] = False,
     detach: Annotated[
         bool,
         typer.Option(
@@ -158,7 +165,7 @@ def generate(
 ) -> None:
     """Draw pictures and save them.
 
-    Saved PNGs hold what they were drawn with. Progress goes to stderr; the paths of saved files go to stdout
+    Pictures carry what they were drawn with. Progress goes to stderr; the paths of saved files go to stdout
     where that is no terminal.
     """
     options = {
@@ -185,14 +192,18 @@ def generate(
         unwanted = [name for name, value in unused.items() if value]
         if unwanted:
             raise UsageError(f"--detach waits for nothing; leave out {', '.join(unwanted)}")
-        typer.echo(client.create_job_request(_request(prompts or [], given, json_file)).job_id)
+        wanted = _wanted(prompts or [], given, json_file)
+        _check_record(client, wanted.recorded, fetch_urls)
+        typer.echo(client.create_job_request(wanted.request).job_id)
         return
-    request, files = _request_and_files(prompts or [], given, json_file, output, preview_dir)
+    wanted, files = _wanted_and_files(prompts or [], given, json_file, output, preview_dir)
+    _check_record(client, wanted.recorded, fetch_urls)
+    on_event = wanted.recorded.warn_prepared if wanted.recorded is not None else None
     with (
-        client.generate_request(request, timeout_s=timeout) as stream,
+        client.generate_request(wanted.request, timeout_s=timeout) as stream,
         display(quiet=quiet or events) as shown,
     ):
-        follow(stream, files, preview_dir, shown, events=events)
+        follow(stream, files, preview_dir, shown, events=events, on_event=on_event)
 
 
 def _trainer(
@@ -224,39 +235,62 @@ _OPTION_NAMES = {
 }
 
 
-def _request(
-    prompts: list[str], options: dict[str, Any], json_file: Path | None
-) -> generation_service_pb2.GenerateRequest:
-    """From a body, or from prompts and options, but not from both."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be sent."""
+
+    request: generation_service_pb2.GenerateRequest
+    recorded: Recorded | None = None
+    """The picture that is drawn again, if any."""
+
+
+def _check_record(client: Client, recorded: Recorded | None, fetch_urls: bool) -> None:
+    if recorded is not None:
+        recorded.confirm_urls(confirmed=fetch_urls)
+        recorded.warn_before(client)
+
+
+def _wanted(
+    prompts: list[str], options: dict[str, Any], json_file: Path | None, output: Path | None = None
+) -> _Wanted:
+    """From a body, from prompts and options, or from a picture and what these change."""
     if json_file is None:
         if not prompts:
             raise UsageError("say what to draw: a PROMPT, or a request by --json")
-        return build_request(prompts, **options)
+        return _Wanted(build_request(prompts, **options))
     names = [_OPTION_NAMES.get(name, "--" + name.replace("_", "-")) for name in options]
     unwanted = (["PROMPT"] if prompts else []) + names
+    leave_out = UsageError(f"--json sends a body as it is; leave out {', '.join(unwanted)}")
+    try:
+        content = read_source(json_file)
+    except UsageError as error:
+        raise (leave_out if unwanted else error) from None
+    if kind_of(content):
+        recorded = recorded_picture(json_file, content, prompts, options, output=output)
+        return _Wanted(recorded.request, recorded)
     if unwanted:
-        raise UsageError(f"--json sends a body as it is; leave out {', '.join(unwanted)}")
-    return read_json_request(json_file)
+        raise leave_out
+    return _Wanted(parse_body(json_file, content))
 
 
-def _request_and_files(
+def _wanted_and_files(
     prompts: list[str],
     options: dict[str, Any],
     json_file: Path | None,
     output: Path | None,
     preview_dir: Path | None,
-) -> tuple[generation_service_pb2.GenerateRequest, ImageFiles]:
-    """The request, and the files that its images go to; everything is checked before anything is sent."""
+) -> tuple[_Wanted, ImageFiles]:
+    """What to send, and the files that its images go to; everything is checked before anything is sent."""
+    if "preview_every" in options and preview_dir is None:
+        raise UsageError("--preview-every needs --preview-dir to write the previews to")
     if json_file is not None:
-        request = _request(prompts, options, json_file)
-        files, _ = image_files(output, request_format(request.output), len(request.prompts))
+        wanted = _wanted(prompts, options, json_file, output)
+        files, _ = image_files(output, request_format(wanted.request.output), len(wanted.request.prompts))
     else:
-        if "preview_every" in options and preview_dir is None:
-            raise UsageError("--preview-every needs --preview-dir to write the previews to")
         if preview_dir is not None:
             options = {"preview_every": DEFAULT_PREVIEW_EVERY, **options}
         files, image_format = image_files(output, options.get("output_format"), len(prompts))
-        request = _request(prompts, {**options, "output_format": image_format}, None)
+        wanted = _wanted(prompts, {**options, "output_format": image_format}, None)
     if preview_dir is not None:
         preview_folder(preview_dir)
-    return request, files
+    return wanted, files

@@ -1,26 +1,21 @@
-"""What to send: a request from options, from a JSON body, or from a picture that remembers its own."""
+"""What to send: a request from options or from a JSON body."""
 
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import sys
 from pathlib import Path
 
-from chromarpc import png_text
 from chromarpc.cli.exits import UsageError, say
 from chromarpc.events import ImageFormat
-from chromarpc.images import RECORD_KEY
-from chromarpc.json_request import InvalidRequestJson, parse_request_json
+from chromarpc.json_request import parse_request_json
 from chromarpc.request import Lora
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
 MAX_BYTES = 64 * 2**20
 """More than the largest picture that holds a request."""
 _PICTURES = {
-    "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "GIF": re.compile(rb"GIF8[79]a"),
     "TIFF": re.compile(rb"II\*\0|MM\0\*"),
     "AVIF or HEIF": re.compile(rb".{4}ftyp(?:avi|hei|hev|mif)", re.DOTALL),
@@ -51,14 +46,11 @@ def parse_lora(text: str) -> Lora:
     return Lora(named, expected_sha256=sha256)
 
 
-def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:
-    """The request of a JSON file, of a PNG that `chromarpc` saved, or of standard input (`-`).
-
-    Keys that the schema does not have are left out, with a warning.
+def read_source(source: Path) -> bytes:
+    """What `--json` names: a file, or standard input (`-`).
 
     Raises:
-        UsageError: the file cannot be read, is a picture without a record, or is something else entirely.
-        InvalidRequestJson: it holds no request.
+        UsageError: the file cannot be read, or is larger than any that holds a request.
     """
     try:
         if str(source) == "-":
@@ -70,10 +62,17 @@ def read_json_request(source: Path) -> generation_service_pb2.GenerateRequest:
         raise UsageError(f"{source}: {error.strerror}") from None
     if len(content) > MAX_BYTES:
         raise UsageError(f"{source}: more than {MAX_BYTES // 2**20} MiB, which no request has")
-    if content.startswith(png_text.SIGNATURE):
-        content = _recorded_request(source, content)
-    else:
-        _require_text(source, content)
+    return content
+
+
+def parse_body(source: Path, content: bytes) -> generation_service_pb2.GenerateRequest:
+    """The request of a JSON body; keys that the schema does not have are left out, with a warning.
+
+    Raises:
+        UsageError: it is something else entirely.
+        InvalidRequestJson: it holds no request.
+    """
+    _require_text(source, content)
     parsed = parse_request_json(content)
     for path in parsed.unknown:
         say(f"warning: {path}: unknown, left out")
@@ -85,25 +84,15 @@ def _require_text(source: Path, content: bytes) -> None:
         raise UsageError(f"{source}: is empty")
     kind = next((name for name, pattern in _PICTURES.items() if pattern.match(content)), None)
     if kind is not None:
-        raise UsageError(f"{source}: is a picture ({kind}), and only a PNG that chromarpc saved holds its request")
+        raise UsageError(f"{source}: is a picture ({kind}), and only PNG, JPEG and WebP can hold a request")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return  # text, and JSON's own business
     try:
         content.decode()
     except UnicodeDecodeError:
-        raise UsageError(f"{source}: is neither text nor a PNG, so it holds no request") from None
+        raise UsageError(f"{source}: is neither text nor a PNG, JPEG or WebP, so it holds no request") from None
 
 
 def request_format(output: options_pb2.OutputOptions) -> ImageFormat:
     """The format that images come in."""
     return _FORMATS.get(output.format, "png")
-
-
-def _recorded_request(source: Path, picture: bytes) -> bytes:
-    try:
-        record = json.loads(png_text.read(picture)[RECORD_KEY])
-        return json.dumps(record["request"]).encode()
-    except KeyError:
-        raise UsageError(f"{source}: this picture does not say what it was drawn with") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidRequestJson("", f"the picture's record cannot be read: {error}") from None

@@ -58,6 +58,10 @@ test("a generation tells every event and ends with its image", async () => {
   assert.ok(ready?.type === "imageReady");
   assert.deepEqual([...ready.image.data.slice(1, 4)], [...Buffer.from("PNG")]);
   assert.equal(ready.image.blob().type, "image/png");
+  // What the server wrote into it is handed on as it came, by whichever way the picture is fetched.
+  assert.ok(Buffer.from(ready.image.data).includes('"prompt":"sks a red circle"'));
+  const stored = await client.getImage(first.jobId, 0);
+  assert.deepEqual(Buffer.from(stored.data), Buffer.from(ready.image.data));
   assert.equal(ready.image.plan.jobId, first.jobId);
   assert.ok(ready.image.prepared?.modelRevision);
   assert.equal(last.imageCount, 1);

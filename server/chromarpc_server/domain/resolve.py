@@ -11,6 +11,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from chromarpc_server.domain.adapter_urls import is_url, url_problem
 from chromarpc_server.domain.errors import (
@@ -62,6 +63,16 @@ def draw_seed() -> int:
     return secrets.randbelow(2**32)
 
 
+class PictureRecords(Enum):
+    """Whether pictures may carry what they were drawn with."""
+
+    WRITTEN = auto()
+    OFF = auto()
+    """The server writes none."""
+    KEPT_OUT = auto()
+    """Pictures are kept where no prompt may be."""
+
+
 @dataclass(frozen=True)
 class Serving:
     """What the server's settings say about requests."""
@@ -72,6 +83,7 @@ class Serving:
     profiles: tuple[str, ...] = ("reference", "exact", "fp8")
     default_profile: str = "reference"
     limits: Limits = Limits()
+    picture_records: PictureRecords = PictureRecords.WRITTEN
 
 
 def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable[[], int] = draw_seed) -> Plan:
@@ -115,7 +127,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     if request.hf_token and not any(lora.is_url for lora in loras):
         found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
     prompts = _resolve_prompts(request, rules, found)
-    output = _resolve_output(request, found)
+    output = _resolve_output(request, serving, found)
     preview = _resolve_preview(request, prompts, found)
     trainer = resolve_trainer(request.trainer, profile, found)
     if asked is not None:  # sizes that are left out are the model's
@@ -334,7 +346,7 @@ def _refuse_foreign_options(prompt: PromptRequest, at: str, found: Findings) -> 
             found.refuse(f"{at}.{name}", "Chroma takes no control image")
 
 
-def _resolve_output(request: GenerationRequest, found: Findings) -> PlannedOutput:
+def _resolve_output(request: GenerationRequest, serving: Serving, found: Findings) -> PlannedOutput:
     image_format = request.output.format or ImageFormat.PNG
     quality = request.output.quality
     if quality is not None:
@@ -345,13 +357,26 @@ def _resolve_output(request: GenerationRequest, found: Findings) -> PlannedOutpu
         else:
             found.in_range("output.quality", quality)
     is_trainers = image_format is ImageFormat.JPEG_TRAINER
-    record = request.output.picture_record
     default_quality = TRAINER_QUALITY if is_trainers else DEFAULT_QUALITY
     return PlannedOutput(
         format=image_format,
         quality=default_quality if quality is None else quality,
-        picture_record=not is_trainers if record is None else record,
+        picture_record=_resolve_record(request.output.picture_record, not is_trainers, serving, found),
     )
+
+
+def _resolve_record(asked: bool | None, default: bool, serving: Serving, found: Findings) -> bool:
+    wanted = default if asked is None else asked
+    if serving.picture_records is PictureRecords.WRITTEN:
+        return wanted
+    kept_out = serving.picture_records is PictureRecords.KEPT_OUT
+    if asked or (wanted and kept_out):
+        found.warn(
+            "PICTURE_RECORD_LEFT_OUT",
+            "output.picture_record",
+            f"pictures carry no record: this server {'keeps them and no prompts' if kept_out else 'writes none'}",
+        )
+    return False
 
 
 def _resolve_preview(

@@ -54,6 +54,7 @@ from chromarpc_server.engine.job_observer import JobObserver, StageDone
 from chromarpc_server.engine.job_queue import JobQueue, Waiting
 from chromarpc_server.engine.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.engine.model_files import ModelFiles
+from chromarpc_server.engine.picture_record import PictureRecord, picture_record
 from chromarpc_server.engine.recovery import (
     find_again,
     known_adapters,
@@ -113,6 +114,7 @@ class Engine:
         retention: JobRetention,
         restarts: RestartLimits | None = None,
         store_prompts: bool = True,
+        picture_records: bool = True,
         patience: Patience | None = None,
         observers: Sequence[JobObserver] = (),
     ) -> None:
@@ -129,6 +131,8 @@ class Engine:
             retention: how long it keeps those that ended.
             restarts: what becomes of those that an earlier process, or their caller, left.
             store_prompts: whether a store on disk gets to see what prompts say.
+            picture_records: whether pictures may carry what they were drawn with; they are stored as they are
+                handed out, prompts in them.
             patience: how long the device may take.
             observers: are told of every event of every job.
         """
@@ -138,6 +142,7 @@ class Engine:
         self._restarts = restarts or RestartLimits()
         self._absences = Absences(self._restarts.reattach_s, self.cancel)
         self._store_prompts = store_prompts
+        self._picture_records = picture_records
         self.jobs = JobBook(store, retention)
         self._choice = choice
         self._model_files = model_files
@@ -197,7 +202,7 @@ class Engine:
         """
         left = await self._store.take_over()
         for stored in left:
-            job = restored_job(stored)
+            job = restored_job(stored, picture_records=self._picture_records)
             self._observe(job)
             self.jobs.add(job)
             tell_again(job, stored.starts)
@@ -776,6 +781,7 @@ class Engine:
                 for observer in self._observers:
                     observer.on_stage(job, report)
             case Prepared():
+                waiting.prepared = report
                 job.log.append(report)
                 changed = require_same(job, report.adapters)
                 if changed is not None:
@@ -804,7 +810,9 @@ class Engine:
             if isinstance(report, RenderedPreview):
                 job.log.append(await loop.run_in_executor(self._image_thread, encode_preview, report))
                 return
-            header, data = await loop.run_in_executor(self._image_thread, encode_image, report, job.plan.output)
+            record = self._record(waiting, report.prompt_index)
+            encode = partial(encode_image, report, job.plan.output, record)
+            header, data = await loop.run_in_executor(self._image_thread, encode)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             failure = translate_memory_error(error) or self._unforeseen(job, error)
             job.cancellation.cancel(failure)
@@ -821,6 +829,13 @@ class Engine:
             await self._store.put_image(header, data)
         except StoreUnavailable as error:
             waiting.unstored = error
+
+    def _record(self, waiting: Waiting, prompt_index: int) -> PictureRecord | None:
+        """What a picture is to carry; None for nothing."""
+        plan, prepared = waiting.job.plan, waiting.prepared
+        if prepared is None or not plan.output.picture_record:
+            return None
+        return picture_record(plan, prompt_index, prepared, device_dtype=self.description.dtype)
 
     async def _finish(self, waiting: Waiting, done: WorkDone) -> None:
         job = waiting.job

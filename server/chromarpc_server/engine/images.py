@@ -15,6 +15,8 @@ from PIL import Image
 from chromarpc_server.domain.events import ImageChunk, ImageHeader, Preview
 from chromarpc_server.domain.plan import PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat
+from chromarpc_server.engine.picture_files import with_record
+from chromarpc_server.engine.picture_record import PictureRecord
 
 CHUNK_BYTES = 128 * 1024
 """What each stream may have on its way at once. A thousand watchers of a picture of 3 MB hold 26 MB; with chunks
@@ -61,9 +63,13 @@ def encode_pixels(pixels: Pixels, output: PlannedOutput) -> bytes:
     return buffer.getvalue()
 
 
-def encode_image(image: RenderedImage, output: PlannedOutput) -> tuple[ImageHeader, bytes]:
-    """A finished image's header and bytes."""
+def encode_image(
+    image: RenderedImage, output: PlannedOutput, record: PictureRecord | None = None
+) -> tuple[ImageHeader, bytes]:
+    """A finished image's header and bytes, which carry the record, if any."""
     data = encode_pixels(image.pixels, output)
+    if record is not None:
+        data = with_record(data, output.format, record)
     height, width, _ = image.pixels.shape
     header = ImageHeader(
         prompt_index=image.prompt_index,

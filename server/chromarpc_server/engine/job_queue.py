@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from chromarpc_server.domain.errors import StoreUnavailable
+from chromarpc_server.domain.events import Prepared
 from chromarpc_server.engine.adapter_sources import FoundAdapters
 from chromarpc_server.engine.job import Job
 from chromarpc_server.engine.model_cache import SetKey
@@ -31,6 +32,8 @@ class Waiting:
     adapters: FoundAdapters
     fetching: asyncio.Task[None] | None = None
     """Its downloads; it joins the queue once they are done."""
+    prepared: Prepared | None = None
+    """What it runs with, once that is known."""
     image_encoding_s: float = 0.0
     images: int = 0
     unstored: StoreUnavailable | None = None

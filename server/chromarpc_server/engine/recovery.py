@@ -20,12 +20,15 @@ SEQUENCES_A_START = 2**20
 """Events of one job in one process are fewer, so that no number comes twice."""
 
 
-def restored_job(stored: Unfinished) -> Job:
-    """The job, as it was admitted."""
+def restored_job(stored: Unfinished, *, picture_records: bool) -> Job:
+    """The job, as it was admitted; without `picture_records` its pictures carry none, whatever was said then."""
+    plan = stored.plan
+    if plan.output.picture_record and not picture_records:
+        plan = replace(plan, output=replace(plan.output, picture_record=False))
     created = records.from_microseconds(stored.created_us)
     age_s = max(0.0, (datetime.now(UTC) - created).total_seconds())
     return Job(
-        plan=stored.plan,
+        plan=plan,
         adapter_files=(),
         cancellation=Cancellation(),
         owner=stored.owner,
