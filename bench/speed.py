@@ -68,7 +68,7 @@ class Figure:
 
 def flops(pipeline: Pipeline, width: int, height: int, text_tokens: tuple[int, ...]) -> float:
     """Of one step: products of all linears with their tokens, and attention."""
-    config = pipeline.transformer.model.config
+    config = pipeline.transformer.config
     hidden, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     image = (width // 16) * (height // 16)
     block = 2 * (4 * hidden * hidden + 2 * hidden * inner)

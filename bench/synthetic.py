@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from bench.switching import FULL
+from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import Checkpoint, autoencoder, text_encoder
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.preview import LatentPreview
@@ -85,6 +86,23 @@ def _parts() -> tuple[dict[str, torch.Size], dict[str, torch.Size], dict[str, to
     return transformer, encoder, vae
 
 
+class SyntheticParts:
+    """`TrainerParts` without files: speed does not depend on how the text encoder is quantized to float8."""
+
+    def __init__(self, encoder: text_encoder.RecordedEncoder) -> None:
+        self._encoder = encoder
+        self.size_bytes = 0
+
+    def text_encoder(self, _: TrainerSettings) -> text_encoder.RecordedEncoder:
+        return self._encoder
+
+    def empty(self, _: TrainerSettings, ids: Tensor) -> Tensor:
+        return self._encoder(ids)
+
+    def autoencoder(self, _: torch.dtype, like: AutoencoderKL) -> AutoencoderKL:
+        return like
+
+
 def checkpoint(device: torch.device) -> Checkpoint:
     """In memory, everything on the device."""
     transformer, encoder, vae = _parts()
@@ -97,10 +115,11 @@ def checkpoint(device: torch.device) -> Checkpoint:
     )
     tokenizer = Tokenizer(TOKENIZER)
     empty = tokenizer("")
+    encoder = text_encoder.RecordedEncoder(t5)
     return Checkpoint(
         config=FULL,
         master=master,
-        text_encoder=text_encoder.RecordedEncoder(t5),
+        text_encoder=encoder,
         autoencoder=decoder,
         fused_autoencoder=with_fused_decoder(decoder),
         tokenizer=tokenizer,
@@ -110,6 +129,7 @@ def checkpoint(device: torch.device) -> Checkpoint:
         revision="synthetic",
         size_bytes=sum(t.nbytes for t in master.values()),
         empty=(text_encoder.encode(t5, empty.ids), empty.mask.to(device)),
+        trainer_parts=SyntheticParts(encoder),
     )
 
 
