@@ -25,7 +25,8 @@ def warning_codes() -> set[str]:
     found = set()
     for call in calls():
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name in ("PlanWarning", "warn", "Warning"):
+        into_a_message = name == "add" and any(keyword.arg == "code" for keyword in call.keywords)
+        if name in ("PlanWarning", "warn", "Warning") or into_a_message:
             said = call.args[0] if call.args else next(k.value for k in call.keywords if k.arg == "code")
             if ast.unparse(said) not in FORWARDED:
                 assert isinstance(said, ast.Constant), f"not a plain text: {ast.unparse(call)}"
