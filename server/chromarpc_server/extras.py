@@ -12,6 +12,7 @@ MAX_SHOWN = 4
 SETTINGS = ("pydantic", "pydantic_settings")
 SERVER = (
     *SETTINGS,
+    "cryptography",
     "diffusers",
     "grpc_reflection",
     "httpcore2",

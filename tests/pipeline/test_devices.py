@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from chromarpc_server.domain.limits import Budgets, JobRetention
 from chromarpc_server.engine import engine
+from chromarpc_server.engine.adapter_library import AdapterLibrary
+from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.engine.engine import Engine
 from chromarpc_server.engine.store.job_store import JobStore
 from chromarpc_server.pipeline import DeviceChoice, DeviceDescription, staging
@@ -19,7 +22,7 @@ from chromarpc_server.pipeline import DeviceChoice, DeviceDescription, staging
 SECOND = torch.device("cuda", 1)
 
 
-async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     selected: list[tuple[str, Any]] = []
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: selected.append((threading.current_thread().name, device))
@@ -31,7 +34,7 @@ async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyP
     opened = Engine(
         DeviceChoice(SECOND, torch.bfloat16),
         model_files=None,  # type: ignore[arg-type]
-        adapters=None,  # type: ignore[arg-type]
+        adapters=AdapterSources(AdapterLibrary(None, tmp_path), None),
         max_queued_jobs=1,
         budgets=Budgets(),
         on_device_lost=lambda: None,

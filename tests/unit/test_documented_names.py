@@ -25,8 +25,8 @@ def warning_codes() -> set[str]:
     found = set()
     for call in calls():
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        into_a_message = name == "add" and any(keyword.arg == "code" for keyword in call.keywords)
-        if name in ("PlanWarning", "warn", "Warning") or into_a_message:
+        is_added = name == "add" and ast.unparse(call.func).endswith("warnings.add")
+        if is_added or name in ("PlanWarning", "warn", "Warning"):
             said = call.args[0] if call.args else next(k.value for k in call.keywords if k.arg == "code")
             if ast.unparse(said) not in FORWARDED:
                 assert isinstance(said, ast.Constant), f"not a plain text: {ast.unparse(call)}"

@@ -162,6 +162,8 @@ class Engine:
         """What must be done before the engine ends."""
         self._looking: set[asyncio.Task[Any] | None] = set()
         """Those of them that look for a job's adapters, and have stored nothing of it yet."""
+        self._left_behind: list[Job] = []
+        """Resumed jobs whose callers may come back from `begin` on."""
         self._housekeeper: asyncio.Task[None] | None = None
         self._accepting = False
         self._device_failed = False
@@ -217,7 +219,7 @@ class Engine:
         files = await asyncio.to_thread(self._model_files.require, spec)
         job.adapter_files = found.complete
         if not job.plan.detached:
-            self._absences.begin(job)
+            self._left_behind.append(job)
         # One that was running has waited its time already, and is to be run again.
         self._set_going(Waiting(job, files, found), hf_token=None, may_expire=not stored.was_begun)
 
@@ -238,6 +240,11 @@ class Engine:
         """Begins to run jobs: once everything is preloaded, for a job has the device's thread to itself."""
         if self._worker is None:
             raise RuntimeError("begin before start")
+        # Callers come back once the server is ready, so their time does not run while models are loaded.
+        for job in self._left_behind:
+            if job.attached <= 0 and job.watchers <= 0 and not job.log.sealed:
+                self._absences.begin(job)
+        self._left_behind.clear()
         self._dispatcher = asyncio.create_task(self._dispatch(self._worker), name="dispatcher")
         self._dispatcher.add_done_callback(self._dispatcher_ended)
 

@@ -70,8 +70,11 @@ def choose_device(device: str, dtype: str, *, threads: int | None = None) -> Dev
 
 
 def select_device(device: torch.device) -> None:
-    """Makes a GPU the current one of the calling thread: whatever names none, such as an event, belongs to it."""
-    if device.type == "cuda":
+    """Makes a GPU the current one of the calling thread: whatever names none, such as an event, belongs to it.
+
+    A `cuda` without an index is the current one already.
+    """
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

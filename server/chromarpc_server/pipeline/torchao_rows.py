@@ -55,7 +55,12 @@ def quantize_with_torchao(weight: Tensor) -> TorchaoRows:
         )
         if kind is None:
             raise NotImplementedError(f"torchao {version} has no float8 for weights only")
-        quantization.quantize_(nn.Sequential(linear), kind())
+        # Until 0.12 it also has the whole process multiply float32 in TF32.
+        precision = torch.get_float32_matmul_precision()
+        try:
+            quantization.quantize_(nn.Sequential(linear), kind())
+        finally:
+            torch.set_float32_matmul_precision(precision)
     held: Any = linear.weight
     try:
         # Until 0.11 behind a layout of its own, later as plain attributes.
