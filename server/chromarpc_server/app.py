@@ -180,12 +180,18 @@ class App:
         """What requests may ask for.
 
         Raises:
-            InvalidParameter: the device cannot compute the default profile.
+            InvalidParameter: the default profile is not among them.
         """
         settings = self._settings
-        profiles = served_profiles(choice.device)
+        profiles = served_profiles(choice.device, settings.dtype)
         if settings.profile not in profiles:
-            raise InvalidParameter(f"the profile {settings.profile} needs a GPU of compute capability 8.9 or more")
+            is_other_dtype = settings.profile in served_profiles(choice.device)
+            needs = (
+                f"computes in bfloat16, as the trainer does, and --dtype says {settings.dtype}"
+                if is_other_dtype
+                else "needs a GPU of compute capability 8.9 or more"
+            )
+            raise InvalidParameter(f"the profile {settings.profile} {needs}")
         return Serving(
             aliases=settings.alias,
             profiles=profiles,

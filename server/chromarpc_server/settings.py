@@ -53,7 +53,7 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 StoreKind = Literal["disk", "memory"]
 MEMORY_STORE_BYTES = 512 * 1024**2
-Profile = Literal["reference", "exact", "fp8"]
+Profile = Literal["reference", "exact", "fp8", "preview", "preview-exact"]
 
 
 def _known_model(model_id: str) -> str:
@@ -194,7 +194,11 @@ class ServerSettings(BaseSettings):
         "NAME` makes an entry; without it everyone who can connect may call",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Dtype = Field("auto", description="computation type; auto is float32 on a CPU, bfloat16 on a GPU")
+    dtype: Dtype = Field(
+        "auto",
+        description="computation type; auto is float32 on a CPU, bfloat16 on a GPU; with float32 the profile "
+        "preview-exact is not served",
+    )
     threads: PositiveInt | None = Field(
         None, description="CPU threads of the computation; torch's choice if unset"
     )

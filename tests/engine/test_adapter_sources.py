@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter, LoraContentChanged
@@ -22,7 +24,7 @@ from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapter
 from chromarpc_server.engine.recovery import find_again
 from chromarpc_server.engine.store.job_store import Unfinished
 
-CONTENT = b"an adapter"
+CONTENT = save({"diffusion_model.img_in.lora_A.weight": torch.zeros(1, 1)})
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 OTHER = "ab" * 32
 URL = "https://example.org/a.safetensors"
@@ -46,6 +48,9 @@ class Downloads:
         download = Downloaded(self.file, SHA256, len(CONTENT), self.leases)
         self.leases[download] = url
         return download
+
+    def require_fetchable(self, url: str, field: str) -> None:
+        pass
 
 
 def _find(library: AdapterLibrary, *loras: PlannedLora, first: int = 0) -> FoundAdapters:
@@ -113,6 +118,7 @@ def test_an_adapter_that_is_not_found_again_after_a_restart_is_blamed_by_its_own
         created_us=0,
         has_prompts=True,
         needs_token=False,
+        is_cancelled=False,
         adapters=(None, None),
         starts=1,
         attempts=0,

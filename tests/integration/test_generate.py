@@ -106,5 +106,5 @@ def test_models_and_server_info(server: RunningServer) -> None:
     assert models["chroma-mini"].resident
     assert not models["chroma"].weights_present
     assert models["chroma"].fetch_command == "chromarpc-server fetch chroma"
-    assert {profile.id for profile in info.profiles} == {"reference", "exact", "fp8"}
+    assert {profile.id for profile in info.profiles} == {"reference", "exact", "fp8", "preview", "preview-exact"}
     assert info.device.id == "cpu"

@@ -29,14 +29,23 @@ def request_fields(descriptor: Descriptor) -> set[str]:
 
 
 def warning_codes() -> set[str]:
-    """What is given to `PlanWarning` and to `Findings.warn`."""
+    """What is given to `PlanWarning` and to `Findings.warn`, or put into a message as its `code`."""
     found = set()
     for path in (ROOT / "server/chromarpc_server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                if called in ("warn", "PlanWarning") and REASON.fullmatch(str(node.args[0].value)):
-                    found.add(node.args[0].value)
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            given: list[ast.expr] = []
+            if called in ("warn", "PlanWarning"):
+                given = node.args[:1]
+            elif called == "add":
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            found |= {
+                str(value.value)
+                for value in given
+                if isinstance(value, ast.Constant) and REASON.fullmatch(str(value.value))
+            }
     return found
 
 

@@ -183,9 +183,10 @@ def test_the_trainers_jpeg_has_no_quality_to_choose() -> None:
 
 
 def test_an_expected_hash_is_told_in_lower_case_and_must_be_one() -> None:
-    plan = _plan(loras=(LoraRequest("a", expected_sha256="AB" * 32), LoraRequest("b")))
-    assert [lora.expected_sha256 for lora in plan.loras] == ["ab" * 32, None]
-    for wrong in ("", "ab", "g" * 64, "ab" * 32 + "\n"):
+    loras = (LoraRequest("a", expected_sha256="AB" * 32), LoraRequest("b"), LoraRequest("c", expected_sha256=""))
+    plan = _plan(loras=loras)
+    assert [lora.expected_sha256 for lora in plan.loras] == ["ab" * 32, None, None]
+    for wrong in ("ab", "g" * 64, "ab" * 32 + "\n"):
         assert set(_faults(loras=(LoraRequest("a", expected_sha256=wrong),))) == {"loras.0.expected_sha256"}
 
 

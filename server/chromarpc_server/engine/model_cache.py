@@ -215,6 +215,7 @@ class ModelCache:
             self._counters = replace(self._counters, hits=self._counters.hits + 1)
         else:
             slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
+        pipeline = checkpoint.pipeline(slot.transformer)  # which may make a text encoder
         self._tell()
         report = WeightsReport(
             source=source,
@@ -224,7 +225,7 @@ class ModelCache:
             resident_bytes=self._prepared_bytes(),
             evicted_sets=self._counters.evictions - evictions,
         )
-        return checkpoint.pipeline(slot.transformer), report
+        return pipeline, report
 
     def tell_fallbacks(self) -> None:
         """Publishes what turned out while something ran."""

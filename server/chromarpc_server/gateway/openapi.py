@@ -103,18 +103,15 @@ _NAMES: Final = {
     "trainer": "Trainer",
 }
 _RANGES: Final = {**RANGES, "prompts.width": TRAINER_SIZES, "prompts.height": TRAINER_SIZES}
-"""The widest that any profile takes: which one a request without a profile gets, the server's settings say."""
+"""The widest that any profile takes."""
 _SIDES: Final = {side: {"minimum": RANGES[f"prompts.{side}"][0]} for side in ("width", "height")}
 _RULES: Final[dict[str, Schema]] = {
     "": {
-        "if": {
-            "required": ["profile"],
-            "properties": {"profile": {"not": {"enum": [*sorted(PREVIEW_PROFILES), "", None]}}},
-        },
-        "then": {"properties": {"prompts": {"items": {"properties": _SIDES}}}},
+        "if": {"required": ["profile"], "properties": {"profile": {"enum": sorted(PREVIEW_PROFILES)}}},
+        "else": {"properties": {"prompts": {"items": {"properties": _SIDES}}}},
     }
 }
-"""What holds between the fields of a message."""
+"""What holds between the fields of a message; for a request that names no profile, as the reference has it."""
 _INTEGERS: Final = {FieldDescriptor.CPPTYPE_INT32: "int32", FieldDescriptor.CPPTYPE_INT64: "int64"}
 
 

@@ -6,7 +6,7 @@ Knows torch and the plan's values; knows no queue and no wire.
 """
 
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
-from chromarpc_server.pipeline.checkpoint import Checkpoint, Pipeline, Transformer
+from chromarpc_server.pipeline.checkpoint import Checkpoint
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     DeviceDescription,
@@ -25,6 +25,7 @@ from chromarpc_server.pipeline.device import (
 from chromarpc_server.pipeline.libraries import import_ahead
 from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
 from chromarpc_server.pipeline.pacing import finished_steps
+from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep

@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,20 +23,17 @@ from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
-from chromarpc_server.pipeline.denoising import Text, denoise_from
 from chromarpc_server.pipeline.device import usable_memory_bytes
-from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
-from chromarpc_server.pipeline.pacing import beside
+from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
 from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.staging import tensor_hash_prefix
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
-from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.text_encoder import RecordedEncoder, Tokenizer
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
@@ -61,138 +55,6 @@ if TYPE_CHECKING:
 
 TILE_PX = 512
 """Side of a tile, where pictures are decoded in tiles."""
-WARM_UP_WORDS = (8, 40, 72, 104)
-"""Prompt lengths to warm up for: each falls into another of the fused forward's shapes."""
-Transformer = PreparedTransformer | FusedPreview | ExactPreview
-"""Whatever a profile draws with."""
-EMPTY_TOKENS = 1
-"""Of the empty prompt: the end mark."""
-GUIDED = 4.0
-"""A guidance scale that makes both passes."""
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Everything that draws, with one adapter set merged. Immutable; calls share nothing but weights."""
-
-    transformer: Transformer = field(repr=False)
-    text_encoder: RecordedEncoder = field(repr=False)
-    autoencoder: AutoencoderKL = field(repr=False)
-    tokenizer: Tokenizer = field(repr=False)
-    latent_preview: LatentPreview = field(repr=False)
-    device: torch.device
-    dtype: torch.dtype
-    """What is computed in."""
-    stored_dtype: torch.dtype
-    """Of the checkpoint: noise is drawn and timesteps are rounded in it, whatever is computed in, because that
-    rounding is part of the function that the checkpoint was trained as."""
-    empty: tuple[Tensor, Tensor] = field(repr=False)
-    """Embeddings and mask of the empty prompt: constants of the checkpoint and its text encoder."""
-    decoder_fallback: DeviceFallback | None = None
-    """Why the decoder is not the fused one, where it should be."""
-
-    @property
-    def fallbacks(self) -> tuple[DeviceFallback, ...]:
-        """What the device does without, as far as it was tried."""
-        return _found(self.device, self.decoder_fallback, self.transformer, self.text_encoder.fallback)
-
-    @property
-    def tiled_beyond_px(self) -> int | None:
-        """Longer sides than this are decoded in tiles; None where nothing is."""
-        return self.autoencoder.tile_sample_min_size if self.autoencoder.use_tiling else None
-
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        """Tokenizes a prompt; needs no device."""
-        return self.tokenizer(prompt)
-
-    def encode(self, tokens: TokenizedPrompt, negative: TokenizedPrompt | None = None) -> PromptEmbedding:
-        """Embeds a prompt, and beside it the unconditional text: the negative prompt if there is one."""
-        embeds = self.text_encoder(tokens.ids)
-        unconditional = self.empty
-        if negative is not None and negative.token_count > EMPTY_TOKENS:
-            unconditional = self.text_encoder(negative.ids), negative.mask.to(self.device)
-        return PromptEmbedding(embeds, tokens.mask.to(self.device), *unconditional)
-
-    def denoise(
-        self,
-        embedding: PromptEmbedding,
-        *,
-        width: int,
-        height: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        noise_draw: str,
-    ) -> Iterator[DenoiseStep]:
-        """Draws one image's latents, yielding after every step; a GPU may still be computing it then.
-
-        Args:
-            embedding: from `encode`.
-            width: pixels, a multiple of 16.
-            height: pixels, a multiple of 16.
-            steps: Euler steps, 1 or more.
-            guidance_scale: classifier-free guidance; at 1 and below a single pass is made.
-            seed: of the initial noise.
-            noise_draw: `float32` or `legacy`.
-        """
-        noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
-        yield from denoise_from(
-            self.transformer,
-            embedding,
-            noise.to(device=self.device, dtype=self.dtype),
-            width,
-            height,
-            steps,
-            guidance_scale,
-            timestep_dtype=self.stored_dtype,
-        )
-
-    def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Draws a little at each size (width, height) with prompts of several lengths: kernels are compiled,
-        algorithms planned and graphs recorded before anybody waits for them.
-        """
-        if self.transformer.profile.fused:
-            warm_up_kernels(self.transformer.config, self.device)
-        embeddings = [self.encode(self.tokenize("a " * words)) for words in WARM_UP_WORDS]
-        for width, height in sizes:
-            # Two steps: the first runs, the second is recorded and runs.
-            *_, last = self.denoise(
-                embeddings[0],
-                width=width,
-                height=height,
-                steps=2,
-                guidance_scale=GUIDED,
-                seed=0,
-                noise_draw="float32",
-            )
-            self.decode(last.latents, width, height)
-            if not isinstance(self.transformer, ExactPreview) and self.transformer.records_ahead:
-                for embedding in embeddings[1:]:
-                    pairs = (embedding.embeds, embedding.mask), self.empty
-                    texts = [Text.of(*pair, last.latents) for pair in pairs]
-                    self.transformer.record(texts, last.latents, sampling.token_grid(width, height))
-
-    def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
-        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
-        drawn = self.transformer
-        with trainer_arithmetic(self.device, drawn.settings) if isinstance(drawn, ExactPreview) else nullcontext():
-            image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
-        return autoencoder.to_pixels(image)
-
-    def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
-        """A small picture (height, width, 3) uint8 of what a finished step predicts."""
-        with beside(self.device) if self.device.type == "cuda" else nullcontext():
-            return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
-
-
-def _found(
-    device: torch.device,
-    decoder: DeviceFallback | None,
-    transformer: Transformer,
-    encoder: DeviceFallback | None,
-) -> tuple[DeviceFallback, ...]:
-    found = (kernels_fallback(device), decoder, *transformer.fallbacks, encoder)
-    return tuple(fallback for fallback in found if fallback is not None)
 
 
 @dataclass(frozen=True)
@@ -387,7 +249,7 @@ class Checkpoint:
         """What the device does without for one of this checkpoint's transformers, as far as it was tried."""
         settings = prepared.settings
         encoder = self.text_encoder.fallback if settings is None else self.trainer_parts.encoder_fallback(settings)
-        return _found(self.device, self._decoder_fallback(prepared), prepared, encoder)
+        return known_fallbacks(self.device, self._decoder_fallback(prepared), prepared, encoder)
 
     def _decoder_fallback(self, prepared: Transformer) -> DeviceFallback | None:
         """None too in another dtype than the decoder was tried in, where a plain one is as it should be."""

@@ -67,9 +67,24 @@ PROFILES: Mapping[str, NumericsProfile] = MappingProxyType(
     {profile.name: profile for profile in (REFERENCE, EXACT, FP8, PREVIEW, PREVIEW_EXACT)}
 )
 
+TRAINER_CHOICES = ("auto", "bfloat16")
+"""Settings of the dtype under which the trainer's own sequence of operations is served."""
 
-def served_profiles(device: torch.device) -> tuple[str, ...]:
-    """Those that a device can compute: float8 products need compute capability 8.9; a CPU emulates them."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return tuple(name for name, profile in PROFILES.items() if not profile.float8_products)
-    return tuple(PROFILES)
+
+def served_profiles(device: torch.device, dtype: str = "auto") -> tuple[str, ...]:
+    """Those that a device can compute, as far as an operator wants its dtype.
+
+    Float8 products need compute capability 8.9; a CPU emulates them. `preview-exact` computes in the trainer's
+    dtype: where another one is asked for, it is not there.
+
+    Args:
+        device: what computes.
+        dtype: `auto`, or the name of what an operator says to compute in.
+    """
+    has_float8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return tuple(
+        name
+        for name, profile in PROFILES.items()
+        if (has_float8 or not profile.float8_products)
+        and (profile is not PREVIEW_EXACT or dtype in TRAINER_CHOICES)
+    )

@@ -24,7 +24,7 @@ from chromarpc_server.verify import (
     request_cases,
     torchao_cases,
 )
-from chromarpc_server.verify.preview_layout import Kind, find_preview_folders
+from chromarpc_server.verify.preview_layout import PREVIEW, Kind, find_preview_folders
 from chromarpc_server.verify.report import Outcome, Reporter, Result, skipped
 
 
@@ -72,8 +72,10 @@ def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     requests = directory / "requests" / "reference_requests.json"
     if requests.is_file():
         reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
-    if any(result.outcome is not Outcome.SKIP for result in reporter.results):
-        # Of interest beside recorded outputs; alone it would verify nothing of them.
+    if any(
+        result.outcome is not Outcome.SKIP and not result.case.startswith(PREVIEW) for result in reporter.results
+    ):
+        # Of interest beside the reference's recorded outputs; alone it would verify nothing of them.
         torchao_cases.run(device, reporter)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from chromarpc_server.domain.trainer import TRAINER_QTYPES, trainer_size
 from chromarpc_server.pipeline import autoencoder, sampling
 from chromarpc_server.pipeline.denoising import Text, VelocityMaker
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, one_thread, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.quantizers import QUANTIZERS
 from chromarpc_server.verify.preview_layout import Kind, PreviewFolder
@@ -49,7 +51,12 @@ def run(found: PreviewFolder, device: torch.device, reporter: Reporter) -> None:
     for path in found.unknown_files():
         reporter.add(Result(f"{found.kind}/{path.name}", Outcome.FAIL, note="this file is not understood"))
     cases = _Cases(found, device, reporter)
-    folder = found.folder
+    # The models of a CPU's vectors are so small that further threads only wait for each other.
+    with one_thread() if found.kind is Kind.CPU else nullcontext():
+        _run(found.folder, found.kind, cases, reporter)
+
+
+def _run(folder: Path, kind: Kind, cases: _Cases, reporter: Reporter) -> None:
     for name, check in (
         ("quantized", cases.quantized),
         ("text", cases.text),
@@ -58,9 +65,9 @@ def run(found: PreviewFolder, device: torch.device, reporter: Reporter) -> None:
         ("sampling", cases.sampling),
     ):
         if (folder / f"{name}.safetensors").is_file():
-            reporter.guarded(f"{found.kind}/{name}", check)
+            reporter.guarded(f"{kind}/{name}", check)
     if (folder / "sizes.json").is_file():
-        reporter.guarded(f"{found.kind}/sizes", cases.sizes)
+        reporter.guarded(f"{kind}/sizes", cases.sizes)
 
 
 class _Cases:

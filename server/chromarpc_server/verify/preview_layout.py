@@ -33,6 +33,10 @@ TRAINER_KEY = "ai-toolkit"
 """In the header of every file that the trainer's code recorded."""
 
 
+PREVIEW = "preview/"
+"""How every case's name begins."""
+
+
 class Kind(StrEnum):
     """What a folder holds, and how its cases' names begin."""
 

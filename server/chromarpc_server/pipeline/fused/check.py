@@ -88,7 +88,10 @@ def _run(ops: ModuleType, device: torch.device) -> list[Tensor]:
     later = ops.add_norm_modulate(x, added, gate, shift, scale)
     ops.gated_add(x, added, gate)
     ops.qk_norm_rope(qkv[:, :768], gate[:128], scale[:128], rope, 2)
-    return [normed, later, x, qkv, ops.join_gelu(added, qkv[:, 768:]), ops.join_gelu(None, qkv[:, 768:])]
+    joined = ops.join_gelu(added, qkv[:, 768:]), ops.join_gelu(None, qkv[:, 768:])
+    beside, narrow = draw(64, 256), x.new_empty(3, 64)
+    ops.narrow_product(x, beside, narrow)
+    return [normed, later, x, qkv, *joined, narrow]
 
 
 @torch.inference_mode()
@@ -111,6 +114,8 @@ def warm_up_kernels(config: ChromaConfig, device: torch.device) -> None:
             getattr(ops, f"join_gelu{quantized}")(beside, mlp)
     ops.gated_add(x, x.clone(), vector)
     ops.quantize(x)
+    for rank in (64, 128):  # of adapters beside a layer
+        ops.narrow_product(zeros(16, hidden), zeros(rank, hidden), zeros(16, rank))
     gain = vector[: config.head_dim]
     for qkv in (both, zeros(1, 3 * hidden)):
         ops.qk_norm_rope(qkv, gain, gain, (table, table), config.num_heads)

@@ -24,15 +24,22 @@ def multiplies_in_tf32(settings: TrainerSettings) -> bool:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """A CPU computes with one thread, whatever the process has set."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def trainer_arithmetic(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
     """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever is set besides."""
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             yield
-        finally:
-            torch.set_num_threads(threads)
         return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -9,7 +9,6 @@ or multiplier.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,11 +26,10 @@ from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.forward import attended_text
+from chromarpc_server.pipeline.trainer.layer import Layer, rank_bucket
 from chromarpc_server.pipeline.trainer.paths import (
-    Pair,
     Placed,
     add_to_quantized,
-    kronecker_path,
     merge,
     pair_of,
     place,
@@ -40,32 +38,6 @@ from chromarpc_server.pipeline.trainer.paths import (
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
 from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
-
-RANK_BUCKETS = (64, 128, 256, 512)
-"""Ranks of all adapters of a set together are padded to one of these, and beyond the last to a multiple of it."""
-
-
-def rank_bucket(rank: int) -> int:
-    """What a rank is padded to; 0 for none."""
-    if rank <= RANK_BUCKETS[-1]:
-        return next(bucket for bucket in (0, *RANK_BUCKETS) if rank <= bucket)
-    return -(-rank // RANK_BUCKETS[-1]) * RANK_BUCKETS[-1]
-
-
-@dataclass
-class _Beside:
-    """What lies beside one linear layer."""
-
-    keys: tuple[tuple[str, float], ...] | None = ()
-    """sha256 and multiplier of each adapter whose factors are in place; None while that is not certain."""
-    shas: tuple[str, ...] | None = ()
-    """Those whose `down` and `ups` are here."""
-    ups: list[Tensor] = field(default_factory=list)
-    """Each adapter's `up` (out, rank) on the device, at multiplier 1."""
-    down: Tensor | None = None
-    """(capacity, in): rows beyond the adapters' are zeros."""
-    up: Tensor | None = None
-    """(out, capacity), where the weight is held in float8 and has no columns for it."""
 
 
 class FusedPreview:
@@ -108,18 +80,17 @@ class FusedPreview:
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]
         self._hold_float8 = hold_float8
         self._record_graphs = record_graphs
-        self._linears = {
-            f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
+        self._layers = {
+            f"{name}.weight": Layer(module, module.in_features, device=device, dtype=dtype)
+            for name, module in self.model.named_modules()
+            if isinstance(module, Linear)
         }
-        self._storage: dict[str, Tensor] = {}
-        """By parameter name; a linear layer's is (out, in + capacity)."""
+        self._others: dict[str, Tensor] = {}
+        """Parameters that are no linear layers' weights."""
         self._held: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
-        self._beside = {name: _Beside() for name in self._linears}
-        self._kronecker: dict[str, tuple[tuple[str, float], ...] | None] = {}
-        """By parameter name, what lies beside it factorized; None while that is not certain."""
-        self._bucket = 0
+        """What was merged into each parameter; None where its contents are unknown."""
         self._capacity = 0
-        """Columns of every linear layer's storage beyond its weight's."""
+        """Ranks that there is room for beside every layer."""
         self._run: GraphedForward | None = None
 
     @property
@@ -142,13 +113,8 @@ class FusedPreview:
     @property
     def size_bytes(self) -> int:
         """Of the weights, scales and adapters it holds."""
-        scales = [module.scale for module in self._linears.values() if module.scale is not None]
-        beside = [
-            tensor
-            for held in self._beside.values()
-            for tensor in (*held.ups, *(part for part in (held.down, held.up) if part is not None))
-        ]
-        return sum(tensor.nbytes for tensor in (*self._storage.values(), *scales, *beside))
+        layers = sum(layer.size_bytes for layer in self._layers.values())
+        return layers + sum(tensor.nbytes for tensor in self._others.values())
 
     @torch.inference_mode()
     def switch(
@@ -168,7 +134,7 @@ class FusedPreview:
             LoraIncompatible: merging gave values that are not finite.
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
-        placement = place(adapters, tuple(self._linears), self.settings)
+        placement = place(adapters, tuple(self._layers), self.settings)
         changes = {
             name: (*placement.merged.get(name, ()), *placement.added.get(name, ())) for name in self._master
         }
@@ -193,62 +159,37 @@ class FusedPreview:
         return SwitchReport(len(stale) + self._put_beside(placement.beside, check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
-        """Puts one parameter where it is held. Storage is made once; only a larger bucket replaces it."""
+        """Puts one parameter where it is held."""
         for placed in merged:
             weight = merge(placed.change, weight, placed.multiplier)
-        linear = self._linears.get(name)
-        if linear is None:
-            self._store(name, weight)
+        layer = self._layers.get(name)
+        if layer is None:
+            self._put_other(name, weight)
             return weight
         quantized = quantize_linear(weight, self.settings.qtype if self.settings.quantize else None)
         whole = quantized.dequantized
         for placed in added:
             whole = add_to_quantized(placed.change, whole, placed.multiplier)
-        if self._holds_float8(name, quantized):
-            self._store_float8(name, linear, quantized)
-        else:
-            self._store(name, whole)
+        codes = self._float8(name, quantized)
+        # What is added to a weight makes values of it that float8 does not have.
+        moved = layer.put_weight(whole) if codes is None or added else layer.put_float8(*codes)
+        if moved:
+            self._run = None
         return whole
 
-    def _holds_float8(self, name: str, quantized: QuantizedLinear) -> bool:
+    def _float8(self, name: str, quantized: QuantizedLinear) -> tuple[Tensor, Tensor] | None:
+        """Values and scales, where the layer is to be held by them."""
         codes = quantized.codes
-        return self._hold_float8 and "_blocks." in name and codes is not None and codes[0].dtype == FLOAT8
+        is_float8 = codes is not None and codes[0].dtype == FLOAT8
+        return codes if is_float8 and self._hold_float8 and "_blocks." in name else None
 
-    def _store(self, name: str, weight: Tensor) -> None:
-        storage = self._storage.get(name)
-        if storage is None:
-            wide = self._capacity if name in self._linears and weight.ndim == 2 else 0
-            shape = (weight.shape[0], weight.shape[1] + wide) if wide else weight.shape
-            storage = torch.zeros(shape, dtype=self._dtype, device=self._device)
-            self._storage[name] = storage
-            self._register(name)
-        (storage[:, : weight.shape[1]] if weight.ndim > 1 else storage).copy_(weight)
-
-    def _store_float8(self, name: str, linear: Linear, quantized: QuantizedLinear) -> None:
-        if quantized.codes is None:
-            raise TypeError("weights without float8 values are held dequantized")
-        values, scale = quantized.codes
-        if name not in self._storage:
-            self._storage[name] = torch.empty(values.shape, dtype=FLOAT8, device=self._device)
-            linear.scale = torch.empty(scale.shape, dtype=scale.dtype, device=self._device)
-            self._register(name)
-        self._storage[name].copy_(values)
-        if linear.scale is not None:
-            linear.scale.copy_(scale)
-
-    def _register(self, name: str, rank: int = 0) -> None:
-        """Shows the model a parameter as it is held now, with `rank` of what lies beside it."""
-        storage = self._storage[name]
-        linear = self._linears.get(name)
-        if linear is not None:
-            beside = self._beside[name]
-            if storage.dtype != FLOAT8:
-                storage = storage[:, : self._master[name].shape[1] + rank]
-            linear.down = None if beside.down is None or rank == 0 else beside.down[:rank]
-            linear.up = None if beside.up is None or rank == 0 else beside.up[:, :rank]
-        module, _, leaf = name.rpartition(".")
-        parameter = torch.nn.Parameter(storage, requires_grad=False)
-        self.model.get_submodule(module).register_parameter(leaf, parameter)
+    def _put_other(self, name: str, tensor: Tensor) -> None:
+        if name not in self._others:
+            self._others[name] = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+            module, _, leaf = name.rpartition(".")
+            parameter = torch.nn.Parameter(self._others[name], requires_grad=False)
+            self.model.get_submodule(module).register_parameter(leaf, parameter)
+        self._others[name].copy_(tensor)
 
     def _put_beside(self, wanted: Mapping[str, Sequence[Placed]], check: Check) -> int:
         """Puts these adapters beside the weights. Returns for how many layers something was rewritten."""
@@ -259,100 +200,27 @@ class FusedPreview:
         ranks = {name: sum(pair.rank for _, pair in those) for name, those in low_rank.items()}
         bucket = rank_bucket(max(ranks.values(), default=0))
         if bucket > self._capacity:
-            self._grow(bucket)
+            # A recorded step reads the tensors that grow.
+            self._run = None
+            for layer in self._layers.values():
+                layer.grow(bucket)
+            self._capacity = bucket
         rewritten = 0
-        for name in self._linears:
+        for name, layer in self._layers.items():
             check()
-            rewritten += self._put_factors(name, low_rank.get(name, ()))
-        self._bucket = bucket
-        for name, linear in self._linears.items():
+            rewritten += layer.put_factors(low_rank.get(name, ()))
+        for name, layer in self._layers.items():
             rank = bucket if ranks.get(name) else 0
-            if rank != (0 if linear.down is None else linear.down.shape[0]):
-                self._register(name, rank)
-        rewritten += self._put_kronecker(wanted)
+            if rank != layer.rank:
+                layer.show(rank)
+        for name, layer in self._layers.items():
+            those = [placed for placed in wanted.get(name, ()) if isinstance(placed.change, Kronecker)]
+            if layer.put_kronecker(those):
+                # A recorded step reads the factors where they were.
+                self._run = None
+                rewritten += 1
         self.run.fused.variant = (bucket, frozenset(name for name, rank in ranks.items() if rank))
         return rewritten
-
-    def _put_factors(self, name: str, those: Sequence[tuple[Placed, Pair]]) -> bool:
-        """Writes the factors of one layer's low-rank paths where they differ. Returns whether they did."""
-        held = self._beside[name]
-        keys = tuple(placed.key for placed, _ in those)
-        if held.keys == keys:
-            return False
-        shas = tuple(placed.sha256 for placed, _ in those)
-        held.keys = None
-        if held.shas != shas:
-            held.shas = None
-            held.ups = [pair.up.to(self._device) for _, pair in those]
-            if held.down is not None:
-                held.down.zero_()
-                start = 0
-                for _, pair in those:
-                    held.down[start : start + pair.rank].copy_(pair.down)
-                    start += pair.rank
-            held.shas = shas
-        up = self._up(name)
-        if up is not None:
-            up.zero_()
-            start = 0
-            for (placed, pair), factor in zip(those, held.ups, strict=True):
-                up[:, start : start + pair.rank].copy_(factor.float() * placed.multiplier)
-                start += pair.rank
-        held.keys = keys
-        return True
-
-    def _up(self, name: str) -> Tensor | None:
-        """Where a layer's `up` is held, (out, capacity)."""
-        if self._capacity == 0:
-            return None
-        beside = self._beside[name]
-        return self._storage[name][:, self._master[name].shape[1] :] if beside.up is None else beside.up
-
-    def _grow(self, capacity: int) -> None:
-        """Makes room for more ranks. What was recorded reads the old storage, so it goes."""
-        self._run = None
-        for name, linear in self._linears.items():
-            width = self._master[name].shape[1]
-            beside = self._beside[name]
-            storage = self._storage[name]
-            beside.down = torch.zeros(capacity, width, dtype=self._dtype, device=self._device)
-            beside.keys = beside.shas = None
-            if storage.dtype == FLOAT8:
-                beside.up = torch.zeros(storage.shape[0], capacity, dtype=self._dtype, device=self._device)
-            else:
-                wider = torch.zeros(storage.shape[0], width + capacity, dtype=self._dtype, device=self._device)
-                wider[:, :width] = storage[:, :width]
-                self._storage[name] = wider
-                del storage
-            linear.down = linear.up = None
-            self._register(name, 0)
-        self._capacity = capacity
-
-    def _put_kronecker(self, wanted: Mapping[str, Sequence[Placed]]) -> int:
-        """Puts LoKrs beside their layers, factorized. Returns how many layers have another one than before."""
-        keys = {
-            name: tuple(placed.key for placed in those if isinstance(placed.change, Kronecker))
-            for name, those in wanted.items()
-        }
-        keys = {name: those for name, those in keys.items() if those}
-        changed = {
-            name
-            for name in keys.keys() | self._kronecker.keys()
-            if keys.get(name, ()) != self._kronecker.get(name, ())
-        }
-        if not changed:
-            return 0
-        # A recorded step reads the factors where they were.
-        self._run = None
-        for name in changed:
-            self._kronecker[name] = None
-            self._linears[name].paths = tuple(
-                kronecker_path(placed.change, placed.multiplier, self._device)
-                for placed in wanted.get(name, ())
-                if isinstance(placed.change, Kronecker)
-            )
-            self._kronecker[name] = keys.get(name, ())
-        return len(changed)
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`: both passes at once, with the modulations of all steps made before."""
