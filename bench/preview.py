@@ -123,7 +123,7 @@ def main() -> None:
         target = TARGETS.get((figure.rank, figure.side), "") if figure.profile == "preview" else ""
         print(
             f"{figure.profile:14}rank {figure.rank:4} {figure.side:5} px {figure.total_s:8.3f} s "
-            f"({figure.best_s:.3f}-{figure.worst_s:.3f})  {figure.total_s / base.total_s:6.3f} x reference {target}",
+            f"({figure.best_s:.3f}-{figure.worst_s:.3f})  {figure.total_s / base.total_s:.3f} x reference {target}",
             flush=True,
         )
 
