@@ -121,9 +121,10 @@ def main() -> None:
         figures.append(figure)
         base = next((f for f in figures if f.profile == "reference" and f.side == figure.side), figure)
         target = TARGETS.get((figure.rank, figure.side), "") if figure.profile == "preview" else ""
+        seconds = f"{figure.total_s:8.3f} s ({figure.best_s:.3f}-{figure.worst_s:.3f})"
+        ratio = f"{figure.total_s / base.total_s:.3f} x reference"
         print(
-            f"{figure.profile:14}rank {figure.rank:4} {figure.side:5} px {figure.total_s:8.3f} s "
-            f"({figure.best_s:.3f}-{figure.worst_s:.3f})  {figure.total_s / base.total_s:.3f} x reference {target}",
+            f"{figure.profile:14}rank {figure.rank:4} {figure.side:5} px {seconds}  {ratio} {target}",
             flush=True,
         )
 
