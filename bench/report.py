@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.preview import TARGETS as PREVIEW_TARGETS
 from bench.speed import TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -295,6 +296,47 @@ def cpu_speed_table() -> str:
     return table(header, rows)
 
 
+def preview_table() -> str:
+    """What the trainer's picture costs."""
+    result = load("h100-preview")
+    rows = []
+    for f in result["figures"]:
+        base = next(b for b in result["figures"] if b["profile"] == "reference" and b["side"] == f["side"])
+        target = PREVIEW_TARGETS.get((f["rank"], f["side"])) if f["profile"] == "preview" else None
+        rows.append(
+            [
+                f"`{f['profile']}`",
+                str(f["rank"]) if f["rank"] else "none",
+                f"{f['side']}×{f['side']}",
+                f"{f['total_s']:.3f}",
+                f"{f['best_s']:.3f}–{f['worst_s']:.3f}" if f["runs"] > 1 else "one run",
+                f"× {f['total_s'] / base['total_s']:.3f}",
+                "" if target is None else f"{target}: {judge(f['total_s'], target)}",
+            ]
+        )
+    return table(("profile", "rank", "size", "seconds", "spread", "to `reference`", "target"), rows)
+
+
+def preview_switches_table() -> str:
+    """Other adapters and multipliers beside the weights."""
+    rows = []
+    for s in load("h100-preview")["switches"]:
+        target = {16: 150, 128: 300}[s["rank"]]
+        rows.append(
+            [
+                str(s["rank"]),
+                f"{s['first_ms']:.0f}",
+                f"{s['adapter_ms']:.0f}",
+                f"{target}: {judge(s['adapter_ms'], target)}",
+                f"{s['multiplier_ms']:.0f}",
+                f"20: {judge(s['multiplier_ms'], 20)}",
+                str(s["graphs_recorded"]),
+            ]
+        )
+    header = ("rank", "first, making room, ms", "another adapter ms", "target", "another multiplier ms", "target")
+    return table((*header, "graphs recorded anew"), rows)
+
+
 def watchers_table(name: str) -> str:
     """Many watchers of one running job."""
     header = ["watchers", "events", "saw all, in order", "median ms", "99th percentile ms", "ms a step", "slower"]
@@ -347,6 +389,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "switching": lambda: _switching_table("h100-switching", targets=True),
     "switching origin": lambda: origin(load("h100-switching")),
+    "preview": preview_table,
+    "preview switches": preview_switches_table,
+    "preview origin": lambda: origin(load("h100-preview")),
     "cpu speed": cpu_speed_table,
     "cpu origin": lambda: origin(load("cpu-speed")),
     "cpu service origin": lambda: f"commit {load('cpu-service')['commit']}",
