@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from bench.switching import FULL
-from chromarpc_server.pipeline import Checkpoint, autoencoder, text_encoder
+from chromarpc_server.pipeline import Checkpoint, CheckpointFiles, autoencoder, text_encoder
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.text_encoder import Tokenizer
+from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.transformer import ChromaTransformer
 
 TOKENIZER = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini" / "tokenizer_2"
+NOWHERE = Path("no such file")
 T5_XXL = {
     "d_model": 4096,
     "d_kv": 64,
@@ -110,6 +112,14 @@ def checkpoint(device: torch.device) -> Checkpoint:
         revision="synthetic",
         size_bytes=sum(t.nbytes for t in master.values()),
         empty=(text_encoder.encode(t5, empty.ids), empty.mask.to(device)),
+        # Made of files, which there are only after `write`: the trainer's transformers can be had, its pipelines not.
+        trainer_parts=TrainerParts(
+            CheckpointFiles(NOWHERE, NOWHERE, TOKENIZER, NOWHERE),
+            device,
+            hold_float8=False,
+            keep_in_host_memory=False,
+            record=True,
+        ),
     )
 
 
