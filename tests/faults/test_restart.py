@@ -355,7 +355,7 @@ def test_a_start_that_fails_costs_no_job_an_attempt(tiny_checkpoint: Path, tmp_p
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags = ("--metrics-port", str(taken.getsockname()[1]))
         for _ in range(2):
-            assert "for metrics" in _refusal(tiny_checkpoint, tmp_path, *flags)
+            assert "--metrics-port" in _refusal(tiny_checkpoint, tmp_path, *flags)
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         _until_step(client.watch_job(running.job_id))
         assert client.get_job(running.job_id).attempt_count <= 1
