@@ -112,7 +112,7 @@ def checkpoint(device: torch.device) -> Checkpoint:
         revision="synthetic",
         size_bytes=sum(t.nbytes for t in master.values()),
         empty=(text_encoder.encode(t5, empty.ids), empty.mask.to(device)),
-        # Made of files, which there are only after `write`: the trainer's transformers can be had, its pipelines not.
+        # From files, which only `write` makes: the trainer's transformers can be had, its pipelines not.
         trainer_parts=TrainerParts(
             CheckpointFiles(NOWHERE, NOWHERE, TOKENIZER, NOWHERE),
             device,
