@@ -18,7 +18,7 @@ from bench import synthetic
 from bench.machine import commit
 from bench.speed import PROMPT, mini
 from chromarpc_server.pipeline import PROFILES, Checkpoint, PreparedTransformer, choose_device, describe_device
-from chromarpc_server.pipeline import checkpoint as drawing
+from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.sampling import draw_noise
 
 
@@ -41,9 +41,7 @@ def latents(
     noise = draw_noise(side, side, 42, torch.bfloat16, "float32").to(device=checkpoint.device, dtype=dtype)
     done = [
         step.latents
-        for step in drawing.denoise_from(
-            prepared, embedding, noise, side, side, steps, 4.0, timestep_dtype=torch.bfloat16
-        )
+        for step in denoise_from(prepared, embedding, noise, side, side, steps, 4.0, timestep_dtype=torch.bfloat16)
     ]
     return (done[0].float() - noise.float()), done[-1].float()
 

@@ -16,7 +16,7 @@ import torch
 
 from chromarpc_server.__main__ import main
 from chromarpc_server.engine import worker
-from chromarpc_server.pipeline import checkpoint
+from chromarpc_server.pipeline import pipeline
 
 HANGS = "the device thread hangs from here on"
 
@@ -75,7 +75,7 @@ FAULTS: Mapping[str, Callable[[], None]] = {
 
 def plant(name: str) -> None:
     """Puts the fault into its place."""
-    real = checkpoint.denoise_from
+    real = pipeline.denoise_from
     happened = threading.Event()
 
     def denoise_from(*arguments: Any, **keywords: Any) -> Iterator[Any]:
@@ -85,7 +85,7 @@ def plant(name: str) -> None:
                 FAULTS[name]()
             yield step
 
-    checkpoint.denoise_from = denoise_from
+    pipeline.denoise_from = denoise_from
 
 
 if __name__ == "__main__":

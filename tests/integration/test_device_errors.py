@@ -16,7 +16,7 @@ from chromarpc_server.app import App
 from chromarpc_server.domain.errors import DeviceLost, OutOfMemory
 from chromarpc_server.engine import adapter_inspection, engine, worker
 from chromarpc_server.engine.weight_norms import WeightNorms
-from chromarpc_server.pipeline import CheckpointFiles, checkpoint, probe_device
+from chromarpc_server.pipeline import Checkpoint, CheckpointFiles, pipeline, probe_device
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sam
 
 
 def _fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    real = checkpoint.denoise_from
+    real = pipeline.denoise_from
     failed = threading.Event()
 
     def denoise_from(*arguments: Any, **keywords: Any) -> Any:
@@ -34,7 +34,7 @@ def _fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
                 raise error
             yield step
 
-    monkeypatch.setattr(checkpoint, "denoise_from", denoise_from)
+    monkeypatch.setattr(pipeline, "denoise_from", denoise_from)
 
 
 def test_the_probe_finds_a_device_that_answers_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_device_too_full_to_start_is_told_in_a_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     if at == "preload":
-        monkeypatch.setattr(checkpoint.Checkpoint, "load", full)
+        monkeypatch.setattr(Checkpoint, "load", full)
     else:
         monkeypatch.setattr(engine, "describe_device", full)
     settings = ServerSettings(

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import chromarpc
 from chromarpc.cli import inquiry
-from chromarpc_server.pipeline import checkpoint
+from chromarpc_server.pipeline import pipeline
 from tests.conftest import RunningServer
 from tests.sight.test_metrics import get
 
@@ -48,7 +48,7 @@ def test_a_fallback_is_told_to_jobs_callers_and_metrics(
     serve: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Any] = [None]
-    monkeypatch.setattr(checkpoint, "kernels_fallback", lambda _: found[0], raising=False)
+    monkeypatch.setattr(pipeline, "kernels_fallback", lambda _: found[0], raising=False)
     server = serve(metrics_port=0)
     with chromarpc.Client(server.target) as client:
         assert _prepared(client).warnings == ()
@@ -78,15 +78,15 @@ def test_what_turns_out_while_a_job_runs_is_told_after_it(
 ) -> None:
     """As when a step cannot be recorded, which is found out at the second one."""
     found: list[Any] = [None]
-    monkeypatch.setattr(checkpoint, "kernels_fallback", lambda _: found[0], raising=False)
-    real = checkpoint.denoise_from
+    monkeypatch.setattr(pipeline, "kernels_fallback", lambda _: found[0], raising=False)
+    real = pipeline.denoise_from
 
     def denoise_from(*arguments: Any, **keywords: Any) -> Any:
         for step in real(*arguments, **keywords):
             found[0] = Fallback()
             yield step
 
-    monkeypatch.setattr(checkpoint, "denoise_from", denoise_from)
+    monkeypatch.setattr(pipeline, "denoise_from", denoise_from)
     with chromarpc.Client(serve().target) as client:
         list(client.generate("a", **SMALL))
         assert _fallbacks(client) == [{"without": "kernels", "message": MESSAGE}]
