@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import T5EncoderModel
 
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, trainer_size
 from chromarpc_server.pipeline import autoencoder, sampling
@@ -34,6 +34,9 @@ from chromarpc_server.verify.preview_models import (
 )
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 CPU = torch.device("cpu")
 FLOAT32_REL = 1e-5

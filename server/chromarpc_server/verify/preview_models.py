@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import denoise_from
+from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.profiles import PREVIEW, PREVIEW_EXACT
 from chromarpc_server.pipeline.text_encoder import PromptEmbedding, build_text_encoder
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
@@ -23,6 +24,9 @@ from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quanti
 from chromarpc_server.pipeline.transformer import ChromaConfig
 from chromarpc_server.verify.report import Outcome, Result, distance
 from chromarpc_server.verify.vectors import Vectors
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 TEXT_TOKENS = 512
 ERROR_RATIO = 1.10
@@ -123,7 +127,7 @@ def text_encoder(vectors: Vectors, settings: TrainerSettings, device: torch.devi
         return quantize_linear(weight, qtype)
 
     return build_text_encoder(
-        T5Config(**vectors.config),
+        libraries().t5_config(**vectors.config),
         {name: tensor.to(dtype) for name, tensor in vectors.tensors.items()},
         device=device,
         dtype=dtype,
