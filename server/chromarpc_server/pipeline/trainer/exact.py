@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
-from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, on_device
+from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
@@ -22,6 +21,7 @@ from chromarpc_server.pipeline.trainer.forward import (
     attended_text,
     attention_mask,
 )
+from chromarpc_server.pipeline.trainer.held import HeldWeights
 from chromarpc_server.pipeline.trainer.paths import (
     Path,
     Placed,
@@ -30,11 +30,10 @@ from chromarpc_server.pipeline.trainer.paths import (
     merge,
     pair_of,
     place,
-    require_finite_weights,
 )
 from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.transformer import ChromaConfig, linear_weights, rope_table
-from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
+from chromarpc_server.pipeline.weights import Check, Progress
 
 
 class ExactPreview:
@@ -61,14 +60,12 @@ class ExactPreview:
         self.profile = profile
         self.settings = settings
         self.config = config
-        self._master = master
         self._device = device
         self._dtype = TORCH_DTYPES[settings.dtype]
         self._linear_names = frozenset(linear_weights(config))
         self._weights: dict[str, QuantizedLinear] = {}
         self._others: dict[str, Tensor] = {}
-        self._held: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
-        """What was merged into each parameter; None where its contents are unknown."""
+        self._held = HeldWeights(master, settings, device=device)
         self._transformer: TrainerTransformer | None = None
         self._beside_bytes = 0
 
@@ -95,28 +92,7 @@ class ExactPreview:
         """
         self._transformer = None
         placement = place(adapters, sorted(self._linear_names), self.settings)
-        changes = {
-            name: (*placement.merged.get(name, ()), *placement.added.get(name, ())) for name in self._master
-        }
-        wanted = {name: tuple(placed.key for placed in changes[name]) for name in self._master}
-        stale = [name for name in self._master if self._held[name] != wanted[name]]
-        total, done = sum(self._master[name].nbytes for name in stale), 0
-        finite: dict[str, Tensor] = {}
-        for name, stored in on_device(self._master, stale, self._device):
-            check()
-            self._held[name] = None
-            merged, added = placement.merged.get(name, ()), placement.added.get(name, ())
-            with trainer_arithmetic(self._device, self.settings):
-                written = self._write(name, stored.to(self._dtype), merged, added)
-            finite[name] = torch.isfinite(written).all()
-            self._held[name] = wanted[name]
-            done += self._master[name].nbytes
-            progress(LoadProgress("quantizing" if self.settings.quantize else "merging", done, total))
-        try:
-            require_finite_weights(finite, wanted, self.settings.qtype if self.settings.quantize else None)
-        except ChromaError:
-            self._held.update(dict.fromkeys(finite))
-            raise
+        written = self._held.rewrite(placement, self._write, progress=progress, check=check)
         beside = {
             name.removesuffix(".weight"): tuple(self._path(placed) for placed in those)
             for name, those in placement.beside.items()
@@ -131,9 +107,15 @@ class ExactPreview:
             for name, weight in self._weights.items()
         }
         self._transformer = TrainerTransformer(self.config, linears, self._others)
-        return SwitchReport(len(stale))
+        return SwitchReport(written)
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
+        with trainer_arithmetic(self._device, self.settings):
+            return self._write_as_trainer(name, weight, merged, added)
+
+    def _write_as_trainer(
+        self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]
+    ) -> Tensor:
         for placed in merged:
             weight = merge(placed.change, weight, placed.multiplier)
         if name not in self._linear_names:

@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
-from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, on_device, packed_velocity
+from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, packed_velocity
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.forward import attended_text
+from chromarpc_server.pipeline.trainer.held import HeldWeights
 from chromarpc_server.pipeline.trainer.layer import Layer, rank_bucket
 from chromarpc_server.pipeline.trainer.paths import (
     Placed,
@@ -33,11 +33,10 @@ from chromarpc_server.pipeline.trainer.paths import (
     merge,
     pair_of,
     place,
-    require_finite_weights,
 )
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
-from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
+from chromarpc_server.pipeline.weights import Check, Progress
 
 
 class FusedPreview:
@@ -74,7 +73,6 @@ class FusedPreview:
         self.config = config
         self.profile = profile
         self.settings = settings
-        self._master = master
         self._device = device
         self._dtype = dtype
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]
@@ -87,8 +85,7 @@ class FusedPreview:
         }
         self._others: dict[str, Tensor] = {}
         """Parameters that are no linear layers' weights."""
-        self._held: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
-        """What was merged into each parameter; None where its contents are unknown."""
+        self._held = HeldWeights(master, settings, device=device)
         self._capacity = 0
         """Ranks that there is room for beside every layer."""
         self._run: GraphedForward | None = None
@@ -135,28 +132,8 @@ class FusedPreview:
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
         placement = place(adapters, tuple(self._layers), self.settings)
-        changes = {
-            name: (*placement.merged.get(name, ()), *placement.added.get(name, ())) for name in self._master
-        }
-        wanted = {name: tuple(placed.key for placed in changes[name]) for name in self._master}
-        stale = [name for name in self._master if self._held[name] != wanted[name]]
-        total, done = sum(self._master[name].nbytes for name in stale), 0
-        finite: dict[str, Tensor] = {}
-        for name, stored in on_device(self._master, stale, self._device):
-            check()
-            self._held[name] = None
-            weight = stored.to(self._trainer_dtype)
-            written = self._write(name, weight, placement.merged.get(name, ()), placement.added.get(name, ()))
-            finite[name] = torch.isfinite(written).all()
-            self._held[name] = wanted[name]
-            done += self._master[name].nbytes
-            progress(LoadProgress("quantizing" if self.settings.quantize else "merging", done, total))
-        try:
-            require_finite_weights(finite, wanted, self.settings.qtype if self.settings.quantize else None)
-        except ChromaError:
-            self._held.update(dict.fromkeys(finite))
-            raise
-        return SwitchReport(len(stale) + self._put_beside(placement.beside, check))
+        written = self._held.rewrite(placement, self._write, progress=progress, check=check)
+        return SwitchReport(written + self._put_beside(placement.beside, check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
         """Puts one parameter where it is held."""
