@@ -77,6 +77,18 @@ def test_an_empty_folder_verifies_nothing_and_fails(tmp_path: Path) -> None:
     assert report["summary"] == {"pass": 0, "fail": 0, "skip": 0}
 
 
+def test_a_folder_without_vectors_is_told_how_it_should_be_laid_out(tmp_path: Path) -> None:
+    out = io.StringIO()
+    assert verify(tmp_path, device="cpu", as_json=False, out=out) == 1
+    assert "no known vectors; it should be laid out like tests/goldens" in out.getvalue()
+
+
+def test_one_folder_of_bfloat16_vectors_is_verified_when_it_is_named_itself(goldens: Path) -> None:
+    code, report = _verify(goldens / "h100_bf16_float8")
+    assert code == 0
+    assert any(case["case"].startswith("h100_bf16_float8/t5/") for case in report["cases"])
+
+
 def test_a_part_of_the_folder_is_enough(goldens: Path, tmp_path: Path) -> None:
     code, report = _verify(_copy(goldens, tmp_path, *FORWARD))
     assert code == 0

@@ -1,8 +1,8 @@
 """Checks an install against recorded outputs of the reference.
 
-The folder is laid out like tests/goldens, or is one of its folders of the trainer's picture; subfolders and files
-may be absent, and whatever is there is read for its sizes, names and counts. A file that cannot be used is that
-case's failure, never a traceback.
+The folder is laid out like tests/goldens, or is one of its folders of bfloat16 vectors or of the trainer's
+picture; subfolders and files may be absent, and whatever is there is read for its sizes, names and counts. A file
+that cannot be used is that case's failure, never a traceback.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def verify(directory: Path, *, device: str, as_json: bool, out: TextIO) -> int:
 def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     previews = find_preview_folders(directory)
     float32_cases.run(directory / float32_cases.GROUP, reporter)
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+    for folder in (directory, *sorted(path for path in directory.iterdir() if path.is_dir())):
         if any(folder == preview.folder for preview in previews):
             continue
-        if folder.name != float32_cases.GROUP and any(
+        group = folder.name or folder.resolve().name  # of `.`
+        if group != float32_cases.GROUP and any(
             (folder / name).is_file() for name in ("pipeline.safetensors", "t5.safetensors")
         ):
-            bfloat16_cases.run(folder, folder.name, device, reporter)
+            bfloat16_cases.run(folder, group, device, reporter)
     for preview in previews:
         if preview.kind is Kind.RUNS:
             preview_runs.run(preview.folder, device, reporter)

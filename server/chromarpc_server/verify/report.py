@@ -127,7 +127,12 @@ class Reporter:
                 file=self._out,
             )
             if not ok and count[Outcome.FAIL] == 0:
-                print("nothing was verified", file=self._out)
+                why = (
+                    "every case was skipped"
+                    if self.results
+                    else "the folder holds no known vectors; it should be laid out like tests/goldens"
+                )
+                print(f"nothing was verified: {why}", file=self._out)
         return 0 if ok else 1
 
 
