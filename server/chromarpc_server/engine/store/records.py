@@ -16,6 +16,7 @@ from chromarpc_server.domain.events import (
     Accepted,
     Cancelled,
     Completed,
+    Event,
     Failed,
     ImageChunk,
     ImageHeader,
@@ -34,11 +35,27 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 _HEADERS: TypeAdapter[tuple[ImageHeader, ...]] = TypeAdapter(tuple[ImageHeader, ...])
+STORED_NAMES: dict[type[Event], str] = {
+    Accepted: "Accepted",
+    Restarted: "Restarted",
+    Queued: "Queued",
+    Loading: "Loading",
+    Prepared: "Prepared",
+    Step: "Step",
+    ImageHeader: "ImageHeader",
+    ImageChunk: "StoredChunk",
+    Completed: "Completed",
+    Failed: "Failed",
+    Cancelled: "Cancelled",
+}
+"""What the database calls each kind of event, whatever its class is called. A name that was released stays."""
+_ACCEPTED = STORED_NAMES[Accepted]
+_CHUNK = STORED_NAMES[ImageChunk]
 _PLAIN: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind)
+    STORED_NAMES[kind]: TypeAdapter(kind)
     for kind in (Queued, Loading, Prepared, Restarted, Step, ImageHeader, Completed)
 }
-_ENDINGS: dict[str, type[Failed | Cancelled]] = {"Failed": Failed, "Cancelled": Cancelled}
+_ENDINGS: dict[str, type[Failed | Cancelled]] = {STORED_NAMES[kind]: kind for kind in (Failed, Cancelled)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ def _plain(value: object) -> object:
 
 def _record(logged: LoggedEvent) -> list[Any]:
     event = logged.event
-    kind = type(event).__name__
+    kind = STORED_NAMES[type(event)]
     payload: Any
     match event:
         case Accepted():
@@ -152,7 +169,6 @@ def _record(logged: LoggedEvent) -> list[Any]:
         case Failed(error=error) | Cancelled(error=error):
             payload = _error_record(error)
         case ImageChunk():
-            kind = StoredChunk.__name__
             payload = [event.prompt_index, event.offset_bytes, len(event.data)]
         case _:
             payload = event
@@ -162,9 +178,9 @@ def _record(logged: LoggedEvent) -> list[Any]:
 def _stored(record: list[Any], accepted: Accepted) -> StoredEvent:
     sequence, time_us, kind, payload = record
     event: Any
-    if kind == Accepted.__name__:
+    if kind == _ACCEPTED:
         event = accepted
-    elif kind == StoredChunk.__name__:
+    elif kind == _CHUNK:
         event = StoredChunk(*payload)
     elif kind in _ENDINGS:
         event = _ENDINGS[kind](_read_error(payload))
