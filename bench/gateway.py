@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2_grpc
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc, job_event_pb2
 from chromarpc_server.gateway.configuration import Gateway
 from chromarpc_server.gateway.envoy import Envoy
-from chromarpc_server.transport.health import HealthServicer
+from chromarpc_server.transport.services.health import HealthServicer
 
 EVENTS = 500
 PACE_S = 0.004

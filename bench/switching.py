@@ -22,7 +22,7 @@ from bench.machine import commit
 from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, library_versions, synchronize
 from chromarpc_server.pipeline.adapters.change import LowRank
 from chromarpc_server.pipeline.memory import pin
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
 
 FULL = ChromaConfig(
     in_channels=64,

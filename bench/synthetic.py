@@ -21,11 +21,12 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.switching import FULL
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import Checkpoint, autoencoder, text_encoder
+from chromarpc_server.pipeline import Checkpoint
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
+from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.text_encoder import Tokenizer
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.preview import LatentPreview
-from chromarpc_server.pipeline.text_encoder import Tokenizer
-from chromarpc_server.pipeline.transformer import ChromaTransformer
 
 TOKENIZER = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini" / "tokenizer_2"
 T5_XXL = {

@@ -23,7 +23,7 @@ BASE = "base"
 AREAS: Mapping[str, tuple[str, ...]] = {
     "client/chromarpc": (BASE,),
     "server/chromarpc_server": (BASE, "server"),
-    "server/chromarpc_server/tracing.py": (BASE, "server", "otel"),
+    "server/chromarpc_server/observability/tracing.py": (BASE, "server", "otel"),
     "server/chromarpc_server/gateway/envoy.py": (BASE, "server", "web"),
     "server/chromarpc_server/pipeline/fused/attention.py": (BASE, "server", "fa3"),
     "tests": (BASE, "server", "otel", "web", "dev"),

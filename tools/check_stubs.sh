@@ -7,8 +7,8 @@ tools/generate_stubs.sh "$fresh"
 for package in chromarpc/v1 chromarpc/compat/v1; do
   diff -r -q --exclude=__init__.py --exclude=__pycache__ "$fresh/client/$package" "client/$package" || stale=1
 done
-for file in "$fresh"/server/chromarpc_server/transport/*; do
-  diff -q "$file" "server/chromarpc_server/transport/$(basename "$file")" || stale=1
+for file in "$fresh"/server/chromarpc_server/transport/services/*; do
+  diff -q "$file" "server/chromarpc_server/transport/services/$(basename "$file")" || stale=1
 done
 if [ -n "${stale:-}" ]; then
   echo 'the committed stubs are not current: run `make protos`' >&2

@@ -16,7 +16,7 @@ for package in chromarpc/v1 chromarpc/compat/v1; do
 done
 # Google's messages come from googleapis-common-protos. gRPC's reflection is in no package yet, and a folder named
 # `grpc` would hide gRPC itself, so its one module goes to where it is used.
-server=$out/server/chromarpc_server/transport
+server=$out/server/chromarpc_server/transport/services
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy="$bin/protoc-gen-mypy" \

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from chromarpc_server import extras, logs
+from chromarpc_server import extras
 from chromarpc_server.domain.models import REGISTRY, HubSource
+from chromarpc_server.observability import logs
 
 if TYPE_CHECKING:
     from chromarpc_server.settings import ServerSettings
@@ -173,7 +174,7 @@ def _fetch(arguments: list[str]) -> int:
     parser.add_argument("model", choices=fetchable, help="which model")
     options = parser.parse_args(arguments)
     extras.require(extras.FETCH)
-    from chromarpc_server.engine.model_files import fetch  # noqa: PLC0415 - slow imports
+    from chromarpc_server.runtime.model_files import fetch  # noqa: PLC0415 - slow imports
 
     try:
         fetch(REGISTRY[options.model])
@@ -194,7 +195,7 @@ def _token(arguments: list[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="whose token it is, as logs and limits know it")
     options = parser.parse_args(arguments)
     extras.require(extras.TOKEN)
-    from chromarpc_server.transport.callers_file import entry_text, new_token  # noqa: PLC0415 - slow imports
+    from chromarpc_server.transport.access.callers_file import entry_text, new_token  # noqa: PLC0415 - slow imports
 
     token = new_token()
     try:

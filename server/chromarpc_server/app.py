@@ -9,16 +9,17 @@ import signal
 import sys
 from importlib import metadata
 
+from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
-from chromarpc_server.engine.adapter_download import AdapterDownloads
-from chromarpc_server.engine.adapter_library import AdapterLibrary
-from chromarpc_server.engine.adapter_sources import AdapterSources
-from chromarpc_server.engine.engine import Engine
-from chromarpc_server.engine.model_files import ModelFiles, fetch_command
-from chromarpc_server.engine.store.job_store import JobStore
-from chromarpc_server.metrics import Metrics
+from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.observability.metrics import Metrics
+from chromarpc_server.observability.probes import StatusPort
+from chromarpc_server.observability.tracing import Tracing
 from chromarpc_server.pipeline import (
     PROFILES,
     DeviceChoice,
@@ -28,19 +29,18 @@ from chromarpc_server.pipeline import (
     served_profiles,
 )
 from chromarpc_server.ports import require_free
+from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
 from chromarpc_server.settings import ServerSettings, parse_size
-from chromarpc_server.status_port import StatusPort
-from chromarpc_server.tracing import Tracing
+from chromarpc_server.transport.access.authentication import Authentication
+from chromarpc_server.transport.access.callers_file import CallersFile
+from chromarpc_server.transport.access.quotas import CallQuotas
+from chromarpc_server.transport.access.tls import ServerTls, TlsFiles
 from chromarpc_server.transport.addresses import joined
-from chromarpc_server.transport.authentication import Authentication
-from chromarpc_server.transport.callers_file import CallersFile
-from chromarpc_server.transport.generation import GenerationServicer
-from chromarpc_server.transport.jobs import JobServicer
-from chromarpc_server.transport.loras import LoraServicer
-from chromarpc_server.transport.models import ModelServicer
-from chromarpc_server.transport.quotas import CallQuotas
 from chromarpc_server.transport.server import Access, Listening, listen
-from chromarpc_server.transport.tls import ServerTls, TlsFiles
+from chromarpc_server.transport.services.generation import GenerationServicer
+from chromarpc_server.transport.services.jobs import JobServicer
+from chromarpc_server.transport.services.loras import LoraServicer
+from chromarpc_server.transport.services.models import ModelServicer
 
 log = logging.getLogger(__name__)
 

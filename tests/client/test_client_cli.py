@@ -430,7 +430,7 @@ def test_every_error_has_an_exit_code_and_every_exit_code_its_help() -> None:
 
 
 def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None:
-    codes = pytest.importorskip("chromarpc_server.transport.status").CODES
+    codes = pytest.importorskip("chromarpc_server.transport.messages.errors").CODES
     for kind, code in codes.items():
         shell.server.script = refusing(status(code, "the server's own sentence", reason=kind.reason))
         result = shell("generate", "a")

@@ -61,7 +61,7 @@ GENERAL = {
 
 def server_errors() -> dict[str, tuple[type[Exception], grpc.StatusCode]]:
     """What the server can answer: its error and the status code, by reason."""
-    status = pytest.importorskip("chromarpc_server.transport.status")
+    status = pytest.importorskip("chromarpc_server.transport.messages.errors")
     return {kind.reason: (kind, code) for kind, code in status.CODES.items()}
 
 

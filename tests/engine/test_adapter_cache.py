@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.errors import LoraChanged
-from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
 from chromarpc_server.pipeline import Adapter
+from chromarpc_server.runtime.adapter_cache import AdapterCache
 from tests.tiny_checkpoint import GOLDENS
 
 TARGETS = {

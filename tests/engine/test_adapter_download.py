@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import trustme
 
+from chromarpc_server.adapters import downloads as adapter_download
+from chromarpc_server.adapters.downloads import AdapterDownloads, Downloaded, DownloadLimits
+from chromarpc_server.adapters.public_http import IPAddress, is_public
 from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,
@@ -25,9 +28,6 @@ from chromarpc_server.domain.errors import (
     LoraInvalid,
     LoraNotFound,
 )
-from chromarpc_server.engine import adapter_download
-from chromarpc_server.engine.adapter_download import AdapterDownloads, Downloaded, DownloadLimits
-from chromarpc_server.engine.public_address import IPAddress, is_public
 
 BODY = bytes(range(256)) * 40
 TOKEN = "hf_thisIsSecret"

@@ -16,6 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from chromarpc_server.adapters import root as adapter_root
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.library import AdapterLibrary, LoraSource, StoredLora, display_name
+from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,
@@ -27,10 +31,6 @@ from chromarpc_server.domain.errors import (
 )
 from chromarpc_server.domain.limits import UploadLimits
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine import adapter_root
-from chromarpc_server.engine.adapter_cache import AdapterFile
-from chromarpc_server.engine.adapter_library import AdapterLibrary, LoraSource, StoredLora, display_name
-from chromarpc_server.engine.adapter_sources import AdapterSources
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 LIMITS = UploadLimits(max_file_bytes=4000, max_total_bytes=6000, max_chunk_bytes=1000, max_open=2, expiry_s=60)

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from chromarpc_server.adapters.downloads import Downloaded
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter, LoraContentChanged
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.domain.requests import GenerationRequest, LoraRequest, PromptRequest
 from chromarpc_server.domain.resolve import Serving, resolve
-from chromarpc_server.engine.adapter_cache import AdapterFile
-from chromarpc_server.engine.adapter_download import Downloaded
-from chromarpc_server.engine.adapter_library import AdapterLibrary
-from chromarpc_server.engine.adapter_sources import AdapterSources, FoundAdapters
-from chromarpc_server.engine.recovery import find_again
-from chromarpc_server.engine.store.job_store import Unfinished
+from chromarpc_server.jobs.recovery import find_again
+from chromarpc_server.jobs.store.job_store import Unfinished
 
 CONTENT = save({"diffusion_model.img_in.lora_A.weight": torch.zeros(1, 1)})
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

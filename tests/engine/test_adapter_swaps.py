@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import LoraChanged, LoraInvalid, LoraNotFound
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine.adapter_cache import AdapterCache, AdapterFile
-from chromarpc_server.engine.adapter_library import AdapterLibrary
-from chromarpc_server.engine.adapter_sources import AdapterSources
+from chromarpc_server.runtime.adapter_cache import AdapterCache
 from tests.tiny_checkpoint import GOLDENS
 
 TARGETS = {

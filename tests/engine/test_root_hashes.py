@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import save
 
 import chromarpc
+from chromarpc_server.adapters import hashes as root_hashes
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import LoraNotFound
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.engine import root_hashes
-from chromarpc_server.engine.adapter_cache import AdapterFile
-from chromarpc_server.engine.adapter_library import AdapterLibrary
-from chromarpc_server.engine.adapter_sources import AdapterSources
-from chromarpc_server.engine.recovery import find_again
-from chromarpc_server.engine.store.records import KnownAdapter
+from chromarpc_server.jobs.recovery import find_again
+from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.pipeline.adapters.reader import MAX_FILE_BYTES
 from tests.conftest import RunningServer
 

@@ -15,8 +15,8 @@ import pytest
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import Cancelled, Completed, Failed, ImageChunk, ImageHeader, Prepared, Step
 from chromarpc_server.domain.limits import JobRetention
-from chromarpc_server.engine.store.job_store import JobStore
-from chromarpc_server.engine.store.records import STORED_NAMES
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.records import STORED_NAMES
 
 WRITTEN = Path(__file__).parent / "store_0_1_0"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text("utf-8"))

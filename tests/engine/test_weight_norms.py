@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.engine.weight_norms import WeightNorms
-from chromarpc_server.pipeline.safetensors_file import open_safetensors
+from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
 
 WEIGHTS = {"a": torch.full((4, 9), 2.0, dtype=torch.bfloat16), "b": torch.zeros(3), "c": torch.ones(5)}
 

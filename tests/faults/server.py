@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from chromarpc_server.__main__ import main
-from chromarpc_server.engine import worker
 from chromarpc_server.pipeline import pipeline
+from chromarpc_server.runtime import worker
 
 HANGS = "the device thread hangs from here on"
 

@@ -25,8 +25,8 @@ import chromarpc
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server import settings as settings_module
 from chromarpc_server.app import App
-from chromarpc_server.engine.engine import Engine
-from chromarpc_server.transport.callers_file import entry_text
+from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.transport.access.callers_file import entry_text
 from tests.conftest import RunningServer
 from tests.faults import kill_nine
 from tests.faults.processes import ServerProcess, server_process

@@ -69,7 +69,7 @@ def test_kernels_give_what_plain_torch_gives(hidden: int, heads: int) -> None:
 
 def test_kernels_round_weights_bit_for_bit() -> None:
     from chromarpc_server.pipeline.fused import kernels
-    from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
+    from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 
     weight = torch.randn(48, 3072, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
     weight[0], weight[1], weight[2] = 0, weight[1] * 1e-8, weight[2] * 1000
@@ -189,8 +189,8 @@ def test_a_card_without_a_byte_left_is_full_and_not_lost() -> None:
 def test_files_are_staged_onto_the_device_as_they_are(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from chromarpc_server.pipeline.safetensors_file import open_safetensors
-    from chromarpc_server.pipeline.staging import read_onto
+    from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
+    from chromarpc_server.pipeline.weights.staging import read_onto
 
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t{index}": torch.randn(3000, 3000 + index, generator=generator).bfloat16() for index in range(40)}
@@ -202,7 +202,7 @@ def test_files_are_staged_onto_the_device_as_they_are(tmp_path: Path) -> None:
 
 def _autoencoder(dtype: torch.dtype) -> object:
     from bench.synthetic import FLUX_VAE, _parts, _random
-    from chromarpc_server.pipeline.autoencoder import build_autoencoder
+    from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
 
     device = torch.device("cuda")
     weights = dict(_random(_parts()[2], device, 3))

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import chromarpc
+from chromarpc_server.adapters import inspection as adapter_inspection
+from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.app import App
 from chromarpc_server.domain.errors import DeviceLost, OutOfMemory
-from chromarpc_server.engine import adapter_inspection, engine, worker
-from chromarpc_server.engine.weight_norms import WeightNorms
+from chromarpc_server.jobs import engine
 from chromarpc_server.pipeline import Checkpoint, CheckpointFiles, pipeline, probe_device
+from chromarpc_server.runtime import worker
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 

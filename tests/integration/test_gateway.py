@@ -21,8 +21,8 @@ from chromarpc.compat.v1 import inference_service_pb2_grpc
 from chromarpc.v1 import job_event_pb2, job_service_pb2
 from chromarpc_server.gateway.configuration import PAGE, Gateway, deployed_yaml
 from chromarpc_server.gateway.envoy import Envoy, GatewayError, envoy_path
-from chromarpc_server.transport.compat import InferenceServicer
-from chromarpc_server.transport.health import HealthServicer
+from chromarpc_server.transport.services.health import HealthServicer
+from chromarpc_server.transport.services.inference import InferenceServicer
 from tests.conftest import RunningServer
 from tests.integration.gateway_stand import SMALL, Answer, Web, free_port, gateway_to, generate, wait_until_served
 from tests.integration.test_foreign_client import BUF

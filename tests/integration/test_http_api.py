@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from chromarpc.compat.v1 import inference_service_pb2
 from chromarpc.v1 import generation_service_pb2, job_service_pb2
-from chromarpc_server.transport.compat import InferenceServicer
+from chromarpc_server.transport.services.inference import InferenceServicer
 from tests.conftest import RunningServer
 from tests.integration.gateway_stand import SMALL, Answer, Web, gateway_to, generate, wait_until_served
 

@@ -23,7 +23,7 @@ from chromarpc.v1 import (
     job_service_pb2,
     job_service_pb2_grpc,
 )
-from chromarpc_server.engine.job import Job
+from chromarpc_server.jobs.job import Job
 from tests.conftest import RunningServer
 from tests.integration.test_generate import SMALL
 

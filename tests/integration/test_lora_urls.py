@@ -17,9 +17,9 @@ import pytest
 
 import chromarpc
 import chromarpc_server.app
-from chromarpc_server.engine.adapter_download import AdapterDownloads
-from chromarpc_server.engine.adapter_sources import FoundAdapters
-from chromarpc_server.engine.store.job_store import JobStore
+from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.sources import FoundAdapters
+from chromarpc_server.jobs.store.job_store import JobStore
 from tests.conftest import RunningServer
 from tests.tiny_checkpoint import GOLDENS
 

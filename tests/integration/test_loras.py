@@ -25,8 +25,8 @@ from chromarpc import upload as client_upload
 from chromarpc.cli import app
 from chromarpc.errors import from_status
 from chromarpc.v1 import lora_service_pb2, lora_service_pb2_grpc
+from chromarpc_server.adapters.library import AdapterLibrary, UploadState
 from chromarpc_server.domain.errors import Draining
-from chromarpc_server.engine.adapter_library import AdapterLibrary, UploadState
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 from tests.tiny_checkpoint import GOLDENS

@@ -19,7 +19,7 @@ from chromarpc import AdapterPlacement, Lora, TrainerOptions
 from chromarpc_server import settings as settings_module
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from tests.conftest import RunningServer, start_server
 

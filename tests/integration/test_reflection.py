@@ -122,7 +122,7 @@ file.message_type.add(name="ServerReflectionRequest")
 file.service.add(name="ServerReflection")
 descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
 
-from chromarpc_server.transport.reflection import serve_reflection
+from chromarpc_server.transport.services.reflection import serve_reflection
 
 async def main():
     server = grpc.aio.server()

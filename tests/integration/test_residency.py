@@ -13,7 +13,7 @@ import pytest
 
 import chromarpc
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
-from chromarpc_server.engine.job_queue import MAX_OVERTAKEN
+from chromarpc_server.jobs.queue import MAX_OVERTAKEN
 from tests.conftest import RunningServer
 from tests.tiny_checkpoint import GOLDENS
 

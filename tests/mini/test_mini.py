@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from chromarpc_server.pipeline import Checkpoint, read_adapter
-from chromarpc_server.pipeline.text_encoder import Tokenizer
+from chromarpc_server.pipeline.models.text_encoder import Tokenizer
 from tools.mini.captions import TRIGGER, caption, full_caption
 from tools.mini.checker import faults, frame_share, look
 from tools.mini.evaluate import held_out_pairs, held_out_singles, load, measure, prepare

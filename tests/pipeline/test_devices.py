@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.limits import Budgets, JobRetention
-from chromarpc_server.engine import engine
-from chromarpc_server.engine.adapter_library import AdapterLibrary
-from chromarpc_server.engine.adapter_sources import AdapterSources
-from chromarpc_server.engine.engine import Engine
-from chromarpc_server.engine.store.job_store import JobStore
-from chromarpc_server.pipeline import DeviceChoice, DeviceDescription, staging
+from chromarpc_server.jobs import engine
+from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.pipeline import DeviceChoice, DeviceDescription
+from chromarpc_server.pipeline.weights import staging
 
 SECOND = torch.device("cuda", 1)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chromarpc_server.pipeline import autoencoder
-from chromarpc_server.pipeline.autoencoder import build_autoencoder
 from chromarpc_server.pipeline.fused import decoder as fused_decoder
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.decoder import FusedDecoder, fuse, with_fused_decoder
 from chromarpc_server.pipeline.libraries import libraries
-from chromarpc_server.pipeline.weights import read_json
+from chromarpc_server.pipeline.models import autoencoder
+from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
+from chromarpc_server.pipeline.weights.reading import read_json
 from tests.tiny_checkpoint import GOLDENS
 
 CPU = torch.device("cpu")

@@ -13,16 +13,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline, text_encoder
-from chromarpc_server.pipeline.quantization import FLOAT8_MAX, SMALLEST_SCALE, dequantize_rows, quantize_rows
-from chromarpc_server.pipeline.safetensors_file import SafetensorsError, open_safetensors
-from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
-from chromarpc_server.pipeline.transformer import (
+from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline
+from chromarpc_server.pipeline.models import text_encoder
+from chromarpc_server.pipeline.models.transformer import (
     ChromaConfig,
     ChromaTransformer,
     key_attention_mask,
     rope_table,
 )
+from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
+from chromarpc_server.pipeline.weights.quantization import (
+    FLOAT8_MAX,
+    SMALLEST_SCALE,
+    dequantize_rows,
+    quantize_rows,
+)
+from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
 
 CPU = torch.device("cpu")
 

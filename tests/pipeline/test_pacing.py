@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from chromarpc_server.domain.errors import JobCancelled, JobDeadlineExceeded
-from chromarpc_server.engine.job import Cancellation
 from chromarpc_server.pipeline import DenoiseStep, finished_steps, pacing
+from chromarpc_server.runtime.cancellation import Cancellation
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
 from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import Text
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import rank_bucket
-from chromarpc_server.pipeline.transformer import ChromaConfig, linear_weights
 from tests.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 

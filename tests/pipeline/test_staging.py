@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from chromarpc_server.pipeline import staging
 from chromarpc_server.pipeline.checkpoint import _tensor_hash
-from chromarpc_server.pipeline.safetensors_file import SafetensorsError, open_safetensors
-from chromarpc_server.pipeline.staging import read_onto
+from chromarpc_server.pipeline.weights import staging
+from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
+from chromarpc_server.pipeline.weights.staging import read_onto
 
 CPU = torch.device("cpu")
 

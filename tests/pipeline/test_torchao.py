@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chromarpc_server.pipeline.quantization import FLOAT8, FLOAT8_MAX, quantize_rows
-from chromarpc_server.pipeline.torchao_rows import TorchaoRows, quantize_with_torchao
+from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX, quantize_rows
+from chromarpc_server.pipeline.weights.torchao_rows import TorchaoRows, quantize_with_torchao
 from chromarpc_server.verify import torchao_cases, verify
 from chromarpc_server.verify.report import Reporter, Result
 from chromarpc_server.verify.torchao_cases import LARGEST_SHARE, judge, steps
@@ -103,7 +103,7 @@ def test_without_a_torchao_that_works_the_check_is_skipped_with_the_reason(
 def test_torchao_says_nothing_and_leaves_logging_as_it_was() -> None:
     code = (
         "import logging, torch\n"
-        "from chromarpc_server.pipeline.torchao_rows import quantize_with_torchao\n"
+        "from chromarpc_server.pipeline.weights.torchao_rows import quantize_with_torchao\n"
         "quantize_with_torchao(torch.ones(16, 16).bfloat16())\n"
         "assert not logging.getLogger().handlers and logging.root.manager.disable == 0\n"
     )

@@ -272,7 +272,7 @@ def test_an_encrypted_key_is_refused_without_a_prompt(pems: Pems, tmp_path: Path
         load_pem_private_key,
     )
 
-    from chromarpc_server.transport.tls import ServerTls, TlsFiles
+    from chromarpc_server.transport.access.tls import ServerTls, TlsFiles
 
     key = load_pem_private_key(pems.key.read_bytes(), None)
     locked = tmp_path / "locked.key"

@@ -13,8 +13,8 @@ import pytest
 
 from chromarpc_server.__main__ import main
 from chromarpc_server.domain.limits import CallerLimits
-from chromarpc_server.transport import callers_file as module
-from chromarpc_server.transport.callers_file import CallersFile, entry_text, new_token
+from chromarpc_server.transport.access import callers_file as module
+from chromarpc_server.transport.access.callers_file import CallersFile, entry_text, new_token
 from tests.security.conftest import entry, sha256_of
 
 ONE, TWO = "chromarpc_one", "chromarpc_two"

@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 import chromarpc
 from chromarpc.channel import TlsOptions
-from chromarpc_server.transport.authentication import certificate_identities
+from chromarpc_server.transport.access.authentication import certificate_identities
 from tests.conftest import RunningServer
 from tests.security.conftest import Pems
 

@@ -22,8 +22,8 @@ import chromarpc
 from chromarpc.v1 import generation_service_pb2
 from chromarpc_server.domain import errors
 from chromarpc_server.pipeline import used_memory_bytes
+from chromarpc_server.transport.messages.errors import CODES, MAX_DETAILS_BYTES
 from chromarpc_server.transport.server import SERVICES
-from chromarpc_server.transport.status import CODES, MAX_DETAILS_BYTES
 from tests.conftest import RunningServer, start_server
 from tests.security.fields import damaged, messages
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import chromarpc
-from chromarpc_server.transport import interception
+from chromarpc_server.transport.access import interceptor as interception
 from tests.conftest import RunningServer
 from tests.security.http2 import (
     ACK,

@@ -12,7 +12,7 @@ import pytest
 
 import chromarpc
 from chromarpc_server.domain.callers import Caller, set_current_caller
-from chromarpc_server.logs import JsonFormatter, TextFormatter
+from chromarpc_server.observability.logs import JsonFormatter, TextFormatter
 from tests.conftest import RunningServer
 from tests.security.conftest import TOKENS
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import save
 
 import chromarpc
+from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.domain.callers import Caller
 from chromarpc_server.domain.errors import (
     InvalidParameter,
@@ -20,7 +21,6 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import CallerLimits, UploadLimits
-from chromarpc_server.engine.adapter_library import AdapterLibrary
 from tests.conftest import RunningServer
 from tests.engine.test_adapter_library import adapter_bytes, sha256_of
 from tests.security.conftest import TOKENS

@@ -16,8 +16,8 @@ import chromarpc
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc, model_service_pb2
 from chromarpc.v1.model_service_pb2_grpc import ModelServiceStub
 from chromarpc_server.domain.errors import QueueFull, QuotaExceeded
-from chromarpc_server.transport.quotas import MAX_OPEN_CALLS
-from chromarpc_server.transport.status import rich_status
+from chromarpc_server.transport.access.quotas import MAX_OPEN_CALLS
+from chromarpc_server.transport.messages.errors import rich_status
 from tests.conftest import RunningServer
 from tests.security.conftest import TOKENS
 

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import chromarpc
-from chromarpc_server.metrics import size_label
+from chromarpc_server.observability.metrics import size_label
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 

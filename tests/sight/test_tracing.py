@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 import chromarpc
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
 from chromarpc_server import app as app_module
-from chromarpc_server.tracing import Tracing
+from chromarpc_server.observability.tracing import Tracing
 from tests.conftest import RunningServer
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import Descriptor
 
 from chromarpc.v1 import generation_service_pb2
 from chromarpc_server.domain.trainer import TRAINER_DTYPES, UNSUPPORTED_QTYPES
-from chromarpc_server.transport.status import CODES
+from chromarpc_server.transport.messages.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")

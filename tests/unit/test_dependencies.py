@@ -30,7 +30,7 @@ def test_every_import_of_this_project_is_declared_and_used(capsys: pytest.Captur
         ("server/chromarpc_server/new.py", "from opentelemetry import trace", "opentelemetry-api has it"),
         ("server/chromarpc_server/new.py", "from google.rpc import status_pb2", "googleapis-common-protos has it"),
         ("server/chromarpc_server/new.py", "import no_such_thing", "nothing that is installed has it"),
-        ("server/chromarpc_server/tracing.py", "from opentelemetry import trace", ""),
+        ("server/chromarpc_server/observability/tracing.py", "from opentelemetry import trace", ""),
         ("server/chromarpc_server/new.py", "import torch, grpc\nfrom google.protobuf import any_pb2", ""),
         ("tests/new.py", "import trustme", ""),
     ],

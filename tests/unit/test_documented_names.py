@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from chromarpc_server.engine.images import CHUNK_BYTES
-from chromarpc_server.transport.status import CODES
+from chromarpc_server.jobs.encoding import CHUNK_BYTES
+from chromarpc_server.transport.messages.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 LOG_METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log")

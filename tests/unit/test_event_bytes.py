@@ -8,9 +8,9 @@ import pytest
 
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server.domain.events import ImageChunk
-from chromarpc_server.engine.images import CHUNK_BYTES
-from chromarpc_server.engine.job_log import LoggedEvent
-from chromarpc_server.transport.convert import encoded_event, job_event
+from chromarpc_server.jobs.encoding import CHUNK_BYTES
+from chromarpc_server.jobs.log import LoggedEvent
+from chromarpc_server.transport.messages.convert import encoded_event, job_event
 
 
 @pytest.mark.parametrize("size_bytes", [1, 100, 127, 128, 16_000, 16_383, 16_384, CHUNK_BYTES])

@@ -11,7 +11,8 @@ from PIL import Image
 
 from chromarpc_server.domain.plan import PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat
-from chromarpc_server.engine.images import RenderedImage, encode_image
+from chromarpc_server.jobs.encoding import encode_image
+from chromarpc_server.runtime.work import RenderedImage
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (48, 80, 3), np.uint8)
 

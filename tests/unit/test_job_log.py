@@ -8,7 +8,7 @@ import pytest
 
 from chromarpc_server.domain.errors import Draining, JobCancelled
 from chromarpc_server.domain.events import Cancelled, ImageChunk, Loading, LoadingStage, Preview, Step
-from chromarpc_server.engine.job_log import KEPT_UNREAD, JobLog
+from chromarpc_server.jobs.log import KEPT_UNREAD, JobLog
 
 
 def _step(number: int, *, first: bool = False) -> Step:

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chromarpc_server.adapters.sources import FoundAdapters
 from chromarpc_server.domain.plan import Plan, PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
-from chromarpc_server.engine.adapter_sources import FoundAdapters
-from chromarpc_server.engine.job import Cancellation, Job
-from chromarpc_server.engine.job_queue import MAX_OVERTAKEN, JobQueue, Waiting
-from chromarpc_server.engine.model_cache import SetKey
+from chromarpc_server.jobs.job import Job
+from chromarpc_server.jobs.queue import MAX_OVERTAKEN, JobQueue, Waiting
+from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.model_cache import SetKey
 
 FILES: Any = None
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from chromarpc.v1 import model_service_pb2
 from chromarpc_server.domain.resolve import Serving
-from chromarpc_server.engine.model_cache import CacheSnapshot
-from chromarpc_server.transport.models import ModelServicer
+from chromarpc_server.runtime.model_cache import CacheSnapshot
+from chromarpc_server.transport.services.models import ModelServicer
 
 
 def _models(serving: Serving) -> dict[str, model_service_pb2.Model]:

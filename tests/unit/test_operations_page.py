@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from chromarpc_server.engine.engine import EngineStatus
-from chromarpc_server.engine.model_cache import CacheSnapshot
-from chromarpc_server.metrics import Metrics
+from chromarpc_server.jobs.engine import EngineStatus
+from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.pipeline import DeviceDescription
+from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.settings import LimitSettings, ServerSettings
-from chromarpc_server.transport.status import CODES
+from chromarpc_server.transport.messages.errors import CODES
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROWS = re.findall(r"^\| `([^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)

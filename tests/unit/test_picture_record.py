@@ -22,8 +22,9 @@ from chromarpc_server.domain.requests import (
 )
 from chromarpc_server.domain.resolve import PictureRecords, Serving, resolve
 from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
-from chromarpc_server.engine.images import RenderedImage, encode_image, encode_pixels
-from chromarpc_server.engine.picture_record import PictureRecord, picture_record
+from chromarpc_server.jobs.encoding import encode_image, encode_pixels
+from chromarpc_server.jobs.picture_record import PictureRecord, picture_record
+from chromarpc_server.runtime.work import RenderedImage
 from chromarpc_server.settings import ServerSettings
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (48, 80, 3), np.uint8)

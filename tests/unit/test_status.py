@@ -6,8 +6,8 @@ from google.rpc import error_details_pb2
 
 from chromarpc_server.domain import errors
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, QueueFull
-from chromarpc_server.transport import status as status_module
-from chromarpc_server.transport.status import CODES, MAX_DETAILS_BYTES, rich_status
+from chromarpc_server.transport.messages import errors as status_module
+from chromarpc_server.transport.messages.errors import CODES, MAX_DETAILS_BYTES, rich_status
 
 
 def _leaves(kind: type[ChromaError]) -> set[type[ChromaError]]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
 
 CONTEXT = 128
 SIZES = {

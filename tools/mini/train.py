@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer, key_attention_mask, rope_table
 from chromarpc_server.pipeline.sampling import pack, shift_mu
-from chromarpc_server.pipeline.transformer import ChromaTransformer, key_attention_mask, rope_table
 from tools.mini import parts
 from tools.mini.captions import PLACE_PHRASES, TRIGGER, caption
 from tools.mini.scenes import (

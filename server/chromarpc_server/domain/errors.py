@@ -38,7 +38,7 @@ ChromaError
 └── InternalError           INTERNAL             anything else; the error id is in the log too
 
 Messages are written for the client: they hold no server path, no token and no traceback. What gRPC status
-each one becomes is the transport's table (`transport/status.py`); a test proves that table total.
+each one becomes is the transport's table (`transport/messages/errors.py`); a test proves that table total.
 """
 
 from __future__ import annotations

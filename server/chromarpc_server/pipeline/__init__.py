@@ -24,14 +24,14 @@ from chromarpc_server.pipeline.device import (
 )
 from chromarpc_server.pipeline.libraries import import_ahead
 from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
+from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, SwitchReport
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
-from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.trainer.paths import lies_beside
-from chromarpc_server.pipeline.weights import Check, CheckpointFiles, LoadProgress, Progress
+from chromarpc_server.pipeline.weights.reading import Check, CheckpointFiles, LoadProgress, Progress
 
 __all__ = [
     "PROFILES",

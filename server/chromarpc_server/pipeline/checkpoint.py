@@ -22,24 +22,23 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
+from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
+from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
+from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
-from chromarpc_server.pipeline.prepared import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
-from chromarpc_server.pipeline.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.staging import tensor_hash_prefix
-from chromarpc_server.pipeline.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer
-from chromarpc_server.pipeline.weights import (
+from chromarpc_server.pipeline.weights.reading import (
     Check,
     CheckpointFiles,
     Progress,
@@ -49,6 +48,8 @@ from chromarpc_server.pipeline.weights import (
     require_same_keys,
     shard_paths,
 )
+from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
+from chromarpc_server.pipeline.weights.staging import tensor_hash_prefix
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline import sampling
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.fallbacks import DeviceFallback
-from chromarpc_server.pipeline import autoencoder, sampling
+from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.denoising import Text, denoise_from
 from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
+from chromarpc_server.pipeline.merged_transformer import PreparedTransformer
+from chromarpc_server.pipeline.models import autoencoder
+from chromarpc_server.pipeline.models.text_encoder import (
+    PromptEmbedding,
+    RecordedEncoder,
+    TokenizedPrompt,
+    Tokenizer,
+)
 from chromarpc_server.pipeline.pacing import beside
-from chromarpc_server.pipeline.prepared import PreparedTransformer
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, RecordedEncoder, TokenizedPrompt, Tokenizer
 from chromarpc_server.pipeline.trainer.arithmetic import trainer_arithmetic
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
-from chromarpc_server.pipeline.weights import read_json
+from chromarpc_server.pipeline.weights.reading import read_json
 
 # ComfyUI's published factors for the Flux VAE, for latents as the transformer sees them.
 _FLUX_FACTORS = (

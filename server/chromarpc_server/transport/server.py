@@ -19,18 +19,18 @@ from chromarpc.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
+from chromarpc_server.transport.access.authentication import Authentication
+from chromarpc_server.transport.access.interceptor import Rule, Rules
+from chromarpc_server.transport.access.quotas import CallQuotas
+from chromarpc_server.transport.access.tls import ServerTls
 from chromarpc_server.transport.addresses import is_unix, room_for
-from chromarpc_server.transport.authentication import Authentication
-from chromarpc_server.transport.compat import InferenceServicer
-from chromarpc_server.transport.generation import GenerationServicer
-from chromarpc_server.transport.health import HealthServicer
-from chromarpc_server.transport.interception import Rule, Rules
-from chromarpc_server.transport.jobs import JobServicer
-from chromarpc_server.transport.loras import LoraServicer
-from chromarpc_server.transport.models import ModelServicer
-from chromarpc_server.transport.quotas import CallQuotas
-from chromarpc_server.transport.reflection import serve_reflection
-from chromarpc_server.transport.tls import ServerTls
+from chromarpc_server.transport.services.generation import GenerationServicer
+from chromarpc_server.transport.services.health import HealthServicer
+from chromarpc_server.transport.services.inference import InferenceServicer
+from chromarpc_server.transport.services.jobs import JobServicer
+from chromarpc_server.transport.services.loras import LoraServicer
+from chromarpc_server.transport.services.models import ModelServicer
+from chromarpc_server.transport.services.reflection import serve_reflection
 
 SERVICES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],

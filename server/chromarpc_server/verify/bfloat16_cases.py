@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
+from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
-from chromarpc_server.pipeline.prepared import PreparedTransformer, prepare_transformer
+from chromarpc_server.pipeline.merged_transformer import PreparedTransformer, prepare_transformer
+from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
+from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from chromarpc_server.pipeline.profiles import PROFILES
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.transformer import ChromaConfig
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors
 

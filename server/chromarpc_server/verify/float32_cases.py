@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
+from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.adapters import read_adapter
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
-from chromarpc_server.pipeline.prepared import prepare_transformer
+from chromarpc_server.pipeline.merged_transformer import prepare_transformer
+from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
+from chromarpc_server.pipeline.models.transformer import dense_attention_mask, key_attention_mask, rope_table
 from chromarpc_server.pipeline.profiles import PROFILES
-from chromarpc_server.pipeline.quantization import dequantize_rows, quantize_rows
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.transformer import dense_attention_mask, key_attention_mask, rope_table
+from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.verify.report import (
     Outcome,
     Reporter,

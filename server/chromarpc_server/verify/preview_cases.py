@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, trainer_size
-from chromarpc_server.pipeline import autoencoder, sampling
+from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.denoising import Text, VelocityMaker
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding
+from chromarpc_server.pipeline.models import autoencoder
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, one_thread, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.quantizers import QUANTIZERS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from chromarpc_server.pipeline.safetensors_file import SafetensorsError, open_safetensors
+from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
 
 RUN_VECTORS = "expected.safetensors"
 CPU_FILES = frozenset(

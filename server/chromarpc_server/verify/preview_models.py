@@ -14,14 +14,14 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, build_text_encoder
+from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from chromarpc_server.pipeline.profiles import PREVIEW, PREVIEW_EXACT
-from chromarpc_server.pipeline.text_encoder import PromptEmbedding, build_text_encoder
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import encode_as_trainer
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
-from chromarpc_server.pipeline.transformer import ChromaConfig
 from chromarpc_server.verify.report import Outcome, Result, distance
 from chromarpc_server.verify.vectors import Vectors
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
-from chromarpc_server.pipeline.quantization import (
+from chromarpc_server.pipeline.weights.quantization import (
     FLOAT8,
     FLOAT8_MAX,
     SMALLEST_SCALE,
     dequantize_rows,
     quantize_rows,
 )
-from chromarpc_server.pipeline.torchao_rows import TorchaoRows, quantize_with_torchao, torchao_version
+from chromarpc_server.pipeline.weights.torchao_rows import TorchaoRows, quantize_with_torchao, torchao_version
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, skipped
 
 LARGEST_SHARE = 0.04

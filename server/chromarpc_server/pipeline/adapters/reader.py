@@ -17,7 +17,7 @@ from chromarpc_server.pipeline.adapters.keys import SortedKeys, Unsupported, nam
 from chromarpc_server.pipeline.adapters.kinds import dora
 from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
 from chromarpc_server.pipeline.adapters.strength import largest_value
-from chromarpc_server.pipeline.safetensors_file import (
+from chromarpc_server.pipeline.weights.safetensors_file import (
     Opener,
     SafetensorsError,
     SafetensorsFile,

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.fused.attention import Attention, Spans, select_attention
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.layout import Layout
-from chromarpc_server.pipeline.quantization import FLOAT8
-from chromarpc_server.pipeline.transformer import (
+from chromarpc_server.pipeline.models.transformer import (
     ChromaConfig,
     ChromaTransformer,
     DoubleBlock,
@@ -33,6 +32,7 @@ from chromarpc_server.pipeline.transformer import (
     SelfAttention,
     SingleBlock,
 )
+from chromarpc_server.pipeline.weights.quantization import FLOAT8
 
 TEXT_ROWS_MULTIPLE = 32
 """Rows kept for a prompt are a multiple of it where attention takes any length: 16 shapes serve all prompts."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline.fused.attention import Spans
-from chromarpc_server.pipeline.transformer import ChromaConfig, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, rope_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
-from chromarpc_server.pipeline.quantization import FLOAT8_MAX, SMALLEST_SCALE
+from chromarpc_server.pipeline.weights.quantization import FLOAT8_MAX, SMALLEST_SCALE
 
 SHORT_ROW, NARROW_TILE, NARROW_STEP = 4096, 64, 128
 NARROW_RANKS = (64, 128)

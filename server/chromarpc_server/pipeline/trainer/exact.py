@@ -11,7 +11,8 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
-from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport
+from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights, rope_table
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
@@ -32,8 +33,7 @@ from chromarpc_server.pipeline.trainer.paths import (
     place,
 )
 from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
-from chromarpc_server.pipeline.transformer import ChromaConfig, linear_weights, rope_table
-from chromarpc_server.pipeline.weights import Check, Progress
+from chromarpc_server.pipeline.weights.reading import Check, Progress
 
 
 class ExactPreview:

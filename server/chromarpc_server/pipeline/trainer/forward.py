@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chromarpc_server.pipeline.trainer.paths import Path
-from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear
-from chromarpc_server.pipeline.transformer import (
+from chromarpc_server.pipeline.models.transformer import (
     NORM_EPS,
     SLOT_INDEX_FEATURES,
     TIMESTEP_FEATURES,
@@ -27,6 +25,8 @@ from chromarpc_server.pipeline.transformer import (
     sinusoids,
     split_heads,
 )
+from chromarpc_server.pipeline.trainer.paths import Path
+from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear
 
 Modulation = tuple[Tensor, Tensor, Tensor]
 """Shift, scale and gate, each (B, 1, C)."""

@@ -19,9 +19,9 @@ from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
-from chromarpc_server.pipeline.prepared import AdapterSet, SwitchReport, packed_velocity
+from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport, packed_velocity
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, Linear
 from chromarpc_server.pipeline.profiles import NumericsProfile
-from chromarpc_server.pipeline.quantization import FLOAT8
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.forward import attended_text
@@ -35,8 +35,8 @@ from chromarpc_server.pipeline.trainer.paths import (
     place,
 )
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
-from chromarpc_server.pipeline.transformer import ChromaConfig, ChromaTransformer, Linear
-from chromarpc_server.pipeline.weights import Check, Progress
+from chromarpc_server.pipeline.weights.quantization import FLOAT8
+from chromarpc_server.pipeline.weights.reading import Check, Progress
 
 
 class FusedPreview:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline.prepared import on_device
+from chromarpc_server.pipeline.merged_transformer import on_device
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.paths import Placed, Placement, require_finite_weights
-from chromarpc_server.pipeline.weights import Check, LoadProgress, Progress
+from chromarpc_server.pipeline.weights.reading import Check, LoadProgress, Progress
 
 Write = Callable[[str, Tensor, Sequence[Placed], Sequence[Placed]], Tensor]
 """Puts a parameter where it is held: name, stored weight, what is merged, what is added once it is quantized.

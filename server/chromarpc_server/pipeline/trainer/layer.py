@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters.change import Kronecker
-from chromarpc_server.pipeline.quantization import FLOAT8
+from chromarpc_server.pipeline.models.transformer import Linear
 from chromarpc_server.pipeline.trainer.paths import KroneckerPath, Pair, Placed, kronecker_path
-from chromarpc_server.pipeline.transformer import Linear
+from chromarpc_server.pipeline.weights.quantization import FLOAT8
 
 RANK_BUCKETS = (64, 128, 256, 512)
 """Ranks of all adapters of a set together are padded to one of these, and beyond the last to a multiple of it."""

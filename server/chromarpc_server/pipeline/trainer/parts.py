@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import autoencoder, text_encoder
-from chromarpc_server.pipeline.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear, require_finite
-from chromarpc_server.pipeline.weights import (
+from chromarpc_server.pipeline.weights.reading import (
     CheckpointFiles,
     ReadingProgress,
     open_weights,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid, first_named
-from chromarpc_server.pipeline.quantization import FLOAT8, dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_rows, quantize_rows
 
 FLOAT8_QTYPES = ("qfloat8", "float8")
 """Quantizers whose weights can be held in e4m3."""

@@ -1,0 +1,147 @@
+"""Where a job's adapters come from: files of the server's, found at once, or URLs, fetched before it may run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from chromarpc_server.adapters.downloads import AdapterDownloads, Downloaded
+from chromarpc_server.adapters.file import AdapterFile, require_expected
+from chromarpc_server.adapters.hashes import WAIT_S
+from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.domain.callers import NOBODY
+from chromarpc_server.domain.errors import InvalidParameter
+from chromarpc_server.domain.events import Loading, LoadingStage
+from chromarpc_server.domain.plan import PlannedLora
+
+TELL_EVERY_S = 0.2
+
+
+@dataclass(frozen=True)
+class FoundAdapters:
+    """A job's adapters as files, in order; downloads among them are held until `release`."""
+
+    files: tuple[AdapterFile | None, ...]
+    """None for a URL that was not fetched yet."""
+    downloads: tuple[Downloaded, ...] = ()
+
+    @property
+    def complete(self) -> tuple[AdapterFile, ...]:
+        """All of them, once every URL was fetched."""
+        return tuple(file for file in self.files if file is not None)
+
+    def release(self) -> None:
+        """Downloaded files may leave their cache."""
+        for download in self.downloads:
+            download.release()
+
+
+class AdapterSources:
+    """Finds and fetches adapters. Lives on the event loop."""
+
+    def __init__(self, library: AdapterLibrary, downloads: AdapterDownloads | None) -> None:
+        """`library`: what plain paths and hashes name; `downloads` None fetches nothing."""
+        self._library = library
+        self._downloads = downloads
+
+    async def find(
+        self,
+        loras: Sequence[PlannedLora],
+        owner: str = NOBODY.name,
+        *,
+        first: int = 0,
+        wait_s: float = WAIT_S,
+    ) -> FoundAdapters:
+        """Everything of the owner's, and of everybody's, that is on this machine; URLs are left open.
+
+        Args:
+            loras: the job's, or some that follow one another.
+            owner: whose it is.
+            first: which of the job's adapters the first of them is.
+            wait_s: how long to wait while files below the root are hashed, for each hash that is not known.
+
+        Raises:
+            LoraNotFound: no such file.
+            LoraContentChanged: one is known to be another than the request expects.
+            InvalidParameter: a URL, where this server fetches none, or not this one.
+        """
+        files: list[AdapterFile | None] = []
+        for index, lora in enumerate(loras, first):
+            field = f"loras.{index}.path"
+            if not lora.is_url:
+                file = await self._library.look_up(lora.path, field, owner, wait_s=wait_s)
+                sha256 = self._library.known_hash(lora.path, file)
+                if sha256 is not None:
+                    require_expected(lora, sha256, index)
+                files.append(file)
+            elif self._downloads is None:
+                raise InvalidParameter("this server fetches no adapters from URLs", field=field)
+            else:
+                self._downloads.require_fetchable(lora.path, field)
+                files.append(None)
+        return FoundAdapters(tuple(files))
+
+    async def recall(self, path: str, is_it: Callable[[AdapterFile], bool]) -> None:
+        """After a restart: what a path by hash named before it, known by what else is remembered of the file."""
+        await asyncio.to_thread(self._library.recall, path, is_it)
+
+    def stop_hashing(self) -> None:
+        """Lets nobody wait for files to be hashed any longer."""
+        self._library.stop_hashing()
+
+    async def fetch(
+        self,
+        loras: Sequence[PlannedLora],
+        found: FoundAdapters,
+        *,
+        token: str | None,
+        emit: Callable[[Loading], None],
+        owner: str = NOBODY.name,
+    ) -> FoundAdapters:
+        """Fetches what `find` left open, one after the other.
+
+        Args:
+            loras: the job's.
+            found: what `find` gave for them.
+            token: Hugging Face token.
+            emit: told of progress.
+            owner: may name what was fetched by its hash from now on.
+
+        Raises:
+            LoraContentChanged: one is another than the request expects.
+            ChromaError: see `AdapterDownloads.fetch`.
+        """
+        if self._downloads is None:
+            return found
+        files = list(found.files)
+        with contextlib.ExitStack() as held:
+            downloads = []
+            for index, lora in enumerate(loras):
+                if files[index] is None:
+                    field = f"loras.{index}.path"
+                    download = await self._downloads.fetch(
+                        lora.path, token=token, field=field, progress=_Throttled(emit)
+                    )
+                    downloads.append(held.enter_context(download))
+                    require_expected(lora, download.sha256, index)
+                    files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
+                    await asyncio.to_thread(self._library.fetched, download.sha256, owner)
+            held.pop_all()
+            return FoundAdapters(tuple(files), tuple(downloads))
+
+
+class _Throttled:
+    """Download progress as events: the first, the last, and a few a second between them."""
+
+    def __init__(self, emit: Callable[[Loading], None]) -> None:
+        self._emit = emit
+        self._told_at: float | None = None
+
+    def __call__(self, done_bytes: int, total_bytes: int | None) -> None:
+        now = time.monotonic()
+        if self._told_at is None or done_bytes == total_bytes or now - self._told_at >= TELL_EVERY_S:
+            self._told_at = now
+            self._emit(Loading(LoadingStage.DOWNLOADING, done_bytes, total_bytes or 0))

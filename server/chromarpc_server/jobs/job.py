@@ -1,0 +1,85 @@
+"""A job: an admitted plan, its event log, and what is known of it by now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.plan import Plan
+from chromarpc_server.jobs.log import EndedLog, JobLog
+from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.model_cache import SetKey
+from chromarpc_server.runtime.work import set_key
+
+
+@dataclass
+class Job:
+    """One admitted request on its way through the engine."""
+
+    plan: Plan
+    adapter_files: tuple[AdapterFile, ...]
+    """Where each of the plan's adapters lies; never told to the client."""
+    cancellation: Cancellation
+    owner: str = ""
+    """Name of the caller whose job it is; nobody else sees it."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    log: JobLog = field(default_factory=JobLog)
+    admitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    position: int = 0
+    """In the queue as last told to the client; 0 once it runs."""
+    fingerprint: str = ""
+    """Of the request, to tell the same one from another under one request id."""
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: datetime | None = None
+    """When it last began to run."""
+    attempts: int = 0
+    """How often it began to run, in earlier processes too."""
+    attached: int = 0
+    """Callers that hold on to it."""
+    done_steps: int = 0
+    pixel_steps_done: int = 0
+    overtaken: int = 0
+    """How many jobs ran first although it was this one's turn, because their weights were resident."""
+    adapter_hashes: tuple[str | None, ...] = ()
+    """SHA-256 of each adapter as an earlier process read it."""
+    encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    """Pictures that are being encoded and stored."""
+    expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
+    """Ends it when it has waited too long; a timer that is not needed any more would hold the job's pictures."""
+    watchers: int = 0
+    """Callers that look at it, without holding on to it."""
+    absence: asyncio.TimerHandle | None = field(default=None, repr=False)
+    """Runs while the caller that it ends with is away and may come back; ends it then."""
+    is_left: bool = False
+    """Whether a caller has left it for good, so that nobody is waited for once the others have."""
+    cancelled: ChromaError | None = None
+    """Why it is to be stopped whichever process has it, once somebody was or will be told so."""
+
+    @property
+    def set_key(self) -> SetKey:
+        """The prepared set it needs."""
+        return set_key(self.plan, self.adapter_files)
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """A job that ended, out of the store."""
+
+    plan: Plan
+    owner: str
+    id: str
+    log: EndedLog
+    fingerprint: str
+    created: datetime
+    started: datetime | None
+    attempts: int
+    done_steps: int
+
+
+AnyJob = Job | EndedJob

@@ -1,0 +1,286 @@
+"""What Prometheus is told. No label comes from a client: models, profiles, methods and reasons are fixed sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.events import (
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    ImageHeader,
+    Prepared,
+    Restarted,
+    Step,
+)
+from chromarpc_server.domain.fallbacks import Part
+from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.jobs.job import Job
+from chromarpc_server.jobs.log import LoggedEvent
+from chromarpc_server.jobs.observer import JobObserver
+from chromarpc_server.transport.access.interceptor import Call
+from chromarpc_server.transport.messages.errors import code_of
+
+SIZES_PX = (256, 512, 1024, 2048)
+"""Sides of squares: an image counts as the smallest one whose area it does not exceed."""
+
+_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_STEP_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
+_LONG_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+def size_label(pixels: int) -> str:
+    """`512` for images of up to 512 × 512 pixels; `larger` beyond the last."""
+    return next((str(side) for side in SIZES_PX if pixels <= side * side), "larger")
+
+
+class Metrics:
+    """One registry, filled from jobs' events, from calls, and at each look from the engine."""
+
+    def __init__(self, *, version: str) -> None:
+        """`version`: of chromarpc."""
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        registry = self.registry
+        self._jobs = Counter(
+            "chromarpc_jobs",
+            "Jobs that ended, by outcome (succeeded, failed, cancelled) and, unless they succeeded, by reason",
+            ["model", "profile", "outcome", "reason"],
+            registry=registry,
+        )
+        self._restarts = Counter(
+            "chromarpc_job_restarts",
+            "Jobs that were running when an earlier process ended, and are run again",
+            ["model", "profile"],
+            registry=registry,
+        )
+        self._job_s = Histogram(
+            "chromarpc_job_seconds",
+            "Time from a job's admission to its success",
+            ["model", "profile"],
+            buckets=_LONG_S,
+            registry=registry,
+        )
+        self._wait_s = Histogram(
+            "chromarpc_queue_wait_seconds",
+            "Time a job waited for its downloads and for the device",
+            ["model"],
+            buckets=_LONG_S,
+            registry=registry,
+        )
+        self._stage_s = Histogram(
+            "chromarpc_stage_seconds",
+            "Time that jobs that succeeded spent loading, text_encoding, denoising, decoding, image_encoding",
+            ["model", "profile", "stage"],
+            buckets=_LONG_S,
+            registry=registry,
+        )
+        self._step_s = Histogram(
+            "chromarpc_step_seconds",
+            "Time of one denoising step; size is the side of the smallest of the squares 256, 512, 1024, 2048 "
+            "that holds as many pixels as the image, or larger",
+            ["model", "profile", "size"],
+            buckets=_STEP_S,
+            registry=registry,
+        )
+        self._images = Counter("chromarpc_images", "Images that were encoded", ["media_type"], registry=registry)
+        self._image_bytes = Counter("chromarpc_image_bytes", "Bytes of encoded images", registry=registry)
+        self._weights = Counter(
+            "chromarpc_weights",
+            "Jobs by where their weights came from: resident, switched in place, or built",
+            ["model", "source"],
+            registry=registry,
+        )
+        self._switch_s = Histogram(
+            "chromarpc_weights_seconds",
+            "Time to have a job's adapters merged, by source",
+            ["source"],
+            buckets=(*_SHORT_S, 10, 30, 60),
+            registry=registry,
+        )
+        self._peak = Gauge(
+            "chromarpc_job_peak_memory_bytes",
+            "Most device memory in use at once during the last job that succeeded",
+            registry=registry,
+        )
+        self._lag_s = Histogram(
+            "chromarpc_event_lag_seconds",
+            "Time from an event to the moment a watcher's stream has taken it",
+            buckets=_SHORT_S,
+            registry=registry,
+        )
+        self._calls = Counter(
+            "chromarpc_calls", "Calls that ended, by status code", ["method", "code"], registry=registry
+        )
+        self._call_s = Histogram(
+            "chromarpc_call_seconds",
+            "Time of calls with a single answer",
+            ["method"],
+            buckets=_SHORT_S,
+            registry=registry,
+        )
+        self._in_progress = Gauge(
+            "chromarpc_calls_in_progress", "Calls in progress, streams among them", ["method"], registry=registry
+        )
+        Gauge("chromarpc_info", "1, with the server's version", ["version"], registry=registry).labels(
+            version
+        ).set(1)
+
+    def observe_engine(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
+        """Tells the engine's state too, as it is at each look."""
+        self.registry.register(_EngineCollector(engine, is_ready))
+
+    @property
+    def observer(self) -> JobObserver:
+        """For the engine."""
+        return JobObserver(event=self._event, read=self._read)
+
+    def _event(self, job: Job, event: Event) -> None:
+        model, profile = job.plan.served_model, job.plan.profile
+        match event:
+            case Prepared(weights=weights):
+                self._weights.labels(model, weights.source.value).inc()
+                self._switch_s.labels(weights.source.value).observe(weights.duration_s)
+            case Restarted():
+                self._restarts.labels(model, profile).inc()
+            case Step(prompt_index=index, duration_s=seconds):
+                prompt = job.plan.prompts[index]
+                size = size_label(prompt.width * prompt.height)
+                self._step_s.labels(model, profile, size).observe(seconds)
+            case ImageHeader(media_type=media_type, size_bytes=size_bytes):
+                self._images.labels(media_type).inc()
+                self._image_bytes.inc(size_bytes)
+            case Completed(timings=timings, peak_memory_bytes=peak):
+                self._jobs.labels(model, profile, "succeeded", "").inc()
+                self._job_s.labels(model, profile).observe(timings.total_s)
+                for stage in ("loading", "text_encoding", "denoising", "decoding", "image_encoding"):
+                    self._stage_s.labels(model, profile, stage).observe(getattr(timings, f"{stage}_s"))
+                self._peak.set(peak)
+            case Failed(error=error):
+                self._jobs.labels(model, profile, "failed", error.reason).inc()
+            case Cancelled(error=error):
+                self._jobs.labels(model, profile, "cancelled", error.reason).inc()
+            case _:
+                pass
+        if isinstance(event, Completed | Failed | Cancelled) and job.started_at is not None:
+            self._wait_s.labels(model).observe(job.started_at - job.admitted_at)
+
+    def _read(self, logged: LoggedEvent) -> None:
+        self._lag_s.observe(max(0.0, time.time() - logged.time.timestamp()))
+
+    @asynccontextmanager
+    async def rule(self, call: Call) -> AsyncIterator[None]:
+        """Counts a call."""
+        started = time.monotonic()
+        code = grpc.StatusCode.OK
+        with self._in_progress.labels(call.method).track_inprogress():
+            try:
+                yield
+            except grpc.aio.AbortError:
+                code = _code(call)
+                raise
+            except ChromaError as error:
+                code = code_of(error)
+                raise
+            except Exception:
+                code = grpc.StatusCode.INTERNAL
+                raise
+            except BaseException:
+                # The caller went away, cancelled, or its deadline passed: gRPC cancels the handler's task.
+                remaining = call.context.time_remaining()
+                is_late = remaining is not None and remaining <= 0
+                code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+                raise
+            finally:
+                self._calls.labels(call.method, code.name).inc()
+                if not call.streams:
+                    self._call_s.labels(call.method).observe(time.monotonic() - started)
+
+
+def _code(call: Call) -> grpc.StatusCode:
+    """What an aborted call was ended with."""
+    found = call.context.code()
+    if isinstance(found, grpc.StatusCode):
+        return found
+    return next((code for code in grpc.StatusCode if code.value[0] == found), grpc.StatusCode.UNKNOWN)
+
+
+class _EngineCollector(Collector):
+    """The engine's state, asked for at each look."""
+
+    def __init__(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._is_ready = is_ready
+
+    def collect(self) -> Iterator[Metric]:
+        status, cache = self._engine.status(), self._engine.status().cache
+        device = self._engine.description
+        yield _gauge("chromarpc_ready", "1 while requests are taken, else 0", int(self._is_ready()))
+        yield _gauge(
+            "chromarpc_queued_jobs", "Jobs waiting for their downloads or for the device", status.queued_jobs
+        )
+        yield _gauge("chromarpc_running_jobs", "Jobs on the device", status.running_jobs)
+        yield _gauge("chromarpc_stored_jobs", "Jobs that ended and are kept", status.stored.jobs)
+        yield _gauge("chromarpc_stored_bytes", "Of their events and pictures", status.stored.bytes)
+        counters = cache.counters
+        events = CounterMetricFamily(
+            "chromarpc_prepared_sets",
+            "What the cache of prepared weights did: hit, switch, build, eviction",
+            labels=["event"],
+        )
+        for event, count in (
+            ("hit", counters.hits),
+            ("switch", counters.switches),
+            ("build", counters.builds),
+            ("eviction", counters.evictions),
+        ):
+            events.add_metric([event], count)
+        yield events
+        resident = GaugeMetricFamily(
+            "chromarpc_resident_bytes",
+            "Memory of weights: checkpoint (of a model, its prepared sets included), prepared_sets (of a model), "
+            "adapters (parsed, on the host)",
+            labels=["what", "model"],
+        )
+        for model, size in cache.resident_bytes.items():
+            resident.add_metric(["checkpoint", model], size)
+            sets = sum(held.size_bytes for held in cache.sets if held.key.model_id == model)
+            resident.add_metric(["prepared_sets", model], sets)
+        resident.add_metric(["adapters", ""], cache.adapter_bytes)
+        yield resident
+        memory = GaugeMetricFamily(
+            "chromarpc_device_memory_bytes",
+            "Memory of the device (of the host on a CPU): total, and used by this process",
+            labels=["device", "state"],
+        )
+        memory.add_metric([device.id, "total"], device.memory_bytes)
+        memory.add_metric([device.id, "used"], self._engine.memory_used_bytes())
+        yield memory
+        missed = {fallback.without for fallback in cache.fallbacks}
+        fallback = GaugeMetricFamily(
+            "chromarpc_device_fallback",
+            "1 where the device does without what makes it fast, else 0: "
+            "kernels, attention, decoder, step_graphs, encoder_graph",
+            labels=["device", "without"],
+        )
+        for part in Part:
+            fallback.add_metric([device.id, part.value], int(part in missed))
+        yield fallback
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: names are checked when they are collected."""
+        return iter(())
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)

@@ -1,0 +1,1 @@
+"""The reference's networks: transformer, text encoder, autoencoder."""

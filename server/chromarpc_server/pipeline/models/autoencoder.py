@@ -1,0 +1,48 @@
+"""Latents to pixels: the Flux VAE, from diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.weights.reading import require_same_keys
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def build_autoencoder(
+    config: dict[str, object], weights: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL:
+    """An autoencoder with these weights, built on `meta` and assigned.
+
+    Raises:
+        WeightsInvalid: tensors are missing or unknown.
+    """
+    with torch.device("meta"):
+        model = libraries().autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    require_same_keys(model.state_dict(), weights, "autoencoder")
+    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+    model.load_state_dict(placed, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
+    """(1, 16, h/8, w/8) latents → (1, 3, h, w) in 0…1, in the model's dtype."""
+    scaled = latents.to(model.dtype) / model.config.scaling_factor + model.config.shift_factor
+    decoded: Tensor = model.decode(scaled, return_dict=False)[0]
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+def to_pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    """(1, 3, h, w) in 0…1 → (h, w, 3) uint8, round(255 · x)."""
+    pixels: npt.NDArray[np.uint8] = (
+        (image[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().contiguous().numpy()
+    )
+    return pixels

@@ -1,0 +1,340 @@
+"""Prompts to embeddings: the tokenizer and the T5 encoder.
+
+T5 runs over all 512 tokens without an attention mask, so the padding changes the embeddings; that is the
+reference's function, and slicing comes after it, never before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.pipeline.fallbacks import unusable
+from chromarpc_server.pipeline.fused.check import fused_ops
+from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.memory import pin
+from chromarpc_server.pipeline.recording import recording
+from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, reference_float8
+from chromarpc_server.pipeline.weights.quantization import FLOAT8
+from chromarpc_server.pipeline.weights.reading import (
+    ReadingProgress,
+    open_weights,
+    read_json,
+    require_same_keys,
+    shard_paths,
+)
+from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from transformers import T5Config, T5EncoderModel
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 512
+PAD, END = 0, 1
+_SHARED = "shared.weight"
+_EMBED = "encoder.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the text encoder takes it."""
+
+    ids: Tensor = field(repr=False)
+    """(1, 512) int64: pieces, the end mark, padding."""
+    mask: Tensor = field(repr=False)
+    """(1, 512) int64, 1 for real tokens."""
+    token_count: int
+    """Real tokens, with the end mark."""
+    cut_count: int
+    """Tokens that did not fit."""
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """Conditional and unconditional text, as the transformer takes them."""
+
+    embeds: Tensor = field(repr=False)
+    """(1, 512, context)."""
+    mask: Tensor = field(repr=False)
+    """(1, 512)."""
+    unconditional_embeds: Tensor = field(repr=False)
+    """(1, 512, context): of the empty prompt, or of the negative one where the profile honours it."""
+    unconditional_mask: Tensor = field(repr=False)
+    """(1, 512)."""
+
+
+class Tokenizer:
+    """T5's tokenizer, truncating at 511 pieces and the end mark, padding to 512."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads `folder`/tokenizer.json.
+
+        Raises:
+            WeightsInvalid: it cannot be used.
+        """
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # noqa: BLE001 - the library raises a bare Exception
+            raise WeightsInvalid(f"tokenizer.json cannot be used: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def __call__(self, prompt: str) -> TokenizedPrompt:
+        """Tokenizes one prompt."""
+        pieces = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        kept = pieces[: MAX_TOKENS - 1]
+        count = len(kept) + 1
+        ids = torch.full((1, MAX_TOKENS), PAD, dtype=torch.int64)
+        ids[0, :count] = torch.tensor([*kept, END])
+        mask = (torch.arange(MAX_TOKENS)[None] < count).to(torch.int64)
+        return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer without bias whose rounded product is scaled afterwards, as torchao's `int8` does."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        """`codes` (out, in) in the dtype that is computed in, `scale` (out,)."""
+        super().__init__()
+        self.weight = None
+        self.codes = nn.Buffer(codes)
+        self.scale = nn.Buffer(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return F.linear(x, self.codes) * self.scale
+
+
+class Float8Linear(nn.Module):
+    """A linear layer whose float8 weight is dequantized at every call: half the memory, the same bits.
+
+    It has no `weight` that the library could take a dtype from.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """`q` (out, in) float8, `scale` (out,) in the dtype it was quantized in; `dtype` to compute in."""
+        super().__init__()
+        self.weight = None
+        self.q = nn.Buffer(q)
+        self.scale = nn.Buffer(scale)
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        weight = torch.empty(self.q.shape, dtype=self._dtype, device=x.device)
+        return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
+
+
+def _reference_float8(_: str, weight: Tensor) -> QuantizedLinear:
+    return reference_float8(weight)
+
+
+def build_text_encoder(
+    config: T5Config,
+    weights: dict[str, Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+    quantizer: Callable[[str, Tensor], QuantizedLinear] = _reference_float8,
+    hold_float8: bool = False,
+    keep_in_host_memory: bool = False,
+    attention: str = "sdpa",
+) -> T5EncoderModel:
+    """A T5 encoder with these weights, built on `meta` and assigned.
+
+    Args:
+        config: sizes.
+        weights: by the checkpoint's names; the shared embedding may come under either of its names, or both.
+        device: where to compute.
+        dtype: what to compute in.
+        quantize: quantize every linear weight.
+        quantizer: how, given name and weight; by default to float8, as the reference's quantized encoder does.
+        hold_float8: hold them in float8 where the quantizer's values are float8, and dequantize at every call.
+        keep_in_host_memory: leave the layers there, and copy each to the device for as long as it computes.
+        attention: transformers' name of an implementation.
+
+    Raises:
+        WeightsInvalid: tensors are missing or unknown.
+    """
+    with torch.device("meta"):
+        model = libraries().t5_encoder(config)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shared = weights.get(_SHARED, weights.get(_EMBED))
+    if shared is None:
+        raise WeightsInvalid("text encoder: no shared embedding")
+    given = {name: tensor for name, tensor in weights.items() if name not in (_SHARED, _EMBED)}
+    expected = {name: None for name in model.state_dict() if name not in (_SHARED, _EMBED)}
+    require_same_keys(expected, given, "text encoder")
+    placed: dict[str, Tensor] = {}
+    for name in list(given):
+        weight = given.pop(name).to(device)
+        place = torch.device("cpu") if keep_in_host_memory and ".block." in name else device
+        if not (quantize and name in linears):
+            placed[name] = weight.to(dtype).to(place)
+            continue
+        quantized = quantizer(name, weight)
+        path = name.removesuffix(".weight")
+        if quantized.scale is not None:
+            codes, scale = quantized.weight.to(dtype).to(place), quantized.scale.to(dtype).to(place)
+            model.set_submodule(path, ScaledLinear(codes, scale))
+        elif hold_float8 and quantized.codes is not None and quantized.codes[0].dtype == FLOAT8:
+            q, scale = quantized.codes
+            model.set_submodule(path, Float8Linear(q.to(place), scale.to(place), dtype))
+        else:
+            placed[name] = quantized.weight.to(dtype).to(place)
+    embedding = shared.to(device=device, dtype=dtype)
+    placed[_SHARED] = placed[_EMBED] = embedding
+    held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    model.load_state_dict({**held, **placed}, assign=True)
+    if keep_in_host_memory:
+        _stream(list(model.encoder.block), device)
+    model.set_attn_implementation(attention)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model.eval().requires_grad_(False)
+
+
+def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Has each block's tensors on the device while it computes, and nowhere but in host memory else."""
+    owners: dict[str, tuple[int, nn.Module, str]] = {}
+    hosted: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                key = f"{index}.{path}.{name}"
+                owners[key] = (index, module, name)
+                hosted[key] = tensor.data
+    if device.type == "cuda":
+        hosted = pin(hosted, device)
+
+    def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
+        for key, (owner, module, name) in owners.items():
+            if owner != index:
+                continue
+            moved = move(hosted[key])
+            # Into the dictionaries themselves: registering anew at every call is slow.
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+            else:
+                module._buffers[name] = moved
+
+    for index, block in enumerate(blocks):
+        put(index, lambda tensor: tensor)
+        block.register_forward_pre_hook(
+            lambda *_, index=index: put(index, lambda tensor: tensor.to(device, non_blocking=True))
+        )
+        block.register_forward_hook(lambda *_, index=index: put(index, lambda tensor: tensor))
+
+
+def text_encoder_config(folder: Path) -> T5Config:
+    """Sizes of the encoder in a Hugging Face folder."""
+    return libraries().t5_config(
+        **{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"}
+    )
+
+
+def open_text_encoder(folder: Path) -> tuple[SafetensorsFile, ...]:
+    """The encoder's files, with their headers checked."""
+    return tuple(open_weights(path) for path in shard_paths(folder))
+
+
+def read_all(
+    files: tuple[SafetensorsFile, ...], reading: ReadingProgress, onto: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of several files, mapped, or on a device."""
+    if onto is not None:
+        return {name: tensor for file in files for name, tensor, _ in reading.read_onto(file, onto)}
+    return {name: tensor for file in files for name, tensor in reading.read(file)}
+
+
+@contextmanager
+def _reference_attention(device: torch.device) -> Iterator[None]:
+    """The attention that the reference's embeddings come from: unfused, its float32 products in TF32 on a GPU.
+
+    transformers 5.17 hands the position bias over in a layout that no fused kernel takes; later versions do
+    not, so the choice is made here.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+class RecordedEncoder:
+    """`encode` with one model, recorded on a GPU as one graph: the encoder's thousand small kernels take longer to
+    launch than to run. The same kernels, so the same bits. Belongs to the device thread.
+    """
+
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        *,
+        record: bool = True,
+        run: Callable[[T5EncoderModel, Tensor], Tensor] | None = None,
+    ) -> None:
+        """`model`: where it is recorded, its weights must stay where they are; `run`: in place of `encode`."""
+        self.model = model
+        self._run = run or encode
+        self._ids: Tensor | None = None
+        self._embeds: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._met = False
+        self._usable = record
+        self.fallback: DeviceFallback | None = None
+        """Why it is not recorded, where it should be."""
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(1, 512) → (1, 512, context)."""
+        device = self.model.device
+        if device.type != "cuda" or not self._usable:
+            return self._run(self.model, ids)
+        if self._graph is None and self._met:
+            self._record(ids)
+        self._met = True
+        if self._graph is None or self._ids is None or self._embeds is None:
+            return self._run(self.model, ids)
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._embeds.clone()
+
+    def _record(self, ids: Tensor) -> None:
+        self._ids = ids.to(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with recording(graph, self.model.device):
+                self._embeds = self._run(self.model, self._ids)
+        except Exception as problem:  # noqa: BLE001 - what cannot be recorded can still be run
+            log.warning("encoder.unrecorded", extra={"error": f"{type(problem).__name__}: {problem}"[:300]})
+            self._usable = False
+            self.fallback = DeviceFallback(Part.ENCODER_GRAPH, unusable(problem))
+            return
+        self._graph = graph
+
+
+@torch.inference_mode()
+def encode(model: T5EncoderModel, ids: Tensor) -> Tensor:
+    """Embeds all 512 tokens, padding included, without a mask. (1, 512) → (1, 512, context)."""
+    with _reference_attention(model.device):
+        embeds: Tensor = model(input_ids=ids.to(model.device))[0]
+    return embeds

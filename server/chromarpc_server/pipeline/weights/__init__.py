@@ -1,0 +1,1 @@
+"""Weights as they lie in files: reading, staging, quantized rows."""

@@ -1,0 +1,57 @@
+"""Parsed adapters in host memory, so that a switch reads no file twice.
+
+Keyed by what the file system says of a file, not by its name alone: a file that was written anew is read anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.pipeline import Adapter, read_adapter
+
+
+class AdapterCache:
+    """Least recently used out first, within a budget of bytes."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        """`budget_bytes`: of parsed tensors together; one adapter larger than that is read every time."""
+        self._budget_bytes = budget_bytes
+        self._held: OrderedDict[tuple[str, AdapterFile], Adapter] = OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files whose parsed tensors are held."""
+        return sum(adapter.size_bytes for adapter in self._held.values())
+
+    def read(
+        self,
+        file: AdapterFile,
+        revision: str,
+        targets: Mapping[str, tuple[int, ...]],
+        *,
+        check: Callable[[], None],
+    ) -> Adapter:
+        """The adapter, parsed for the checkpoint of this revision.
+
+        Raises:
+            LoraInvalid, LoraIncompatible: see `read_adapter`.
+            LoraChanged: the file is no longer the one that the job was admitted with.
+        """
+        key = (revision, file)
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+            return found
+        # Both here and in prepared sets the key stands for the bytes: another version must not come in under it.
+        adapter = read_adapter(file.path, targets, opener=file.open, check=check)
+        file.require_still()
+        self._held[key] = adapter
+        while self._held and self.size_bytes > self._budget_bytes:
+            self._held.popitem(last=False)
+        return adapter
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._held.clear()

@@ -1,0 +1,365 @@
+"""What is resident on the device: checkpoints, and transformers with adapter sets merged.
+
+Lives on the device thread. A job whose set is resident runs at once; any other one gets a transformer of its own
+while the budget allows, and else the least recently used one, switched in place. The event loop sees snapshots.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from chromarpc_server.adapters.file import AdapterFile, require_expected
+from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.events import WeightsReport, WeightsSource
+from chromarpc_server.domain.fallbacks import DeviceFallback
+from chromarpc_server.domain.limits import Budgets
+from chromarpc_server.domain.models import MemoryPlan
+from chromarpc_server.domain.plan import PlannedLora
+from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline import (
+    PROFILES,
+    Adapter,
+    Checkpoint,
+    CheckpointFiles,
+    DeviceChoice,
+    LoadProgress,
+    Pipeline,
+    SwitchReport,
+    Transformer,
+    forget_frames,
+    free_memory_bytes,
+    release_memory,
+    synchronize,
+    translate_memory_error,
+)
+from chromarpc_server.runtime.adapter_cache import AdapterCache
+
+Progress = Callable[[LoadProgress], None]
+Check = Callable[[], None]
+
+log = logging.getLogger(__name__)
+
+CPU_BUDGET_BYTES = 256 * 1024**2
+"""Of prepared sets on a CPU, where no budget was set."""
+FREE_SHARE = 0.25
+"""Of a prepared set's size, kept free beside it for activations on a GPU, where no budget was set."""
+FREE_BYTES = 6 * 1024**3
+"""Kept free in any case on a GPU, where no budget was set."""
+
+
+@dataclass(frozen=True)
+class SetKey:
+    """A prepared set as jobs ask for it, before any file was read."""
+
+    model_id: str
+    profile: str
+    adapters: tuple[tuple[AdapterFile, float], ...]
+    trainer: TrainerSettings | None = None
+    """What the trainer's config decides about the weights, in profiles that draw the trainer's picture."""
+
+    @classmethod
+    def of(
+        cls,
+        model_id: str,
+        profile: str,
+        files: Sequence[AdapterFile],
+        loras: Sequence[PlannedLora],
+        trainer: TrainerSettings | None = None,
+    ) -> SetKey:
+        """Adapters at multiplier 0 change nothing, so they make no set of their own."""
+        pairs = ((file, lora.network_multiplier) for file, lora in zip(files, loras, strict=True))
+        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0), trainer)
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """One prepared set, as clients are told of it."""
+
+    key: SetKey
+    adapters: tuple[tuple[str, float], ...]
+    """sha256 and multiplier."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheCounters:
+    """Since the server started."""
+
+    hits: int = 0
+    """Jobs whose set was resident."""
+    switches: int = 0
+    """Jobs for which a resident transformer was switched in place."""
+    builds: int = 0
+    """Jobs for which a transformer was built."""
+    evictions: int = 0
+    """Sets that made room, by being switched or dropped."""
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """What is resident."""
+
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Model id to bytes, prepared sets included."""
+    sets: tuple[ResidentSet, ...] = ()
+    counters: CacheCounters = CacheCounters()
+    adapter_bytes: int = 0
+    """Of parsed adapters in host memory."""
+    memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
+    """Model id to what of it stays where on a GPU."""
+    fallbacks: tuple[DeviceFallback, ...] = ()
+    """What the device does without, as far as anything was tried."""
+
+    def holds(self, key: SetKey) -> bool:
+        """Whether a job with this key would run at once."""
+        return any(held.key == key for held in self.sets)
+
+
+@dataclass
+class _Slot:
+    """A transformer, and the set that is merged into it; None while that is not certain."""
+
+    transformer: Transformer
+    checkpoint: Checkpoint
+    key: SetKey | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+
+
+class ModelCache:
+    """Least recently used out first. What the running job uses stays: only a job's own call evicts."""
+
+    def __init__(
+        self, device: DeviceChoice, budgets: Budgets, *, publish: Callable[[CacheSnapshot], None]
+    ) -> None:
+        """`publish` is told of every change, on the device thread."""
+        self._device = device
+        self._budgets = budgets
+        self._publish = publish
+        self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
+        self._slots: list[_Slot] = []
+        """Least recently used first."""
+        self._adapters = AdapterCache(budgets.adapter_bytes)
+        self._counters = CacheCounters()
+        self._fallbacks: tuple[DeviceFallback, ...] = ()
+
+    def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
+        """The model's checkpoint, loaded if it is not resident.
+
+        Raises:
+            WeightsInvalid: the files cannot be used.
+            OutOfMemory: they do not fit.
+        """
+        found = self._checkpoints.get(model_id)
+        if found is not None:
+            self._checkpoints.move_to_end(model_id)
+            return found
+        while len(self._checkpoints) >= self._budgets.max_checkpoints:
+            self._evict_checkpoint()
+        began = time.monotonic()
+        loaded = Checkpoint.load(
+            files,
+            device=self._device.device,
+            dtype=self._device.dtype,
+            memory=self._budgets.memory,
+            progress=progress,
+            check=check,
+        )
+        self._checkpoints[model_id] = loaded
+        seconds = round(time.monotonic() - began, 2)
+        log.info("checkpoint.loaded", extra={"model": model_id, "seconds": seconds, "bytes": loaded.size_bytes})
+        if loaded.memory is not None:
+            log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
+        self._tell()
+        return loaded
+
+    def read_adapters(
+        self, checkpoint: Checkpoint, loras: Sequence[PlannedLora], files: Sequence[AdapterFile], *, check: Check
+    ) -> tuple[tuple[Adapter, float], ...]:
+        """A job's adapters, in order, blaming the right one when a file cannot be used."""
+        adapters: list[tuple[Adapter, float]] = []
+        for index, (lora, file) in enumerate(zip(loras, files, strict=True)):
+            check()
+            try:
+                adapter = self._adapters.read(file, checkpoint.revision, checkpoint.targets, check=check)
+            except ChromaError as error:
+                raise error.at(f"loras.{index}.path") from None
+            require_expected(lora, adapter.sha256, index)
+            adapters.append((adapter, lora.network_multiplier))
+        return tuple(adapters)
+
+    def pipeline(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        key: SetKey,
+        *,
+        progress: Progress,
+        check: Check,
+    ) -> tuple[Pipeline, WeightsReport]:
+        """The checkpoint with these adapters merged. Good until the next call.
+
+        Raises:
+            LoraIncompatible: an adapter does not fit.
+            OutOfMemory: the prepared weights do not fit.
+        """
+        started, evictions = time.monotonic(), self._counters.evictions
+        slot = next((slot for slot in self._slots if slot.key == key), None)
+        if slot is not None:
+            self._slots.remove(slot)
+            self._slots.append(slot)
+            source, switched = WeightsSource.RESIDENT, SwitchReport(0)
+            self._counters = replace(self._counters, hits=self._counters.hits + 1)
+        else:
+            slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
+        pipeline = checkpoint.pipeline(slot.transformer)  # which may make a text encoder
+        self._tell()
+        report = WeightsReport(
+            source=source,
+            rewritten_tensors=switched.rewritten_tensors,
+            duration_s=time.monotonic() - started,
+            resident_sets=len(self._slots),
+            resident_bytes=self._prepared_bytes(),
+            evicted_sets=self._counters.evictions - evictions,
+        )
+        return pipeline, report
+
+    def tell_fallbacks(self) -> None:
+        """Publishes what turned out while something ran."""
+        if self._found_fallbacks() != self._fallbacks:
+            self._tell()
+
+    def clear(self) -> None:
+        """Drops everything; the next job loads anew."""
+        synchronize(self._device.device)  # copies may be on their way out of what is dropped
+        self._slots.clear()
+        self._checkpoints.clear()
+        self._adapters.clear()
+        self._free()
+        self._tell()
+
+    def _make(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        key: SetKey,
+        progress: Progress,
+        check: Check,
+    ) -> tuple[_Slot, WeightsSource, SwitchReport]:
+        alike = [
+            slot
+            for slot in self._slots
+            if slot.checkpoint is checkpoint
+            and slot.transformer.profile.name == key.profile
+            and slot.transformer.settings == key.trainer
+        ]
+        broken = next((slot for slot in alike if slot.key is None), None)
+        if broken is None and (not alike or self._may_grow(checkpoint, key)):
+            fresh = self._allocate(checkpoint, key)
+            try:
+                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
+            except Exception as error:
+                if not alike or translate_memory_error(error) is None:
+                    raise
+                # There was less room than it seemed: switch what is there instead.
+                self._slots.remove(fresh)
+                del fresh
+                forget_frames(error)
+                self._free()
+        slot = broken or alike[0]
+        if slot.key is not None:
+            self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
+        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, progress, check)
+
+    def _switch(
+        self,
+        slot: _Slot,
+        adapters: Sequence[tuple[Adapter, float]],
+        key: SetKey,
+        progress: Progress,
+        check: Check,
+    ) -> SwitchReport:
+        built = not slot.transformer.size_bytes
+        slot.key = None
+        report = slot.transformer.switch(adapters, progress=progress, check=check)
+        slot.key = key
+        slot.adapters = tuple((adapter.sha256, multiplier) for adapter, multiplier in adapters if multiplier != 0)
+        self._slots.remove(slot)
+        self._slots.append(slot)
+        counters = self._counters
+        if built:
+            self._counters = replace(counters, builds=counters.builds + 1)
+        else:
+            self._counters = replace(counters, switches=counters.switches + 1)
+        return report
+
+    def _allocate(self, checkpoint: Checkpoint, key: SetKey) -> _Slot:
+        slot = _Slot(checkpoint.allocate(PROFILES[key.profile], key.trainer), checkpoint)
+        while self._slots and not self._may_grow(checkpoint, key):
+            self._slots.pop(0)
+            self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
+            self._free()
+        self._slots.append(slot)
+        return slot
+
+    def _may_grow(self, checkpoint: Checkpoint, key: SetKey) -> bool:
+        """Whether one more set of this kind fits beside those that are there."""
+        needed = checkpoint.prepared_bytes(PROFILES[key.profile], key.trainer)
+        budget = self._budgets.prepared_bytes
+        if budget is None and self._device.device.type == "cuda":
+            reserve = max(FREE_BYTES, FREE_SHARE * needed)
+            return free_memory_bytes(self._device.device) >= needed + reserve
+        return self._prepared_bytes() + needed <= (CPU_BUDGET_BYTES if budget is None else budget)
+
+    def _prepared_bytes(self) -> int:
+        return sum(slot.transformer.size_bytes for slot in self._slots)
+
+    def _evict_checkpoint(self) -> None:
+        _, evicted = self._checkpoints.popitem(last=False)
+        gone = [slot for slot in self._slots if slot.checkpoint is evicted]
+        self._slots = [slot for slot in self._slots if slot.checkpoint is not evicted]
+        self._counters = replace(self._counters, evictions=self._counters.evictions + len(gone))
+        self._free()
+        self._tell()
+
+    def _free(self) -> None:
+        gc.collect()
+        release_memory(self._device.device)
+
+    def _found_fallbacks(self) -> tuple[DeviceFallback, ...]:
+        if not self._slots:
+            return self._fallbacks  # nothing is there that could tell of a change
+        found = {
+            fallback.without: fallback
+            for slot in self._slots
+            for fallback in slot.checkpoint.fallbacks(slot.transformer)
+        }
+        return tuple(found.values())
+
+    def _tell(self) -> None:
+        resident = {
+            model_id: checkpoint.size_bytes + checkpoint.trainer_parts.size_bytes
+            for model_id, checkpoint in self._checkpoints.items()
+        }
+        for slot in self._slots:
+            for model_id, checkpoint in self._checkpoints.items():
+                if checkpoint is slot.checkpoint:
+                    resident[model_id] += slot.transformer.size_bytes
+        sets = tuple(
+            ResidentSet(slot.key, slot.adapters, slot.transformer.size_bytes)
+            for slot in self._slots
+            if slot.key is not None
+        )
+        memory = {
+            model_id: checkpoint.memory
+            for model_id, checkpoint in self._checkpoints.items()
+            if checkpoint.memory is not None
+        }
+        self._fallbacks = self._found_fallbacks()
+        self._publish(
+            CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes, memory, self._fallbacks)
+        )

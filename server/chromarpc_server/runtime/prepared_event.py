@@ -1,0 +1,91 @@
+"""What is told once adapters are read and prompts tokenized: the `prepared` event and its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from chromarpc_server.adapters.warnings import adapter_warnings
+from chromarpc_server.domain.events import AdapterPlacement, AdapterReport, Prepared, TokenCount, WeightsReport
+from chromarpc_server.domain.fallbacks import DeviceFallback
+from chromarpc_server.domain.plan import Plan, PlanWarning
+from chromarpc_server.pipeline import Adapter, TokenizedPrompt, lies_beside
+
+
+def prepared_event(
+    plan: Plan,
+    adapters: Sequence[tuple[Adapter, float]],
+    tokenized: Sequence[TokenizedPrompt],
+    negative: Sequence[TokenizedPrompt],
+    *,
+    model_revision: str,
+    versions: Mapping[str, str],
+    device: str,
+    weights: WeightsReport,
+    tiled_beyond_px: int | None = None,
+    fallbacks: Sequence[DeviceFallback] = (),
+) -> Prepared:
+    """The event, with everything about files and tokens that the plan could not know.
+
+    Args:
+        negative: the negative prompts, where the profile honours them.
+        tiled_beyond_px: longer sides than this are decoded in tiles.
+        fallbacks: what the device does without.
+    """
+    return Prepared(
+        adapters=tuple(
+            AdapterReport(
+                path=lora.path,
+                sha256=adapter.sha256,
+                format=adapter.format,
+                network_multiplier=multiplier,
+                rank=adapter.rank,
+                matched_keys=len(adapter.matched),
+                unmatched_keys=adapter.unmatched,
+                metadata=adapter.metadata,
+                placement=_placement(plan, adapter),
+            )
+            for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
+        ),
+        model_revision=model_revision,
+        token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
+        versions=versions,
+        device=device,
+        weights=weights,
+        warnings=(
+            *_prompt_warnings(tokenized, "prompt"),
+            *_prompt_warnings(negative, "neg"),
+            *(
+                warning
+                for index, (adapter, _) in enumerate(adapters)
+                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+            ),
+            *_tiling_warnings(plan, tiled_beyond_px),
+            *(PlanWarning("DEVICE_FALLBACK", "", fallback.message) for fallback in fallbacks),
+        ),
+    )
+
+
+def _placement(plan: Plan, adapter: Adapter) -> AdapterPlacement:
+    """Where an adapter's changes are; merged where any of them had to be."""
+    beside = plan.trainer is not None and lies_beside(adapter, plan.trainer)
+    return AdapterPlacement.BESIDE if beside else AdapterPlacement.MERGED
+
+
+def _prompt_warnings(tokenized: Sequence[TokenizedPrompt], field: str) -> Iterator[PlanWarning]:
+    for index, tokens in enumerate(tokenized):
+        if tokens.cut_count:
+            yield PlanWarning(
+                "PROMPT_TRUNCATED",
+                f"prompts.{index}.{field}",
+                f"{tokens.cut_count} tokens were cut off: the model reads {tokens.token_count}, with the end mark",
+            )
+
+
+def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]:
+    for index, prompt in enumerate(plan.prompts):
+        if beyond_px is not None and max(prompt.width, prompt.height) > beyond_px:
+            yield PlanWarning(
+                "IMAGE_TILED",
+                f"prompts.{index}",
+                "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
+            )

@@ -1,0 +1,291 @@
+"""Work on the device thread: load, prepare, encode, denoise, decode.
+
+Everything that touches a tensor runs here, in one thread. What it has to say leaves as immutable events
+through `emit`; the only thing that comes back is the cancellation, read between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from chromarpc_server.domain.errors import ChromaError, DeviceLost
+from chromarpc_server.domain.events import (
+    Loading,
+    LoadingStage,
+    Step,
+    Timings,
+)
+from chromarpc_server.domain.plan import Plan, PlannedPrompt
+from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
+from chromarpc_server.pipeline import (
+    CheckpointFiles,
+    DeviceChoice,
+    DeviceDescription,
+    LoadProgress,
+    Pipeline,
+    PromptEmbedding,
+    finished_steps,
+    forget_frames,
+    library_versions,
+    peak_memory_bytes,
+    probe_device,
+    reset_peak_memory,
+    synchronize,
+    translate_memory_error,
+)
+from chromarpc_server.runtime.model_cache import ModelCache, SetKey
+from chromarpc_server.runtime.prepared_event import prepared_event
+from chromarpc_server.runtime.watchdog import DeviceWatch
+from chromarpc_server.runtime.work import Emit, RenderedImage, RenderedPreview, StageDone, Work, WorkDone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage, filled in and told as the job goes along."""
+
+    emit: Emit
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def lap(self, stage: str, prompt_index: int | None = None) -> None:
+        """Books the time since the last lap to `stage`."""
+        now = time.monotonic()
+        spent_s = now - self._since
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
+        self._since = now
+        self.emit(StageDone(stage, spent_s, time.time_ns(), prompt_index))
+
+
+class DeviceWorker:
+    """Runs jobs, one at a time, on the thread that owns the device."""
+
+    def __init__(
+        self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache, watch: DeviceWatch
+    ) -> None:
+        """`choice`: device and dtype; `cache`: what is resident there; `watch`: is told what is done."""
+        self._watch = watch
+        self._choice = choice
+        self._description = description
+        self._cache = cache
+        self._versions = library_versions()
+
+    def load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
+        """Makes a model resident before any request asks for it, and on a GPU compiles, plans and records what
+        pictures of these sizes (width, height) need.
+
+        Raises:
+            ChromaError: it cannot be loaded.
+        """
+        self._watch.other("loading a model")
+        try:
+            self._load(model_id, files, profile, sizes)
+        except ChromaError:
+            raise
+        except Exception as error:
+            found = self._sorted(error, {"model": model_id})
+            if found is error:
+                raise
+            raise found from None
+        finally:
+            self._cache.tell_fallbacks()
+            self._watch.idle()
+
+    def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
+        checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
+        trainer = TrainerSettings() if profile in PREVIEW_PROFILES else None
+        key = SetKey(model_id, profile, (), trainer)
+        pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
+        if self._choice.device.type == "cuda":
+            pipeline.warm_up(sizes)
+            synchronize(self._choice.device)
+
+    def run(self, work: Work) -> WorkDone:
+        """Does it all.
+
+        Raises:
+            ChromaError: whatever ended it early, cancellation included.
+        """
+        try:
+            return self._run(work)
+        except ChromaError as error:
+            # A traceback holds the frames that hold the tensors, and the error outlives its run.
+            raise error.with_traceback(None) from None
+        except Exception as error:
+            found = self._sorted(error, {"job_id": work.id})
+            if found is error:
+                raise
+            raise found from None
+        except BaseException as error:
+            # Nothing that ends a thread may end this one unnoticed.
+            log.critical("device.thread_ended", exc_info=error, extra={"job_id": work.id})
+            raise DeviceLost("the thread that owns the device was ended") from None
+        finally:
+            self._cache.tell_fallbacks()
+            self._watch.idle()
+
+    def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:
+        """What an unforeseen exception is, once memory is free again and the device has shown whether it works."""
+        out_of_memory = translate_memory_error(error)
+        if out_of_memory is not None:
+            forget_frames(error)
+            try:
+                self._cache.clear()
+            except Exception:  # the probe finds out whether the device still works
+                log.exception("memory.not_freed", extra=told)
+        self._watch.other("probing the device")
+        try:
+            probe_device(self._choice.device)
+        except DeviceLost as lost:
+            log.exception("device.lost", exc_info=error, extra={**told, "cause": type(error).__name__})
+            return lost.with_traceback(None)
+        return out_of_memory or error
+
+    def _run(self, work: Work) -> WorkDone:
+        plan, emit, check = work.plan, work.emit, work.cancellation.check
+        self._watch.other("preparing a job")
+        reset_peak_memory(self._choice.device)
+        clock = _Clock(emit)
+        check()
+        progress = _LoadingEvents(emit)
+        checkpoint = self._cache.checkpoint(plan.served_model, work.model_files, progress=progress, check=check)
+        adapters = self._cache.read_adapters(checkpoint, plan.loras, work.adapter_files, check=check)
+        pipeline, weights = self._cache.pipeline(
+            checkpoint, adapters, work.set_key, progress=progress, check=check
+        )
+        clock.lap("loading_s")
+
+        tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
+        negative = [pipeline.tokenize(prompt.neg) for prompt in plan.prompts] if plan.trainer is not None else []
+        emit(
+            prepared_event(
+                plan,
+                adapters,
+                tokenized,
+                negative,
+                model_revision=checkpoint.revision,
+                versions=self._versions,
+                device=self._description.name,
+                weights=weights,
+                tiled_beyond_px=pipeline.tiled_beyond_px,
+                fallbacks=pipeline.fallbacks,
+            )
+        )
+        remaining = _Remaining(plan)
+        for index, tokens in enumerate(tokenized):
+            check()
+            self._watch.other("encoding a prompt")
+            embedding = pipeline.encode(tokens, negative[index] if negative else None)
+            synchronize(self._choice.device)
+            clock.lap("text_encoding_s", index)
+            check()
+            self._draw(work, pipeline, embedding, index, remaining=remaining, clock=clock)
+        return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
+
+    def _draw(
+        self,
+        work: Work,
+        pipeline: Pipeline,
+        embedding: PromptEmbedding,
+        index: int,
+        *,
+        remaining: _Remaining,
+        clock: _Clock,
+    ) -> None:
+        plan, emit, cancellation = work.plan, work.emit, work.cancellation
+        prompt = plan.prompts[index]
+        ended = time.monotonic()
+        latents = None
+        self._watch.step()
+        steps = pipeline.denoise(
+            embedding,
+            width=prompt.width,
+            height=prompt.height,
+            steps=prompt.sample_steps,
+            guidance_scale=prompt.guidance_scale,
+            seed=prompt.seed,
+            noise_draw=plan.noise_draw.value,
+        )
+        for done in finished_steps(steps, self._choice.device, cancellation.pause):
+            began, ended = ended, time.monotonic()
+            # The next step is being computed while this one is told of.
+            self._watch.step(ended - began)
+            emit(
+                Step(
+                    prompt_index=index,
+                    step=done.index + 1,
+                    total_steps=done.total,
+                    sigma=done.sigma,
+                    timestep=done.timestep,
+                    duration_s=ended - began,
+                    estimated_remaining_s=remaining.after(prompt, ended - began),
+                    sigmas=done.sigmas if done.index == 0 else (),
+                )
+            )
+            step = done.index + 1
+            if plan.preview and step < done.total and step % plan.preview.every_n_steps == 0:
+                emit(
+                    RenderedPreview(
+                        index,
+                        step,
+                        pipeline.preview(done, prompt.width, prompt.height, plan.preview.max_side_px),
+                    )
+                )
+            latents = done.latents
+        cancellation.check()
+        self._watch.other("decoding a picture")
+        clock.lap("denoising_s", index)
+        if latents is None:
+            raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
+        pixels = pipeline.decode(latents, prompt.width, prompt.height)
+        clock.lap("decoding_s", index)
+        cancellation.check()
+        emit(RenderedImage(index, prompt.seed, pixels))
+
+
+class _LoadingEvents:
+    """Turns the pipeline's progress into events, a few for each stage rather than one for each tensor."""
+
+    _INTERVAL_S = 0.2
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._stage = ""
+        self._told_at = 0.0
+
+    def __call__(self, progress: LoadProgress) -> None:
+        now = time.monotonic()
+        finished = progress.done_bytes >= progress.total_bytes
+        if progress.stage == self._stage and not finished and now - self._told_at < self._INTERVAL_S:
+            return
+        self._stage, self._told_at = progress.stage, now
+        self._emit(Loading(LoadingStage(progress.stage), progress.done_bytes, progress.total_bytes))
+
+
+class _Remaining:
+    """How long the rest of a job will take, from its own steps so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._left = plan.pixel_steps
+        self._done = 0
+        self._seconds = 0.0
+
+    def after(self, prompt: PlannedPrompt, duration_s: float) -> float:
+        """Takes in one step and gives the seconds that are left."""
+        work = prompt.width * prompt.height
+        self._left -= work
+        self._done += work
+        self._seconds += duration_s
+        return self._seconds / self._done * self._left
+
+
+def _ignore(_: LoadProgress) -> None:
+    """Progress that nobody waits for."""
+
+
+def _never() -> None:
+    """A check that never stops anything."""

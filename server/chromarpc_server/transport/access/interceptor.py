@@ -1,0 +1,201 @@
+"""What surrounds every call, whatever service it belongs to: one interceptor, and a list of rules.
+
+A rule is an async context manager around the handler: what it does before may refuse the call by raising, what it
+does afterwards sees how the handler ended. The request's bytes are parsed inside all of them, so that bytes nobody
+vouches for are not parsed at all, and bytes that are no message are told as such. They are received inside, too:
+gRPC would otherwise wait for a request's last byte before anyone may refuse it, however slowly it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from chromarpc_server.domain.errors import ChromaError, InternalError, InvalidParameter, JobDeadlineExceeded
+from chromarpc_server.transport.messages.errors import code_of, status_message, trailing_metadata
+
+log = logging.getLogger(__name__)
+
+RECEIVE_TIMEOUT_S = 30.0
+"""Between a call's begin and the last byte of its request."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call on its way to its handler."""
+
+    method: str
+    """`/package.Service/Method`, one that this server has."""
+    context: Any
+    """`grpc.aio.ServicerContext`."""
+    streams: bool
+    """Whether the answer is a stream."""
+
+    @property
+    def service(self) -> str:
+        """`package.Service`."""
+        return self.method.lstrip("/").partition("/")[0]
+
+
+Rule = Callable[[Call], AbstractAsyncContextManager[None]]
+
+
+class Rules(grpc.aio.ServerInterceptor):
+    """Runs every handler inside the rules, the first one outermost."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        """`rules`: what any of them, or the handler, raises ends the call with its status."""
+        self._rules = tuple(rules)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps handlers that are coroutines, or async generators; this server has no others."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None:
+            return None
+        if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
+            return grpc.stream_unary_rpc_method_handler(
+                self._answer(handler.unary_unary, method, handler.request_deserializer),
+                None,
+                handler.response_serializer,
+            )
+        if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, method, handler.request_deserializer),
+                None,
+                _unless_bytes(handler.response_serializer),
+            )
+        if handler.stream_stream is not None and inspect.isasyncgenfunction(handler.stream_stream):
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.stream_stream, method, None),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        raise TypeError(f"{method} has a handler of a kind that no rule is applied to")
+
+    @asynccontextmanager
+    async def _within(self, call: Call) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for rule in self._rules:
+                await stack.enter_async_context(rule(call))
+            yield
+
+    def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
+        async def ruled(requests: AsyncIterator[bytes], context: Any) -> Any:
+            try:
+                async with self._within(Call(method, context, streams=False)):
+                    return await answer(await _only(requests, parse), context)
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            try:
+                return await _end(context, ending)
+            finally:
+                del ending, requests, context
+
+        return ruled
+
+    def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
+        async def ruled(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+            try:
+                async with self._within(Call(method, context, streams=True)):
+                    answers = stream(requests if parse is None else await _only(requests, parse), context)
+                    try:
+                        async for response in answers:
+                            yield response
+                    finally:
+                        await answers.aclose()
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                ending = _ending(method, error)
+            else:
+                return
+            try:
+                await _end(context, ending)
+            finally:
+                del ending, requests, context
+
+        return ruled
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Lets through what was serialized before, for many readers at once."""
+
+    def serialized(message: Any) -> bytes:
+        return message if isinstance(message, bytes) else serialize(message)
+
+    return serialized
+
+
+async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+    """The one message of a request that is no stream.
+
+    Raises:
+        InvalidParameter: there is none, or its bytes are not one.
+        JobDeadlineExceeded: it does not arrive.
+    """
+    messages = aiter(requests)
+    try:
+        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+            request = await anext(messages)
+    except StopAsyncIteration:
+        raise InvalidParameter("the call carries no request") from None
+    except TimeoutError:
+        message = f"the request did not arrive within {RECEIVE_TIMEOUT_S:g} s"
+        raise JobDeadlineExceeded(message) from None
+    finally:
+        if isinstance(messages, AsyncGenerator):
+            # It and what made it hold each other until it ends.
+            await messages.aclose()
+    try:
+        return parse(request)
+    except DecodeError:
+        raise InvalidParameter("the request's bytes are not a message of this method") from None
+
+
+_Ending = ChromaError | grpc.aio.AbortError
+
+
+def _ending(method: str, error: Exception) -> _Ending:
+    """What the call ends with; an error that nobody foresaw is INTERNAL, with an id that the log has.
+
+    The frames that the error went through hold it, and it holds them, with the request in them: let go here, they
+    are freed at once rather than by a garbage collection that may be a hundred thousand calls away.
+    """
+    if not isinstance(error, _Ending):
+        error_id = uuid.uuid4().hex[:12]
+        log.error("rpc.internal_error", exc_info=error, extra={"method": method, "error_id": error_id})
+        _let_go(error)
+        return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
+    _let_go(error)
+    return error
+
+
+def _let_go(error: BaseException | None) -> None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__context__
+
+
+async def _end(context: Any, ending: _Ending) -> None:
+    """Ends the call with the status of an error, unless the handler has done so already."""
+    try:
+        if isinstance(ending, grpc.aio.AbortError):
+            raise ending
+        await context.abort(code_of(ending), status_message(ending), trailing_metadata(ending))
+    finally:
+        # gRPC keeps the error that ends the call, and the error keeps this frame.
+        del ending, context
