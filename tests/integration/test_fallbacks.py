@@ -13,7 +13,7 @@ import chromarpc
 from chromarpc.cli import inquiry
 from chromarpc_server.pipeline import pipeline
 from tests.conftest import RunningServer
-from tests.sight.test_metrics import get
+from tests.observability.test_metrics import get
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
 MESSAGE = "the device does without the fused kernels, which is slower: a kernel's result is 0.3 off"

@@ -18,7 +18,7 @@ from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_we
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import rank_bucket
-from tests.adapters.conftest import rel, values
+from tests.pipeline.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
 from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, read_adapter
 from chromarpc_server.pipeline.adapters import reader
 from chromarpc_server.pipeline.models.transformer import ChromaConfig
-from tests.adapters.conftest import Shapes, values
+from tests.pipeline.adapters.conftest import Shapes, values
 from tests.tiny_checkpoint import GOLDENS
 
 NAMES = ("aitk", "kohya_dora", "loha", "full_diff", "mixed_rank_alpha", "aitk_lokr_lowrank", "diffusers_peft")

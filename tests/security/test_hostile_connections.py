@@ -14,6 +14,7 @@ import pytest
 import chromarpc
 from chromarpc_server.transport.access import interceptor as interception
 from tests.conftest import RunningServer
+from tests.observability.test_metrics import look, value
 from tests.security.http2 import (
     ACK,
     CONTINUATION,
@@ -31,7 +32,6 @@ from tests.security.http2 import (
     literal,
     request_headers,
 )
-from tests.sight.test_metrics import look, value
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 1}
 INFO = "/chromarpc.v1.ModelService/GetServerInfo"

@@ -21,8 +21,8 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import CallerLimits, UploadLimits
+from tests.adapters.test_library import adapter_bytes, sha256_of
 from tests.conftest import RunningServer
-from tests.engine.test_adapter_library import adapter_bytes, sha256_of
 from tests.security.conftest import TOKENS
 
 ALICE, BOB = Caller("alice"), Caller("bob")

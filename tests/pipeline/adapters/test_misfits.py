@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, LoraInvalid
 from chromarpc_server.pipeline.adapters import Adapter
-from tests.adapters.conftest import values
+from tests.pipeline.adapters.conftest import values
 
 Read = Callable[..., Adapter]
 STEM = "diffusion_model.txt_in"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters import read_adapter
-from tests.adapters import oracle
-from tests.adapters.conftest import Shapes
-from tests.adapters.test_goldens import FORMATS
+from tests.pipeline.adapters import oracle
+from tests.pipeline.adapters.conftest import Shapes
+from tests.pipeline.adapters.test_goldens import FORMATS
 from tests.tiny_checkpoint import GOLDENS
 
 FOLDER = GOLDENS / "adapters"

@@ -19,7 +19,7 @@ from safetensors.torch import save, save_file
 from chromarpc_server.domain.errors import LoraError, LoraInvalid
 from chromarpc_server.pipeline.adapters import read_adapter
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
-from tests.adapters.conftest import Shapes, values
+from tests.pipeline.adapters.conftest import Shapes, values
 
 PAIR = {
     "diffusion_model.img_in.lora_A.weight": values(2, 64),

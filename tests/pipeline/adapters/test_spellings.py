@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.adapters.module_names import places
-from tests.adapters.conftest import Shapes, rel, values
+from tests.pipeline.adapters.conftest import Shapes, rel, values
 
 Read = Callable[..., Adapter]
 MODULE = "double_blocks.1.txt_mlp.2"

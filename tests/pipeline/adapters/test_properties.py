@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
-from tests.adapters.conftest import rel, values
+from tests.pipeline.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 
 BASE = load_file(GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors")

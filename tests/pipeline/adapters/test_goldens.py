@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters import read_adapter
-from tests.adapters.conftest import Shapes, rel
+from tests.pipeline.adapters.conftest import Shapes, rel
 from tests.tiny_checkpoint import GOLDENS
 
 FORMATS = {
