@@ -15,7 +15,7 @@ from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
-from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.jobs.engine import Engine, EngineRules
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.observability.probes import StatusPort
@@ -29,6 +29,7 @@ from chromarpc_server.pipeline import (
     served_profiles,
 )
 from chromarpc_server.ports import require_free
+from chromarpc_server.runtime.device_thread import DeviceThread
 from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.access.authentication import Authentication
@@ -104,20 +105,19 @@ class App:
         tracing = Tracing(version=version) if settings.traces else None
         library, adapters = await asyncio.to_thread(self._adapters)
         retention = settings.retention()
-        store = await JobStore.open(settings.data_dir / "jobs" if settings.store == "disk" else None, retention)
+        folder = settings.data_dir / "jobs" if settings.store == "disk" else None
         engine = Engine(
-            choice,
+            DeviceThread(choice, settings.budgets(), settings.device_timeouts()),
             model_files=model_files,
             adapters=adapters,
-            max_queued_jobs=serving.limits.max_queued_jobs,
-            budgets=settings.budgets(),
+            store=await JobStore.open(folder, retention, keeps_prompts=settings.store_prompts),
+            rules=EngineRules(
+                max_queued_jobs=serving.limits.max_queued_jobs,
+                retention=retention,
+                restarts=settings.restarts(),
+                picture_records=settings.picture_records() is PictureRecords.WRITTEN,
+            ),
             on_device_lost=self._device_lost,
-            store=store,
-            retention=retention,
-            restarts=settings.restarts(),
-            store_prompts=settings.store_prompts,
-            picture_records=settings.picture_records() is PictureRecords.WRITTEN,
-            patience=settings.patience(),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         self._engine = engine
@@ -133,7 +133,7 @@ class App:
         device = await engine.start()
         listening: Listening | None = None
         try:
-            await engine.resume(serving.models)
+            await engine.recover(serving.models)
             listening = await listen(
                 joined(settings.host, settings.port),
                 GenerationServicer(engine, serving),

@@ -23,12 +23,12 @@ from pydantic_settings import (
 from chromarpc_server.domain.limits import (
     Budgets,
     CallerLimits,
+    DeviceTimeouts,
     DownloadLimits,
     JobRetention,
     Limits,
     MasterPlace,
     MemoryChoice,
-    Patience,
     RestartLimits,
     Tiling,
     UploadLimits,
@@ -45,7 +45,7 @@ _DOWNLOADS = DownloadLimits()
 _RETENTION = JobRetention()
 _CALLER = CallerLimits()
 _RESTARTS = RestartLimits()
-_PATIENCE = Patience()
+_TIMEOUTS = DeviceTimeouts()
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -309,10 +309,10 @@ class ServerSettings(BaseSettings):
         "after a lost connection where the request has a request_id",
     )
     step_timeout_s: float = Field(
-        _PATIENCE.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
+        _TIMEOUTS.step_s, gt=0, description="seconds for one step after which the device is taken to hang"
     )
     load_timeout_s: float = Field(
-        _PATIENCE.other_s,
+        _TIMEOUTS.other_s,
         gt=0,
         description="seconds for anything else it does, loading and compiling, after which it is taken to hang",
     )
@@ -361,9 +361,9 @@ class ServerSettings(BaseSettings):
         keeps_prompts = self.store_prompts or self.store == "memory"
         return PictureRecords.WRITTEN if keeps_prompts else PictureRecords.KEPT_OUT
 
-    def patience(self) -> Patience:
+    def device_timeouts(self) -> DeviceTimeouts:
         """How long the device may take."""
-        return Patience(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
+        return DeviceTimeouts(step_s=self.step_timeout_s, other_s=self.load_timeout_s)
 
     def restarts(self) -> RestartLimits:
         """What becomes of jobs that an earlier process, or their caller, left."""

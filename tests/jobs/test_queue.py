@@ -13,14 +13,14 @@ from chromarpc_server.adapters.sources import FoundAdapters
 from chromarpc_server.domain.plan import Plan, PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 from chromarpc_server.jobs.job import Job
-from chromarpc_server.jobs.queue import MAX_OVERTAKEN, JobQueue, Waiting
+from chromarpc_server.jobs.queue import MAX_OVERTAKEN, JobQueue, ScheduledJob
 from chromarpc_server.runtime.cancellation import Cancellation
 from chromarpc_server.runtime.model_cache import SetKey
 
 FILES: Any = None
 
 
-def _waiting(owner: str, model: str = "m") -> Waiting:
+def _waiting(owner: str, model: str = "m") -> ScheduledJob:
     plan = Plan(
         model=model,
         served_model=model,
@@ -32,7 +32,7 @@ def _waiting(owner: str, model: str = "m") -> Waiting:
         preview=None,
         warnings=(),
     )
-    return Waiting(Job(plan, (), Cancellation(), owner=owner), FILES, FoundAdapters(()))
+    return ScheduledJob(Job(plan, (), Cancellation(), owner=owner), FILES, FoundAdapters(()))
 
 
 def _nothing(_: SetKey) -> bool:
@@ -43,7 +43,7 @@ def _holds(model: str) -> Callable[[SetKey], bool]:
     return lambda key: key.model_id == model
 
 
-def _drain(queue: JobQueue) -> list[Waiting]:
+def _drain(queue: JobQueue) -> list[ScheduledJob]:
     return [queue.take(_nothing) for _ in range(len(queue))]
 
 

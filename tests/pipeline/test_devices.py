@@ -5,47 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chromarpc_server.adapters.library import AdapterLibrary
-from chromarpc_server.adapters.sources import AdapterSources
-from chromarpc_server.domain.limits import Budgets, JobRetention
-from chromarpc_server.jobs import engine
-from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.pipeline import DeviceChoice, DeviceDescription
 from chromarpc_server.pipeline.weights import staging
+from chromarpc_server.runtime import device_thread
+from chromarpc_server.runtime.device_thread import DeviceThread
 
 SECOND = torch.device("cuda", 1)
 
 
-async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     selected: list[tuple[str, Any]] = []
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: selected.append((threading.current_thread().name, device))
     )
     description = DeviceDescription("cuda:1", "a GPU", 1, "bfloat16")
-    monkeypatch.setattr(engine, "describe_device", lambda _: description)
+    monkeypatch.setattr(device_thread, "describe_device", lambda _: description)
     monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
-    retention = JobRetention(keep_s=1, keep_bytes=1)
-    opened = Engine(
-        DeviceChoice(SECOND, torch.bfloat16),
-        model_files=None,  # type: ignore[arg-type]
-        adapters=AdapterSources(AdapterLibrary(None, tmp_path), None),
-        max_queued_jobs=1,
-        budgets=Budgets(),
-        on_device_lost=lambda: None,
-        store=await JobStore.open(None, retention),
-        retention=retention,
-    )
+    device = DeviceThread(DeviceChoice(SECOND, torch.bfloat16))
     try:
-        assert await opened.start() == description
+        assert await device.open() == description
     finally:
-        await opened.drain(0)
+        device.close()
     assert selected == [("device_0", SECOND)]
 
 

@@ -59,7 +59,7 @@ class RestartLimits:
 
 
 @dataclass(frozen=True)
-class Patience:
+class DeviceTimeouts:
     """How long the device may take before it is taken to hang."""
 
     step_s: float = 600.0

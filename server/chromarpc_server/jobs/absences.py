@@ -32,7 +32,7 @@ class Absences:
 
     def begin(self, job: Job) -> None:
         """Nobody holds on to the job any more: it is ended after a while, or at its caller's deadline."""
-        stop_waiting(job)
+        job.stop_absence()
         deadline_at = job.cancellation.deadline_at
         left_s = self._grace_s if deadline_at is None else min(self._grace_s, deadline_at - time.monotonic())
         job.absence = asyncio.get_running_loop().call_later(left_s, self._over, job)
@@ -52,13 +52,6 @@ class Absences:
             self._end(job, JobDeadlineExceeded("the deadline passed before the job was done"))
         else:
             self._end(job, not_back(f"its caller went away and did not come back within {self._grace_s:g} s"))
-
-
-def stop_waiting(job: Job) -> None:
-    """Nobody is waited for any more: somebody came back, or the job ends."""
-    if job.absence is not None:
-        job.absence.cancel()
-        job.absence = None
 
 
 def not_back(message: str) -> JobCancelled:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 from PIL import Image
 
@@ -15,6 +19,8 @@ from chromarpc_server.domain.requests import ImageFormat
 from chromarpc_server.jobs.picture_files import with_record
 from chromarpc_server.jobs.picture_record import PictureRecord
 from chromarpc_server.runtime.work import Pixels, RenderedImage, RenderedPreview
+
+_T = TypeVar("_T")
 
 CHUNK_BYTES = 128 * 1024
 """What each stream may have on its way at once. A thousand watchers of a picture of 3 MB hold 26 MB; with chunks
@@ -78,3 +84,27 @@ def encode_preview(preview: RenderedPreview) -> Preview:
         height=height,
         data=encode_pixels(preview.pixels, output),
     )
+
+
+class ImageEncoder:
+    """Encodes on a thread of its own, so that neither the device nor the event loop waits."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
+
+    async def image(
+        self, image: RenderedImage, output: PlannedOutput, record: PictureRecord | None
+    ) -> tuple[ImageHeader, bytes]:
+        """See `encode_image`."""
+        return await self._run(partial(encode_image, image, output, record))
+
+    async def preview(self, preview: RenderedPreview) -> Preview:
+        """See `encode_preview`."""
+        return await self._run(partial(encode_preview, preview))
+
+    def close(self) -> None:
+        """Lets the thread end once it has done what it was given."""
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, encode: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)

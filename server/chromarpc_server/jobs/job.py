@@ -66,6 +66,18 @@ class Job:
         """The prepared set it needs."""
         return set_key(self.plan, self.adapter_files)
 
+    def stop_expiry(self) -> None:
+        """It need not be ended for having waited too long any more."""
+        if self.expiry is not None:
+            self.expiry.cancel()
+            self.expiry = None
+
+    def stop_absence(self) -> None:
+        """Nobody is waited for any more: a caller came back, or the job ends."""
+        if self.absence is not None:
+            self.absence.cancel()
+            self.absence = None
+
 
 @dataclass(frozen=True)
 class EndedJob:

@@ -183,12 +183,12 @@ class JobLog:
         for waiter in waiters:
             _resolve(waiter, True)
 
-    async def _wait(self, patience: _Patience | None) -> bool:
-        """Returns True once something has happened, False once that took longer than there is patience."""
+    async def _wait(self, idle: _IdleTimer | None) -> bool:
+        """Returns True once something has happened, False once nothing has happened for too long."""
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        if patience is not None:
-            patience.begin(waiter)
+        if idle is not None:
+            idle.begin(waiter)
         try:
             if await waiter:
                 return True
@@ -230,7 +230,7 @@ class JobLog:
         """
         sequence = after_sequence
         seen_before = self._last_sequence
-        patience = None if idle_s is None else _Patience(idle_s)
+        idle = None if idle_s is None else _IdleTimer(idle_s)
         try:
             while True:
                 entry = self._next_after(sequence)
@@ -239,7 +239,7 @@ class JobLog:
                         return
                     if self._suspended is not None and self._ending is None:
                         raise self._suspended
-                    if not await self._wait(patience):
+                    if not await self._wait(idle):
                         yield None
                     continue
                 sequence = entry.sequence
@@ -250,8 +250,8 @@ class JobLog:
                     for observe in self._on_read:
                         observe(entry)
         finally:
-            if patience is not None:
-                patience.end()
+            if idle is not None:
+                idle.end()
 
     async def image_chunks(self, prompt_index: int, offset_bytes: int = 0) -> AsyncIterator[ImageChunk]:
         """An image's bytes from an offset on; nothing where they are not all here."""
@@ -274,7 +274,7 @@ def _resolve(waiter: asyncio.Future[bool], happened: bool) -> None:
         waiter.set_result(happened)
 
 
-class _Patience:
+class _IdleTimer:
     """Ends a reader's wait in which nothing happens for too long.
 
     A reader waits for each event anew, and nearly always briefly: one timer that is put off when it rings early

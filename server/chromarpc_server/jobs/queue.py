@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from chromarpc_server.adapters.sources import FoundAdapters
-from chromarpc_server.domain.errors import StoreUnavailable
-from chromarpc_server.domain.events import Prepared
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.model_cache import SetKey
@@ -24,27 +22,21 @@ MAX_OVERTAKEN = 4
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A job that has not ended, with what its run needs."""
+class ScheduledJob:
+    """A job that waits or runs, with what its run needs."""
 
     job: Job
-    files: CheckpointFiles
+    model_files: CheckpointFiles
     adapters: FoundAdapters
     fetching: asyncio.Task[None] | None = None
     """Its downloads; it joins the queue once they are done."""
-    prepared: Prepared | None = None
-    """What it runs with, once that is known."""
-    image_encoding_s: float = 0.0
-    images: int = 0
-    unstored: StoreUnavailable | None = None
-    """Why one of its pictures could not be stored."""
 
 
 class JobQueue:
     """Lives on the event loop; bounded by whoever adds to it."""
 
     def __init__(self) -> None:
-        self._by_owner: OrderedDict[str, deque[Waiting]] = OrderedDict()
+        self._by_owner: OrderedDict[str, deque[ScheduledJob]] = OrderedDict()
         """Whose turn it is first; nobody in it is without a job."""
         self._count = 0
 
@@ -52,48 +44,48 @@ class JobQueue:
         """May be asked from any thread."""
         return self._count
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[ScheduledJob]:
         """In the order in which they will run, as far as is known."""
         for turn in zip_longest(*self._by_owner.values()):
-            yield from (waiting for waiting in turn if waiting is not None)
+            yield from (scheduled for scheduled in turn if scheduled is not None)
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, scheduled: ScheduledJob) -> None:
         """Puts a job behind its caller's others."""
-        self._by_owner.setdefault(waiting.job.owner, deque()).append(waiting)
+        self._by_owner.setdefault(scheduled.job.owner, deque()).append(scheduled)
         self._count += 1
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, scheduled: ScheduledJob) -> None:
         """Takes one out.
 
         Raises:
             ValueError: it is not in the queue.
         """
-        owner = waiting.job.owner
+        owner = scheduled.job.owner
         jobs = self._by_owner.get(owner, deque())
-        jobs.remove(waiting)
+        jobs.remove(scheduled)
         self._count -= 1
         if not jobs:
             del self._by_owner[owner]
 
-    def take(self, is_resident: Callable[[SetKey], bool]) -> Waiting:
+    def take(self, is_resident: Callable[[SetKey], bool]) -> ScheduledJob:
         """Takes out the one to run now: the first whose weights are resident, unless that overtakes one that
         was overtaken too often. One whose caller is away keeps its place and waits for it, unless no other does.
 
         Raises:
             LookupError: the queue is empty.
         """
-        order = [waiting for waiting in self if waiting.job.absence is None] or list(self)
+        order = [scheduled for scheduled in self if scheduled.job.absence is None] or list(self)
         if not order:
             raise LookupError("no job waits")
         chosen = 0
-        for index, waiting in enumerate(order):
-            if is_resident(waiting.job.set_key):
+        for index, scheduled in enumerate(order):
+            if is_resident(scheduled.job.set_key):
                 chosen = index
                 break
-            if waiting.job.overtaken >= MAX_OVERTAKEN:
+            if scheduled.job.overtaken >= MAX_OVERTAKEN:
                 break
-        for waiting in order[:chosen]:
-            waiting.job.overtaken += 1
+        for scheduled in order[:chosen]:
+            scheduled.job.overtaken += 1
         taken = order[chosen]
         self.remove(taken)
         if taken.job.owner in self._by_owner:

@@ -1,27 +1,129 @@
-"""Jobs that an earlier process was told to run: what they need, found again, and found to be the same."""
+"""Jobs that an earlier process was to run: what they need, recovered, and found to be the same."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from chromarpc_server.adapters.hashes import WAIT_S
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
-from chromarpc_server.domain.errors import AttemptsExhausted, JobCancelled, LoraChanged, LoraNotFound, NotKept
-from chromarpc_server.domain.events import Accepted, AdapterReport, Restarted
+from chromarpc_server.domain.errors import (
+    AttemptsExhausted,
+    ChromaError,
+    JobCancelled,
+    LoraChanged,
+    LoraNotFound,
+    ModelNotFound,
+    NotKept,
+)
+from chromarpc_server.domain.events import Accepted, Restarted
+from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.jobs.backlog import Backlog
+from chromarpc_server.jobs.completion import Completion
 from chromarpc_server.jobs.job import Job
+from chromarpc_server.jobs.queue import ScheduledJob
+from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store import records
-from chromarpc_server.jobs.store.job_store import Unfinished
-from chromarpc_server.jobs.store.records import KnownAdapter
+from chromarpc_server.jobs.store.job_store import JobStore, Unfinished
 from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.model_files import ModelFiles
+
+log = logging.getLogger(__name__)
 
 SEQUENCES_A_START = 2**20
 """Events of one job in one process are fewer, so that no number comes twice."""
 
 
-def restored_job(stored: Unfinished, *, picture_records: bool) -> Job:
+@dataclass(frozen=True)
+class RecoveryRules:
+    """How jobs are recovered."""
+
+    max_attempts: int
+    """A job that was begun as often is not begun again."""
+    picture_records: bool
+    """Whether images may carry what they were drawn with, whatever was planned in an earlier process."""
+
+
+class Recovery:
+    """Takes over jobs that an earlier process was to run. Lives on the event loop."""
+
+    def __init__(
+        self,
+        adapters: AdapterSources,
+        model_files: ModelFiles,
+        registry: JobRegistry,
+        store: JobStore,
+        backlog: Backlog,
+        completion: Completion,
+        rules: RecoveryRules,
+    ) -> None:
+        """Begins with nothing.
+
+        Args:
+            adapters: where adapters come from.
+            model_files: where models lie.
+            registry: is to know the jobs.
+            store: has them.
+            backlog: takes those that can run.
+            completion: ends the others.
+            rules: which can.
+        """
+        self._adapters = adapters
+        self._model_files = model_files
+        self._registry = registry
+        self._store = store
+        self._backlog = backlog
+        self._completion = completion
+        self._rules = rules
+        self._without_caller: list[Job] = []
+
+    async def recover(self, models: Mapping[str, ModelSpec]) -> int:
+        """Takes over every job that has not ended. Returns how many.
+
+        Args:
+            models: those that are served, by id.
+
+        Raises:
+            StoreUnavailable: they cannot be read.
+        """
+        unfinished = await self._store.take_over()
+        for stored in unfinished:
+            job = recovered_job(stored, picture_records=self._rules.picture_records)
+            self._registry.add(job)
+            begin_log(job, stored.starts)
+            log.info("job.resumed", extra={"job_id": job.id, "caller": job.owner, "attempts_before": job.attempts})
+            try:
+                await self._schedule(job, stored, models)
+            except ChromaError as error:
+                self._completion.end_early(job, error)
+            except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+                self._completion.end_unforeseen(job, error)
+        return len(unfinished)
+
+    def jobs_without_caller(self) -> list[Job]:
+        """Recovered jobs whose callers may come back; once."""
+        found, self._without_caller = self._without_caller, []
+        return found
+
+    async def _schedule(self, job: Job, stored: Unfinished, models: Mapping[str, ModelSpec]) -> None:
+        require_recoverable(stored, self._rules.max_attempts)
+        spec = models.get(job.plan.served_model)
+        if spec is None:
+            raise ModelNotFound(f"the server was restarted, and serves no model {job.plan.served_model}")
+        found = await recover_adapters(stored, self._adapters)
+        model_files = await asyncio.to_thread(self._model_files.require, spec)
+        job.adapter_files = found.complete
+        if not job.plan.detached:
+            self._without_caller.append(job)
+        # One that was running has waited its time already, and is to be run again.
+        self._backlog.schedule(ScheduledJob(job, model_files, found), may_expire=not stored.was_begun)
+
+
+def recovered_job(stored: Unfinished, *, picture_records: bool) -> Job:
     """The job, as it was admitted; without `picture_records` its pictures carry none, whatever was said then."""
     plan = stored.plan
     if plan.output.picture_record and not picture_records:
@@ -42,15 +144,15 @@ def restored_job(stored: Unfinished, *, picture_records: bool) -> Job:
     )
 
 
-def tell_again(job: Job, starts: int) -> None:
-    """Begins a restored job's log: watchers have read what earlier processes told of it."""
+def begin_log(job: Job, starts: int) -> None:
+    """Begins a recovered job's log: watchers have read what earlier processes wrote into it."""
     job.log.append(Accepted(job.id, job.plan))
     job.log.skip_to(starts * SEQUENCES_A_START)
     if job.attempts:
         job.log.append(Restarted(job.attempts + 1))
 
 
-def refuse_hopeless(stored: Unfinished, max_attempts: int) -> None:
+def require_recoverable(stored: Unfinished, max_attempts: int) -> None:
     """Raises what ends a job that this process need not try.
 
     Raises:
@@ -69,7 +171,7 @@ def refuse_hopeless(stored: Unfinished, max_attempts: int) -> None:
         raise NotKept("the server was restarted, and is set to store no prompts", field="prompts")
 
 
-async def find_again(stored: Unfinished, sources: AdapterSources) -> FoundAdapters:
+async def recover_adapters(stored: Unfinished, sources: AdapterSources) -> FoundAdapters:
     """The job's adapters; those to be fetched again are left open.
 
     Raises:
@@ -102,20 +204,3 @@ async def find_again(stored: Unfinished, sources: AdapterSources) -> FoundAdapte
             raise LoraChanged("the adapter was written anew while the server was restarted", field=field)
         files.append(file)
     return FoundAdapters(tuple(files))
-
-
-def require_same(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:
-    """What is wrong with the adapters that were read, where a job that ran before had others."""
-    for index, (report, sha256) in enumerate(zip(reports, job.adapter_hashes, strict=False)):
-        if sha256 is not None and report.sha256 != sha256:
-            return LoraChanged(
-                "the adapter has other bytes than before the server was restarted",
-                field=f"loras.{index}.path",
-                metadata={"sha256_before": sha256, "sha256_now": report.sha256},
-            )
-    return None
-
-
-def known_adapters(job: Job, hashes: Sequence[str | None]) -> list[KnownAdapter]:
-    """What to remember of a job's adapters, all of which are here."""
-    return [KnownAdapter.of(file, sha256) for file, sha256 in zip(job.adapter_files, hashes, strict=True)]

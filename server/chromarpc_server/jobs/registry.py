@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from chromarpc_server.domain.errors import JobNotEnded, JobNotFound, RequestIdReused
 from chromarpc_server.domain.events import Cancelled, Completed, Failed
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.store import records
 from chromarpc_server.jobs.store.job_store import CANCELLED, FAILED, SUCCEEDED, JobStore
 
@@ -60,11 +62,12 @@ def place(job: AnyJob) -> tuple[int, str]:
     return records.microseconds(job.created), job.id
 
 
-class JobBook:
+class JobRegistry:
     """Finds jobs for their owners."""
 
-    def __init__(self, store: JobStore, retention: JobRetention) -> None:
-        """`store`: has those that ended."""
+    def __init__(self, store: JobStore, retention: JobRetention, observers: Sequence[JobObserver] = ()) -> None:
+        """`store`: has those that ended; `observers`: are notified of every event of the others."""
+        self._observers = tuple(observers)
         self._store = store
         self._retention = retention
         self._jobs: OrderedDict[str, Job] = OrderedDict()
@@ -121,7 +124,9 @@ class JobBook:
         return job
 
     def add(self, job: Job) -> None:
-        """Enters a job that the store has."""
+        """Enters a job that the store has, before its first event."""
+        for observer in self._observers:
+            job.log.observe(partial(observer.on_event, job), observer.on_read)
         self._jobs[job.id] = job
         if job.plan.request_id is not None:
             self._by_request[job.owner, job.plan.request_id] = job

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from chromarpc_server.domain.errors import DeviceHung
-from chromarpc_server.domain.limits import Patience
+from chromarpc_server.domain.limits import DeviceTimeouts
 
 log = logging.getLogger(__name__)
 
@@ -28,22 +28,22 @@ class _Doing:
     until: float
 
 
-class DeviceWatch:
+class Watchdog:
     """The device thread writes, the event loop reads; each value is replaced whole."""
 
-    def __init__(self, patience: Patience) -> None:
-        """`patience`: how long each thing may take."""
-        self._patience = patience
+    def __init__(self, timeouts: DeviceTimeouts) -> None:
+        """`timeouts`: how long each thing may take."""
+        self._timeouts = timeouts
         self._doing: _Doing | None = None
 
     def step(self, expected_s: float | None = None) -> None:
         """A denoising step begins, which probably takes `expected_s`."""
-        expected = 0.0 if expected_s is None else self._patience.step_factor * expected_s
-        self._begin("a denoising step", max(self._patience.step_s, expected))
+        expected = 0.0 if expected_s is None else self._timeouts.step_factor * expected_s
+        self._begin("a denoising step", max(self._timeouts.step_s, expected))
 
     def other(self, what: str) -> None:
         """Something else begins: reading weights, compiling, decoding."""
-        self._begin(what, self._patience.other_s)
+        self._begin(what, self._timeouts.other_s)
 
     def idle(self) -> None:
         """Nothing is done now."""

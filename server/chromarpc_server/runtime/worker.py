@@ -38,7 +38,7 @@ from chromarpc_server.pipeline import (
 )
 from chromarpc_server.runtime.model_cache import ModelCache, SetKey
 from chromarpc_server.runtime.prepared_event import prepared_event
-from chromarpc_server.runtime.watchdog import DeviceWatch
+from chromarpc_server.runtime.watchdog import Watchdog
 from chromarpc_server.runtime.work import Emit, RenderedImage, RenderedPreview, StageDone, Work, WorkDone
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ class DeviceWorker:
     """Runs jobs, one at a time, on the thread that owns the device."""
 
     def __init__(
-        self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache, watch: DeviceWatch
+        self, choice: DeviceChoice, description: DeviceDescription, cache: ModelCache, watchdog: Watchdog
     ) -> None:
-        """`choice`: device and dtype; `cache`: what is resident there; `watch`: is told what is done."""
-        self._watch = watch
+        """`choice`: device and dtype; `cache`: what is resident there; `watchdog`: is notified of what begins."""
+        self._watchdog = watchdog
         self._choice = choice
         self._description = description
         self._cache = cache
@@ -81,7 +81,7 @@ class DeviceWorker:
         Raises:
             ChromaError: it cannot be loaded.
         """
-        self._watch.other("loading a model")
+        self._watchdog.other("loading a model")
         try:
             self._load(model_id, files, profile, sizes)
         except ChromaError:
@@ -93,7 +93,7 @@ class DeviceWorker:
             raise found from None
         finally:
             self._cache.tell_fallbacks()
-            self._watch.idle()
+            self._watchdog.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
         checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
@@ -126,7 +126,7 @@ class DeviceWorker:
             raise DeviceLost("the thread that owns the device was ended") from None
         finally:
             self._cache.tell_fallbacks()
-            self._watch.idle()
+            self._watchdog.idle()
 
     def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:
         """What an unforeseen exception is, once memory is free again and the device has shown whether it works."""
@@ -137,7 +137,7 @@ class DeviceWorker:
                 self._cache.clear()
             except Exception:  # the probe finds out whether the device still works
                 log.exception("memory.not_freed", extra=told)
-        self._watch.other("probing the device")
+        self._watchdog.other("probing the device")
         try:
             probe_device(self._choice.device)
         except DeviceLost as lost:
@@ -147,7 +147,7 @@ class DeviceWorker:
 
     def _run(self, work: Work) -> WorkDone:
         plan, emit, check = work.plan, work.emit, work.cancellation.check
-        self._watch.other("preparing a job")
+        self._watchdog.other("preparing a job")
         reset_peak_memory(self._choice.device)
         clock = _Clock(emit)
         check()
@@ -178,7 +178,7 @@ class DeviceWorker:
         remaining = _Remaining(plan)
         for index, tokens in enumerate(tokenized):
             check()
-            self._watch.other("encoding a prompt")
+            self._watchdog.other("encoding a prompt")
             embedding = pipeline.encode(tokens, negative[index] if negative else None)
             synchronize(self._choice.device)
             clock.lap("text_encoding_s", index)
@@ -200,7 +200,7 @@ class DeviceWorker:
         prompt = plan.prompts[index]
         ended = time.monotonic()
         latents = None
-        self._watch.step()
+        self._watchdog.step()
         steps = pipeline.denoise(
             embedding,
             width=prompt.width,
@@ -213,7 +213,7 @@ class DeviceWorker:
         for done in finished_steps(steps, self._choice.device, cancellation.pause):
             began, ended = ended, time.monotonic()
             # The next step is being computed while this one is told of.
-            self._watch.step(ended - began)
+            self._watchdog.step(ended - began)
             emit(
                 Step(
                     prompt_index=index,
@@ -237,7 +237,7 @@ class DeviceWorker:
                 )
             latents = done.latents
         cancellation.check()
-        self._watch.other("decoding a picture")
+        self._watchdog.other("decoding a picture")
         clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from chromarpc_server.domain.errors import Draining, JobNotFound, StoreUnavailable
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, ImageHeader
@@ -61,18 +61,38 @@ class JobStore:
     """Keeps jobs, on disk or in memory."""
 
     def __init__(
-        self, database: Database, images: Images, thread: ThreadPoolExecutor, *, is_durable: bool
+        self,
+        database: Database,
+        images: Images,
+        thread: ThreadPoolExecutor,
+        *,
+        is_durable: bool,
+        keeps_prompts: bool,
     ) -> None:
-        """See `open`. `is_durable`: whether another process will find what this one kept."""
+        """See `open`.
+
+        Args:
+            database: has the rows.
+            images: have the images' bytes.
+            thread: everything happens on it.
+            is_durable: whether another process will find what this one kept.
+            keeps_prompts: whether plans are kept with what their prompts say.
+        """
         self._database = database
         self._images = images
         self._thread = thread
         self.is_durable = is_durable
+        self._keeps_prompts = keeps_prompts
         self._closed = False
 
     @classmethod
-    async def open(cls, folder: Path | None, retention: JobRetention) -> JobStore:
+    async def open(cls, folder: Path | None, retention: JobRetention, *, keeps_prompts: bool = True) -> JobStore:
         """Opens the store in a folder, or one in memory.
+
+        Args:
+            folder: where it lies; None for one in memory.
+            retention: how long jobs that ended are kept.
+            keeps_prompts: whether one on disk gets to see what prompts say.
 
         Raises:
             StoreUnusable: the folder cannot be used; the message says why and what to do.
@@ -80,16 +100,18 @@ class JobStore:
         thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(thread, cls._open, folder, retention, thread)
+            return await loop.run_in_executor(thread, cls._open, folder, retention, thread, keeps_prompts)
         except BaseException:
             thread.shutdown(wait=False)
             raise
 
     @classmethod
-    def _open(cls, folder: Path | None, retention: JobRetention, thread: ThreadPoolExecutor) -> JobStore:
+    def _open(
+        cls, folder: Path | None, retention: JobRetention, thread: ThreadPoolExecutor, keeps_prompts: bool
+    ) -> JobStore:
         if folder is None:
             memory = ImageMemory()
-            return cls(Database(None, memory, retention), memory, thread, is_durable=False)
+            return cls(Database(None, memory, retention), memory, thread, is_durable=False, keeps_prompts=True)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             images = ImageFolder(folder / "images")
@@ -98,19 +120,24 @@ class JobStore:
         except OSError as error:
             message = f"the job store {folder} cannot be used: {error.strerror}; see --data-dir and --store"
             raise StoreUnusable(message) from None
-        return cls(Database(folder / FILE, images, retention), images, thread, is_durable=True)
+        return cls(
+            Database(folder / FILE, images, retention),
+            images,
+            thread,
+            is_durable=True,
+            keeps_prompts=keeps_prompts,
+        )
 
     @property
     def size(self) -> StoreSize:
         """How much is kept of jobs that ended."""
         return self._database.size
 
-    async def insert(self, job: Job, *, with_prompts: bool, needs_token: bool, adapters: Sequence[Any]) -> None:
+    async def insert(self, job: Job, *, needs_token: bool, adapters: Sequence[KnownAdapter | None]) -> None:
         """Keeps a job that was admitted.
 
         Args:
             job: the job.
-            with_prompts: whether to keep what its prompts say.
             needs_token: whether its adapters are fetched with a token, which is not kept.
             adapters: what is known of each, None for one to be fetched.
 
@@ -123,8 +150,8 @@ class JobStore:
             request_id=job.plan.request_id,
             fingerprint=job.fingerprint,
             created_us=records.microseconds(job.created),
-            plan=records.plan_json(job.plan, with_prompts=with_prompts),
-            has_prompts=with_prompts,
+            plan=records.plan_json(job.plan, with_prompts=self._keeps_prompts),
+            has_prompts=self._keeps_prompts,
             needs_token=needs_token,
             adapters=records.adapters_json(adapters),
         )

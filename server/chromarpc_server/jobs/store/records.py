@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -76,6 +76,11 @@ class KnownAdapter:
     def is_still(self, file: AdapterFile) -> bool:
         """Whether the file has not been written since."""
         return KnownAdapter.of(file, self.sha256) == self
+
+
+def known_adapters(files: Sequence[AdapterFile], hashes: Sequence[str | None]) -> list[KnownAdapter]:
+    """What to remember of a job's adapters, all of which are here."""
+    return [KnownAdapter.of(file, sha256) for file, sha256 in zip(files, hashes, strict=True)]
 
 
 _KNOWN: TypeAdapter[tuple[KnownAdapter | None, ...]] = TypeAdapter(tuple[KnownAdapter | None, ...])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -12,6 +13,7 @@ from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlin
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
+from chromarpc_server.jobs.submission import Submission
 from chromarpc_server.transport.messages.convert import encoded_event, fingerprint, generation_request, heartbeat
 from chromarpc_server.transport.messages.errors import code_of, status_message, trailing_metadata
 from chromarpc_server.transport.messages.jobs import require_tellable
@@ -38,13 +40,16 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         try:
             plan = resolve(generation_request(request), self._serving)
             require_tellable(plan)
+            remaining_s = None if plan.detached else context.time_remaining()
             job, _ = await self._engine.submit(
-                plan,
-                self._serving.models[plan.served_model],
-                deadline_s=None if plan.detached else context.time_remaining(),
-                hf_token=request.hf_token or None,
-                caller=current_caller(),
-                fingerprint=fingerprint(request),
+                Submission(
+                    plan,
+                    self._serving.models[plan.served_model],
+                    caller=current_caller(),
+                    deadline_at=None if remaining_s is None else time.monotonic() + remaining_s,
+                    hf_token=request.hf_token or None,
+                    fingerprint=fingerprint(request),
+                )
             )
         except ChromaError as error:
             await _abort(context, error)

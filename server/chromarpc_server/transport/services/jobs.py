@@ -24,6 +24,7 @@ from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.registry import Selection, place
+from chromarpc_server.jobs.submission import Submission
 from chromarpc_server.transport.messages.convert import (
     encoded_event,
     fingerprint,
@@ -58,12 +59,13 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         plan = replace(resolve(generation_request(asked), self._serving), detached=True)
         require_tellable(plan)
         job, existed = await self._engine.submit(
-            plan,
-            self._serving.models[plan.served_model],
-            deadline_s=None,
-            hf_token=asked.hf_token or None,
-            caller=current_caller(),
-            fingerprint=fingerprint(asked),
+            Submission(
+                plan,
+                self._serving.models[plan.served_model],
+                caller=current_caller(),
+                hf_token=asked.hf_token or None,
+                fingerprint=fingerprint(asked),
+            )
         )
         return job_service_pb2.CreateJobResponse(job=self._message(job), existed=existed)
 

@@ -1,0 +1,184 @@
+"""From a submission to a job: found again, or admitted whole. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Any
+
+from chromarpc_server.adapters.sources import AdapterSources
+from chromarpc_server.domain.callers import Caller
+from chromarpc_server.domain.errors import JobCancelled, QuotaExceeded, StoreUnavailable
+from chromarpc_server.domain.events import Accepted
+from chromarpc_server.domain.plan import Plan
+from chromarpc_server.jobs.absences import is_abandoned
+from chromarpc_server.jobs.attendance import Attendance
+from chromarpc_server.jobs.backlog import Backlog
+from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.jobs.queue import ScheduledJob
+from chromarpc_server.jobs.registry import JobRegistry
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.records import KnownAdapter
+from chromarpc_server.jobs.submission import Submission
+from chromarpc_server.jobs.tasks import Tasks
+from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.model_files import ModelFiles
+
+log = logging.getLogger(__name__)
+
+
+class Admission:
+    """Admits jobs."""
+
+    def __init__(
+        self,
+        adapters: AdapterSources,
+        model_files: ModelFiles,
+        registry: JobRegistry,
+        store: JobStore,
+        backlog: Backlog,
+        attendance: Attendance,
+        tasks: Tasks,
+    ) -> None:
+        """Begins with nothing.
+
+        Args:
+            adapters: where adapters come from.
+            model_files: where models lie.
+            registry: knows the jobs that there are.
+            store: keeps a job before its caller is told of it.
+            backlog: takes admitted jobs.
+            attendance: learns of callers that are back, or went away meanwhile.
+            tasks: those of the engine.
+        """
+        self._adapters = adapters
+        self._model_files = model_files
+        self._registry = registry
+        self._store = store
+        self._backlog = backlog
+        self._attendance = attendance
+        self._tasks = tasks
+        self._searching: set[asyncio.Task[Any] | None] = set()
+        """Tasks that look for a job's adapters, and have stored nothing of it yet."""
+
+    async def submit(self, submission: Submission) -> tuple[AnyJob, bool]:
+        """Admits a job, whose log then fills by itself, or finds the one that the same request made.
+
+        Returns:
+            The job, and whether it was there already.
+
+        Raises:
+            RequestIdReused: another request was made under the plan's request id.
+            LoraNotFound: an adapter is not below the adapter root.
+            InvalidParameter: an adapter is a URL, and this server fetches none.
+            WeightsMissing: the model's files are not on this machine.
+            QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
+            QueueFull, Draining, StoreUnavailable: no job is taken now.
+        """
+        submitting = self._tasks.start(self._submit(submission))
+        try:
+            # Stored or not, but never half: the caller may go away meanwhile.
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(self._caller_left)
+            if submitting in self._searching:
+                submitting.cancel()
+            raise
+
+    def _caller_left(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
+        """The caller went away before it was told of its job."""
+        if submitting.cancelled() or submitting.exception() is not None:
+            return
+        job, existed = submitting.result()
+        if isinstance(job, Job) and not existed and not job.attached:
+            self._attendance.leave(job, JobCancelled("the caller cancelled or went away"))
+
+    async def _submit(self, submission: Submission) -> tuple[AnyJob, bool]:
+        owner, request_id = submission.caller.name, submission.plan.request_id
+        async with self._registry.creating(owner, request_id):
+            known = await self._registry.existing(owner, request_id, submission.fingerprint)
+            if known is not None and not await self._gives_up_request_id(known):
+                await self._join(known, submission)
+                return known, True
+            return await self._admit(submission), False
+
+    async def _join(self, known: AnyJob, submission: Submission) -> None:
+        """One more caller counts on a job, which the earlier ones' deadlines and leaving may not end any more."""
+        if not isinstance(known, Job):
+            return
+        self._attendance.renew(known)
+        known.cancellation.wait_longer(submission.deadline_at)
+        if submission.plan.detached and not known.plan.detached:
+            before = known.plan
+            known.plan = replace(before, detached=True)
+            try:
+                await self._store.note_detached(known)
+            except StoreUnavailable:
+                known.plan = before
+                raise
+            known.stop_absence()
+
+    async def _gives_up_request_id(self, known: AnyJob) -> bool:
+        """Whether a job ended only because its caller did not come back; its request id is then free again."""
+        if not is_abandoned(known):
+            return False
+        async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs
+            pass
+        if not is_abandoned(known):
+            return False
+        await self._store.release_request_id(known)
+        return True
+
+    async def _admit(self, submission: Submission) -> Job:
+        plan, caller = submission.plan, submission.caller
+        _require_size(plan, caller)
+        self._backlog.require_room(caller)
+        searching = asyncio.current_task()
+        self._searching.add(searching)
+        try:
+            found = await self._adapters.find(plan.loras, caller.name)
+        finally:
+            self._searching.discard(searching)
+        model_files = await asyncio.to_thread(self._model_files.require, submission.spec)
+        self._backlog.require_room(caller)
+        job = Job(
+            plan,
+            found.complete,
+            Cancellation(submission.deadline_at),
+            owner=caller.name,
+            fingerprint=submission.fingerprint,
+        )
+        with self._backlog.entering(caller):
+            await self._store.insert(
+                job,
+                needs_token=submission.hf_token is not None and None in found.files,
+                adapters=[None if file is None else KnownAdapter.of(file) for file in found.files],
+            )
+        self._registry.add(job)
+        job.log.append(Accepted(job.id, plan))
+        log.info(
+            "job.accepted",
+            extra={
+                "job_id": job.id,
+                "caller": job.owner,
+                "model": plan.served_model,
+                "profile": plan.profile,
+                "images": len(plan.prompts),
+                "adapters": len(plan.loras),
+                "pixel_steps": plan.pixel_steps,
+            },
+        )
+        self._backlog.schedule(ScheduledJob(job, model_files, found), submission.hf_token)
+        return job
+
+
+def _require_size(plan: Plan, caller: Caller) -> None:
+    limit = caller.limits.max_pixel_steps
+    if plan.pixel_steps > limit:
+        raise QuotaExceeded.of(
+            "caller",
+            "max_pixel_steps",
+            limit,
+            f"width × height × steps come to {plan.pixel_steps}, and you may ask for {limit} at once",
+        )

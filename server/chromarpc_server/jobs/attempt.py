@@ -1,0 +1,173 @@
+"""One run of a job: what the device reports goes into the job's log, and images are encoded and stored."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreUnavailable
+from chromarpc_server.domain.events import AdapterReport, Completed, Prepared, Step
+from chromarpc_server.jobs.completion import Completion, unforeseen
+from chromarpc_server.jobs.encoding import ImageEncoder, split_chunks
+from chromarpc_server.jobs.estimates import StepTimes
+from chromarpc_server.jobs.job import Job
+from chromarpc_server.jobs.observer import JobObserver
+from chromarpc_server.jobs.picture_record import PictureRecord, picture_record
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.records import known_adapters
+from chromarpc_server.jobs.tasks import Tasks
+from chromarpc_server.pipeline import translate_memory_error
+from chromarpc_server.runtime.work import RenderedImage, RenderedPreview, Report, StageDone, WorkDone
+
+
+@dataclass
+class Attempt:
+    """One run of a job, and what is known of it so far."""
+
+    job: Job
+    device_dtype: str
+    """What the device computes in, for the images' records."""
+    prepared: Prepared | None = None
+    """What it runs with, once that is known."""
+    encoding_s: float = 0.0
+    images: int = 0
+    unstored: StoreUnavailable | None = None
+    """Why one of its images could not be stored."""
+
+
+class AttemptRecorder:
+    """Takes in what devices report of attempts. Lives on the event loop."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        completion: Completion,
+        tasks: Tasks,
+        encoder: ImageEncoder,
+        estimates: StepTimes,
+        observers: Sequence[JobObserver],
+    ) -> None:
+        """Begins with nothing.
+
+        Args:
+            store: keeps images, and what is known of adapters.
+            completion: ends jobs.
+            tasks: those of the engine.
+            encoder: makes files of pixels.
+            estimates: learns from measured steps.
+            observers: are notified of every stage.
+        """
+        self._store = store
+        self._completion = completion
+        self._tasks = tasks
+        self._encoder = encoder
+        self._estimates = estimates
+        self._observers = tuple(observers)
+
+    def take(self, attempt: Attempt, report: Report) -> None:
+        """The device has something to report."""
+        job = attempt.job
+        match report:
+            case RenderedImage() | RenderedPreview():
+                task = self._tasks.start(self._encode(attempt, report))
+                job.encodings.add(task)
+                task.add_done_callback(job.encodings.discard)
+            case StageDone():
+                for observer in self._observers:
+                    observer.on_stage(job, report)
+            case Prepared():
+                self._take_prepared(attempt, report)
+            case Step():
+                prompt = job.plan.prompts[report.prompt_index]
+                pixels = prompt.width * prompt.height
+                job.pixel_steps_done += pixels
+                job.done_steps += 1
+                self._estimates.observe(job.plan.served_model, job.plan.profile, pixels, report.duration_s)
+                job.log.append(report)
+            case _:
+                job.log.append(report)
+
+    async def finish(self, attempt: Attempt, done: WorkDone) -> None:
+        """Ends the job, whose work is done, once its images are stored."""
+        job = attempt.job
+        # The device's reports came before its return, so every encoding has begun by now.
+        while job.encodings:
+            await asyncio.wait(job.encodings)
+        if attempt.unstored is not None:
+            self._completion.end_early(job, attempt.unstored)
+            return
+        now = time.monotonic()
+        started_at = job.started_at if job.started_at is not None else now
+        timings = replace(
+            done.timings,
+            queued_s=started_at - job.admitted_at,
+            image_encoding_s=attempt.encoding_s,
+            total_s=now - job.admitted_at,
+        )
+        rounded = {name: round(seconds, 3) for name, seconds in vars(timings).items()}
+        event = Completed(timings, done.peak_memory_bytes, attempt.images)
+        self._completion.complete(job, event, {"images": attempt.images, **rounded})
+
+    def _take_prepared(self, attempt: Attempt, report: Prepared) -> None:
+        job = attempt.job
+        attempt.prepared = report
+        job.log.append(report)
+        changed = changed_adapter(job, report.adapters)
+        if changed is not None:
+            job.cancellation.cancel(changed)
+        elif report.adapters and self._store.is_durable:
+            self._tasks.start(self._note_hashes(job, [adapter.sha256 for adapter in report.adapters]))
+
+    async def _note_hashes(self, job: Job, hashes: Sequence[str]) -> None:
+        with suppress(StoreUnavailable):
+            await self._store.note_adapters(job, known_adapters(job.adapter_files, hashes))
+
+    async def _encode(self, attempt: Attempt, report: RenderedImage | RenderedPreview) -> None:
+        job = attempt.job
+        started = time.monotonic()
+        try:
+            if isinstance(report, RenderedPreview):
+                job.log.append(await self._encoder.preview(report))
+                return
+            header, data = await self._encoder.image(
+                report, job.plan.output, _record(attempt, report.prompt_index)
+            )
+        except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            failure: ChromaError = translate_memory_error(error) or unforeseen(job, error)
+            job.cancellation.cancel(failure)
+            self._completion.end_early(job, failure)
+            return
+        attempt.encoding_s += time.monotonic() - started
+        if job.log.sealed:
+            return
+        attempt.images += 1
+        job.log.append(header)
+        for chunk in split_chunks(report.prompt_index, data):
+            job.log.append(chunk)
+        try:
+            await self._store.put_image(header, data)
+        except StoreUnavailable as error:
+            attempt.unstored = error
+
+
+def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:
+    """What an image is to carry; None for nothing."""
+    plan = attempt.job.plan
+    if attempt.prepared is None or not plan.output.picture_record:
+        return None
+    return picture_record(plan, prompt_index, attempt.prepared, device_dtype=attempt.device_dtype)
+
+
+def changed_adapter(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:
+    """What is wrong with the adapters that were read, where a job that ran before had others."""
+    for index, (report, sha256) in enumerate(zip(reports, job.adapter_hashes, strict=False)):
+        if sha256 is not None and report.sha256 != sha256:
+            return LoraChanged(
+                "the adapter has other bytes than before the server was restarted",
+                field=f"loras.{index}.path",
+                metadata={"sha256_before": sha256, "sha256_now": report.sha256},
+            )
+    return None

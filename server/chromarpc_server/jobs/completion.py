@@ -1,0 +1,141 @@
+"""The end of a job: decided once, stored, and then seen by its readers.
+
+Every other part of the engine ends jobs through here and nowhere else. Lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+
+from chromarpc_server.domain.errors import (
+    ChromaError,
+    Draining,
+    InternalError,
+    JobCancelled,
+    JobDeadlineExceeded,
+    StoreUnavailable,
+)
+from chromarpc_server.domain.events import Cancelled, Completed, Failed, Terminal
+from chromarpc_server.jobs.job import Job
+from chromarpc_server.jobs.registry import JobRegistry
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_DRAIN_S = 5.0
+
+_LOG_NAMES: Mapping[type[Terminal], str] = {
+    Completed: "job.completed",
+    Failed: "job.failed",
+    Cancelled: "job.cancelled",
+}
+
+
+class Completion:
+    """Ends jobs, or leaves them to the next process."""
+
+    def __init__(self, store: JobStore, registry: JobRegistry, tasks: Tasks) -> None:
+        """`store` keeps ends; `registry` lets go of jobs whose end it has; `tasks` are those of the engine."""
+        self._store = store
+        self._registry = registry
+        self._tasks = tasks
+        self._unstored: list[Job] = []
+        """Jobs that ended and whose end could not be stored yet."""
+
+    def complete(self, job: Job, event: Completed, fields: Mapping[str, object]) -> None:
+        """Ends a job that did all it was to do. `fields` go into the log line."""
+        self._end(job, event, fields)
+
+    def end_early(self, job: Job, error: ChromaError) -> None:
+        """Ends a job that failed or was cancelled. The first end stands."""
+        fields: dict[str, object] = {"reason": error.reason}
+        if job.cancellation.requested_at is not None:
+            fields["freed_after_ms"] = round(1000 * (time.monotonic() - job.cancellation.requested_at), 1)
+        if job.started_at is not None:
+            fields["ran_s"] = round(time.monotonic() - job.started_at, 3)
+        is_cancelled = isinstance(error, JobCancelled | JobDeadlineExceeded)
+        self._end(job, Cancelled(error) if is_cancelled else Failed(error), fields)
+
+    def end_unforeseen(self, job: Job, error: Exception) -> None:
+        """Ends a job that an exception nobody foresaw has ended."""
+        self.end_early(job, unforeseen(job, error))
+
+    def leave_to_next_process(self, job: Job) -> None:
+        """Leaves a job that has not run to the next process, or ends it where there is none."""
+        if self._store.is_durable:
+            job.log.suspend(stopping())
+        else:
+            self.end_early(job, stopping())
+
+    async def seen(self, job: Job) -> None:
+        """Returns once an end that is decided is stored, and so can be seen."""
+        if job.log.sealed and not job.log.closed:
+            async for _ in job.log.follow(job.log.last_sequence):
+                pass
+
+    def is_unstored(self, job: Job) -> bool:
+        """Whether its end could not be stored yet."""
+        return job in self._unstored
+
+    async def store_unstored(self) -> None:
+        """Stores the ends that could not be stored.
+
+        Raises:
+            StoreUnavailable: one still cannot.
+        """
+        while self._unstored:
+            job = self._unstored[0]
+            if job.log.ending is not None:
+                await self._store.finish(job, job.log.ending)
+            self._unstored.remove(job)
+            self._registry.ended(job)
+
+    def _end(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
+        if not job.log.sealed:
+            # A timer that is not needed any more would hold what the job weighs.
+            job.stop_expiry()
+            job.stop_absence()
+            job.log.seal(event)
+            self._tasks.start(self._commit(job, event, fields))
+
+    async def _commit(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
+        while job.encodings:
+            await asyncio.wait(job.encodings)
+        try:
+            await self._store.finish(job, job.log.seal(event))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
+            reason = error if isinstance(error, StoreUnavailable) else unforeseen(job, error)
+            if isinstance(event, Completed):
+                event, fields = Failed(reason), {"reason": reason.reason}
+            try:
+                await self._store.finish(job, job.log.seal(event))
+            except Exception as again:  # noqa: BLE001 - watchers wait for the end, stored or not
+                if not isinstance(again, StoreUnavailable):
+                    unforeseen(job, again)
+                self._unstored.append(job)
+        job.log.close()
+        if job not in self._unstored:
+            self._registry.ended(job)
+        level = logging.WARNING if isinstance(event, Failed) else logging.INFO
+        log.log(level, _LOG_NAMES[type(event)], extra={"job_id": job.id, "caller": job.owner, **fields})
+
+
+def unforeseen(job: Job, error: Exception) -> InternalError:
+    """The job's failure, with an id that the log has too."""
+    error_id = uuid.uuid4().hex[:12]
+    log.error(
+        "job.internal_error",
+        exc_info=error,
+        extra={"job_id": job.id, "caller": job.owner, "error_id": error_id},
+    )
+    return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
+
+
+def stopping() -> Draining:
+    """Why a job does not go on in this process."""
+    return Draining("the server is stopping", retry_after_s=RETRY_AFTER_DRAIN_S)

@@ -1,0 +1,27 @@
+"""What the engine does every half minute, whatever else happens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from chromarpc_server.domain.errors import StoreUnavailable
+from chromarpc_server.jobs.completion import Completion
+from chromarpc_server.jobs.store.job_store import JobStore
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_S = 30.0
+
+
+async def keep_house(completion: Completion, store: JobStore) -> None:
+    """Stores ends that could not be stored, and forgets what need not be kept longer; never returns."""
+    while True:
+        await asyncio.sleep(HOUSEKEEPING_S)
+        try:
+            await completion.store_unstored()
+            await store.sweep()
+        except StoreUnavailable:
+            pass  # logged already; there is a next time
+        except Exception:
+            log.exception("housekeeping.failed")

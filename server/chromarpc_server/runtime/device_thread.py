@@ -1,0 +1,129 @@
+"""A device and the one thread that touches it, as the event loop sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+from chromarpc_server.domain.errors import DeviceLost
+from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
+from chromarpc_server.pipeline import (
+    CheckpointFiles,
+    DeviceChoice,
+    DeviceDescription,
+    describe_device,
+    select_device,
+    translate_memory_error,
+    used_memory_bytes,
+)
+from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache
+from chromarpc_server.runtime.watchdog import Watchdog
+from chromarpc_server.runtime.work import Report, Work, WorkDone
+from chromarpc_server.runtime.worker import DeviceWorker
+
+
+class DeviceThread:
+    """Runs work on one device, in the order in which it is given."""
+
+    def __init__(
+        self, choice: DeviceChoice, budgets: Budgets | None = None, timeouts: DeviceTimeouts | None = None
+    ) -> None:
+        """Starts nothing; see `open`.
+
+        Args:
+            choice: the device and its dtype.
+            budgets: how much may be resident there.
+            timeouts: how long each thing may take before the device is taken to hang.
+        """
+        self._choice = choice
+        self._budgets = budgets or Budgets()
+        self._watchdog = Watchdog(timeouts or DeviceTimeouts())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._snapshot = CacheSnapshot()
+        self._opened: tuple[DeviceWorker, DeviceDescription] | None = None
+
+    async def open(self) -> DeviceDescription:
+        """Opens the device.
+
+        Raises:
+            ChromaError: it cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        self._opened = await loop.run_in_executor(self._thread, self._open, loop)
+        return self.description
+
+    async def load(
+        self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Makes a model resident, warmed up for images of these sizes (width, height in pixels).
+
+        Raises:
+            WeightsInvalid, OutOfMemory: it cannot be loaded.
+            DeviceError: the device is lost or hangs.
+        """
+        call = partial(self._worker.load, model_id, files, profile, sizes)
+        await self._watchdog.guard(asyncio.get_running_loop().run_in_executor(self._thread, call))
+
+    async def run(self, work: Work) -> WorkDone:
+        """Does the work. `work.emit` is called on the event loop, each time before this returns.
+
+        Raises:
+            ChromaError: what ended it early; a `DeviceError` where the device is lost or hangs.
+        """
+        loop = asyncio.get_running_loop()
+        listener = work.emit
+
+        def emit(report: Report) -> None:
+            loop.call_soon_threadsafe(listener, report)
+
+        run = partial(self._worker.run, replace(work, emit=emit))
+        return await self._watchdog.guard(loop.run_in_executor(self._thread, run))
+
+    @property
+    def description(self) -> DeviceDescription:
+        """The device, once opened."""
+        return self._require_opened()[1]
+
+    @property
+    def snapshot(self) -> CacheSnapshot:
+        """What is resident there."""
+        return self._snapshot
+
+    def memory_used_bytes(self) -> int:
+        """What the process holds of the device's memory now, of the host's on a CPU."""
+        return used_memory_bytes(self._choice.device)
+
+    def close(self) -> None:
+        """Lets the thread end once it has done what it was given."""
+        self._thread.shutdown(wait=False)
+
+    @property
+    def _worker(self) -> DeviceWorker:
+        return self._require_opened()[0]
+
+    def _require_opened(self) -> tuple[DeviceWorker, DeviceDescription]:
+        if self._opened is None:
+            raise RuntimeError("the device was not opened")
+        return self._opened
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
+        try:
+            # The first thing that the device's thread does; whatever names no device there means this one.
+            select_device(self._choice.device)
+            description = describe_device(self._choice)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            lost = DeviceLost(f"{self._choice.device} cannot be used: {why}")
+            raise translate_memory_error(error) or lost from None
+
+        def publish(snapshot: CacheSnapshot) -> None:
+            loop.call_soon_threadsafe(self._note_snapshot, snapshot)
+
+        cache = ModelCache(self._choice, self._budgets, publish=publish)
+        return DeviceWorker(self._choice, description, cache, self._watchdog), description
+
+    def _note_snapshot(self, snapshot: CacheSnapshot) -> None:
+        self._snapshot = snapshot
