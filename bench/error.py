@@ -138,7 +138,10 @@ def main() -> None:
     print(f"{describe_device(choice).name}, {arguments.side}x{arguments.side}, {arguments.steps} steps")
     print(f"{'profile':14}{'rank':>5}{'first velocity':>16}{'latents':>10}{'ratio':>8}{'ratio':>8}", flush=True)
     errors: list[Error] = []
-    functions = [(REFERENCE_FORMS, "reference", 0), *((TRAINER_FORMS, "preview", rank) for rank in arguments.ranks)]
+    functions = [
+        (REFERENCE_FORMS, "reference", 0),
+        *((TRAINER_FORMS, "preview", rank) for rank in arguments.ranks),
+    ]
     for forms, truth_of, rank in functions:
         adapter = random_adapter(checkpoint.master, rank, 1) if rank else None
         for e in measurement.errors(forms, truth_of, adapter):

@@ -3,8 +3,8 @@
 Full size with random weights on a GPU, chroma-mini on a CPU. Prints a table and writes JSON with the machine, the
 versions, medians and spread. A figure's floor is its counted FLOPs at the matmul rate measured in the same run.
 
-The profiles that draw the trainer's picture are measured without an adapter and with one of each rank on every linear
-of the blocks; what that path costs is said at the end.
+The profiles that draw the trainer's picture are measured without an adapter and with one of each rank on every
+linear of the blocks; what that path costs is said at the end.
 """
 
 from __future__ import annotations
@@ -278,7 +278,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", help="such as 1024x1024")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of the trainer's profiles")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--exact-runs", type=int, default=1, help="of unfused profiles: they take long, and vary little")
+    parser.add_argument(
+        "--exact-runs", type=int, default=1, help="of unfused profiles, which are slow and vary little"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--trace", action="store_true", help="also print where the GPU's time goes in one step")
@@ -336,7 +338,9 @@ def main() -> None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
     latents: dict[tuple[str, str], Tensor] = {}
-    adapters = {rank: random_adapter(checkpoint.master, rank, 1) if rank else None for rank in (0, *arguments.ranks)}
+    adapters = {
+        rank: random_adapter(checkpoint.master, rank, 1) if rank else None for rank in (0, *arguments.ranks)
+    }
     print(HEADER, flush=True)
     for name in arguments.profiles:
         profile = PROFILES[name]
@@ -363,8 +367,8 @@ def main() -> None:
             torch.cuda.empty_cache()
     for cost in path_costs(figures):
         print(
-            f"low-rank path, {cost.profile}, rank {cost.rank} on {cost.modules} modules, {cost.width}x{cost.height}: "
-            f"{cost.seconds:+.3f} s a picture, {cost.percent:+.1f} %",
+            f"low-rank path, {cost.profile}, rank {cost.rank} on {cost.modules} modules, "
+            f"{cost.width}x{cost.height}: {cost.seconds:+.3f} s a picture, {cost.percent:+.1f} %",
             flush=True,
         )
 
