@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import error, speed, switching
+from bench import error, mismatch, speed, switching
 
 
 def result(bench: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
@@ -115,3 +116,39 @@ def test_error_measures_each_function_by_the_form_that_was_recorded(
             assert e["latents_ratio"] == pytest.approx(e["latents"] / own[e["rank"]])
             # bf16 against float32 of the same weights: a truth of another function would be much further off.
             assert 0.001 < e["latents"] < 0.1
+
+
+def changed(name: str) -> dict[int, set[str]]:
+    """By sample of the recorded run's last step, the fields that a mismatch draws with another value."""
+    change = next(each.change for each in mismatch.MISMATCHES if each.name.startswith(name))
+    found = {}
+    for sample, right in mismatch.recorded(mismatch.RECORDED, [500]):
+        wrong = change(right, sample)
+        found[sample.index] = {f.name for f in fields(right) if getattr(right, f.name) != getattr(wrong, f.name)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nothing", {0: set(), 1: set(), 2: set()}),
+        ("merged before", {0: {"merged_first"}, 1: {"merged_first"}, 2: {"merged_first"}}),
+        ("negative text ignored", {0: set(), 1: set(), 2: {"negative"}}),
+        ("`walk_seed` ignored", {0: set(), 1: set(), 2: {"seed"}}),
+        ("multiplier ignored", {0: set(), 1: set(), 2: {"multiplier"}}),
+        ("`[trigger]`", {0: {"prompt"}, 1: {"prompt"}, 2: {"prompt"}}),
+        ("another step's", {0: {"adapter"}, 1: {"adapter"}, 2: {"adapter"}}),
+    ],
+)
+def test_a_mismatch_changes_one_thing_where_the_run_has_it(name: str, expected: dict[int, set[str]]) -> None:
+    assert changed(name) == expected
+
+
+def test_a_mismatch_is_measured_against_the_trainers_own_sample() -> None:
+    artist = mismatch.Artist(speed.mini(switching.torch.device("cpu")))
+    [_, (sample, right), _] = mismatch.recorded(mismatch.RECORDED, [500])
+    theirs = sample.file.read_bytes()
+    found = mismatch.compare(mismatch.as_jpeg(artist.draw(right)), theirs)
+    without = mismatch.compare(mismatch.as_jpeg(artist.draw(mismatch.replace(right, adapter=None))), theirs)
+    assert found.psnr_db > 40
+    assert without.psnr_db < 30
