@@ -2,8 +2,8 @@
 
 Takes training runs that were recorded on chroma-mini (folders with `expected.safetensors`; the one in
 tests/goldens unless told otherwise) and draws their samples again on a CPU: first as the trainer did, then with
-one thing wrong at a time. Every picture becomes a JPEG as the trainer writes it, and is measured against the trainer's own file.
-Prints the table that docs/preview-mismatch.md holds.
+one thing wrong at a time. Every picture becomes a JPEG as the trainer writes it, and is measured against the
+trainer's own file. Prints the table that docs/preview-mismatch.md holds.
 """
 
 from __future__ import annotations
