@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos baseline page format verify bench bench-watchers performance fuzz clean
+.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos baseline page format verify bench bench-watchers bench-mismatch performance fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -100,6 +100,9 @@ bench: setup  ## Speed, error, the service around it, responsiveness, adapter sw
 
 performance: setup  ## Write docs/performance.md and its plot from bench/results
 	PYTHONPATH=. $(BIN)/python -m bench.report
+
+bench-mismatch: setup  ## What each way of drawing otherwise than the trainer costs, on a recorded run
+	PYTHONPATH=. $(BIN)/python -m bench.mismatch
 
 bench-watchers: setup  ## Many watchers of running jobs, many new jobs, cuts, idleness (Linux)
 	PYTHONPATH=. $(BIN)/python -m bench.watchers

@@ -2,6 +2,9 @@
 
 Full size with random weights on a GPU, chroma-mini on a CPU. Prints a table and writes JSON with the machine, the
 versions, medians and spread. A figure's floor is its counted FLOPs at the matmul rate measured in the same run.
+
+The profiles that draw the trainer's picture are measured without an adapter and with one of each rank on every
+linear of the blocks; what that path costs is said at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.machine import commit
+from bench.switching import random_adapter
 from chromarpc_server.pipeline import (
     PROFILES,
+    Adapter,
     Checkpoint,
     CheckpointFiles,
     Pipeline,
@@ -31,6 +36,8 @@ from chromarpc_server.pipeline import (
     synchronize,
 )
 
+RANKS = (0, 16, 128)
+"""Of the adapters that trainer's profiles are measured with; 0 for none."""
 PROMPT = "a photograph of a red fox in the snow, early morning light, shallow depth of field, 85mm"
 STEPS = 25
 GUIDANCE = 4.0
@@ -41,6 +48,13 @@ TARGETS = {
     ("fp8", 512, 512): (0.9, 1.1),
 }
 """Seconds to reach, and seconds above which it is not done, on one H100."""
+PREVIEW_TARGETS = {(16, 1024, 1024): 5.6, (16, 512, 512): 1.45, (128, 1024, 1024): 5.75}
+"""Seconds at most of `preview` on one H100, by rank, width and height."""
+PREVIEW_RATIO = 1.02
+"""`preview` without an adapter to `reference`, at most."""
+TRAINER_RANK = 16
+TRAINER_SECONDS = {(1024, 1024): 22.35, (512, 512): 8.69}
+"""Of ai-toolkit itself on one H100, 25 steps, guidance 4, an adapter of rank 16 on 228 modules; recorded apart."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,10 @@ class Figure:
     """One line of the table."""
 
     profile: str
+    rank: int
+    """Of the adapter; 0 for none."""
+    modules: int
+    """Linears that it lies beside."""
     width: int
     height: int
     steps: int
@@ -64,6 +82,32 @@ class Figure:
     floor_s: float
     relative_error: float | None
     """Of the latents after all steps, against the same in `truth`."""
+
+
+@dataclass(frozen=True)
+class PathCost:
+    """What an adapter's low-rank path takes, against the same profile without one."""
+
+    profile: str
+    rank: int
+    modules: int
+    width: int
+    height: int
+    seconds: float
+    """A picture."""
+    percent: float
+
+
+def path_costs(figures: Sequence[Figure]) -> list[PathCost]:
+    """Of every figure with an adapter whose profile was measured without one at the same size."""
+    bare = {(f.profile, f.width, f.height): f.total_s for f in figures if not f.rank}
+    costs = []
+    for f in figures:
+        without = bare.get((f.profile, f.width, f.height))
+        if f.rank and without is not None:
+            more = f.total_s - without
+            costs.append(PathCost(f.profile, f.rank, f.modules, f.width, f.height, more, 100 * more / without))
+    return costs
 
 
 def flops(pipeline: Pipeline, width: int, height: int, text_tokens: tuple[int, ...]) -> float:
@@ -143,9 +187,15 @@ def _pause(seconds: float) -> None:
 
 
 def measure(
-    pipeline: Pipeline, width: int, height: int, runs: int, steps: int, rate: Callable[[Pipeline], float]
+    pipeline: Pipeline,
+    adapter: Adapter | None,
+    width: int,
+    height: int,
+    runs: int,
+    steps: int,
+    rate: Callable[[Pipeline], float],
 ) -> tuple[Figure, Tensor]:
-    """Medians after warm-up."""
+    """Medians after warm-up. The floor does not count the adapter's products."""
     device = pipeline.device
     draw(pipeline, width, height, 2)
     if device.type == "cuda":
@@ -161,6 +211,8 @@ def measure(
     work = flops(pipeline, width, height, tokens) * steps
     figure = Figure(
         profile=pipeline.transformer.profile.name,
+        rank=adapter_rank(adapter),
+        modules=0 if adapter is None else len(adapter.changes),
         width=width,
         height=height,
         steps=steps,
@@ -180,6 +232,11 @@ def measure(
     return figure, done[-1][0]
 
 
+def adapter_rank(adapter: Adapter | None) -> int:
+    """Of all its changes; 0 for none."""
+    return 0 if adapter is None else next(iter(adapter.changes.values())).rank or 0
+
+
 def mini(device: torch.device, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """chroma-mini, for machines without a GPU."""
     folder = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini"
@@ -192,28 +249,62 @@ def mini(device: torch.device, dtype: torch.dtype = torch.float32) -> Checkpoint
     return Checkpoint.load(files, device=device, dtype=dtype)
 
 
-def main() -> None:
-    """The command line."""
+HEADER = (
+    f"{'profile':14}{'rank':>5}{'size':>11}{'seconds':>9}{'spread':>16}{'text':>7}{'decode':>8}{'ms/step':>10}"
+    f"{'GB':>7}{'x floor':>9}{'x exact':>9}{'to ref.':>9}{'rel':>9}"
+)
+
+
+def line(f: Figure, figures: Sequence[Figure]) -> str:
+    """Of the printed table; beside a figure what those before it make of it."""
+
+    def against(profile: str) -> Figure | None:
+        return next((o for o in figures if (o.profile, o.width, o.height) == (profile, f.width, f.height)), None)
+
+    exact, reference = against("exact"), against("reference")
+    faster = f"{exact.total_s / f.total_s:9.2f}" if exact else f"{'':9}"
+    ratio = f"{f.total_s / reference.total_s:9.3f}" if reference else f"{'':9}"
+    error = f"{f.relative_error:9.4f}" if f.relative_error is not None else ""
+    return (
+        f"{f.profile:14}{f.rank or '':>5}{f'{f.width}x{f.height}':>11}{f.total_s:9.3f}"
+        f"{f'{f.best_s:.3f}-{f.worst_s:.3f}':>16}{f.text_s:7.3f}{f.decode_s:8.3f}{1000 * f.step_s:10.2f}"
+        f"{f.peak_gb:7.1f}{f.total_s / f.floor_s:9.2f}{faster}{ratio}{error}"
+    )
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profiles", nargs="+", default=["exact", "reference", "fp8"])
+    parser.add_argument("--profiles", nargs="+", default=["exact", "reference", "fp8", "preview", "preview-exact"])
     parser.add_argument("--sizes", nargs="+", help="such as 1024x1024")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of the trainer's profiles")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--exact-runs", type=int, default=1, help="it takes long, and varies little")
+    parser.add_argument(
+        "--exact-runs", type=int, default=1, help="of unfused profiles, which are slow and vary little"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--trace", action="store_true", help="also print where the GPU's time goes in one step")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command line."""
+    arguments = _options()
     choice = choose_device("auto", "auto", threads=arguments.threads)
     device = choice.device
     if device.type == "cuda":
         from bench import synthetic  # noqa: PLC0415 - needs room
 
         checkpoint = synthetic.checkpoint(device)
-        sizes = arguments.sizes or ["1024x1024", "512x512", "768x1344"]
+        sizes = ["1024x1024", "512x512", "768x1344"]
+        # The trainer's own time was recorded at these.
+        trainer_sizes = [f"{width}x{height}" for width, height in TRAINER_SECONDS]
     else:
         checkpoint = mini(device)
-        sizes = arguments.sizes or ["256x256"]
+        sizes = trainer_sizes = ["256x256"]
+    if arguments.sizes:
+        sizes = trainer_sizes = arguments.sizes
     rates = {False: matmul_rate(device, choice.dtype)}
     if device.type == "cuda":
         rates[True] = float8_rate(device)
@@ -228,39 +319,11 @@ def main() -> None:
         return rates.get(pipeline.transformer.profile.float8_products, rates[False])
 
     figures: list[Figure] = []
-    latents: dict[tuple[str, str], Tensor] = {}
-    header = f"{'profile':10}{'size':>11}{'seconds':>9}{'spread':>15}{'text':>7}{'decode':>8}{'ms/step':>9}"
-    print(header + f"{'GB':>7}{'x floor':>9}{'x exact':>9}{'rel':>9}")
-    for profile in arguments.profiles:
-        prepared = checkpoint.allocate(PROFILES[profile])
-        prepared.switch([])
-        pipeline = checkpoint.pipeline(prepared)
-        for size in sizes:
-            width, height = (int(side) for side in size.split("x"))
-            runs = arguments.exact_runs if profile == "exact" else arguments.runs
-            figure, latents[profile, size] = measure(pipeline, width, height, runs, arguments.steps, rate)
-            exact = next((f for f in figures if (f.profile, f.width, f.height) == ("exact", width, height)), None)
-            other = latents.get(("exact", size))
-            error = None
-            if other is not None and profile != "exact":
-                mine = latents[profile, size].float()
-                error = float((mine - other.float()).norm() / other.float().norm())
-            figures.append(figure)
-            f = figure
-            ratio = f"{exact.total_s / f.total_s:>9.2f}" if exact else f"{'':>9}"
-            told = f"{error:>9.4f}" if error is not None else ""
-            print(
-                f"{f.profile:10}{size:>11}{f.total_s:>9.3f}{f'{f.best_s:.3f}-{f.worst_s:.3f}':>15}{f.text_s:>7.3f}"
-                f"{f.decode_s:>8.3f}{1000 * f.step_s:>9.2f}{f.peak_gb:>7.1f}{f.total_s / f.floor_s:>9.2f}"
-                f"{ratio}{told}",
-                flush=True,
-            )
-            if arguments.trace and device.type == "cuda":
-                trace(pipeline, width, height)
-        del pipeline, prepared
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if arguments.out:
+
+    def write() -> None:
+        """After every figure, so that a run that is cut short leaves what it found."""
+        if not arguments.out:
+            return
         result = {
             "bench": "speed",
             "device": asdict(description),
@@ -270,8 +333,52 @@ def main() -> None:
             "matmul_tflops": rates[False] / 1e12,
             "float8_tflops": rates[True] / 1e12 if True in rates else None,
             "figures": [asdict(figure) for figure in figures],
+            "path_costs": [asdict(cost) for cost in path_costs(figures)],
         }
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    latents: dict[tuple[str, str], Tensor] = {}
+    adapters = {
+        rank: random_adapter(checkpoint.master, rank, 1) if rank else None for rank in (0, *arguments.ranks)
+    }
+    print(HEADER, flush=True)
+    for name in arguments.profiles:
+        profile = PROFILES[name]
+        prepared = checkpoint.allocate(profile)
+        for rank in arguments.ranks if profile.trainer else [0]:
+            adapter = adapters[rank]
+            prepared.switch([] if adapter is None else [(adapter, 1.0)])
+            pipeline = checkpoint.pipeline(prepared)
+            for size in trainer_sizes if profile.trainer else sizes:
+                width, height = (int(side) for side in size.split("x"))
+                runs = arguments.runs if profile.fused else arguments.exact_runs
+                figure, drawn = measure(pipeline, adapter, width, height, runs, arguments.steps, rate)
+                if not profile.trainer:
+                    latents[name, size] = drawn
+                figure = replace(figure, relative_error=_apart(latents, name, size))
+                figures.append(figure)
+                print(line(figure, figures), flush=True)
+                write()
+                if arguments.trace and device.type == "cuda":
+                    trace(pipeline, width, height)
+            del pipeline
+        del prepared
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for cost in path_costs(figures):
+        print(
+            f"low-rank path, {cost.profile}, rank {cost.rank} on {cost.modules} modules, "
+            f"{cost.width}x{cost.height}: {cost.seconds:+.3f} s a picture, {cost.percent:+.1f} %",
+            flush=True,
+        )
+
+
+def _apart(latents: Mapping[tuple[str, str], Tensor], profile: str, size: str) -> float | None:
+    """Relative L2 distance of a profile's latents from those of `exact`; None where either is missing."""
+    mine, exact = latents.get((profile, size)), latents.get(("exact", size))
+    if mine is None or exact is None or profile == "exact":
+        return None
+    return float((mine.float() - exact.float()).norm() / exact.float().norm())
 
 
 def attention_name(device: torch.device, dtype: torch.dtype) -> str:
