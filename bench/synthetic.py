@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,8 +93,17 @@ class SyntheticParts:
         self._encoder = encoder
         self.size_bytes = 0
 
-    def text_encoder(self, _: TrainerSettings) -> text_encoder.RecordedEncoder:
+    def text_encoder(self, _: TrainerSettings, **__: object) -> text_encoder.RecordedEncoder:
         return self._encoder
+
+    def missing_bytes(self, _: TrainerSettings, __: torch.dtype, ___: torch.dtype) -> int:
+        return 0
+
+    def idle_bytes(self, _: Collection[TrainerSettings]) -> int:
+        return 0
+
+    def drop_idle(self, _: Collection[TrainerSettings]) -> bool:
+        return False
 
     def empty(self, _: TrainerSettings, ids: Tensor) -> Tensor:
         return self._encoder(ids)

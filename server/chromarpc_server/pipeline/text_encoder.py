@@ -46,6 +46,8 @@ MAX_TOKENS = 512
 PAD, END = 0, 1
 _SHARED = "shared.weight"
 _EMBED = "encoder.embed_tokens.weight"
+EMBEDDINGS = (_SHARED, _EMBED)
+"""The names of the one embedding, in files and in the model."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ def build_text_encoder(
     shared = weights.get(_SHARED, weights.get(_EMBED))
     if shared is None:
         raise WeightsInvalid("text encoder: no shared embedding")
-    given = {name: tensor for name, tensor in weights.items() if name not in (_SHARED, _EMBED)}
-    expected = {name: None for name in model.state_dict() if name not in (_SHARED, _EMBED)}
+    given = {name: tensor for name, tensor in weights.items() if name not in EMBEDDINGS}
+    expected = {name: None for name in model.state_dict() if name not in EMBEDDINGS}
     require_same_keys(expected, given, "text encoder")
     placed: dict[str, Tensor] = {}
     for name in list(given):
