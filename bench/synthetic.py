@@ -92,6 +92,7 @@ class SyntheticParts:
     def __init__(self, encoder: text_encoder.RecordedEncoder) -> None:
         self._encoder = encoder
         self.size_bytes = 0
+        self.tokenizer = Tokenizer(TOKENIZER, as_trainer=True)
 
     def text_encoder(self, _: TrainerSettings, **__: object) -> text_encoder.RecordedEncoder:
         return self._encoder

@@ -57,7 +57,9 @@ class _Device:
             SimpleNamespace(checkpoint=self.checkpoint, transformer=SimpleNamespace(size_bytes=100, settings=one))
             for one in settings
         ]
-        self.room: DeviceRoom[Any] = DeviceRoom(device, budget, OrderedDict(mini=self.checkpoint), self.slots)
+        self.room: DeviceRoom[Any] = DeviceRoom(
+            device, Budgets(prepared_bytes=budget), OrderedDict(mini=self.checkpoint), self.slots
+        )
 
     def with_encoders(self, *settings: TrainerSettings) -> _Device:
         self.parts.encoders = {one.qtype: 10 for one in settings}
@@ -115,7 +117,7 @@ def test_where_nothing_fits_one_text_encoder_is_kept() -> None:
 def test_a_gpu_without_a_budget_is_asked_what_is_free(
     free: int, evicted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_room, "free_memory_bytes", lambda _: free)
+    monkeypatch.setattr(device_room, "usable_memory_bytes", lambda *_: free)
     monkeypatch.setattr(device_room, "release_memory", lambda _: None)
     device = _Device(None, FLOAT8, device=SimpleNamespace(device=torch.device("cuda")))
     assert device.make(100, FLOAT8) == evicted

@@ -11,8 +11,9 @@ import gc
 from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
+from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import Checkpoint, DeviceChoice, Transformer, free_memory_bytes, release_memory
+from chromarpc_server.pipeline import Checkpoint, DeviceChoice, Transformer, release_memory, usable_memory_bytes
 
 CPU_BUDGET_BYTES = 256 * 1024**2
 """On a CPU, where no budget was set."""
@@ -38,7 +39,7 @@ class DeviceRoom(Generic[Slot]):
     def __init__(
         self,
         device: DeviceChoice,
-        budget_bytes: int | None,
+        budgets: Budgets,
         checkpoints: Mapping[str, Checkpoint],
         slots: list[Slot],
     ) -> None:
@@ -46,13 +47,13 @@ class DeviceRoom(Generic[Slot]):
 
         Args:
             device: where it is.
-            budget_bytes: of transformers and the preview profiles' parts together; None for what a GPU has to
-                spare, or `CPU_BUDGET_BYTES`.
+            budgets: `prepared_bytes` is for transformers and the preview profiles' parts together; without it,
+                what a GPU has to spare within the operator's limit, or `CPU_BUDGET_BYTES`.
             checkpoints: least recently used first.
             slots: the same.
         """
         self._device = device
-        self._budget_bytes = budget_bytes
+        self._budgets = budgets
         self._checkpoints = checkpoints
         self._slots = slots
 
@@ -106,11 +107,12 @@ class DeviceRoom(Generic[Slot]):
         release_memory(self._device.device)
 
     def _fits(self, needed: int) -> bool:
-        if self._budget_bytes is None and self._device.device.type == "cuda":
-            return free_memory_bytes(self._device.device) >= needed + max(FREE_BYTES, FREE_SHARE * needed)
+        budget = self._budgets.prepared_bytes
+        if budget is None and self._device.device.type == "cuda":
+            free = usable_memory_bytes(self._device.device, self._budgets.memory.device_bytes)
+            return free >= needed + max(FREE_BYTES, FREE_SHARE * needed)
         parts = sum(checkpoint.trainer_parts.size_bytes for checkpoint in self._all())
-        budget = CPU_BUDGET_BYTES if self._budget_bytes is None else self._budget_bytes
-        return self.set_bytes + parts + needed <= budget
+        return self.set_bytes + parts + needed <= (CPU_BUDGET_BYTES if budget is None else budget)
 
     def _drop_idle(self, checkpoint: Checkpoint, trainer: TrainerSettings | None) -> bool:
         """Drops one text encoder that nobody takes. Returns whether there was one."""

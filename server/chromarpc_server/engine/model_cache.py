@@ -137,7 +137,7 @@ class ModelCache:
         self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
         self._slots: list[_Slot] = []
         """Least recently used first."""
-        self._room = DeviceRoom(device, budgets.prepared_bytes, self._checkpoints, self._slots)
+        self._room = DeviceRoom(device, budgets, self._checkpoints, self._slots)
         self._adapters = AdapterCache(budgets.adapter_bytes)
         self._counters = CacheCounters()
         self._fallbacks: tuple[DeviceFallback, ...] = ()

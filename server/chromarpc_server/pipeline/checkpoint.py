@@ -24,7 +24,7 @@ from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, sampling, text_encoder
-from chromarpc_server.pipeline.device import free_memory_bytes, usable_memory_bytes
+from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory, working_bytes
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
@@ -180,7 +180,7 @@ class Checkpoint:
                 hold_float8=plan is not None,
                 keep_in_host_memory=plan is not None and plan.trainer_text_encoder == "host",
                 record=plan is not None and plan.record_graphs,
-                fits=partial(_fits_beside, device, plan),
+                fits=partial(_fits_beside, device, plan, memory or MemoryChoice()),
             ),
             memory=plan,
             decoder_fallback=next(iter(not_fused), None),
@@ -305,12 +305,13 @@ class Checkpoint:
         fused = isinstance(prepared, FusedPreview)
         dtype = self._parts_dtype(prepared.profile, settings)
         like = self.fused_autoencoder if fused else self.autoencoder
-        empty = self.tokenizer("")
+        tokenizer = self.trainer_parts.tokenizer
+        empty = tokenizer("")
         return Pipeline(
             transformer=prepared,
             text_encoder=encoder,
             autoencoder=self.trainer_parts.autoencoder(dtype, like),
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             latent_preview=self.latent_preview,
             device=self.device,
             dtype=dtype,
@@ -332,9 +333,11 @@ class Checkpoint:
         return self.pipeline(prepared)
 
 
-def _fits_beside(device: torch.device, plan: MemoryPlan | None, size_bytes: int) -> bool:
+def _fits_beside(device: torch.device, plan: MemoryPlan | None, choice: MemoryChoice, size_bytes: int) -> bool:
     """Whether a text encoder can lie on the device now, and drawing still has its memory."""
-    return plan is None or free_memory_bytes(device) >= size_bytes + working_bytes(plan)
+    if plan is None:
+        return True
+    return usable_memory_bytes(device, choice.device_bytes) >= size_bytes + working_bytes(plan)
 
 
 def _part_sizes(

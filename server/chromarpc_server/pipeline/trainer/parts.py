@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import autoencoder, text_encoder
-from chromarpc_server.pipeline.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.quantizers import (
     FLOAT8_QTYPES,
@@ -103,6 +103,11 @@ class TrainerParts:
         encoders = sum(kept.size_bytes for kept in self._encoders.values())
         pixels = (tensor for model in self._autoencoders.values() for tensor in model.parameters())
         return encoders + sum(int(tensor.nbytes) for tensor in pixels)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As the trainer has it."""
+        return Tokenizer(self.files.tokenizer, as_trainer=True)
 
     @property
     def encoder_count(self) -> int:
