@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -229,11 +229,16 @@ class Checkpoint:
         dtype = self._parts_dtype(profile, settings)
         float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
         weights = prepared_bytes(self.master, profile, dtype, hold_float8=float8)
-        linears = {name: tuple(self.master[name].shape) for name in linear_weights(self.config)}
+        linears = self._linears
         if not profile.fused:
             return weights + factor_bytes(adapters, tuple(linears), settings)
         in_float8 = [name for name in linears if float8 and "_blocks." in name]
         return weights + padded_bytes(adapters, linears, settings, dtype, in_float8=in_float8)
+
+    @cached_property
+    def _linears(self) -> Mapping[str, tuple[int, ...]]:
+        """The linear layers' weights, name to shape: asked for at every switch, and slow to find."""
+        return {name: tuple(self.master[name].shape) for name in linear_weights(self.config)}
 
     def missing_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None) -> int:
         """What `pipeline` has yet to put on the device for a transformer of this profile: the trainer's parts."""
