@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,9 +93,19 @@ class SyntheticParts:
     def __init__(self, encoder: text_encoder.RecordedEncoder) -> None:
         self._encoder = encoder
         self.size_bytes = 0
+        self.tokenizer = Tokenizer(TOKENIZER, as_trainer=True)
 
-    def text_encoder(self, _: TrainerSettings) -> text_encoder.RecordedEncoder:
+    def text_encoder(self, _: TrainerSettings, **__: object) -> text_encoder.RecordedEncoder:
         return self._encoder
+
+    def missing_bytes(self, _: TrainerSettings, __: torch.dtype, ___: torch.dtype) -> int:
+        return 0
+
+    def idle_bytes(self, _: Collection[TrainerSettings]) -> int:
+        return 0
+
+    def drop_idle(self, _: Collection[TrainerSettings]) -> bool:
+        return False
 
     def empty(self, _: TrainerSettings, ids: Tensor) -> Tensor:
         return self._encoder(ids)

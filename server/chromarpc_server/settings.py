@@ -252,8 +252,8 @@ class ServerSettings(BaseSettings):
     resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
     prepared_bytes: ByteSize | None = Field(
         None,
-        description="memory for prepared adapter sets, such as 40GB; one is always kept; by default what the "
-        "device has to spare, 256 MiB on a CPU",
+        description="memory for prepared adapter sets, and for text encoders of the preview profiles, such as "
+        "40GB; one is always kept; by default what the device has to spare, 256 MiB on a CPU",
     )
     adapter_cache_bytes: ByteSize = Field(
         ByteSize(2 * 1024**3), description="host memory for parsed adapters, such as 2GiB"

@@ -145,6 +145,15 @@ def test_a_quantizer_is_told_to_be_without_effect_where_nothing_is_quantized() -
     assert _warnings(plan) == [("TRAINER_OPTIONS_IGNORED", "trainer.qtype")]
 
 
+@pytest.mark.parametrize(("form", "told"), [(LokrForm.WEIGHT, True), (LokrForm.FACTORIZED, False), (None, False)])
+def test_a_form_of_lokr_is_told_to_be_without_effect_where_adapters_are_merged(
+    form: LokrForm | None, told: bool
+) -> None:
+    warned = _warnings(_plan(trainer=TrainerRequest(quantize=False, quantize_te=True, lokr_form=form)))
+    assert warned == ([("TRAINER_OPTIONS_IGNORED", "trainer.lokr_form")] if told else [])
+    assert _warnings(_plan(trainer=TrainerRequest(quantize_te=False, lokr_form=form))) == []
+
+
 @pytest.mark.parametrize("profile", OTHERS)
 def test_other_profiles_ignore_the_config_and_name_themselves(profile: str) -> None:
     plan = _plan(profile=profile, trainer=TrainerRequest(qtype="nvfp4"))

@@ -18,7 +18,6 @@ import chromarpc
 from chromarpc import AdapterPlacement, Lora, TrainerOptions
 from chromarpc_server import settings as settings_module
 from chromarpc_server.domain.errors import InvalidParameter
-from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from tests.conftest import RunningServer, start_server
@@ -26,6 +25,7 @@ from tests.conftest import RunningServer, start_server
 ASSETS = Path(settings_module.__file__).parent / "assets" / "loras"
 LORA = Lora("hollow_shapes.safetensors")
 WHOLE = Lora("whole.safetensors")
+LOKR = Lora("lokr.safetensors")
 SMALL: dict[str, Any] = {
     "model": "chroma-mini",
     "width": 64,
@@ -44,11 +44,28 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(1536, 64, generator=generator)
     save_file({"diffusion_model.img_in.diff": change[: _img_in_rows()] * 0.05}, root / WHOLE.path)
+    save_file(_lokr(generator), root / LOKR.path)
     threads = torch.get_num_threads()
     running = start_server(lora_root=root, data_dir=tmp_path_factory.mktemp("data"), grace_s=0, threads=1)
     yield running
     running.stop()
     torch.set_num_threads(threads)
+
+
+def _lokr(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A LoKr on the linear layers of every block, as the trainer names it."""
+    from safetensors import safe_open
+
+    tensors = {}
+    with safe_open(ASSETS.parent / "chroma_mini" / "chroma-mini.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            shape = file.get_slice(name).get_shape()
+            if "_blocks." in name and name.endswith(".weight") and len(shape) == 2:
+                module = f"diffusion_model.{name.removesuffix('.weight')}"
+                first, second = torch.randn(4, 4, generator=generator), (shape[0] // 4, shape[1] // 4)
+                tensors[f"{module}.lokr_w1"] = first * 0.3
+                tensors[f"{module}.lokr_w2"] = torch.randn(*second, generator=generator) * 0.01
+    return tensors
 
 
 def _img_in_rows() -> int:
@@ -183,18 +200,65 @@ def test_a_preloaded_preview_is_the_one_that_requests_find(serve: Callable[..., 
     assert _only(_events(server), chromarpc.Prepared).weights.source == "resident"
 
 
-def test_a_text_encoder_is_made_for_jobs_and_for_nothing_else(
-    serve: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Quantizers of the text encoders that are made."""
+    qtypes: list[str] = []
     build = TrainerParts._build
 
-    def counted(parts: TrainerParts, qtype: str | None, settings: TrainerSettings) -> RecordedEncoder:
-        made.append(str(qtype))
-        return build(parts, qtype, settings)
+    def counted(parts: TrainerParts, qtype: str | None, *others: Any) -> RecordedEncoder:
+        qtypes.append(str(qtype))
+        return build(parts, qtype, *others)
 
     monkeypatch.setattr(TrainerParts, "_build", counted)
+    return qtypes
+
+
+def test_a_text_encoder_is_made_for_jobs_and_for_nothing_else(
+    serve: Callable[..., RunningServer], made: list[str]
+) -> None:
     server = serve()
-    for qtype in ("qfloat8", "qint8", "qint8"):  # two sets are resident, and what is told looks at both
+    for qtype in ("qfloat8", "qint8", "qint8", "qfloat8"):  # two sets are resident, and what is told looks at both
         _events(server, profile="preview", trainer=TrainerOptions(qtype=qtype))
     assert made == ["qfloat8", "qint8"]
+
+
+@pytest.mark.parametrize(("prepared_bytes", "times"), [(None, 1), (1, 2)], ids=["roomy", "short"])
+def test_a_job_is_told_of_the_text_encoder_that_is_made_for_it(
+    prepared_bytes: int | None, times: int, serve: Callable[..., RunningServer], made: list[str]
+) -> None:
+    server = serve(prepared_bytes=prepared_bytes)
+    _events(server, profile="reference")  # reads the model
+
+    def read(qtype: str) -> bool:
+        events = _events(server, profile="preview", trainer=TrainerOptions(qtype=qtype))
+        stages = {str(event.stage) for event in events if isinstance(event, chromarpc.Loading)}
+        assert "reading" not in stages or "quantizing" in stages
+        return "reading" in stages
+
+    assert [read(qtype) for qtype in ("qfloat8", "qint8", "qfloat8")] == [True, True, times == 2]
+    assert made.count("qfloat8") == times
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_form_of_a_lokr_changes_the_picture_and_is_told(mini: RunningServer, profile: str) -> None:
+    def events(form: str) -> list[chromarpc.Event]:
+        return _events(mini, profile=profile, loras=LOKR, trainer=TrainerOptions(lokr_form=form))
+
+    for form, placement in (("factorized", AdapterPlacement.BESIDE), ("weight", AdapterPlacement.MERGED)):
+        found = events(form)
+        assert _only(found, chromarpc.Accepted).trainer.lokr_form == form
+        assert _only(found, chromarpc.Prepared).adapters[0].placement is placement
+    usual, factorized, weight = (
+        _picture(mini, profile=profile, loras=LOKR, trainer=TrainerOptions(lokr_form=form))
+        for form in (None, "factorized", "weight")
+    )
+    assert _difference(usual, factorized) == 0
+    assert 0 < _difference(factorized, weight) < 8
+
+
+def test_a_form_without_a_quantized_model_is_told_to_have_no_effect(mini: RunningServer) -> None:
+    trainer = TrainerOptions(quantize=False, lokr_form="weight")
+    accepted = _only(_events(mini, profile="preview", loras=LOKR, trainer=trainer), chromarpc.Accepted)
+    told = {(warning.code, warning.field) for warning in accepted.warnings}
+    assert ("TRAINER_OPTIONS_IGNORED", "trainer.lokr_form") in told

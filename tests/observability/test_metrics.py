@@ -48,6 +48,23 @@ def value(samples: Samples, name: str, **labels: str) -> float:
     return sum(found for (sample, has), found in samples.items() if sample == name and set(labels.items()) <= has)
 
 
+def test_the_preview_profiles_own_parts_are_told_and_are_the_models(serve: Serve) -> None:
+    server = serve(metrics_port=0)
+
+    def told(what: str) -> float:
+        return value(look(server), "chromarpc_resident_bytes", what=what, model="chroma-mini")
+
+    with chromarpc.Client(server.target) as client:
+        client.generate_images("a", **SMALL)
+        before = told("checkpoint") - told("prepared_sets")
+        assert told("trainer_parts") == 0
+        client.generate_images("a", **SMALL, profile="preview")
+        assert told("trainer_parts") > 0
+        assert told("checkpoint") - told("prepared_sets") - told("trainer_parts") == before
+        (model,) = (model for model in client.list_models() if model.id == "chroma-mini")
+        assert model.resident_bytes == told("checkpoint")
+
+
 def test_what_ran_is_counted(serve: Serve) -> None:
     server = serve(metrics_port=0)
     with chromarpc.Client(server.target) as client:
@@ -76,6 +93,7 @@ def test_what_ran_is_counted(serve: Serve) -> None:
     assert value(found, "chromarpc_weights_total", source="resident") == 3
     assert value(found, "chromarpc_prepared_sets_total", event="hit") == 3
     assert value(found, "chromarpc_resident_bytes", what="checkpoint", model="chroma-mini") > 0
+    assert value(found, "chromarpc_resident_bytes", what="trainer_parts", model="chroma-mini") == 0
     assert value(found, "chromarpc_device_memory_bytes", state="used") > 10 * 2**20
     assert value(found, "chromarpc_device_memory_bytes", state="total") > value(
         found, "chromarpc_device_memory_bytes", state="used"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chromarpc_server.domain.errors import OutOfMemory
@@ -14,6 +16,7 @@ CHROMA = PartSizes(
     float8=9_200_000_000,
     text_encoder=4_900_000_000,
     autoencoder=170_000_000,
+    beside=450_000_000,
 )
 GB = 10**9
 
@@ -37,6 +40,30 @@ def test_cards_of_every_size(gigabytes: int, weights: str, text_encoder: str, ma
         tiles,
     )
     assert plan.estimated_bytes == estimate_bytes(plan, CHROMA) <= gigabytes * GB == plan.usable_bytes
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "text_encoder", "trainers"),
+    [(80, "device", "device"), (40, "device", "device"), (24.5, "device", "device"), (22, "device", "host"),
+     (16, "host", "host")],
+)  # fmt: skip
+def test_the_preview_profiles_text_encoder_lies_beside_the_other_one_where_both_fit(
+    gigabytes: float, text_encoder: str, trainers: str
+) -> None:
+    plan = plan_memory(int(gigabytes * GB), CHROMA, MemoryChoice())
+    assert (plan.text_encoder, plan.trainer_text_encoder) == (text_encoder, trainers)
+    alone = estimate_bytes(replace(plan, trainer_text_encoder="host"), CHROMA)
+    assert plan.estimated_bytes - alone == (CHROMA.text_encoder if trainers == "device" else 0)
+
+
+def test_adapters_beside_the_weights_are_counted() -> None:
+    without = replace(CHROMA, beside=0)
+    plan = plan_memory(24 * GB, CHROMA, MemoryChoice())
+    assert plan.estimated_bytes - estimate_bytes(plan, without) == CHROMA.beside
+    least = plan_memory(12 * GB, CHROMA, MemoryChoice()).estimated_bytes
+    with pytest.raises(OutOfMemory):
+        plan_memory(least - 1, CHROMA, MemoryChoice())
+    assert plan_memory(least - 1, without, MemoryChoice()).estimated_bytes == least - CHROMA.beside
 
 
 def test_what_the_operator_decides_is_kept() -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, UNSUPPORTED_QTYPES
-from chromarpc_server.pipeline.trainer.quantizers import QUANTIZERS, Bias, quantize_linear, require_finite
+from chromarpc_server.pipeline.trainer.quantizers import (
+    QUANTIZERS,
+    ZEROS_BECOME_NAN,
+    Bias,
+    quantize_linear,
+    require_finite,
+)
 from tests.tiny_checkpoint import GOLDENS
 
 FOLDER = GOLDENS / "preview" / "cpu"
@@ -92,7 +98,7 @@ def test_the_bias_is_added_where_the_library_adds_it() -> None:
     assert quantize_linear(weight, None).bias is Bias.FUSED
 
 
-@pytest.mark.parametrize("qtype", ["qfloat8", "qfloat8_e5m2"])
+@pytest.mark.parametrize("qtype", ZEROS_BECOME_NAN)
 def test_a_row_of_zeros_becomes_nan_and_is_refused_by_name(qtype: str) -> None:
     weight = torch.ones(3, 128, dtype=torch.bfloat16)
     weight[1] = 0
@@ -104,10 +110,26 @@ def test_a_row_of_zeros_becomes_nan_and_is_refused_by_name(qtype: str) -> None:
         require_finite(found, qtype)
 
 
-@pytest.mark.parametrize("qtype", [name for name in TRAINER_QTYPES if not name.startswith("qfloat8")])
+@pytest.mark.parametrize("qtype", [name for name in TRAINER_QTYPES if name not in ZEROS_BECOME_NAN])
 def test_others_leave_a_row_of_zeros_what_it_is(qtype: str) -> None:
     weight = torch.ones(3, 128, dtype=torch.bfloat16)
     weight[1] = 0
     found = quantize_linear(weight, qtype).dequantized
     assert bool(torch.isfinite(found).all())
     assert not found[1].any()
+
+
+@pytest.mark.parametrize("qtype", [name for name in TRAINER_QTYPES if name not in ZEROS_BECOME_NAN])
+def test_values_that_are_not_finite_themselves_are_not_taken_for_zeros(qtype: str) -> None:
+    weight = torch.ones(3, 128, dtype=torch.bfloat16)
+    weight[1, 5] = torch.nan
+    found = torch.isfinite(quantize_linear(weight, qtype).dequantized).all()
+    with pytest.raises(WeightsInvalid, match=r"^a\.weight: has values that are not finite$"):
+        require_finite({"a.weight": found}, qtype)
+
+
+@pytest.mark.parametrize("qtype", ["qint4", "qint2"])
+def test_a_group_of_equal_values_keeps_them_although_its_scale_is_zero(qtype: str) -> None:
+    weight = torch.full((2, 256), 0.25, dtype=torch.bfloat16)
+    weight[0, :128] = -3
+    assert torch.equal(quantize_linear(weight, qtype).dequantized, weight)

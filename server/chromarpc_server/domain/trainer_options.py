@@ -36,6 +36,12 @@ def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings)
     is_quantized = quantize or quantize_te
     if asked.qtype and not is_quantized:
         found.warn("TRAINER_OPTIONS_IGNORED", "trainer.qtype", "nothing is quantized, so this has no effect")
+    if asked.lokr_form not in (None, default.lokr_form) and not quantize:
+        found.warn(
+            "TRAINER_OPTIONS_IGNORED",
+            "trainer.lokr_form",
+            "the transformer is not quantized, so adapters are merged and this has no effect",
+        )
     return TrainerSettings(
         quantize=quantize,
         qtype=_qtype(asked.qtype, found) if asked.qtype and is_quantized else default.qtype,

@@ -248,14 +248,15 @@ class _EngineCollector(Collector):
         yield events
         resident = GaugeMetricFamily(
             "chromarpc_resident_bytes",
-            "Memory of weights: checkpoint (of a model, its prepared sets included), prepared_sets (of a model), "
-            "adapters (parsed, on the host)",
+            "Memory of weights: checkpoint (of a model, all that is its included), prepared_sets (of a model), "
+            "trainer_parts (of a model: text encoders of the preview profiles), adapters (parsed, on the host)",
             labels=["what", "model"],
         )
         for model, size in cache.resident_bytes.items():
             resident.add_metric(["checkpoint", model], size)
             sets = sum(held.size_bytes for held in cache.sets if held.key.model_id == model)
             resident.add_metric(["prepared_sets", model], sets)
+            resident.add_metric(["trainer_parts", model], cache.trainer_parts_bytes.get(model, 0))
         resident.add_metric(["adapters", ""], cache.adapter_bytes)
         yield resident
         memory = GaugeMetricFamily(

@@ -12,7 +12,6 @@ from chromarpc_server.pipeline.device import (
     DeviceDescription,
     choose_device,
     describe_device,
-    free_memory_bytes,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -20,6 +19,7 @@ from chromarpc_server.pipeline.device import (
     reset_peak_memory,
     select_device,
     synchronize,
+    usable_memory_bytes,
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
@@ -56,7 +56,6 @@ __all__ = [
     "describe_device",
     "finished_steps",
     "forget_frames",
-    "free_memory_bytes",
     "import_ahead",
     "library_versions",
     "lies_beside",
@@ -69,5 +68,6 @@ __all__ = [
     "served_profiles",
     "synchronize",
     "translate_memory_error",
+    "usable_memory_bytes",
     "used_memory_bytes",
 ]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,19 +26,21 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
-from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory
+from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, linear_weights
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
+from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
+from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
 from chromarpc_server.pipeline.weights.reading import (
     Check,
     CheckpointFiles,
@@ -176,8 +179,9 @@ class Checkpoint:
                 files,
                 device,
                 hold_float8=plan is not None,
-                keep_in_host_memory=plan is not None and plan.text_encoder == "host",
-                record=plan is not None and plan.record_graphs and plan.text_encoder == "device",
+                keep_in_host_memory=plan is not None and plan.trainer_text_encoder == "host",
+                record=plan is not None and plan.record_graphs,
+                fits=partial(_fits_beside, device, plan, memory or MemoryChoice()),
             ),
             memory=plan,
             decoder_fallback=next(iter(not_fused), None),
@@ -216,23 +220,59 @@ class Checkpoint:
             record_graphs=record_graphs,
         )
 
-    def prepared_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> int:
-        """Size of a transformer prepared in this profile, without what lies beside its weights."""
-        if profile.trainer:
-            settings = trainer or TrainerSettings()
-            dtype = self._fused_dtype(settings) if profile.fused else TORCH_DTYPES[settings.dtype]
-            float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
-            return prepared_bytes(self.master, profile, dtype, hold_float8=float8)
-        return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
+    def prepared_bytes(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None = None, adapters: AdapterSet = ()
+    ) -> int:
+        """Size of a transformer prepared in this profile, with what of these adapters lies beside its weights."""
+        if not profile.trainer:
+            return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
+        settings = trainer or TrainerSettings()
+        dtype = self._parts_dtype(profile, settings)
+        float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
+        weights = prepared_bytes(self.master, profile, dtype, hold_float8=float8)
+        linears = self._linears
+        if not profile.fused:
+            return weights + factor_bytes(adapters, tuple(linears), settings)
+        in_float8 = [name for name in linears if float8 and "_blocks." in name]
+        return weights + padded_bytes(adapters, linears, settings, dtype, in_float8=in_float8)
+
+    @cached_property
+    def _linears(self) -> Mapping[str, tuple[int, ...]]:
+        """The linear layers' weights, name to shape: asked for at every switch, and slow to find."""
+        return {name: tuple(self.master[name].shape) for name in linear_weights(self.config)}
+
+    def missing_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None) -> int:
+        """What `pipeline` has yet to put on the device for a transformer of this profile: the trainer's parts."""
+        if not profile.trainer:
+            return 0
+        settings = trainer or TrainerSettings()
+        return self.trainer_parts.missing_bytes(
+            settings, self._parts_dtype(profile, settings), self.autoencoder.dtype
+        )
+
+    def _parts_dtype(self, profile: NumericsProfile, settings: TrainerSettings) -> torch.dtype:
+        """What a profile that draws the trainer's picture computes in."""
+        return self._fused_dtype(settings) if profile.fused else TORCH_DTYPES[settings.dtype]
 
     @property
     def _holds_float8(self) -> bool:
         return self.memory is not None and self.memory.weights == "float8"
 
-    def pipeline(self, prepared: Transformer) -> Pipeline:
-        """Everything that draws, with a transformer of this checkpoint as it is now."""
+    def pipeline(
+        self, prepared: Transformer, *, progress: Progress = lambda _: None, check: Check = lambda: None
+    ) -> Pipeline:
+        """Everything that draws, with a transformer of this checkpoint as it is now.
+
+        Args:
+            prepared: the transformer.
+            progress: told how far a text encoder is, where one has to be made first.
+            check: called between its tensors; raises to stop.
+
+        Raises:
+            WeightsInvalid: a text encoder has a row that the trainer's quantizer turns into NaN.
+        """
         if not isinstance(prepared, PreparedTransformer):
-            return self._trainer_pipeline(prepared)
+            return self._trainer_pipeline(prepared, progress, check)
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
@@ -262,19 +302,22 @@ class Checkpoint:
         """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
         return torch.float32 if settings.dtype == "float32" else self.dtype
 
-    def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview) -> Pipeline:
+    def _trainer_pipeline(
+        self, prepared: FusedPreview | ExactPreview, progress: Progress, check: Check
+    ) -> Pipeline:
         settings = prepared.settings
-        encoder = self.trainer_parts.text_encoder(settings)
+        encoder = self.trainer_parts.text_encoder(settings, progress=progress, check=check)
         rounding = TORCH_DTYPES[settings.dtype]
         fused = isinstance(prepared, FusedPreview)
-        dtype = self._fused_dtype(settings) if fused else rounding
+        dtype = self._parts_dtype(prepared.profile, settings)
         like = self.fused_autoencoder if fused else self.autoencoder
-        empty = self.tokenizer("")
+        tokenizer = self.trainer_parts.tokenizer
+        empty = tokenizer("")
         return Pipeline(
             transformer=prepared,
             text_encoder=encoder,
             autoencoder=self.trainer_parts.autoencoder(dtype, like),
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             latent_preview=self.latent_preview,
             device=self.device,
             dtype=dtype,
@@ -294,6 +337,13 @@ class Checkpoint:
         prepared = self.allocate(profile, trainer)
         prepared.switch(adapters)
         return self.pipeline(prepared)
+
+
+def _fits_beside(device: torch.device, plan: MemoryPlan | None, choice: MemoryChoice, size_bytes: int) -> bool:
+    """Whether a text encoder can lie on the device now, and drawing still has its memory."""
+    if plan is None:
+        return True
+    return usable_memory_bytes(device, choice.device_bytes) >= size_bytes + working_bytes(plan)
 
 
 def _part_sizes(
@@ -317,7 +367,8 @@ def _part_sizes(
         if not name.endswith("embed_tokens.weight")
     )
     pixels = sum(math.prod(entry.shape) * wide for file in vae for entry in file.tensors.values())
-    return PartSizes(stored, count * wide, float8, text, pixels)
+    sides = sum(sum(entry.shape) for entry in transformer.tensors.values() if len(entry.shape) == 2)
+    return PartSizes(stored, count * wide, float8, text, pixels, beside=sides * RANK_BUCKETS[0] * wide)
 
 
 def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[SafetensorsFile]) -> torch.device | None:

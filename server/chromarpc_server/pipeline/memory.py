@@ -46,6 +46,8 @@ class PartSizes:
     text_encoder: int
     """In float8."""
     autoencoder: int
+    beside: int = 0
+    """Of adapters beside the weights, in a preview profile, padded to the smallest of its ranks."""
 
 
 _LADDER = (
@@ -69,7 +71,7 @@ def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> Me
     for plan in allowed:
         needed = estimate_bytes(plan, sizes)
         if needed <= usable_bytes:
-            return replace(plan, estimated_bytes=needed, usable_bytes=usable_bytes)
+            return _with_trainer_encoder(replace(plan, estimated_bytes=needed, usable_bytes=usable_bytes), sizes)
     least = min(estimate_bytes(plan, sizes) for plan in allowed)
     raise OutOfMemory(
         f"the model needs {least / 1e9:.1f} GB of the device's memory, and may use {usable_bytes / 1e9:.1f} GB"
@@ -79,12 +81,26 @@ def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> Me
 def estimate_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
     """What an arrangement takes at most, for pictures up to 1024×1024."""
     held = sizes.dequantized if plan.weights == "dequantized" else sizes.float8
-    held += sizes.autoencoder
+    held += sizes.autoencoder + sizes.beside
     held += sizes.text_encoder if plan.text_encoder == "device" else 0
+    held += sizes.text_encoder if plan.trainer_text_encoder == "device" else 0
     held += sizes.master if plan.master == "device" else 0
-    held += GRAPH_BYTES if plan.record_graphs else 0
+    return held + working_bytes(plan) + RUNTIME_BYTES
+
+
+def working_bytes(plan: MemoryPlan) -> int:
+    """What drawing takes beside everything that is held."""
     working = max(STEP_BYTES, ENCODE_BYTES, TILED_DECODE_BYTES if plan.tile_autoencoder else DECODE_BYTES)
-    return held + working + RUNTIME_BYTES
+    return working + (GRAPH_BYTES if plan.record_graphs else 0)
+
+
+def _with_trainer_encoder(plan: MemoryPlan, sizes: PartSizes) -> MemoryPlan:
+    """The plan with a text encoder of the preview profiles beside the other one, where both fit the device."""
+    both = replace(plan, trainer_text_encoder="device")
+    needed = estimate_bytes(both, sizes)
+    if plan.text_encoder == "host" or needed > plan.usable_bytes:
+        return plan
+    return replace(both, estimated_bytes=needed)
 
 
 def _forced(plan: MemoryPlan, choice: MemoryChoice) -> MemoryPlan:

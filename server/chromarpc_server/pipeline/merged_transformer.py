@@ -165,6 +165,10 @@ class PreparedTransformer:
         scales = [module.scale for module in self._linears.values() if module.scale is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self._tensors.values(), *scales))
 
+    def growth_bytes(self, _: AdapterSet) -> int:
+        """What it would hold more than now, once it was switched: nothing, since adapters are merged."""
+        return 0
+
     @torch.inference_mode()
     def switch(
         self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None

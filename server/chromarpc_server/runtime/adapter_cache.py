@@ -22,8 +22,8 @@ class AdapterCache:
 
     @property
     def size_bytes(self) -> int:
-        """Of the files whose parsed tensors are held."""
-        return sum(adapter.size_bytes for adapter in self._held.values())
+        """Of the files whose parsed tensors are held, and of what was made of these to lie beside weights."""
+        return sum(adapter.held_bytes for adapter in self._held.values())
 
     def read(
         self,
@@ -48,9 +48,13 @@ class AdapterCache:
         adapter = read_adapter(file.path, targets, opener=file.open, check=check)
         file.require_still()
         self._held[key] = adapter
+        self.trim()
+        return adapter
+
+    def trim(self) -> None:
+        """Drops what is beyond the budget: adapters grow when they first lie beside weights."""
         while self._held and self.size_bytes > self._budget_bytes:
             self._held.popitem(last=False)
-        return adapter
 
     def clear(self) -> None:
         """Drops everything."""

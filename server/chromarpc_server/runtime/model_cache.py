@@ -1,12 +1,13 @@
 """What is resident on the device: checkpoints, and transformers with adapter sets merged.
 
 Lives on the device thread. A job whose set is resident runs at once; any other one gets a transformer of its own
-while the budget allows, and else the least recently used one, switched in place. The event loop sees snapshots.
+while the budget allows, and else the least recently used one, switched in place. What the preview profiles have
+besides counts with it: adapters beside weights, and text encoders of the trainer's, of which those that no
+resident set takes leave first. The event loop sees snapshots.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import OrderedDict
@@ -32,24 +33,16 @@ from chromarpc_server.pipeline import (
     SwitchReport,
     Transformer,
     forget_frames,
-    free_memory_bytes,
-    release_memory,
     synchronize,
     translate_memory_error,
 )
 from chromarpc_server.runtime.adapter_cache import AdapterCache
+from chromarpc_server.runtime.device_room import DeviceRoom
 
 Progress = Callable[[LoadProgress], None]
 Check = Callable[[], None]
 
 log = logging.getLogger(__name__)
-
-CPU_BUDGET_BYTES = 256 * 1024**2
-"""Of prepared sets on a CPU, where no budget was set."""
-FREE_SHARE = 0.25
-"""Of a prepared set's size, kept free beside it for activations on a GPU, where no budget was set."""
-FREE_BYTES = 6 * 1024**3
-"""Kept free in any case on a GPU, where no budget was set."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +98,13 @@ class CacheSnapshot:
     """What is resident."""
 
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Model id to bytes, prepared sets included."""
+    """Model id to bytes, prepared sets and the preview profiles' own parts included."""
+    trainer_parts_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Model id to bytes of the preview profiles' own text encoders and autoencoders."""
     sets: tuple[ResidentSet, ...] = ()
     counters: CacheCounters = CacheCounters()
     adapter_bytes: int = 0
-    """Of parsed adapters in host memory."""
+    """Of parsed adapters in host memory, and of what was made of them there."""
     memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
     """Model id to what of it stays where on a GPU."""
     fallbacks: tuple[DeviceFallback, ...] = ()
@@ -143,6 +138,7 @@ class ModelCache:
         self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
         self._slots: list[_Slot] = []
         """Least recently used first."""
+        self._room = DeviceRoom(device, budgets, self._checkpoints, self._slots)
         self._adapters = AdapterCache(budgets.adapter_bytes)
         self._counters = CacheCounters()
         self._fallbacks: tuple[DeviceFallback, ...] = ()
@@ -216,14 +212,17 @@ class ModelCache:
             self._counters = replace(self._counters, hits=self._counters.hits + 1)
         else:
             slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
-        pipeline = checkpoint.pipeline(slot.transformer)  # which may make a text encoder
+            self._adapters.trim()  # what lies beside weights was made of them
+        missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
+        self._make_room(missing, checkpoint, key, keep=slot)
+        pipeline = checkpoint.pipeline(slot.transformer, progress=progress, check=check)
         self._tell()
         report = WeightsReport(
             source=source,
             rewritten_tensors=switched.rewritten_tensors,
             duration_s=time.monotonic() - started,
             resident_sets=len(self._slots),
-            resident_bytes=self._prepared_bytes(),
+            resident_bytes=self._room.set_bytes,
             evicted_sets=self._counters.evictions - evictions,
         )
         return pipeline, report
@@ -239,7 +238,7 @@ class ModelCache:
         self._slots.clear()
         self._checkpoints.clear()
         self._adapters.clear()
-        self._free()
+        self._room.free()
         self._tell()
 
     def _make(
@@ -258,8 +257,11 @@ class ModelCache:
             and slot.transformer.settings == key.trainer
         ]
         broken = next((slot for slot in alike if slot.key is None), None)
-        if broken is None and (not alike or self._may_grow(checkpoint, key)):
-            fresh = self._allocate(checkpoint, key)
+        profile = PROFILES[key.profile]
+        needed = checkpoint.prepared_bytes(profile, key.trainer, adapters)
+        needed += checkpoint.missing_bytes(profile, key.trainer)
+        if broken is None and (not alike or self._room.fits_without_idle(needed, checkpoint, key.trainer)):
+            fresh = self._allocate(checkpoint, key, needed)
             try:
                 return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
             except Exception as error:
@@ -269,8 +271,9 @@ class ModelCache:
                 self._slots.remove(fresh)
                 del fresh
                 forget_frames(error)
-                self._free()
+                self._room.free()
         slot = broken or alike[0]
+        self._make_room(slot.transformer.growth_bytes(adapters), checkpoint, key, keep=slot)
         if slot.key is not None:
             self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
         return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, progress, check)
@@ -297,38 +300,24 @@ class ModelCache:
             self._counters = replace(counters, switches=counters.switches + 1)
         return report
 
-    def _allocate(self, checkpoint: Checkpoint, key: SetKey) -> _Slot:
+    def _allocate(self, checkpoint: Checkpoint, key: SetKey, needed: int) -> _Slot:
         slot = _Slot(checkpoint.allocate(PROFILES[key.profile], key.trainer), checkpoint)
-        while self._slots and not self._may_grow(checkpoint, key):
-            self._slots.pop(0)
-            self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
-            self._free()
+        self._make_room(needed, checkpoint, key, keep=slot)
         self._slots.append(slot)
         return slot
 
-    def _may_grow(self, checkpoint: Checkpoint, key: SetKey) -> bool:
-        """Whether one more set of this kind fits beside those that are there."""
-        needed = checkpoint.prepared_bytes(PROFILES[key.profile], key.trainer)
-        budget = self._budgets.prepared_bytes
-        if budget is None and self._device.device.type == "cuda":
-            reserve = max(FREE_BYTES, FREE_SHARE * needed)
-            return free_memory_bytes(self._device.device) >= needed + reserve
-        return self._prepared_bytes() + needed <= (CPU_BUDGET_BYTES if budget is None else budget)
-
-    def _prepared_bytes(self) -> int:
-        return sum(slot.transformer.size_bytes for slot in self._slots)
+    def _make_room(self, needed: int, checkpoint: Checkpoint, key: SetKey, *, keep: _Slot) -> None:
+        """Evicts what has to go for this many bytes more."""
+        evicted = self._room.make(needed, checkpoint, key.trainer, keep=keep)
+        self._counters = replace(self._counters, evictions=self._counters.evictions + evicted)
 
     def _evict_checkpoint(self) -> None:
         _, evicted = self._checkpoints.popitem(last=False)
         gone = [slot for slot in self._slots if slot.checkpoint is evicted]
-        self._slots = [slot for slot in self._slots if slot.checkpoint is not evicted]
+        self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]
         self._counters = replace(self._counters, evictions=self._counters.evictions + len(gone))
-        self._free()
+        self._room.free()
         self._tell()
-
-    def _free(self) -> None:
-        gc.collect()
-        release_memory(self._device.device)
 
     def _found_fallbacks(self) -> tuple[DeviceFallback, ...]:
         if not self._slots:
@@ -341,9 +330,9 @@ class ModelCache:
         return tuple(found.values())
 
     def _tell(self) -> None:
+        parts = {model_id: held.trainer_parts.size_bytes for model_id, held in self._checkpoints.items()}
         resident = {
-            model_id: checkpoint.size_bytes + checkpoint.trainer_parts.size_bytes
-            for model_id, checkpoint in self._checkpoints.items()
+            model_id: checkpoint.size_bytes + parts[model_id] for model_id, checkpoint in self._checkpoints.items()
         }
         for slot in self._slots:
             for model_id, checkpoint in self._checkpoints.items():
@@ -361,5 +350,13 @@ class ModelCache:
         }
         self._fallbacks = self._found_fallbacks()
         self._publish(
-            CacheSnapshot(resident, sets, self._counters, self._adapters.size_bytes, memory, self._fallbacks)
+            CacheSnapshot(
+                resident_bytes=resident,
+                trainer_parts_bytes=parts,
+                sets=sets,
+                counters=self._counters,
+                adapter_bytes=self._adapters.size_bytes,
+                memory=memory,
+                fallbacks=self._fallbacks,
+            )
         )

@@ -22,7 +22,11 @@ from chromarpc_server.pipeline.weights.quantization import (
     dequantize_rows,
     quantize_rows,
 )
-from chromarpc_server.pipeline.weights.torchao_rows import TorchaoRows, quantize_with_torchao, torchao_version
+from chromarpc_server.pipeline.weights.torchao_rows import (
+    TorchaoRows,
+    quantize_with_torchao,
+    torchao_version,
+)
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, skipped
 
 LARGEST_SHARE = 0.04

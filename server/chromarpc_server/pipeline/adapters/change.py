@@ -8,6 +8,7 @@ multiplied out before its shape was compared with the weight's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
+_KEPT = frozenset({torch.bfloat16, torch.float16, torch.float32})
+"""Types in which factors are put together as they are."""
 EPSILON = torch.finfo(torch.float32).eps
 """Keeps DoRA's division finite for a row of zeros; LyCORIS and OneTrainer add the same."""
 
@@ -54,6 +57,16 @@ def _add(weight: Tensor, difference: Tensor, multiplier: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A low-rank change of a whole weight as one pair, up @ down, with every scale but the multiplier in `up`."""
+
+    down: Tensor = field(repr=False)
+    """(rank, in)."""
+    up: Tensor = field(repr=False)
+    """(out, rank)."""
+
+
+@dataclass(frozen=True)
 class LowRank:
     """W' = W + (B @ A) · (alpha / rank) · multiplier.
 
@@ -86,6 +99,21 @@ class LowRank:
     def difference(self, device: torch.device) -> Tensor:
         """(B @ A) · scale, float32."""
         return torch.matmul(_float32(self.up, device), _float32(self.down, device)) * self.scale
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Its own, `up` scaled once where a scale counts, in float32 then."""
+        return Factors(self.down, self.scaled_up())
+
+    def scaled_up(self) -> Tensor:
+        """B itself, or B · scale in float32 where a scale counts."""
+        return self.up if self.scale == 1 else self.up.float() * self.scale
+
+    @property
+    def derived_bytes(self) -> int:
+        """Of tensors that are kept beside the file's own."""
+        kept = self.__dict__.get("factors")
+        return 0 if kept is None or kept.up is self.up else int(kept.up.nbytes)
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
         """(out, in) → the same."""
@@ -282,6 +310,33 @@ class Rows:
     def rank(self) -> int | None:
         """The largest of its parts'."""
         return max((part.change.rank for part in self.parts if part.change.rank is not None), default=None)
+
+    @cached_property
+    def factors(self) -> Factors | None:
+        """Its parts' as one pair, put together once; None where a part is not low-rank.
+
+        In the file's dtype where all parts share it and no scale counts, else in float32.
+        """
+        parts = [(part, part.change) for part in self.parts if isinstance(part.change, LowRank)]
+        if len(parts) < len(self.parts):
+            return None
+        pairs = [(part, change.down, change.scaled_up()) for part, change in parts]
+        dtypes = {tensor.dtype for _, *pair in pairs for tensor in pair}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _KEPT else torch.float32
+        down = torch.cat([part_down.to(dtype) for _, part_down, _ in pairs])
+        up = torch.zeros(self.whole[0], down.shape[0], dtype=dtype)
+        start = 0
+        for part, part_down, part_up in pairs:
+            stop = start + part_down.shape[0]
+            up[part.start : part.stop, start:stop] = part_up
+            start = stop
+        return Factors(down, up)
+
+    @property
+    def derived_bytes(self) -> int:
+        """As `LowRank.derived_bytes`."""
+        kept = self.__dict__.get("factors")
+        return 0 if kept is None else int(kept.down.nbytes + kept.up.nbytes)
 
     def apply(self, weight: Tensor, multiplier: float) -> Tensor:
         """The whole weight → the same shape."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import LoraIncompatible, LoraInvalid
 from chromarpc_server.pipeline.adapters.build import Built, build_changes
-from chromarpc_server.pipeline.adapters.change import Change, Shape
+from chromarpc_server.pipeline.adapters.change import Change, LowRank, Rows, Shape
 from chromarpc_server.pipeline.adapters.keys import SortedKeys, Unsupported, named, shown, sort_keys
 from chromarpc_server.pipeline.adapters.kinds import dora
 from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
@@ -61,6 +61,12 @@ class Adapter:
     """The file's own header metadata, bounded in size."""
     changes: Mapping[str, Change] = field(repr=False)
     """By parameter name."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of host memory: the file's tensors, and what was made of them once to lie beside weights."""
+        derived = (change.derived_bytes for change in self.changes.values() if isinstance(change, LowRank | Rows))
+        return self.size_bytes + sum(derived)
 
     @property
     def targets(self) -> frozenset[str]:

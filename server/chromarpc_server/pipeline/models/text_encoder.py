@@ -6,16 +6,18 @@ reference's function, and slicing comes after it, never before.
 
 from __future__ import annotations
 
+import base64
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,6 +48,8 @@ MAX_TOKENS = 512
 PAD, END = 0, 1
 _SHARED = "shared.weight"
 _EMBED = "encoder.embed_tokens.weight"
+EMBEDDINGS = (_SHARED, _EMBED)
+"""The names of the one embedding, in files and in the model."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,29 @@ class PromptEmbedding:
 class Tokenizer:
     """T5's tokenizer, truncating at 511 pieces and the end mark, padding to 512."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, as_trainer: bool = False) -> None:
         """Reads `folder`/tokenizer.json.
+
+        Args:
+            folder: a Hugging Face tokenizer's.
+            as_trainer: as transformers 5 has it, which ai-toolkit draws with: vocabulary, special tokens and
+                characters' replacements are the file's, and white space separates words whatever the file says of
+                it. Where it does not there, spaces in a row or at the end, tabs and line ends give other ids.
 
         Raises:
             WeightsInvalid: it cannot be used.
         """
+        path = folder / "tokenizer.json"
         try:
-            self._tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = FastTokenizer.from_file(str(path))
+            if as_trainer:
+                self._tokenizer.normalizer = _replacements(read_json(path))
+                self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                    [
+                        pre_tokenizers.WhitespaceSplit(),
+                        pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+                    ]
+                )
         except Exception as error:  # noqa: BLE001 - the library raises a bare Exception
             raise WeightsInvalid(f"tokenizer.json cannot be used: {error}") from None
         self._tokenizer.no_truncation()
@@ -101,6 +120,14 @@ class Tokenizer:
         ids[0, :count] = torch.tensor([*kept, END])
         mask = (torch.arange(MAX_TOKENS)[None] < count).to(torch.int64)
         return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
+
+
+def _replacements(tokenizer: Mapping[str, Any]) -> normalizers.Normalizer:
+    """The replacements of characters in a tokenizer.json, without whatever else it has done to a prompt."""
+    whole = tokenizer.get("normalizer") or {}
+    parts = whole.get("normalizers", []) if whole.get("type") == "Sequence" else [whole]
+    maps = [part["precompiled_charsmap"] for part in parts if part.get("type") == "Precompiled"]
+    return normalizers.Sequence([normalizers.Precompiled(base64.b64decode(found)) for found in maps[:1] if found])
 
 
 class ScaledLinear(nn.Module):
@@ -176,8 +203,8 @@ def build_text_encoder(
     shared = weights.get(_SHARED, weights.get(_EMBED))
     if shared is None:
         raise WeightsInvalid("text encoder: no shared embedding")
-    given = {name: tensor for name, tensor in weights.items() if name not in (_SHARED, _EMBED)}
-    expected = {name: None for name in model.state_dict() if name not in (_SHARED, _EMBED)}
+    given = {name: tensor for name, tensor in weights.items() if name not in EMBEDDINGS}
+    expected = {name: None for name in model.state_dict() if name not in EMBEDDINGS}
     require_same_keys(expected, given, "text encoder")
     placed: dict[str, Tensor] = {}
     for name in list(given):

@@ -33,6 +33,7 @@ from chromarpc_server.pipeline.trainer.paths import (
     place,
 )
 from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.trainer.sizes import factor_bytes
 from chromarpc_server.pipeline.weights.reading import Check, Progress
 
 
@@ -73,7 +74,12 @@ class ExactPreview:
     def size_bytes(self) -> int:
         """Of the weights and adapters it holds."""
         weights = [held.weight for held in self._weights.values()]
-        return sum(tensor.nbytes for tensor in (*weights, *self._others.values())) + self._beside_bytes
+        scales = [held.scale for held in self._weights.values() if held.scale is not None]
+        return sum(tensor.nbytes for tensor in (*weights, *scales, *self._others.values())) + self._beside_bytes
+
+    def growth_bytes(self, adapters: AdapterSet) -> int:
+        """What it would hold more than now, once it was switched to these adapters."""
+        return max(0, factor_bytes(adapters, tuple(self._linear_names), self.settings) - self._beside_bytes)
 
     @torch.inference_mode()
     def switch(

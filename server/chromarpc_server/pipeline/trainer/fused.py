@@ -35,6 +35,7 @@ from chromarpc_server.pipeline.trainer.paths import (
     place,
 )
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.trainer.sizes import padded_bytes
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.reading import Check, Progress
 
@@ -112,6 +113,18 @@ class FusedPreview:
         """Of the weights, scales and adapters it holds."""
         layers = sum(layer.size_bytes for layer in self._layers.values())
         return layers + sum(tensor.nbytes for tensor in self._others.values())
+
+    def growth_bytes(self, adapters: AdapterSet) -> int:
+        """What it would hold more than now, once it was switched to these adapters."""
+        wanted = padded_bytes(
+            adapters,
+            {name: layer.shape for name, layer in self._layers.items()},
+            self.settings,
+            self._dtype,
+            capacity=self._capacity,
+            in_float8=[name for name, layer in self._layers.items() if layer.is_float8],
+        )
+        return max(0, wanted - sum(layer.beside_bytes for layer in self._layers.values()))
 
     @torch.inference_mode()
     def switch(

@@ -70,6 +70,25 @@ class Layer:
         return sum(part.nbytes for part in parts if part is not None) + paths
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of its weight."""
+        return self._linear.out_features, self._width
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether its weight is held in float8."""
+        return self._weight is not None and self._weight.dtype == FLOAT8
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of what lies beside its weight, and of the room for more ranks."""
+        columns = 0
+        if self._weight is not None and self._up is None:
+            columns = self._weight.shape[0] * self._capacity * self._dtype.itemsize
+        held = sum(part.nbytes for part in (self._down, self._up, *self._ups) if part is not None)
+        return columns + held + sum(path.size_bytes for path in self._paths)
+
+    @property
     def rank(self) -> int:
         """Ranks that the module is shown."""
         return 0 if self._linear.down is None else self._linear.down.shape[0]

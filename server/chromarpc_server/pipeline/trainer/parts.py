@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
-from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear, require_finite
+from chromarpc_server.pipeline.trainer.quantizers import (
+    FLOAT8_QTYPES,
+    QuantizedLinear,
+    quantize_linear,
+    require_finite,
+)
 from chromarpc_server.pipeline.weights.reading import (
+    Check,
     CheckpointFiles,
+    LoadProgress,
+    Progress,
     ReadingProgress,
     open_weights,
     read_json,
@@ -29,9 +42,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import T5EncoderModel
 
-
-def _never(*_: object) -> None:
-    """Nobody waits for the progress of a part, and nothing stops it."""
+log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -47,11 +58,31 @@ def encode_as_trainer(model: T5EncoderModel, ids: Tensor, settings: TrainerSetti
     return embeds
 
 
+EncoderKey = tuple[str | None, str, bool]
+"""What of the settings decides a text encoder: its quantizer, dtype, and the precision of float32 products."""
+
+
+def encoder_key(settings: TrainerSettings) -> EncoderKey:
+    """Which text encoder these settings take."""
+    return settings.qtype if settings.quantize_te else None, settings.dtype, multiplies_in_tf32(settings)
+
+
+@dataclass
+class _KeptEncoder:
+    """A text encoder, and the empty prompt's embeddings once they were asked for."""
+
+    encoder: RecordedEncoder
+    size_bytes: int
+    """On the device."""
+    empty: Tensor | None = field(repr=False, default=None)
+
+
 @dataclass
 class TrainerParts:
-    """A checkpoint's text encoder and autoencoder as the trainer has them, made when first asked for.
+    """A checkpoint's text encoders and autoencoders as the trainer has them, each made when first asked for.
 
-    One text encoder is kept: that of the last settings. Belongs to the thread that owns the device.
+    How many text encoders stay is for whoever owns the memory to say: `drop_idle` is how. Belongs to the thread
+    that owns the device.
     """
 
     files: CheckpointFiles
@@ -59,52 +90,137 @@ class TrainerParts:
     hold_float8: bool
     keep_in_host_memory: bool
     record: bool
-    _encoder_key: tuple[object, ...] | None = None
-    _encoder: RecordedEncoder | None = field(repr=False, default=None)
-    _empty: Tensor | None = field(repr=False, default=None)
+    fits: Callable[[int], bool] = field(repr=False, default=lambda _: True)
+    """Whether this many bytes more can lie on the device; a text encoder for which they cannot stays in host
+    memory, and is copied over layer by layer."""
+    _encoders: OrderedDict[EncoderKey, _KeptEncoder] = field(repr=False, default_factory=OrderedDict)
+    """Least recently used first."""
     _autoencoders: dict[torch.dtype, AutoencoderKL] = field(repr=False, default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
-        """Of what is in memory."""
-        encoder = [] if self._encoder is None else list(self._encoder.model.state_dict().values())
-        pixels = [tensor for model in self._autoencoders.values() for tensor in model.parameters()]
-        return sum(tensor.nbytes for tensor in (*encoder, *pixels))
+        """Of what is on the device."""
+        encoders = sum(kept.size_bytes for kept in self._encoders.values())
+        pixels = (tensor for model in self._autoencoders.values() for tensor in model.parameters())
+        return encoders + sum(int(tensor.nbytes) for tensor in pixels)
 
-    def text_encoder(self, settings: TrainerSettings) -> RecordedEncoder:
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As the trainer has it."""
+        return Tokenizer(self.files.tokenizer, as_trainer=True)
+
+    @property
+    def encoder_count(self) -> int:
+        """Text encoders that are kept."""
+        return len(self._encoders)
+
+    def missing_bytes(self, settings: TrainerSettings, dtype: torch.dtype, like: torch.dtype) -> int:
+        """What a pipeline of these settings takes on the device beside what is there.
+
+        Args:
+            settings: decide the text encoder.
+            dtype: of the autoencoder.
+            like: of the autoencoder that the checkpoint has itself.
+        """
+        missing = 0 if encoder_key(settings) in self._encoders else self._encoder_bytes(settings)
+        if dtype not in (like, *self._autoencoders):
+            pixels = [open_weights(path) for path in shard_paths(self.files.vae)]
+            elements = sum(math.prod(entry.shape) for file in pixels for entry in file.tensors.values())
+            missing += elements * dtype.itemsize
+        return missing
+
+    def idle_bytes(self, needed: Collection[TrainerSettings]) -> int:
+        """Of the text encoders on the device that no settings in `needed` take."""
+        taken = {encoder_key(settings) for settings in needed}
+        return sum(kept.size_bytes for key, kept in self._encoders.items() if key not in taken)
+
+    def drop_idle(self, needed: Collection[TrainerSettings]) -> bool:
+        """Drops the least recently used text encoder among those that no settings in `needed` take.
+
+        Returns whether there was one.
+        """
+        taken = {encoder_key(settings) for settings in needed}
+        idle = next((key for key in self._encoders if key not in taken), None)
+        if idle is None:
+            return False
+        del self._encoders[idle]
+        log.info("trainer.text_encoder_dropped", extra={"qtype": idle[0] or "none", "dtype": idle[1]})
+        return True
+
+    def text_encoder(
+        self, settings: TrainerSettings, *, progress: Progress = lambda _: None, check: Check = lambda: None
+    ) -> RecordedEncoder:
         """T5 in the trainer's dtype, quantized with the transformer's quantizer where the config quantizes it.
+
+        Args:
+            settings: what the trainer's config says.
+            progress: told how far reading and quantizing are, where it is not there yet.
+            check: called between tensors; raises to stop.
 
         Raises:
             WeightsInvalid: the files cannot be used, or a weight has a row that the quantizer turns into NaN.
         """
-        key = _key(settings)
-        if self._encoder is None or self._encoder_key != key:
-            self._encoder, self._encoder_key, self._empty = None, None, None
-            self._encoder = self._build(settings.qtype if settings.quantize_te else None, settings)
-            self._encoder_key = key
-        return self._encoder
+        key = encoder_key(settings)
+        if key not in self._encoders:
+            began = time.monotonic()
+            on_host = self.keep_in_host_memory or not self.fits(self._encoder_bytes(settings))
+            encoder = self._build(key[0], settings, on_host, progress, check)
+            self._encoders[key] = kept = _KeptEncoder(encoder, _device_bytes(encoder, self.device))
+            told = {"qtype": key[0] or "none", "dtype": key[1], "place": "host" if on_host else "device"}
+            seconds = round(time.monotonic() - began, 2)
+            log.info("trainer.text_encoder", extra={**told, "bytes": kept.size_bytes, "seconds": seconds})
+        self._encoders.move_to_end(key)
+        return self._encoders[key].encoder
 
     def encoder_fallback(self, settings: TrainerSettings) -> DeviceFallback | None:
         """Why the text encoder of these settings is not recorded, where it should be; None while there is none."""
-        return None if self._encoder is None or self._encoder_key != _key(settings) else self._encoder.fallback
+        kept = self._encoders.get(encoder_key(settings))
+        return None if kept is None else kept.encoder.fallback
 
     def empty(self, settings: TrainerSettings, ids: Tensor) -> Tensor:
         """Embeddings of the empty prompt: computed once for a text encoder. (1, 512) → (1, 512, context)."""
         encoder = self.text_encoder(settings)
-        if self._empty is None:
-            self._empty = encoder(ids)
-        return self._empty
+        kept = self._encoders[encoder_key(settings)]
+        if kept.empty is None:
+            kept.empty = encoder(ids)
+        return kept.empty
 
-    def _build(self, qtype: str | None, settings: TrainerSettings) -> RecordedEncoder:
+    def _encoder_bytes(self, settings: TrainerSettings) -> int:
+        """What a text encoder of these settings takes on the device, from its files' headers."""
+        wide = TORCH_DTYPES[settings.dtype].itemsize
+        float8 = self.hold_float8 and settings.quantize_te and settings.qtype in FLOAT8_QTYPES
+        total, embeddings = 0, 0
+        for file in text_encoder.open_text_encoder(self.files.text_encoder):
+            for name, entry in file.tensors.items():
+                in_block = ".block." in name
+                if in_block and self.keep_in_host_memory:
+                    continue
+                elements = math.prod(entry.shape)
+                in_float8 = float8 and in_block and len(entry.shape) > 1
+                size = elements + entry.shape[0] * wide if in_float8 else elements * wide
+                if name in text_encoder.EMBEDDINGS:
+                    embeddings = size  # one, under either of its names or both
+                else:
+                    total += size
+        return total + embeddings
+
+    def _build(
+        self, qtype: str | None, settings: TrainerSettings, on_host: bool, progress: Progress, check: Check
+    ) -> RecordedEncoder:
         dtype = TORCH_DTYPES[settings.dtype]
         files = text_encoder.open_text_encoder(self.files.text_encoder)
-        reading = ReadingProgress(files, _never, _never)
+        reading = ReadingProgress(files, progress, check)
         weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(files, reading).items()}
+        total, done = sum(tensor.nbytes for tensor in weights.values()), 0
         finite: dict[str, Tensor] = {}
 
         def quantize(name: str, weight: Tensor) -> QuantizedLinear:
+            nonlocal done
+            check()
             quantized = quantize_linear(weight, qtype)
             finite[name] = torch.isfinite(quantized.weight).all()
+            done += weight.nbytes
+            progress(LoadProgress("quantizing", done, total))
             return quantized
 
         model = text_encoder.build_text_encoder(
@@ -115,11 +231,14 @@ class TrainerParts:
             quantize=qtype is not None,
             quantizer=quantize,
             hold_float8=self.hold_float8,
-            keep_in_host_memory=self.keep_in_host_memory,
+            keep_in_host_memory=on_host,
             attention="sdpa" if self.device.type == "cuda" else "eager",
         )
         require_finite(finite, qtype)
-        return RecordedEncoder(model, record=self.record, run=partial(encode_as_trainer, settings=settings))
+        if qtype is not None:
+            progress(LoadProgress("quantizing", total, total))
+        record = self.record and not on_host
+        return RecordedEncoder(model, record=record, run=partial(encode_as_trainer, settings=settings))
 
     def autoencoder(self, dtype: torch.dtype, like: AutoencoderKL) -> AutoencoderKL:
         """The autoencoder in the trainer's dtype: `like` itself where that is its own."""
@@ -129,13 +248,18 @@ class TrainerParts:
             vae_files = tuple(open_weights(path) for path in shard_paths(self.files.vae))
             self._autoencoders[dtype] = autoencoder.build_autoencoder(
                 read_json(self.files.vae / "config.json"),
-                text_encoder.read_all(vae_files, ReadingProgress(vae_files, _never, _never)),
+                text_encoder.read_all(vae_files, ReadingProgress(vae_files, lambda _: None, lambda: None)),
                 device=self.device,
                 dtype=dtype,
             )
         return self._autoencoders[dtype]
 
 
-def _key(settings: TrainerSettings) -> tuple[object, ...]:
-    """What of the settings decides a text encoder."""
-    return (settings.qtype if settings.quantize_te else None, settings.dtype, multiplies_in_tf32(settings))
+def _device_bytes(encoder: RecordedEncoder, device: torch.device) -> int:
+    """Of the tensors that lie on the device, the shared embedding once."""
+    tensors = {
+        tensor.data_ptr(): tensor
+        for tensor in encoder.model.state_dict().values()
+        if tensor.device.type == device.type
+    }
+    return sum(tensor.nbytes for tensor in tensors.values())

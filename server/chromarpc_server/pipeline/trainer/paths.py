@@ -165,20 +165,9 @@ def goes_beside(change: Change) -> bool:
 
 
 def pair_of(change: Change) -> Pair | None:
-    """A low-rank change's two factors; None for any other."""
-    if isinstance(change, LowRank):
-        return Pair(change.down, change.up if change.scale == 1 else change.up.float() * change.scale)
-    if not isinstance(change, Rows):
-        return None
-    downs, ups = [], []
-    for part in change.parts:
-        if not isinstance(part.change, LowRank):
-            return None
-        downs.append(part.change.down.float())
-        up = part.change.up.new_zeros(change.whole[0], part.change.rank, dtype=torch.float32)
-        up[part.start : part.stop] = part.change.up.float() * part.change.scale
-        ups.append(up)
-    return Pair(torch.cat(downs), torch.cat(ups, dim=1))
+    """A low-rank change's two factors, made once and kept with the change; None for any other."""
+    factors = change.factors if isinstance(change, LowRank | Rows) else None
+    return None if factors is None else Pair(factors.down, factors.up)
 
 
 def kronecker_path(change: Kronecker, multiplier: float, device: torch.device) -> KroneckerPath:

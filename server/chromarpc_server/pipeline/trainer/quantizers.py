@@ -19,6 +19,9 @@ from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_ro
 
 FLOAT8_QTYPES = ("qfloat8", "float8")
 """Quantizers whose weights can be held in e4m3."""
+ZEROS_BECOME_NAN = ("qfloat8", "qfloat8_e5m2")
+"""Quantizers that keep 0 / 0 of a row of zeros. `qint8`, `qint4` and `qint2` divide by zero, too, but integers
+know no NaN, and a scale of 0 makes zeros of any; the others have a smallest scale."""
 UINT_GROUP = 64
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 QUANTO_GROUPS = (128, 96, 64, 32)
@@ -167,7 +170,7 @@ def require_finite(finite: Mapping[str, Tensor], qtype: str | None) -> None:
     bad = [name for name, is_finite in zip(finite, good, strict=True) if not is_finite]
     if bad:
         raise WeightsInvalid(
-            f"{first_named(bad, 3)}: has a row of zeros, which {qtype or 'the trainer'} turns into NaN"
-            if qtype
+            f"{first_named(bad, 3)}: has a row of zeros, which {qtype} turns into NaN"
+            if qtype in ZEROS_BECOME_NAN
             else f"{first_named(bad, 3)}: has values that are not finite"
         )

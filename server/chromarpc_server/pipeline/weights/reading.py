@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, SafetensorsFile, open_safetensors
+from chromarpc_server.pipeline.weights.safetensors_file import (
+    SafetensorsError,
+    SafetensorsFile,
+    open_safetensors,
+)
 from chromarpc_server.pipeline.weights.staging import read_onto
 
 PAGE_BYTES = 4096
