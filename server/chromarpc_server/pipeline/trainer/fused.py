@@ -214,11 +214,12 @@ class FusedPreview:
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`: both passes at once, with the modulations of all steps made before."""
-        modulations = self._make_modulations(timesteps)
+        modulations = self.modulations(timesteps)
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         return packed_velocity(self.run, conditioning, modulations)
 
-    def _make_modulations(self, timesteps: Tensor) -> Tensor:
+    def modulations(self, timesteps: Tensor) -> Tensor:
+        """Of every step. (S,) in 0…1 → (S, slots, C) in their dtype."""
         with trainer_arithmetic(self._device, self.settings):
             return self._modulations(timesteps)
 
@@ -234,6 +235,6 @@ class FusedPreview:
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
         """Has a step for prompts of this length and pictures of this size ready, without running it."""
-        modulations = self._make_modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
+        modulations = self.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])
