@@ -73,6 +73,16 @@ def test_in_bf16_it_is_as_close_to_the_truth(latents: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
+def test_what_goes_in_and_comes_out_is_rounded_where_one_asks_for_it(latents: torch.Tensor) -> None:
+    model = _small()
+    wide, rounded = autoencoder.decode(model, latents), autoencoder.decode(model, latents, torch.bfloat16)
+    assert wide.dtype == torch.float32
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, autoencoder.decode(model, latents.bfloat16(), torch.bfloat16))
+    assert float((rounded.float() - wide).abs().max()) < 0.05
+
+
+@torch.inference_mode()
 def test_tiles_go_through_it_too(latents: torch.Tensor) -> None:
     model = _small()
     model.tile_latent_min_size, model.tile_sample_min_size = 4, 16

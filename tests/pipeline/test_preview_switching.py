@@ -16,8 +16,10 @@ from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
+from chromarpc_server.pipeline.trainer.forward import TrainerLinear, make_modulations
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import rank_bucket
+from chromarpc_server.pipeline.trainer.quantizers import quantize_linear
 from tests.pipeline.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 
@@ -182,6 +184,53 @@ def test_an_unquantized_model_has_its_adapters_merged(
     model = fused(adapters, settings)
     assert all(module.down is None and not module.paths for module in linears(model).values())
     assert rel(velocity(model), velocity(exact(config, master, adapters, settings))) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("qtype", ["qfloat8", "float8"])
+@torch.inference_mode()
+def test_modulations_are_the_trainers_own_bits_whatever_is_computed_in(
+    qtype: str, dtype: torch.dtype, master: dict[str, Tensor], config: ChromaConfig
+) -> None:
+    held = {name: tensor.bfloat16() for name, tensor in master.items()}
+    linears = {
+        name.removesuffix(".weight"): TrainerLinear(
+            quantize_linear(held[name], qtype), held[f"{name.removesuffix('.weight')}.bias"]
+        )
+        for name in linear_weights(config)
+    }
+    timesteps = torch.tensor([1.0, 0.7109375, 0.0625])
+    expected = [
+        make_modulations(config, lambda name, x: linears[name](x), held, timestep)
+        for timestep in timesteps.bfloat16().split(1)
+    ]
+    settings = TrainerSettings(qtype=qtype)
+    model = FusedPreview(config, master, PROFILES["preview"], settings, device=CPU, dtype=dtype)
+    model.switch([])
+    found = model.modulations(timesteps.to(dtype))
+    assert found.dtype == dtype
+    assert torch.equal(found.bfloat16(), torch.cat(expected))
+    wide = FusedPreview(
+        config, master, PROFILES["preview"], settings, device=CPU, dtype=dtype, modulation_dtype=torch.float32
+    )
+    wide.switch([])
+    assert rel(found.float(), wide.modulations(timesteps).float()) > 1e-3
+
+
+@torch.inference_mode()
+def test_an_adapter_of_the_layers_that_make_modulations_changes_them_as_the_trainer_would(
+    master: dict[str, Tensor], config: ChromaConfig, adapter_set: Callable[[str], Set], fused: Build
+) -> None:
+    timesteps = torch.tensor([0.5])
+    for name in ("rank 100", "lokr and lora", "dora"):
+        adapters = adapter_set(name)
+        found = fused(adapters).modulations(timesteps)
+        transformer = exact(config, master, adapters, FLOAT32).transformer
+        expected = make_modulations(
+            config, lambda module, x, of=transformer: of.linears[module](x), transformer.gains, timesteps
+        )
+        assert rel(found, expected) < 1e-5
+    assert rel(fused(adapter_set("rank 100")).modulations(timesteps), fused([]).modulations(timesteps)) > 1e-3
 
 
 def linears(model: FusedPreview) -> dict[str, torch.nn.Module]:

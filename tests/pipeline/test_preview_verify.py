@@ -59,6 +59,15 @@ def test_the_fused_form_is_the_trainers_function_in_every_recorded_case(report: 
     assert all("/sampling/none." in case for case in untold), "recorded without a truth beside them"
 
 
+def test_on_a_cpu_the_fused_form_as_served_is_as_close_to_the_truth_as_the_trainer(
+    report: list[dict[str, Any]],
+) -> None:
+    served = [case for case in report if case["case"].endswith(" served")]
+    assert len(served) >= 10
+    assert {case["outcome"] for case in served} == {"PASS"}
+    assert all(case["note"].startswith("ratio ") for case in served)
+
+
 def test_nothing_else_is_told_where_only_the_trainers_vectors_are(report: list[dict[str, Any]]) -> None:
     assert {case["case"].split("/")[0] for case in report} == {"preview"}
 

@@ -146,10 +146,15 @@ class Pipeline:
                     self.transformer.record(texts, last.latents, sampling.token_grid(width, height))
 
     def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
-        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8."""
+        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8.
+
+        In the trainer's profiles they are rounded as the trainer rounds them, whatever is computed in: in bf16 a
+        step between pixels is as large as one of their 256 values.
+        """
         drawn = self.transformer
+        rounding = None if drawn.settings is None else self.stored_dtype
         with trainer_arithmetic(self.device, drawn.settings) if isinstance(drawn, ExactPreview) else nullcontext():
-            image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height))
+            image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height), rounding)
         return autoencoder.to_pixels(image)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:

@@ -155,8 +155,11 @@ class _Cases:
             self._reporter.add(within(f"{case} exact", found, recorded, FLOAT32_REL))
         else:
             self._add_exact(case, found, recorded)
-        fused = forward_once(vectors, model, run_name, number, exact=False, dtype=torch.float32)
-        self._reporter.add(within(f"{case} fused", fused, truth, FLOAT32_REL, "float32, from the truth"))
+        wide = forward_once(vectors, model, run_name, number, exact=False, dtype=torch.float32, rounds=False)
+        self._reporter.add(within(f"{case} fused", wide, truth, FLOAT32_REL, "float32, from the truth"))
+        if recorded.dtype != torch.float32:
+            served = forward_once(vectors, model, run_name, number, exact=False, dtype=torch.float32)
+            self._reporter.add(ratio(f"{case} served", served, recorded, truth))
 
     def _add_exact(self, case: str, found: Tensor, recorded: Tensor) -> None:
         differs = self._not_recorded_here()
@@ -239,7 +242,7 @@ class _Cases:
     def _fused(
         self, case: str, model: Model, drawing: Drawing, key: str, recorded: Tensor, truth: Tensor | None
     ) -> None:
-        """On a GPU in bf16, as close to the truth as the trainer; on a CPU in float32, as it serves there."""
+        """As it serves, as close to the truth as the trainer; on a CPU also without the trainer's rounding."""
         qtype, _, dtype = key.partition(".")
         settings = settings_of(qtype, dtype or "bf16")
         if self._device.type == "cuda" and settings.dtype == "bfloat16":
@@ -249,10 +252,15 @@ class _Cases:
                 self._reporter.add(ratio(f"{case} fused", found, recorded, truth))
                 return
         else:
-            wide = model.fused(settings, drawing.multiplier, CPU, torch.float32)
+            wide = model.fused(settings, drawing.multiplier, CPU, torch.float32, torch.float32)
             found = draw(wide, drawing, CPU, torch.float32)
             if truth is not None:
                 self._reporter.add(within(f"{case} fused", found, truth, FLOAT32_REL, "float32, from the truth"))
+                if settings.dtype == "bfloat16":
+                    served = draw(
+                        model.fused(settings, drawing.multiplier, CPU, torch.float32), drawing, CPU, torch.float32
+                    )
+                    self._reporter.add(ratio(f"{case} served", served, recorded, truth))
                 return
         self._reporter.add(within(f"{case} fused", found, recorded, UNTOLD_REL, "from the recorded: no truth is"))
 
@@ -354,6 +362,7 @@ def forward_once(
     *,
     exact: bool,
     dtype: torch.dtype | None = None,
+    rounds: bool = True,
 ) -> Tensor:
     """One recorded case's velocity, on the CPU.
 
@@ -364,6 +373,7 @@ def forward_once(
         number: of the case.
         exact: in the `preview-exact` profile, else in `preview`.
         dtype: to compute in, if another than the trainer's.
+        rounds: whether `preview` rounds what it rounds as the trainer does.
     """
     qtype, name, multiplier = run_name.split(".", 2)
     settings = settings_of(qtype, name)
@@ -375,7 +385,7 @@ def forward_once(
     if exact:
         made: VelocityMaker = model.exact(settings, float(multiplier), CPU)
     else:
-        made = model.fused(settings, float(multiplier), CPU, width)
+        made = model.fused(settings, float(multiplier), CPU, width, None if rounds else width)
     text = Text(case["txt"].to(width), case["mask"])
     rounding = TORCH_DTYPES[settings.dtype]
     timestep = case["timestep"].to(rounding).to(width) / 1000

@@ -83,10 +83,23 @@ class Model:
         return model
 
     def fused(
-        self, settings: TrainerSettings, multiplier: float, device: torch.device, dtype: torch.dtype
+        self,
+        settings: TrainerSettings,
+        multiplier: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        modulation_dtype: torch.dtype | None = None,
     ) -> FusedPreview:
-        """In the `preview` profile."""
-        model = FusedPreview(self.config, self.tensors, PREVIEW, settings, device=device, dtype=dtype)
+        """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless told otherwise."""
+        model = FusedPreview(
+            self.config,
+            self.tensors,
+            PREVIEW,
+            settings,
+            device=device,
+            dtype=dtype,
+            modulation_dtype=modulation_dtype,
+        )
         model.switch(self.adapters(multiplier))
         return model
 

@@ -33,10 +33,14 @@ def build_autoencoder(
 
 
 @torch.inference_mode()
-def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
-    """(1, 16, h/8, w/8) latents → (1, 3, h, w) in 0…1, in the model's dtype."""
-    scaled = latents.to(model.dtype) / model.config.scaling_factor + model.config.shift_factor
-    decoded: Tensor = model.decode(scaled, return_dict=False)[0]
+def decode(model: AutoencoderKL, latents: Tensor, rounding: torch.dtype | None = None) -> Tensor:
+    """Latents (1, 16, h/8, w/8) → (1, 3, h, w) in 0…1.
+
+    `rounding`: what goes in and comes out is in, if another dtype than the model's own.
+    """
+    dtype = rounding or model.dtype
+    scaled = latents.to(dtype) / model.config.scaling_factor + model.config.shift_factor
+    decoded: Tensor = model.decode(scaled.to(model.dtype), return_dict=False)[0].to(dtype)
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 

@@ -81,6 +81,13 @@ class ExactPreview:
         """What it would hold more than now, once it was switched to these adapters."""
         return max(0, factor_bytes(adapters, tuple(self._linear_names), self.settings) - self._beside_bytes)
 
+    @property
+    def transformer(self) -> TrainerTransformer:
+        """What it runs, once the weights are there."""
+        if self._transformer is None:
+            raise RuntimeError("velocity before switch")
+        return self._transformer
+
     @torch.inference_mode()
     def switch(
         self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
@@ -147,9 +154,7 @@ class ExactPreview:
     @torch.inference_mode()
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`: one pass after the other, on one thread on a CPU."""
-        if self._transformer is None:
-            raise RuntimeError("velocity before switch")
-        transformer = self._transformer
+        transformer = self.transformer
         rope = rope_table(self.config, texts[0].embeds.shape[1], grid, timesteps.device)
         masks = [
             attention_mask(attended_text(text.mask, self._dtype), grid[0] * grid[1], self.config.num_heads)

@@ -9,7 +9,7 @@ Shapes: B batch, N image tokens (h/16 · w/16), L text tokens, C hidden size, H 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ from chromarpc_server.pipeline.models.transformer import (
 from chromarpc_server.pipeline.trainer.paths import Path
 from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear
 
+APPROXIMATOR = "distilled_guidance_layer"
+"""Name of the module that makes the modulations."""
 Modulation = tuple[Tensor, Tensor, Tensor]
 """Shift, scale and gate, each (B, 1, C)."""
 
@@ -111,25 +113,14 @@ class TrainerTransformer:
         return self.linears["final_layer.linear"](_modulate(x[:, tokens:], shift, scale))
 
     def _modulations(self, timestep: Tensor) -> Tensor:
-        """(1,) → (1, slots, C): see `ChromaTransformer.modulations` for their order."""
-        slots = self.config.modulation_slots
-        device = timestep.device
-        time = sinusoids(timestep, TIMESTEP_FEATURES)
-        guidance = sinusoids(torch.zeros(1, device=device), TIMESTEP_FEATURES)
-        index = sinusoids(torch.arange(slots, device=device), SLOT_INDEX_FEATURES)
-        per_step = torch.cat([time, guidance], dim=1)[:, None].repeat(1, slots, 1)
-        prefix = "distilled_guidance_layer"
-        x = torch.cat([per_step, index[None]], dim=-1).to(self.dtype)
-        x = self.linears[f"{prefix}.in_proj"](x)
-        for layer in range(self.config.approximator_depth):
-            inner = self._rms(x, f"{prefix}.norms.{layer}.scale")
-            inner = F.silu(self.linears[f"{prefix}.layers.{layer}.in_layer"](inner))
-            x = x + self.linears[f"{prefix}.layers.{layer}.out_layer"](inner)
-        return self.linears[f"{prefix}.out_proj"](x)
+        """(1,) → (1, slots, C)."""
+        return make_modulations(self.config, self._linear, self.gains, timestep)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return self.linears[name](x)
 
     def _rms(self, x: Tensor, name: str) -> Tensor:
-        gain = self.gains[name]
-        return F.rms_norm(x, gain.shape, gain, NORM_EPS)
+        return _rms(x, self.gains[name])
 
     def _heads(self, name: str, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, 3 · C) → normalised q and k, and v, each (B, H, L, D)."""
@@ -178,6 +169,43 @@ class TrainerTransformer:
         attention = _attend(*self._heads(f"{name}.norm", qkv), rope, mask)
         output = self.linears[f"{name}.linear2"](torch.cat((attention, F.gelu(mlp, approximate="tanh")), dim=2))
         return x + gate * output
+
+
+def make_modulations(
+    config: ChromaConfig,
+    linear: Callable[[str, Tensor], Tensor],
+    gains: Mapping[str, Tensor],
+    timestep: Tensor,
+) -> Tensor:
+    """Every block's modulation vectors at one timestep; see `ChromaTransformer.modulations` for their order.
+
+    Args:
+        config: sizes.
+        linear: applies the linear layer of a module's name.
+        gains: of the RMS norms, by parameter name, in the trainer's dtype.
+        timestep: (1,) in 0…1, in the trainer's dtype.
+
+    Returns:
+        (1, slots, C) in the trainer's dtype.
+    """
+    slots = config.modulation_slots
+    device = timestep.device
+    prefix = APPROXIMATOR
+    time = sinusoids(timestep, TIMESTEP_FEATURES)
+    guidance = sinusoids(torch.zeros(1, device=device), TIMESTEP_FEATURES)
+    index = sinusoids(torch.arange(slots, device=device), SLOT_INDEX_FEATURES)
+    per_step = torch.cat([time, guidance], dim=1)[:, None].repeat(1, slots, 1)
+    x = torch.cat([per_step, index[None]], dim=-1).to(gains[f"{prefix}.norms.0.scale"].dtype)
+    x = linear(f"{prefix}.in_proj", x)
+    for layer in range(config.approximator_depth):
+        inner = _rms(x, gains[f"{prefix}.norms.{layer}.scale"])
+        inner = F.silu(linear(f"{prefix}.layers.{layer}.in_layer", inner))
+        x = x + linear(f"{prefix}.layers.{layer}.out_layer", inner)
+    return linear(f"{prefix}.out_proj", x)
+
+
+def _rms(x: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(x, gain.shape, gain, NORM_EPS)
 
 
 def _modulation(modulations: Tensor, at: int) -> Modulation:

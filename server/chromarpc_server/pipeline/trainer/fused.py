@@ -4,6 +4,8 @@ A linear layer with a path beside it holds `[W̃, up]` (out, in + rank) and `dow
 `[x, x · downᵀ]`, so that base and adapter are one product. The rank of all adapters together is padded to a
 bucket; within a bucket nothing moves, and recorded graphs go on. No base weight is rewritten for another adapter
 or multiplier.
+
+Modulations are the trainer's own, bit for bit: see `approximator`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchRepor
 from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, Linear
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
-from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
+from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, in_approximator
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.held import HeldWeights
 from chromarpc_server.pipeline.trainer.layer import Layer, rank_bucket
@@ -54,6 +57,7 @@ class FusedPreview:
         dtype: torch.dtype,
         hold_float8: bool = False,
         record_graphs: bool = True,
+        modulation_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates nothing; the first `switch` does.
 
@@ -67,6 +71,7 @@ class FusedPreview:
             hold_float8: hold the blocks' weights in float8 where the quantizer's values are float8: half the
                 memory.
             record_graphs: record steps as CUDA graphs.
+            modulation_dtype: what modulations are computed in, if not in the trainer's dtype.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -79,8 +84,10 @@ class FusedPreview:
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]
         self._hold_float8 = hold_float8
         self._record_graphs = record_graphs
+        self._modulation_dtype = modulation_dtype or self._trainer_dtype
+        self._modulations = TrainerApproximator(self.model, self._modulation_dtype)
         self._layers = {
-            f"{name}.weight": Layer(module, module.in_features, device=device, dtype=dtype)
+            f"{name}.weight": Layer(module, module.in_features, device=device, dtype=self._dtype_of(name))
             for name, module in self.model.named_modules()
             if isinstance(module, Linear)
         }
@@ -90,6 +97,10 @@ class FusedPreview:
         self._capacity = 0
         """Ranks that there is room for beside every layer."""
         self._run: GraphedForward | None = None
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """What a parameter is held in, by its name."""
+        return self._modulation_dtype if in_approximator(name) else self._dtype
 
     @property
     def run(self) -> GraphedForward:
@@ -157,6 +168,8 @@ class FusedPreview:
             self._put_other(name, weight)
             return weight
         quantized = quantize_linear(weight, self.settings.qtype if self.settings.quantize else None)
+        if in_approximator(name):
+            self._modulations.put_bias(name, quantized.bias)
         whole = quantized.dequantized
         for placed in added:
             whole = add_to_quantized(placed.change, whole, placed.multiplier)
@@ -175,7 +188,7 @@ class FusedPreview:
 
     def _put_other(self, name: str, tensor: Tensor) -> None:
         if name not in self._others:
-            self._others[name] = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+            self._others[name] = torch.empty(tensor.shape, dtype=self._dtype_of(name), device=self._device)
             module, _, leaf = name.rpartition(".")
             parameter = torch.nn.Parameter(self._others[name], requires_grad=False)
             self.model.get_submodule(module).register_parameter(leaf, parameter)
@@ -214,9 +227,14 @@ class FusedPreview:
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`: both passes at once, with the modulations of all steps made before."""
-        modulations = self.model.modulations(timesteps)
+        modulations = self.modulations(timesteps)
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         return packed_velocity(self.run, conditioning, modulations)
+
+    def modulations(self, timesteps: Tensor) -> Tensor:
+        """Of every step. (S,) in 0…1 → (S, slots, C) in their dtype."""
+        with trainer_arithmetic(self._device, self.settings):
+            return self._modulations(timesteps)
 
     def _kept(self, text: Text) -> Tensor:
         """(attended, context): what the trainer's attention sees."""
@@ -230,6 +248,6 @@ class FusedPreview:
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
         """Has a step for prompts of this length and pictures of this size ready, without running it."""
-        modulations = self.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
+        modulations = self.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])
