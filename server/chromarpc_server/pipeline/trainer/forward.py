@@ -177,25 +177,26 @@ def make_modulations(
     gains: Mapping[str, Tensor],
     timestep: Tensor,
 ) -> Tensor:
-    """Every block's modulation vectors at one timestep; see `ChromaTransformer.modulations` for their order.
+    """Every block's modulation vectors at some timesteps; see `ChromaTransformer.modulations` for their order.
 
     Args:
         config: sizes.
         linear: applies the linear layer of a module's name.
         gains: of the RMS norms, by parameter name, in the trainer's dtype.
-        timestep: (1,) in 0…1, in the trainer's dtype.
+        timestep: (S,) in 0…1, in the trainer's dtype.
 
     Returns:
-        (1, slots, C) in the trainer's dtype.
+        (S, slots, C) in the trainer's dtype.
     """
     slots = config.modulation_slots
     device = timestep.device
     prefix = APPROXIMATOR
     time = sinusoids(timestep, TIMESTEP_FEATURES)
-    guidance = sinusoids(torch.zeros(1, device=device), TIMESTEP_FEATURES)
+    guidance = sinusoids(torch.zeros_like(timestep, dtype=torch.float32), TIMESTEP_FEATURES)
     index = sinusoids(torch.arange(slots, device=device), SLOT_INDEX_FEATURES)
     per_step = torch.cat([time, guidance], dim=1)[:, None].repeat(1, slots, 1)
-    x = torch.cat([per_step, index[None]], dim=-1).to(gains[f"{prefix}.norms.0.scale"].dtype)
+    x = torch.cat([per_step, index.expand(len(timestep), -1, -1)], dim=-1)
+    x = x.to(gains[f"{prefix}.norms.0.scale"].dtype)
     x = linear(f"{prefix}.in_proj", x)
     for layer in range(config.approximator_depth):
         inner = _rms(x, gains[f"{prefix}.norms.{layer}.scale"])
