@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 
-from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter

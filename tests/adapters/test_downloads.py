@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import trustme
 
-from chromarpc_server.adapters import downloads as adapter_download
-from chromarpc_server.adapters.downloads import AdapterDownloads, Downloaded, DownloadLimits
-from chromarpc_server.adapters.public_http import IPAddress, is_public
+from chromarpc_server.adapters.downloads import fetching as adapter_download
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads, Downloaded, DownloadLimits
+from chromarpc_server.adapters.public_http.client import IPAddress, is_public
 from chromarpc_server.domain.errors import (
     ChromaError,
     InvalidParameter,

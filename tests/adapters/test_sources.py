@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from chromarpc_server.adapters.downloads import Downloaded
+from chromarpc_server.adapters.downloads.fetching import Downloaded
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters

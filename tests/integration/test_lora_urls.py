@@ -17,7 +17,7 @@ import pytest
 
 import chromarpc
 import chromarpc_server.app
-from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.sources import FoundAdapters
 from chromarpc_server.jobs.store.job_store import JobStore
 from tests.conftest import RunningServer

@@ -25,9 +25,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.adapters.hashes import WAIT_S, RootHashes, StillHashing
 from chromarpc_server.adapters.owners import note_owners, owners_of
 from chromarpc_server.adapters.root import HASH_PREFIX, SUFFIX, AdapterRoot
+from chromarpc_server.adapters.root_hashes import WAIT_S, RootHashes, StillHashing
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import (
     InvalidParameter,

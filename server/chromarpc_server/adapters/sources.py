@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chromarpc_server.adapters.downloads import AdapterDownloads, Downloaded
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads, Downloaded
 from chromarpc_server.adapters.file import AdapterFile, require_expected
-from chromarpc_server.adapters.hashes import WAIT_S
 from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.root_hashes import WAIT_S
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Loading, LoadingStage

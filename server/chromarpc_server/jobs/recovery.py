@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from chromarpc_server.adapters.hashes import WAIT_S
+from chromarpc_server.adapters.root_hashes import WAIT_S
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
 from chromarpc_server.domain.errors import AttemptsExhausted, JobCancelled, LoraChanged, LoraNotFound, NotKept
 from chromarpc_server.domain.events import Accepted, AdapterReport, Restarted

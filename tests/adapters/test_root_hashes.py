@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 import chromarpc
-from chromarpc_server.adapters import hashes as root_hashes
+from chromarpc_server.adapters import root_hashes
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources

@@ -27,7 +27,7 @@ from typing import BinaryIO, Self
 
 import httpx2
 
-from chromarpc_server.adapters.public_http import (
+from chromarpc_server.adapters.public_http.client import (
     Answer,
     IPAddress,
     PublicClient,
