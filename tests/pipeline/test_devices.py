@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.limits import Budgets, JobRetention
 from chromarpc_server.jobs import engine
@@ -19,6 +18,7 @@ from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.pipeline import DeviceChoice, DeviceDescription
 from chromarpc_server.pipeline.weights import staging
+from tests.adapters.libraries import open_library
 
 SECOND = torch.device("cuda", 1)
 
@@ -35,7 +35,7 @@ async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyP
     opened = Engine(
         DeviceChoice(SECOND, torch.bfloat16),
         model_files=None,  # type: ignore[arg-type]
-        adapters=AdapterSources(AdapterLibrary(None, tmp_path), None),
+        adapters=AdapterSources(open_library(None, tmp_path), None),
         max_queued_jobs=1,
         budgets=Budgets(),
         on_device_lost=lambda: None,

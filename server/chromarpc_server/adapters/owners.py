@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chromarpc_server.domain.callers import NOBODY
 
-SUFFIX = ".json"
+NOTE_SUFFIX = ".json"
 
 
 def owners_of(file: Path) -> dict[str, str]:
@@ -23,7 +23,7 @@ def owners_of(file: Path) -> dict[str, str]:
     One without a note, or with one that cannot be read, is that of servers that do not tell callers apart.
     """
     try:
-        noted = json.loads(file.with_suffix(SUFFIX).read_text(encoding="utf-8"))
+        noted = json.loads(file.with_suffix(NOTE_SUFFIX).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {NOBODY.name: ""}
     if not isinstance(noted, dict):
@@ -43,6 +43,6 @@ def note_owners(file: Path, owners: Mapping[str, str]) -> None:
     part = file.with_name(f"{secrets.token_hex(8)}.note")
     try:
         part.write_text(json.dumps({"owners": dict(owners)}), encoding="utf-8")
-        os.replace(part, file.with_suffix(SUFFIX))  # noqa: PTH105
+        os.replace(part, file.with_suffix(NOTE_SUFFIX))  # noqa: PTH105
     finally:
         part.unlink(missing_ok=True)

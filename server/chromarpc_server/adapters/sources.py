@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chromarpc_server.adapters.downloads.fetching import AdapterDownloads, Downloaded
+from chromarpc_server.adapters.downloads.cache import Downloaded
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.file import AdapterFile, require_expected
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.root_hashes import WAIT_S
@@ -17,7 +18,7 @@ from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Loading, LoadingStage
 from chromarpc_server.domain.plan import PlannedLora
 
-TELL_EVERY_S = 0.2
+REPORT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class AdapterSources:
             loras: the job's.
             found: what `find` gave for them.
             token: Hugging Face token.
-            emit: told of progress.
+            emit: called with progress, a few times a second.
             owner: may name what was fetched by its hash from now on.
 
         Raises:
@@ -128,7 +129,7 @@ class AdapterSources:
                     downloads.append(held.enter_context(download))
                     require_expected(lora, download.sha256, index)
                     files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
-                    await asyncio.to_thread(self._library.fetched, download.sha256, owner)
+                    await asyncio.to_thread(self._library.add_download, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
 
@@ -138,10 +139,10 @@ class _Throttled:
 
     def __init__(self, emit: Callable[[Loading], None]) -> None:
         self._emit = emit
-        self._told_at: float | None = None
+        self._reported_at: float | None = None
 
     def __call__(self, done_bytes: int, total_bytes: int | None) -> None:
         now = time.monotonic()
-        if self._told_at is None or done_bytes == total_bytes or now - self._told_at >= TELL_EVERY_S:
-            self._told_at = now
+        if self._reported_at is None or done_bytes == total_bytes or now - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = now
             self._emit(Loading(LoadingStage.DOWNLOADING, done_bytes, total_bytes or 0))
