@@ -65,7 +65,7 @@ class ContentStore:
         return self._folder / f"{sha256}{SUFFIX}"
 
     def has(self, sha256: str) -> bool:
-        """Whether there is a file with this hash, whoever owns it."""
+        """Whether there is a file with this hash, whichever owners it has."""
         return _is_plain_file(self.path(sha256))
 
     def locate(self, sha256: str, owner: str) -> AdapterFile | None:
@@ -158,7 +158,7 @@ class ContentStore:
         return True
 
     def remove(self, sha256: str) -> None:
-        """Deletes a file and the note of its owners, whoever they are.
+        """Deletes a file and the note of its owners, for all of them.
 
         Takes no lock: nothing else may change the file's owners meanwhile.
 

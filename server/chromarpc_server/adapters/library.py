@@ -26,7 +26,7 @@ from chromarpc_server.domain.errors import InvalidParameter, LoraNotFound
 log = logging.getLogger(__name__)
 
 RETRY_HASHING_S = 1.0
-"""When to ask again for a hash that is not known yet: soon, as hashing goes on while somebody asks."""
+"""When a caller should ask again for a hash that is not known yet: soon, as files are hashed only for callers."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AdapterLibrary:
         """The file that a request of `owner` names, where no file must be hashed to find it.
 
         Raises:
-            LoraNotFound: blaming `field`; the same answer for whatever lies outside the library.
+            LoraNotFound: blaming `field`; the same answer for everything outside the library.
         """
         if not path.startswith(HASH_PREFIX):
             return self._root.locate(path, field)
@@ -126,11 +126,11 @@ class AdapterLibrary:
                     self._root_hashes.learn(file, sha256)
 
     def stop_hashing(self) -> None:
-        """Lets nobody wait for files to be hashed any longer; any thread may call this."""
+        """Ends every wait for files to be hashed; any thread may call this."""
         self._root_hashes.close()
 
     def learn(self, file: AdapterFile, sha256: str) -> None:
-        """Notes the hash of a file that was read; one below the root can be named by it from now on."""
+        """Notes the hash of a file that was read; a file below the root can be named by it from now on."""
         if file.folder == self._root.folder:
             self._root_hashes.learn(file, sha256)
 

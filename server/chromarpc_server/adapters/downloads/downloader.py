@@ -1,7 +1,7 @@
 """One try of a download: asks the host, checks its answer, and puts the body into the cache.
 
-Of what the host answers only the file's bytes end up on disk. Whether they are an adapter is checked by whoever
-reads the file.
+Of what the host answers only the file's bytes end up on disk. Whether they are an adapter is checked when the file
+is read.
 """
 
 from __future__ import annotations

@@ -79,10 +79,10 @@ class AdapterDownloads:
         return self._cache.lend(file)
 
     def require_fetchable(self, url: str, field: str) -> httpx2.URL:
-        """The URL of the file that `url` stands for, as far as can be judged before its host is asked for.
+        """Checks a URL as far as that is possible before its host is resolved; the URL of the file it stands for.
 
         Raises:
-            InvalidParameter: blaming `field`; it may not be fetched. Never repeats any of it.
+            InvalidParameter: blaming `field`; it may not be fetched. The message repeats nothing of the URL.
         """
         problem = url_problem(url)
         if problem is not None:

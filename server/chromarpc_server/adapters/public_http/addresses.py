@@ -49,7 +49,7 @@ _ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)
 def is_public(address: IPAddress) -> bool:
     """Whether `address` is on the public internet, after the IANA special-purpose address registries.
 
-    IPv6 addresses that carry an IPv4 address (mapped, 6to4, NAT64) are judged by it.
+    IPv6 addresses that carry an IPv4 address (mapped, 6to4, NAT64) count as that one.
     """
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _NOT_PUBLIC_V4)

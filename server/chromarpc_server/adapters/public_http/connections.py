@@ -80,7 +80,7 @@ class CheckedStream(httpcore2.AsyncNetworkStream):
 
 
 class PinnedBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to the given addresses whatever the name, the first that answers; for one request."""
+    """Connects to the first of the given addresses that answers, and resolves no name; for one request."""
 
     def __init__(self, addresses: Sequence[IPAddress]) -> None:
         self._addresses = addresses[:MAX_ADDRESSES]

@@ -46,7 +46,7 @@ def require_room(
 ) -> None:
     """Checks that one more upload fits within what its caller may have, and within what the server takes.
 
-    The caller's own limits come first, so that nobody can use up what is everybody's.
+    The caller's own limits come first, so that no caller can use up what all share.
 
     Args:
         limits: the server's.

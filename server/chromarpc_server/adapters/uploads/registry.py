@@ -213,7 +213,7 @@ class UploadRegistry:
             yield upload
 
     def _drop_expired(self) -> None:
-        """Drops what has expired, and deletes the old files of uploads that nobody knows; the lock is held."""
+        """Drops what has expired, and deletes old files of uploads that are not known; the lock must be held."""
         now = self._clock()
         for upload_id, upload in list(self._unfinished.items()):
             if upload.expires_at <= now and upload.lock.acquire(blocking=False):
