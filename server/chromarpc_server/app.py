@@ -9,9 +9,15 @@ import signal
 import sys
 from importlib import metadata
 
-from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.content_store import ContentStore
+from chromarpc_server.adapters.downloads.cache import DownloadCache
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.public_http.client import PublicClient
+from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.sources import AdapterSources
+from chromarpc_server.adapters.stored_lora import LoraSource
+from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
@@ -206,18 +212,22 @@ class App:
         Raises:
             OSError: the data folder cannot be used.
         """
-        settings = self._settings
-        folder = settings.data_dir / "downloads"
+        settings, data_dir = self._settings, self._settings.data_dir
+        uploaded = ContentStore(data_dir / "loras", LoraSource.UPLOAD)
+        downloaded = ContentStore(data_dir / "downloads", LoraSource.DOWNLOAD)
         downloads = None
         try:
-            library = AdapterLibrary(
-                settings.lora_root, settings.data_dir, settings.upload_limits(), downloads=folder
-            )
+            uploads = UploadRegistry(uploaded, data_dir / "uploads", settings.upload_limits())
+            library = AdapterLibrary(AdapterRoot(settings.lora_root), uploads, downloaded)
             if settings.lora_urls:
-                downloads = AdapterDownloads(folder, settings.download_limits(), allowed_hosts=settings.lora_hosts)
-            library.clean()
+                limits = settings.download_limits()
+                client = PublicClient(
+                    connect_s=limits.connect_s, read_s=limits.read_s, allowed_hosts=settings.lora_hosts
+                )
+                downloads = AdapterDownloads(DownloadCache(downloaded, limits.cache_bytes), client, limits)
+            uploads.drop_expired()
         except OSError as error:
-            message = f"the data folder {settings.data_dir} cannot be used: {error.strerror}; see --data-dir"
+            message = f"the data folder {data_dir} cannot be used: {error.strerror}; see --data-dir"
             raise OSError(message) from None
         return library, AdapterSources(library, downloads)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from chromarpc_server.adapters.downloads import Downloaded
+from chromarpc_server.adapters.downloads.cache import Downloaded
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
@@ -23,6 +23,7 @@ from chromarpc_server.domain.requests import GenerationRequest, LoraRequest, Pro
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.recovery import find_again
 from chromarpc_server.jobs.store.job_store import Unfinished
+from tests.adapters.libraries import open_library
 
 CONTENT = save({"diffusion_model.img_in.lora_A.weight": torch.zeros(1, 1)})
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -33,8 +34,9 @@ URL = "https://example.org/a.safetensors"
 @pytest.fixture
 def library(tmp_path: Path) -> AdapterLibrary:
     (tmp_path / "root").mkdir()
+    (tmp_path / "data" / "downloads").mkdir(parents=True)
     (tmp_path / "root" / "a.safetensors").write_bytes(CONTENT)
-    return AdapterLibrary(tmp_path / "root", tmp_path / "data")
+    return open_library(tmp_path / "root", tmp_path / "data")
 
 
 class Downloads:

@@ -19,6 +19,7 @@ from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import LoraChanged, LoraInvalid, LoraNotFound
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.runtime.adapter_cache import AdapterCache
+from tests.adapters.libraries import open_library
 from tests.tiny_checkpoint import GOLDENS
 
 TARGETS = {
@@ -41,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def library(root: Path, tmp_path: Path) -> AdapterLibrary:
-    return AdapterLibrary(root, tmp_path / "data")
+    return open_library(root, tmp_path / "data")
 
 
 async def read(library: AdapterLibrary, path: str = PATH) -> str:
@@ -196,7 +197,7 @@ async def test_links_that_stay_inside_are_followed(library: AdapterLibrary, root
 
 async def test_a_root_reached_through_a_link_is_served(root: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(root)
-    library = AdapterLibrary(tmp_path / "linked", tmp_path / "data")
+    library = open_library(tmp_path / "linked", tmp_path / "data")
     for path in (PATH, str(tmp_path / "linked" / PATH), str(root / PATH)):
         assert await read(library, path) == INSIDE
 

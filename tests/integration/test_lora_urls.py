@@ -17,7 +17,8 @@ import pytest
 
 import chromarpc
 import chromarpc_server.app
-from chromarpc_server.adapters.downloads import AdapterDownloads
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
+from chromarpc_server.adapters.public_http.client import PublicClient
 from chromarpc_server.adapters.sources import FoundAdapters
 from chromarpc_server.jobs.store.job_store import JobStore
 from tests.conftest import RunningServer
@@ -80,8 +81,8 @@ def host() -> Iterator[Host]:
 @pytest.fixture
 def serve_urls(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Servers for which loopback counts as a public address."""
-    reachable = functools.partial(AdapterDownloads, is_allowed=lambda _: True)
-    monkeypatch.setattr(chromarpc_server.app, "AdapterDownloads", reachable)
+    reachable = functools.partial(PublicClient, is_allowed=lambda _: True)
+    monkeypatch.setattr(chromarpc_server.app, "PublicClient", reachable)
     return functools.partial(serve, data_dir=tmp_path / "data", lora_hosts=["127.0.0.1"])
 
 

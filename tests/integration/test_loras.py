@@ -25,7 +25,7 @@ from chromarpc import upload as client_upload
 from chromarpc.cli import app
 from chromarpc.errors import from_status
 from chromarpc.v1 import lora_service_pb2, lora_service_pb2_grpc
-from chromarpc_server.adapters.library import AdapterLibrary, UploadState
+from chromarpc_server.adapters.uploads.registry import UploadRegistry, UploadState
 from chromarpc_server.domain.errors import Draining
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
@@ -114,7 +114,7 @@ def test_what_was_uploaded_is_listed_and_not_sent_again(
     assert (lora.filename, lora.source, lora.size_bytes) == (
         "kohya.safetensors", chromarpc.LoraSource.UPLOAD, size,
     )  # fmt: skip
-    monkeypatch.delattr(AdapterLibrary, "append")
+    monkeypatch.delattr(UploadRegistry, "append")
     assert client.upload_lora(RECORDED / "kohya.safetensors", filename="again") == lora
     assert sorted(path.name for path in (tmp_path / "data" / "loras").iterdir()) == [
         f"{lora.sha256}.json",
@@ -157,10 +157,10 @@ def test_an_upload_goes_on_after_a_break(
     client: Client, monkeypatch: pytest.MonkeyPatch, is_lost_before: bool
 ) -> None:
     monkeypatch.setattr(client_upload, "CHUNK_BYTES", 1000)
-    take = AdapterLibrary.append
+    take = UploadRegistry.append
     calls: list[int] = []
 
-    def break_once(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
+    def break_once(self: UploadRegistry, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         if len(calls) != 3:
             return take(self, upload_id, offset, chunk, *owner)
@@ -168,7 +168,7 @@ def test_an_upload_goes_on_after_a_break(
             take(self, upload_id, offset, chunk, *owner)
         raise Draining("broken off")
 
-    monkeypatch.setattr(AdapterLibrary, "append", break_once)
+    monkeypatch.setattr(UploadRegistry, "append", break_once)
     lora = client.upload_lora(RECORDED / "loha.safetensors")
     assert calls[:5] == [0, 1000, 2000, 2000, 3000]
     assert lora.sha256 == sha256_of(RECORDED / "loha.safetensors")
@@ -178,17 +178,17 @@ def test_an_upload_goes_on_after_a_break(
 def test_an_upload_goes_on_where_the_server_says(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk that arrives twice while the client knows of neither leaves the two apart."""
     monkeypatch.setattr(client_upload, "CHUNK_BYTES", 1000)
-    take = AdapterLibrary.append
+    take = UploadRegistry.append
     content = (RECORDED / "loha.safetensors").read_bytes()
     calls: list[int] = []
 
-    def run_ahead(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
+    def run_ahead(self: UploadRegistry, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         if len(calls) == 2:
             take(self, upload_id, 1000, content[1000:1500])
         return take(self, upload_id, offset, chunk, *owner)
 
-    monkeypatch.setattr(AdapterLibrary, "append", run_ahead)
+    monkeypatch.setattr(UploadRegistry, "append", run_ahead)
     assert client.upload_lora(RECORDED / "loha.safetensors").size_bytes == len(content)
     assert calls[:4] == [0, 1000, 1500, 2500]
 
@@ -197,11 +197,11 @@ def test_an_upload_goes_on_where_the_server_says(client: Client, monkeypatch: py
 def test_a_server_that_stays_away_ends_the_upload(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def gone(self: AdapterLibrary, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
+    def gone(self: UploadRegistry, upload_id: str, offset: int, chunk: bytes, *owner: str) -> UploadState:
         calls.append(offset)
         raise Draining("gone")
 
-    monkeypatch.setattr(AdapterLibrary, "append", gone)
+    monkeypatch.setattr(UploadRegistry, "append", gone)
     with pytest.raises(chromarpc.Draining):
         client.upload_lora(RECORDED / "loha.safetensors")
     assert calls == [0, 0, 0]

@@ -21,7 +21,7 @@ from chromarpc_server.domain.errors import (
     UploadsFull,
 )
 from chromarpc_server.domain.limits import CallerLimits, UploadLimits
-from tests.adapters.test_library import adapter_bytes, sha256_of
+from tests.adapters.libraries import adapter_bytes, open_library, sha256_of
 from tests.conftest import RunningServer
 from tests.security.conftest import TOKENS
 
@@ -33,13 +33,13 @@ SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sam
 def library(tmp_path: Path) -> AdapterLibrary:
     (tmp_path / "downloads").mkdir()
     limits = UploadLimits(max_file_bytes=8000, max_total_bytes=20_000, max_open=2, max_open_in_all=3)
-    return AdapterLibrary(None, tmp_path / "data", limits, downloads=tmp_path / "downloads")
+    return open_library(None, tmp_path / "data", limits, downloads=tmp_path / "downloads")
 
 
 def upload(library: AdapterLibrary, caller: Caller, data: bytes, filename: str = "a") -> str:
-    state = library.create_upload(filename, len(data), None, caller)
-    library.append(state.upload_id, 0, data, caller.name)
-    return library.finalize(state.upload_id, sha256_of(data), caller.name).path
+    state = library.uploads.create(filename, len(data), None, caller)
+    library.uploads.append(state.upload_id, 0, data, caller.name)
+    return library.uploads.finalize(state.upload_id, sha256_of(data), caller.name).path
 
 
 def test_an_upload_does_not_exist_for_others(library: AdapterLibrary) -> None:
@@ -56,7 +56,7 @@ def test_an_upload_does_not_exist_for_others(library: AdapterLibrary) -> None:
                 call(stranger)
             library_answer = theirs.value.message
             with pytest.raises(LoraNotFound) as nobodys:
-                AdapterLibrary(None, Path("/nonexistent")).delete(path, stranger)
+                open_library(None, Path("/nonexistent")).delete(path, stranger)
             assert library_answer in (nobodys.value.message, "the server has no adapter with this hash")
     assert library.hidden_from("alice") == frozenset()
 
@@ -65,12 +65,12 @@ def test_knowing_a_hash_gives_nobody_the_file_and_having_the_bytes_does(library:
     data = adapter_bytes()
     path = upload(library, ALICE, data, "alice's.safetensors")
     # Announcing the hash is answered as if nobody had it; only the bytes themselves make it bob's too.
-    state = library.create_upload("bob's.safetensors", len(data), sha256_of(data), BOB)
+    state = library.uploads.create("bob's.safetensors", len(data), sha256_of(data), BOB)
     assert state.next_offset == 0
     with pytest.raises(LoraNotFound):
         library.locate(path, "path", "bob")
-    library.append(state.upload_id, 0, data, "bob")
-    stored = library.finalize(state.upload_id, sha256_of(data), "bob")
+    library.uploads.append(state.upload_id, 0, data, "bob")
+    stored = library.uploads.finalize(state.upload_id, sha256_of(data), "bob")
     assert stored.filename == "bob's.safetensors"
     (alices,) = library.listing("alice").loras
     assert alices.filename == "alice's.safetensors"
@@ -85,22 +85,22 @@ def test_knowing_a_hash_gives_nobody_the_file_and_having_the_bytes_does(library:
 
 def test_an_upload_under_way_is_its_owner_s(library: AdapterLibrary) -> None:
     data = adapter_bytes()
-    state = library.create_upload("a", len(data), None, ALICE)
+    state = library.uploads.create("a", len(data), None, ALICE)
     with pytest.raises(UploadNotFound):
-        library.append(state.upload_id, 0, data, "bob")
+        library.uploads.append(state.upload_id, 0, data, "bob")
     with pytest.raises(UploadNotFound):
-        library.finalize(state.upload_id, sha256_of(data), "bob")
-    library.append(state.upload_id, 0, data, "alice")
-    library.finalize(state.upload_id, sha256_of(data), "alice")
+        library.uploads.finalize(state.upload_id, sha256_of(data), "bob")
+    library.uploads.append(state.upload_id, 0, data, "alice")
+    library.uploads.finalize(state.upload_id, sha256_of(data), "alice")
     with pytest.raises(UploadNotFound):
-        library.finalize(state.upload_id, sha256_of(data), "bob")
+        library.uploads.finalize(state.upload_id, sha256_of(data), "bob")
 
 
 def test_a_download_is_theirs_who_fetched_it(library: AdapterLibrary, tmp_path: Path) -> None:
     data = adapter_bytes()
     path = f"sha256:{sha256_of(data)}"
     (tmp_path / "downloads" / f"{sha256_of(data)}.safetensors").write_bytes(data)
-    library.fetched(sha256_of(data), "alice")
+    library.add_download(sha256_of(data), "alice")
     assert library.locate(path, "path", "alice").path.read_bytes() == data
     with pytest.raises(LoraNotFound):
         library.locate(path, "path", "bob")
@@ -108,7 +108,7 @@ def test_a_download_is_theirs_who_fetched_it(library: AdapterLibrary, tmp_path: 
         library.delete(path, "alice")
     with pytest.raises(LoraNotFound):
         library.delete(path, "bob")
-    library.fetched(sha256_of(data), "bob")
+    library.add_download(sha256_of(data), "bob")
     assert [lora.path for lora in library.listing("bob").loras] == [path]
     assert [lora.path for lora in library.listing("alice").loras] == [path]
 
@@ -118,24 +118,24 @@ def test_a_caller_s_bytes_are_counted_apart(library: AdapterLibrary) -> None:
     small = Caller("alice", CallerLimits(max_upload_bytes=len(data) + 100))
     upload(library, small, data)
     with pytest.raises(QuotaExceeded) as caught:
-        library.create_upload("b", 101, None, small)
+        library.uploads.create("b", 101, None, small)
     assert caught.value.metadata == {
         "subject": "caller",
         "quota": "max_upload_bytes",
         "limit": str(len(data) + 100),
     }
-    library.create_upload("b", 100, None, small)
+    library.uploads.create("b", 100, None, small)
     assert upload(library, BOB, data)
 
 
 def test_a_caller_cannot_keep_others_from_uploading(library: AdapterLibrary) -> None:
     for _ in range(2):
-        library.create_upload("a", 10, None, ALICE)
+        library.uploads.create("a", 10, None, ALICE)
     with pytest.raises(UploadsFull, match="you have 2"):
-        library.create_upload("a", 10, None, ALICE)
-    library.create_upload("a", 10, None, BOB)
+        library.uploads.create("a", 10, None, ALICE)
+    library.uploads.create("a", 10, None, BOB)
     with pytest.raises(UploadsFull, match="the server has 3"):
-        library.create_upload("a", 10, None, BOB)
+        library.uploads.create("a", 10, None, BOB)
 
 
 def test_through_the_server(serve: Callable[..., RunningServer], callers_file: Any, tmp_path: Path) -> None:

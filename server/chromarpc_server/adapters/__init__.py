@@ -1,1 +1,6 @@
-"""Files that requests name: below the root, uploaded, downloaded. Knows no queue and no job."""
+"""Files that requests name: below the root, uploaded, downloaded. Knows no queue and no job.
+
+`library` finds and lists what is on this machine, `sources` finds and fetches what one request names; `uploads`
+and `downloads` receive files, `content_store` keeps them for their owners, `public_http` reaches hosts for
+`downloads`. `inspection` says what a file does to a model.
+"""

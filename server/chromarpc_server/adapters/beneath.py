@@ -1,9 +1,8 @@
-"""Reaches files below a folder, and nothing outside it, whatever is swapped for a link meanwhile.
+"""Reaches files below a folder and nothing outside it, even if a part of the path is replaced by a link meanwhile.
 
-A path that was found to lie below says nothing of what it leads to a moment later. Here each folder on the way is
-opened from the one above it and no link is followed on the way, which is what Linux's `openat2` does with
-`RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS`, and what every POSIX system can: whatever is reached lies below. Links
-that a request names are resolved before, by whoever asks; a path that has become one since then is refused.
+A path that was checked may lead elsewhere a moment later. Here each folder on the way is opened from the one above
+it and no link is followed, as Linux's `openat2` does with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS`, but with what
+every POSIX system has. Callers resolve links before; a path that has become a link since then is an error.
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ def status_below(folder: Path, below: PurePath) -> os.stat_result:
 def open_below(
     folder: Path, below: PurePath, is_wanted: Callable[[os.stat_result], bool]
 ) -> BufferedReader | None:
-    """A file, opened to be read; None where it is not wanted, as judged by what lies there and by what was opened.
+    """Opens a file to be read; None where it is not wanted.
 
     Args:
         folder: may be reached through links.
         below: relative to it, without `..`.
-        is_wanted: judges; what is no regular file should not be, as opening a device may do something.
+        is_wanted: is asked before and after the file is opened. It should want regular files only, as opening a
+            device may have effects.
 
     Raises:
         OSError: nothing lies there, there is a link on the way, or it may not be read.

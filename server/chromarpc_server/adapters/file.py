@@ -21,8 +21,8 @@ _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 class AdapterFile:
     """A file as it was when a job was admitted.
 
-    It is found and opened below its folder without following a link, so that whoever can write there cannot have
-    the server read what lies elsewhere.
+    It is found and opened below its folder without following a link, so that someone who can write there cannot
+    make the server read a file elsewhere.
     """
 
     path: Path

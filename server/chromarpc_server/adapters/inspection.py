@@ -1,4 +1,4 @@
-"""What an adapter file is and what it does to a model, told from files alone: no device is needed."""
+"""What an adapter file is and what it does to a model, computed from files alone: no device is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chromarpc_server.pipeline.adapters import (
 from chromarpc_server.pipeline.weights.reading import open_weights
 
 MAX_NUMBERS = 20
-"""How many distinct ranks or alphas are told."""
+"""How many distinct ranks or alphas are reported."""
 FIELD = "path"
 
 

@@ -1,7 +1,7 @@
-"""Whose an uploaded or downloaded adapter is: a note beside each file, `<hash>.json`.
+"""Who owns an uploaded or downloaded adapter, and so which callers see it: a note beside each file, `<hash>.json`.
 
-Files are kept by content, so that one file may be several callers': it lies there once, and each of them had to
-have its bytes. Knowing a hash gives nobody a file, and no answer tells whether others have it.
+Files are kept by content, so that several callers may own one file: it is stored once, and each owner had to send
+or fetch its bytes. Knowing a hash makes nobody an owner, and no answer reveals whether others own a file.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 
 from chromarpc_server.domain.callers import NOBODY
 
-SUFFIX = ".json"
+NOTE_SUFFIX = ".json"
 
 
 def owners_of(file: Path) -> dict[str, str]:
-    """Each owner of the adapter, with what it calls the file.
+    """The owners of a file: callers' names, each with what this caller calls the file.
 
-    One without a note, or with one that cannot be read, is that of servers that do not tell callers apart.
+    A file whose note is missing or cannot be read belongs to `NOBODY`, the one caller of a server without a
+    callers file.
     """
     try:
-        noted = json.loads(file.with_suffix(SUFFIX).read_text(encoding="utf-8"))
+        noted = json.loads(file.with_suffix(NOTE_SUFFIX).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {NOBODY.name: ""}
     if not isinstance(noted, dict):
@@ -35,7 +36,7 @@ def owners_of(file: Path) -> dict[str, str]:
 
 
 def note_owners(file: Path, owners: Mapping[str, str]) -> None:
-    """Writes the note of `file` at one stroke.
+    """Replaces the note of `file` atomically.
 
     Raises:
         OSError: the folder cannot be written.
@@ -43,6 +44,6 @@ def note_owners(file: Path, owners: Mapping[str, str]) -> None:
     part = file.with_name(f"{secrets.token_hex(8)}.note")
     try:
         part.write_text(json.dumps({"owners": dict(owners)}), encoding="utf-8")
-        os.replace(part, file.with_suffix(SUFFIX))  # noqa: PTH105
+        os.replace(part, file.with_suffix(NOTE_SUFFIX))  # noqa: PTH105
     finally:
         part.unlink(missing_ok=True)

@@ -6,12 +6,10 @@ from pathlib import Path, PurePath
 
 from chromarpc_server.adapters.beneath import entries_below
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.domain.callers import NOBODY
+from chromarpc_server.adapters.names import HASH_PREFIX, SUFFIX
 from chromarpc_server.domain.errors import LoraNotFound
 from chromarpc_server.domain.resolve import MAX_LORA_PATH_BYTES
 
-SUFFIX = ".safetensors"
-HASH_PREFIX = "sha256:"
 MAX_DEPTH = 8
 """Folders below the root that are looked into."""
 MAX_FILES = 10_000
@@ -21,7 +19,7 @@ _TRIES = 3
 """How often a path is followed anew because something on it was swapped meanwhile."""
 
 NO_ROOT = "this server serves no adapters from its disk: its operator sets the folder by --lora-root"
-"""Said of whatever path, so that it tells nothing of the disk."""
+"""The answer to every path, so that it says nothing of the disk."""
 
 
 class AdapterRoot:
@@ -34,7 +32,12 @@ class AdapterRoot:
         self._spellings = tuple(spelling for spelling in spellings if ".." not in spelling.parts)
         """How absolute paths may begin."""
 
-    def locate(self, path: str, field: str, owner: str = NOBODY.name) -> AdapterFile:  # noqa: ARG002 - what is below is all's
+    @property
+    def folder(self) -> Path | None:
+        """The root itself, without links; None where no adapters are served from the disk."""
+        return self._root
+
+    def locate(self, path: str, field: str) -> AdapterFile:
         """The file that `path` names, with every symbolic link followed.
 
         An absolute path leads below the root, or is not looked at. `..`, links that leave the root, folders and
@@ -69,7 +72,10 @@ class AdapterRoot:
         raise missing
 
     def files(self) -> tuple[dict[str, AdapterFile], bool]:
-        """The adapters as requests can name them, in any order, and whether there is more than was looked at."""
+        """The adapters by the paths that requests can name them by, in any order.
+
+        The second value says whether there is more than `MAX_DEPTH`, `MAX_FILES` and `MAX_ENTRIES` let it look at.
+        """
         found: dict[str, AdapterFile] = {}
         folders = [("", 0)]
         looked_at = 0
@@ -90,6 +96,10 @@ class AdapterRoot:
                     found[path] = file
         return found, truncated
 
+    def distinct_files(self) -> list[AdapterFile]:
+        """The files among what `files` looks at; one that several paths lead to is there once."""
+        return list(dict.fromkeys(self.files()[0].values()))
+
     def _entries(self, below: str) -> list[tuple[str, bool]]:
         """What lies in a folder, by name, each with whether it is a folder; nothing where it cannot be listed."""
         if self._root is None:
@@ -104,7 +114,7 @@ class AdapterRoot:
         try:
             if path.startswith(HASH_PREFIX) or len(path.encode()) > MAX_LORA_PATH_BYTES:
                 return None
-            return AdapterRoot.locate(self, path, "path")
+            return self.locate(path, "path")
         except (LoraNotFound, OSError, UnicodeEncodeError):
             return None
 

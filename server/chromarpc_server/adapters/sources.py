@@ -1,4 +1,4 @@
-"""Where a job's adapters come from: files of the server's, found at once, or URLs, fetched before it may run."""
+"""Where the adapters of a request come from: files on this machine, found at once, or URLs, fetched later."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chromarpc_server.adapters.downloads import AdapterDownloads, Downloaded
+from chromarpc_server.adapters.downloads.cache import Downloaded
+from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.file import AdapterFile, require_expected
-from chromarpc_server.adapters.hashes import WAIT_S
 from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.adapters.root_hashes import WAIT_S
 from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Loading, LoadingStage
 from chromarpc_server.domain.plan import PlannedLora
 
-TELL_EVERY_S = 0.2
+REPORT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
 class FoundAdapters:
-    """A job's adapters as files, in order; downloads among them are held until `release`."""
+    """The adapters of a request as files, in order; downloads among them stay in their cache until `release`."""
 
     files: tuple[AdapterFile | None, ...]
     """None for a URL that was not fetched yet."""
@@ -34,7 +35,7 @@ class FoundAdapters:
         return tuple(file for file in self.files if file is not None)
 
     def release(self) -> None:
-        """Downloaded files may leave their cache."""
+        """Lets downloaded files be evicted from their cache."""
         for download in self.downloads:
             download.release()
 
@@ -43,7 +44,12 @@ class AdapterSources:
     """Finds and fetches adapters. Lives on the event loop."""
 
     def __init__(self, library: AdapterLibrary, downloads: AdapterDownloads | None) -> None:
-        """`library`: what plain paths and hashes name; `downloads` None fetches nothing."""
+        """Touches nothing yet.
+
+        Args:
+            library: finds what paths and hashes name.
+            downloads: fetches URLs; None fetches none.
+        """
         self._library = library
         self._downloads = downloads
 
@@ -55,18 +61,18 @@ class AdapterSources:
         first: int = 0,
         wait_s: float = WAIT_S,
     ) -> FoundAdapters:
-        """Everything of the owner's, and of everybody's, that is on this machine; URLs are left open.
+        """Finds the adapters that are on this machine; those with a URL are left open.
 
         Args:
-            loras: the job's, or some that follow one another.
-            owner: whose it is.
-            first: which of the job's adapters the first of them is.
-            wait_s: how long to wait while files below the root are hashed, for each hash that is not known.
+            loras: a request's, or some of them that follow one another.
+            owner: whose request it is.
+            first: index of the first of them among the request's, for error messages.
+            wait_s: seconds to wait while files below the root are hashed, for each hash that is not known.
 
         Raises:
-            LoraNotFound: no such file.
-            LoraContentChanged: one is known to be another than the request expects.
-            InvalidParameter: a URL, where this server fetches none, or not this one.
+            LoraNotFound: the owner has no such file.
+            LoraContentChanged: a file is known to be another than the request expects.
+            InvalidParameter: a URL that this server does not fetch.
         """
         files: list[AdapterFile | None] = []
         for index, lora in enumerate(loras, first):
@@ -89,7 +95,7 @@ class AdapterSources:
         await asyncio.to_thread(self._library.recall, path, is_it)
 
     def stop_hashing(self) -> None:
-        """Lets nobody wait for files to be hashed any longer."""
+        """Ends every wait for files to be hashed."""
         self._library.stop_hashing()
 
     async def fetch(
@@ -104,14 +110,14 @@ class AdapterSources:
         """Fetches what `find` left open, one after the other.
 
         Args:
-            loras: the job's.
+            loras: the request's.
             found: what `find` gave for them.
             token: Hugging Face token.
-            emit: told of progress.
-            owner: may name what was fetched by its hash from now on.
+            emit: called with progress, a few times a second.
+            owner: whose request it is; may name what was fetched by its hash from now on.
 
         Raises:
-            LoraContentChanged: one is another than the request expects.
+            LoraContentChanged: a file is another than the request expects.
             ChromaError: see `AdapterDownloads.fetch`.
         """
         if self._downloads is None:
@@ -128,7 +134,7 @@ class AdapterSources:
                     downloads.append(held.enter_context(download))
                     require_expected(lora, download.sha256, index)
                     files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
-                    await asyncio.to_thread(self._library.fetched, download.sha256, owner)
+                    await asyncio.to_thread(self._library.add_download, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
 
@@ -138,10 +144,10 @@ class _Throttled:
 
     def __init__(self, emit: Callable[[Loading], None]) -> None:
         self._emit = emit
-        self._told_at: float | None = None
+        self._reported_at: float | None = None
 
     def __call__(self, done_bytes: int, total_bytes: int | None) -> None:
         now = time.monotonic()
-        if self._told_at is None or done_bytes == total_bytes or now - self._told_at >= TELL_EVERY_S:
-            self._told_at = now
+        if self._reported_at is None or done_bytes == total_bytes or now - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = now
             self._emit(Loading(LoadingStage.DOWNLOADING, done_bytes, total_bytes or 0))

@@ -1,4 +1,4 @@
-"""What to know of an adapter before its pictures are believed: told by `InspectLora` and with every job alike."""
+"""Warnings about an adapter, the same from `InspectLora` as for a job that uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of a model's own parameters, which the strength of adapters is told by; each is computed once."""
+"""Norms of a model's own parameters, to which the strength of adapters is compared; each is computed once."""
 
 from __future__ import annotations
 

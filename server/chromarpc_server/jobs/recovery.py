@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from chromarpc_server.adapters.hashes import WAIT_S
+from chromarpc_server.adapters.root_hashes import WAIT_S
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
 from chromarpc_server.domain.errors import (
     AttemptsExhausted,

@@ -20,8 +20,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chromarpc.v1 import job_event_pb2, lora_service_pb2, lora_service_pb2_grpc
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.inspection import AdapterInspection, inspect_adapter
-from chromarpc_server.adapters.library import AdapterLibrary, LoraSource, StoredLora
+from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources
+from chromarpc_server.adapters.stored_lora import LoraSource, StoredLora
 from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.errors import (
@@ -170,11 +171,11 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         if existing is not None and existing.source is LoraSource.UPLOAD:
             return lora_service_pb2.CreateLoraUploadResponse(existing=_stored_lora(existing))
         state = await asyncio.to_thread(
-            library.create_upload, request.filename, request.size_bytes, sha256, caller
+            library.uploads.create, request.filename, request.size_bytes, sha256, caller
         )
         return lora_service_pb2.CreateLoraUploadResponse(
             upload_id=state.upload_id,
-            max_chunk_bytes=library.limits.max_chunk_bytes,
+            max_chunk_bytes=library.uploads.limits.max_chunk_bytes,
             expire_time=_timestamp(state.expires),
         )
 
@@ -188,7 +189,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
     ) -> lora_service_pb2.AppendLoraUploadResponse:
         """Takes the next bytes of an upload."""
         state = await asyncio.to_thread(
-            self._library.append, request.upload_id, request.offset, request.chunk, current_caller().name
+            self._library.uploads.append, request.upload_id, request.offset, request.chunk, current_caller().name
         )
         return lora_service_pb2.AppendLoraUploadResponse(
             next_offset=state.next_offset, expire_time=_timestamp(state.expires)
@@ -204,7 +205,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
     ) -> lora_service_pb2.FinalizeLoraUploadResponse:
         """Ends an upload and keeps its file."""
         lora = await asyncio.to_thread(
-            self._library.finalize, request.upload_id, request.sha256, current_caller().name
+            self._library.uploads.finalize, request.upload_id, request.sha256, current_caller().name
         )
         return lora_service_pb2.FinalizeLoraUploadResponse(lora=_stored_lora(lora))
 

@@ -1,9 +1,9 @@
 """Hashes of the adapter root's files, so that `sha256:…` names them too.
 
-Nobody is made to read the whole root at a start, and nothing is read for nobody: files are hashed, each version of
-one once, while somebody waits for a hash that is not known, a slice at a time, and not twice at once. Whoever goes
-away takes the reason with it; what was hashed of a file by then is kept, and the next one goes on from there. Only
-what can be an adapter is read at all, as its header and size tell.
+The root is not hashed at the start, which could take hours. Files are hashed while a caller waits for a hash that
+is not known: each version of a file once, in slices of `SLICE_S`, one slice at a time for all callers. When no
+caller waits any more, hashing stops after the slice; a file that was hashed in part is continued for the next
+caller. Only files whose header and size can be an adapter's are read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from chromarpc_server.domain.errors import LoraChanged, LoraInvalid
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 WAIT_S = 10.0
-"""How long one call waits for files to be hashed, and so how much is read for it at most."""
+"""Seconds that one call waits for files to be hashed, which also bounds how much is read for it."""
 SLICE_S = 0.2
-"""How long hashing goes on before it looks whether anybody still waits."""
+"""Seconds of hashing, after which it is checked whether a caller still waits."""
 _READ_BYTES = 4 * 1024 * 1024
 
 Files = Callable[[], Sequence[AdapterFile]]
-"""Looks at the root: every file that requests can name."""
+"""Lists the root: every file that requests can name."""
 
 
 class StillHashing(Exception):
@@ -36,15 +36,15 @@ class StillHashing(Exception):
 
 
 @dataclass
-class _Begun:
-    """A file that is hashed in part."""
+class _PartialHash:
+    """A file that was hashed in part."""
 
     file: AdapterFile
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     done_bytes: int = 0
 
-    def go_on(self, stream: BufferedReader, until: float) -> bool:
-        """Hashes at least one piece more; whether there is nothing left to read, rather than no time."""
+    def advance(self, stream: BufferedReader, until: float) -> bool:
+        """Hashes one piece or more until `time.monotonic()` reaches `until`; whether nothing is left to read."""
         stream.seek(self.done_bytes)
         while piece := stream.read(min(_READ_BYTES, self.file.size_bytes - self.done_bytes)):
             self.digest.update(piece)
@@ -55,7 +55,7 @@ class _Begun:
 
 
 class RootHashes:
-    """`find` lives on an event loop; the rest may be called from any thread."""
+    """Hashes by file version. `find` belongs to one event loop; the rest may be called from any thread."""
 
     def __init__(self, files: Files) -> None:
         """`files` is called with each `find`, on a thread."""
@@ -64,7 +64,7 @@ class RootHashes:
         """Empty for what is no adapter, or changed before it was read to its end."""
         self._unreadable: set[AdapterFile] = set()
         """Tried again for the next `find`."""
-        self._begun: _Begun | None = None
+        self._begun: _PartialHash | None = None
         """Belongs to the slice."""
         self._slice: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
@@ -76,16 +76,20 @@ class RootHashes:
         return self._known.get(file, "")
 
     def learn(self, file: AdapterFile, sha256: str) -> None:
-        """Takes the hash of a file that somebody has read anyway."""
+        """Notes the hash of a file that was read for another purpose."""
         with self._lock:
             self._known[file] = sha256
 
     def close(self) -> None:
-        """Lets nobody wait any longer."""
+        """Ends every wait."""
         self._is_closed = True
 
     async def find(self, sha256: str, *, wait_s: float = WAIT_S) -> AdapterFile | None:
-        """The file with this hash; None where there is none. Hashes nothing for no time, else one slice at least.
+        """The file with this hash; None where there is none.
+
+        Args:
+            sha256: the hash.
+            wait_s: seconds; 0 hashes nothing, and anything more at least one slice.
 
         Raises:
             StillHashing: not all files were hashed in time.
@@ -119,7 +123,7 @@ class RootHashes:
         return found, [file for file in reversed(files) if file not in self._known]
 
     def _hash(self, files: Sequence[AdapterFile]) -> None:
-        """Hashes for a while, the last file first."""
+        """Hashes for one slice, the last file first."""
         until = time.monotonic() + SLICE_S
         for file in reversed(files):
             if file not in self._known and not self._hash_one(file, until):
@@ -132,8 +136,8 @@ class RootHashes:
             with file.open() as stream:
                 if begun is None or begun.file != file:
                     require_adapter_file(file.path, file.open)
-                    begun = _Begun(file)
-                if not begun.go_on(stream, until):
+                    begun = _PartialHash(file)
+                if not begun.advance(stream, until):
                     self._begun = begun
                     return False
                 is_whole = begun.done_bytes == file.size_bytes and file.is_same(os.fstat(stream.fileno()))

@@ -15,11 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save
 
 import chromarpc
-from chromarpc_server.adapters import hashes as root_hashes
+from chromarpc_server.adapters import root_hashes
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources
@@ -28,15 +26,11 @@ from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.jobs.recovery import find_again
 from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.pipeline.adapters.reader import MAX_FILE_BYTES
+from tests.adapters.libraries import adapter_bytes, open_library
 from tests.conftest import RunningServer
 
 UNKNOWN = "sha256:" + "cd" * 32
 NAME = "diffusion_model.img_in.lora_A.weight"
-
-
-def adapter_bytes(seed: int = 0) -> bytes:
-    """A small adapter file, different for each seed."""
-    return save({NAME: torch.full((2, 4), float(seed)), NAME.replace("_A", "_B"): torch.ones(8, 2)})
 
 
 def hash_path(data: bytes) -> str:
@@ -52,15 +46,8 @@ def sparse_adapter(path: Path, data_bytes: int) -> None:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "root"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def library(root: Path, tmp_path: Path) -> AdapterLibrary:
-    return AdapterLibrary(root, tmp_path / "data")
+    return open_library(root, tmp_path / "data")
 
 
 @pytest.fixture
@@ -282,11 +269,11 @@ async def test_after_a_restart_a_hash_names_what_it_named_before_without_hashing
 ) -> None:
     data = adapter_bytes()
     (root / "a.safetensors").write_bytes(data)
-    before = await find(AdapterSources(AdapterLibrary(root, tmp_path / "data"), None), hash_path(data))
+    before = await find(AdapterSources(open_library(root, tmp_path / "data"), None), hash_path(data))
     assert before is not None
     monkeypatch.setattr(root_hashes, "require_adapter_file", lambda *_: pytest.fail("it was read"), raising=False)
     monkeypatch.setattr(root_hashes, "_sha256", lambda _: pytest.fail("it was read"), raising=False)
-    again = AdapterSources(AdapterLibrary(root, tmp_path / "data"), None)
+    again = AdapterSources(open_library(root, tmp_path / "data"), None)
     found = await find_again(stored(hash_path(data), KnownAdapter.of(before)), again)
     assert found.files == (before,)
 
@@ -295,7 +282,7 @@ async def test_after_a_restart_nothing_is_hashed_for_what_was_fetched(
     root: Path, tmp_path: Path, reads: Reads
 ) -> None:
     (root / "a.safetensors").write_bytes(adapter_bytes())
-    sources = AdapterSources(AdapterLibrary(root, tmp_path / "data"), None)
+    sources = AdapterSources(open_library(root, tmp_path / "data"), None)
     known = KnownAdapter(1, 2, 3, "cd" * 32)
     found = await find_again(stored("https://adapters.example/a", known), sources)
     assert found.files == (None,)

@@ -1,0 +1,1 @@
+"""Adapters that clients send in chunks, until each is whole and kept."""
