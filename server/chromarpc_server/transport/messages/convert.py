@@ -23,6 +23,7 @@ from chromarpc_server.domain.requests import (
     PreviewRequest,
     PromptRequest,
 )
+from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.transport.messages.errors import code_number, duration, listed, shorten
 from chromarpc_server.transport.messages.trainer_options import trainer_message, trainer_request
@@ -287,7 +288,7 @@ def accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
     if size <= MAX_ACCEPTED_BYTES:
         return message
     text = f"the job has {size} bytes, too many to be told: its prompts are cut here, and are drawn whole"
-    message.warnings.add(code="PROMPTS_CUT", field="prompts", message=text)
+    message.warnings.add(code=WarningCode.PROMPTS_CUT, field="prompts", message=text)
     longest = MAX_ACCEPTED_BYTES
     while message.ByteSize() > MAX_ACCEPTED_BYTES and longest:
         longest //= 2

@@ -1,4 +1,4 @@
-"""Domain errors to gRPC statuses with `google.rpc` details: one total table."""
+"""Domain errors to gRPC statuses with `google.rpc` details, by the codes of `domain/error_table.py`."""
 
 from __future__ import annotations
 
@@ -9,43 +9,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from chromarpc_server.domain.errors import (
-    MAX_LISTED,
-    AttemptsExhausted,
-    ChromaError,
-    DeviceHung,
-    DeviceLost,
-    Draining,
-    FieldViolation,
-    ImageNotFound,
-    InternalError,
-    InvalidParameter,
-    JobCancelled,
-    JobDeadlineExceeded,
-    JobNotEnded,
-    JobNotFound,
-    LoraChanged,
-    LoraContentChanged,
-    LoraDownloadFailed,
-    LoraForbidden,
-    LoraIncompatible,
-    LoraInvalid,
-    LoraNotFound,
-    ModelNotFound,
-    NotKept,
-    OutOfMemory,
-    QueueFull,
-    QueueTimeExceeded,
-    QuotaExceeded,
-    RequestIdReused,
-    StoreUnavailable,
-    Unauthenticated,
-    UploadNotFound,
-    UploadOutOfOrder,
-    UploadsFull,
-    WeightsInvalid,
-    WeightsMissing,
-)
+from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.errors import MAX_LISTED, ChromaError, FieldViolation
 
 DOMAIN = "chromarpc"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -58,38 +23,7 @@ MAX_TEXT = 400
 MIN_TEXT = 20
 
 CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
-    InvalidParameter: grpc.StatusCode.INVALID_ARGUMENT,
-    ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    LoraNotFound: grpc.StatusCode.NOT_FOUND,
-    LoraForbidden: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraDownloadFailed: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraInvalid: grpc.StatusCode.INVALID_ARGUMENT,
-    LoraIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraContentChanged: grpc.StatusCode.FAILED_PRECONDITION,
-    UploadNotFound: grpc.StatusCode.NOT_FOUND,
-    UploadOutOfOrder: grpc.StatusCode.FAILED_PRECONDITION,
-    UploadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    JobNotFound: grpc.StatusCode.NOT_FOUND,
-    ImageNotFound: grpc.StatusCode.NOT_FOUND,
-    JobNotEnded: grpc.StatusCode.FAILED_PRECONDITION,
-    RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
-    StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
-    AttemptsExhausted: grpc.StatusCode.INTERNAL,
-    LoraChanged: grpc.StatusCode.FAILED_PRECONDITION,
-    NotKept: grpc.StatusCode.FAILED_PRECONDITION,
-    QueueTimeExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    WeightsMissing: grpc.StatusCode.FAILED_PRECONDITION,
-    WeightsInvalid: grpc.StatusCode.FAILED_PRECONDITION,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Draining: grpc.StatusCode.UNAVAILABLE,
-    JobCancelled: grpc.StatusCode.CANCELLED,
-    JobDeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    DeviceHung: grpc.StatusCode.INTERNAL,
-    DeviceLost: grpc.StatusCode.INTERNAL,
-    InternalError: grpc.StatusCode.INTERNAL,
+    entry.kind: grpc.StatusCode[entry.status] for entry in ENTRIES
 }
 
 

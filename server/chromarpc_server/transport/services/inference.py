@@ -17,7 +17,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chromarpc.compat.v1 import inference_service_pb2, inference_service_pb2_grpc
 from chromarpc.json_request import InvalidRequestJson, parse_request_json
 from chromarpc.v1 import job_event_pb2, job_service_pb2, model_service_pb2, options_pb2
+from chromarpc_server.domain.error_table import HttpErrorCode
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, first_named
+from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.transport.messages.errors import code_of
 from chromarpc_server.transport.services.jobs import JobServicer
 from chromarpc_server.transport.services.models import ModelServicer
@@ -103,7 +105,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def _submit(self, body: httpbody_pb2.HttpBody, caller: Any) -> dict[str, object]:
         if not _JSON_CONTENT.match(body.content_type):
             message = f"the body must be {JSON_TYPE}, got {body.content_type[:100] or 'no content type'}"
-            raise Refusal(415, "UNSUPPORTED_MEDIA_TYPE", message, {})
+            raise Refusal(415, HttpErrorCode.UNSUPPORTED_MEDIA_TYPE, message, {})
         try:
             parsed = parse_request_json(body.data)
         except InvalidRequestJson as error:
@@ -118,7 +120,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         job = created.job
         at = f"{_base_url(caller)}/v1/requests/{job.job_id}"
         warnings = [
-            {"code": "UNKNOWN_FIELD", "field": name, "message": "no such field; it was left out"}
+            {"code": WarningCode.UNKNOWN_FIELD, "field": name, "message": "no such field; it was left out"}
             for name in parsed.unknown
         ]
         return {
@@ -284,7 +286,7 @@ def _as_the_reference_says_it(refusal: Refusal, request: Any) -> Refusal:
     if fields and all(map(_TRANSFORMER.fullmatch, fields)):
         named = [lora.transformer for lora in request.loras if lora.HasField("transformer")]
         if all(name in ("low", "high") for name in named):
-            return Refusal(400, "MOE_FORMAT_NOT_SUPPORTED", refusal.message, refusal.details)
+            return Refusal(400, HttpErrorCode.MOE_FORMAT_NOT_SUPPORTED, refusal.message, refusal.details)
     return refusal
 
 
@@ -297,12 +299,12 @@ def _request_not_found(refusal: Refusal, request_id: str) -> Refusal:
     """The reference calls a job a request; an id that can be no job's is just not found."""
     if refusal.status not in (404, 422):
         return refusal
-    return Refusal(404, "REQUEST_NOT_FOUND", refusal.message, {"request_id": request_id[:100]})
+    return Refusal(404, HttpErrorCode.REQUEST_NOT_FOUND, refusal.message, {"request_id": request_id[:100]})
 
 
 def _index(text: str) -> int:
     if not (text.isdecimal() and text.isascii() and len(text) < 7):
-        raise Refusal(404, "REQUEST_NOT_FOUND", f"no image has the index {text[:32]!r}", {})
+        raise Refusal(404, HttpErrorCode.REQUEST_NOT_FOUND, f"no image has the index {text[:32]!r}", {})
     return int(text)
 
 
