@@ -230,7 +230,7 @@ class Warning(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """Stable name, such as `SIZE_SNAPPED`."""
+    """A `WarningCode` without its prefix, such as `SIZE_SNAPPED`."""
     field: _builtins.str
     """Dotted path of the field it is about, such as `prompts.0.width`; may be empty."""
     message: _builtins.str
@@ -1039,7 +1039,7 @@ class Failed(_message.Message):
     code: _builtins.int
     """gRPC status code."""
     reason: _builtins.str
-    """Stable name, such as `LORA_INCOMPATIBLE`."""
+    """An `ErrorReason` without its prefix, such as `LORA_INCOMPATIBLE`."""
     message: _builtins.str
     """A sentence for people."""
     @_builtins.property

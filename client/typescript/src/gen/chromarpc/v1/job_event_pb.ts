@@ -163,7 +163,7 @@ export const JobEventSchema: GenMessage<JobEvent> = /*@__PURE__*/
  */
 export type Warning = Message<"chromarpc.v1.Warning"> & {
   /**
-   * Stable name, such as `SIZE_SNAPPED`.
+   * A `WarningCode` without its prefix, such as `SIZE_SNAPPED`.
    *
    * @generated from field: string code = 1;
    */
@@ -1060,7 +1060,7 @@ export type Failed = Message<"chromarpc.v1.Failed"> & {
   code: number;
 
   /**
-   * Stable name, such as `LORA_INCOMPATIBLE`.
+   * An `ErrorReason` without its prefix, such as `LORA_INCOMPATIBLE`.
    *
    * @generated from field: string reason = 2;
    */
