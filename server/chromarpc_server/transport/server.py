@@ -20,7 +20,7 @@ from chromarpc.v1 import (
     model_service_pb2_grpc,
 )
 from chromarpc_server.transport.access.authentication import Authentication
-from chromarpc_server.transport.access.interceptor import Rule, Rules
+from chromarpc_server.transport.access.interceptor import Interceptor, Rule
 from chromarpc_server.transport.access.quotas import CallQuotas
 from chromarpc_server.transport.access.tls import ServerTls
 from chromarpc_server.transport.addresses import is_unix, room_for
@@ -120,7 +120,7 @@ async def listen(
     Raises:
         OSError: the address cannot be bound.
     """
-    inside = Rules((*rules, access.authentication.rule, access.quotas.rule))
+    inside = Interceptor((*rules, access.authentication.rule, access.quotas.rule))
     server = grpc.aio.server(
         interceptors=(*interceptors, inside),
         options=channel_options(access.max_request_bytes, access.max_connections),

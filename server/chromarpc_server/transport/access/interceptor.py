@@ -49,7 +49,7 @@ class Call:
 Rule = Callable[[Call], AbstractAsyncContextManager[None]]
 
 
-class Rules(grpc.aio.ServerInterceptor):
+class Interceptor(grpc.aio.ServerInterceptor):
     """Runs every handler inside the rules, the first one outermost."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:

@@ -14,7 +14,7 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.registry import QUEUED, RUNNING, state_of
 from chromarpc_server.jobs.store.job_store import CANCELLED, FAILED, SUCCEEDED
-from chromarpc_server.transport.messages.convert import (
+from chromarpc_server.transport.messages.events import (
     MAX_ACCEPTED_BYTES,
     accepted_message,
     failed_message,

@@ -12,8 +12,8 @@ from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlin
 from chromarpc_server.domain.events import Cancelled, Failed
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.transport.messages.convert import encoded_event, fingerprint, generation_request, heartbeat
 from chromarpc_server.transport.messages.errors import code_of, status_message, trailing_metadata
+from chromarpc_server.transport.messages.events import encoded_event, fingerprint, generation_request, heartbeat
 from chromarpc_server.transport.messages.jobs import require_tellable
 
 HEARTBEAT_S = 10.0

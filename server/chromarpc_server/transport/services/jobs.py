@@ -24,7 +24,7 @@ from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.registry import Selection, place
-from chromarpc_server.transport.messages.convert import (
+from chromarpc_server.transport.messages.events import (
     encoded_event,
     fingerprint,
     generation_request,

@@ -38,8 +38,8 @@ from chromarpc_server.domain.models import CHROMA, ModelSpec
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.runtime.model_files import ModelFiles
-from chromarpc_server.transport.messages.convert import MAX_METADATA_BYTES, MAX_UNMATCHED_BYTES
 from chromarpc_server.transport.messages.errors import code_of, shorten, status_message, trailing_metadata
+from chromarpc_server.transport.messages.events import MAX_METADATA_BYTES, MAX_UNMATCHED_BYTES
 from chromarpc_server.transport.messages.paging import Page
 
 DEFAULT_PAGE_SIZE = 100

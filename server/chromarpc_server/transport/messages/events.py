@@ -26,7 +26,7 @@ from chromarpc_server.domain.requests import (
 from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.transport.messages.errors import code_number, duration, listed, shorten
-from chromarpc_server.transport.messages.trainer_options import trainer_message, trainer_request
+from chromarpc_server.transport.messages.options import trainer_message, trainer_request
 
 _FORMATS = {
     options_pb2.IMAGE_FORMAT_PNG: ImageFormat.PNG,
