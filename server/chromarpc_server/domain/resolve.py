@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -106,7 +106,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     if request.model is None:
         found.refuse("model", "is required")
     elif asked is None:
-        unknown_model = _model_not_found(request.model, serving)
+        unknown_model = model_not_found(request.model, serving.models)
     elif served_id != spec.id:
         found.warn(WarningCode.MODEL_ALIASED, "model", f"{spec.id} is served by {served_id} on this server")
 
@@ -155,8 +155,9 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     )
 
 
-def _model_not_found(model_id: str, serving: Serving) -> ModelNotFound:
-    served = sorted(serving.models)
+def model_not_found(model_id: str, models: Iterable[str]) -> ModelNotFound:
+    """The error for an id that none of the models has."""
+    served = sorted(models)
     return ModelNotFound(
         f"no model has the id {model_id[:64]!r}; this server knows {first_named(served)}",
         field="model",
