@@ -77,7 +77,8 @@ check-protos: setup  ## buf lint, buf breaking against the last release, and tha
 	$(BIN)/buf breaking protos --against protos/chromarpc.v1.binpb
 	PYTHON=$(BIN)/python tools/check_stubs.sh
 
-protos: setup  ## Generate the Python stubs from protos/
+protos: setup  ## Generate the enums of errors and warnings, their tables in docs/, and the Python stubs of protos/
+	$(BIN)/python -m tools.code_tables
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
 
 baseline: setup  ## At a release, and only then: make its contract what `buf breaking` compares with

@@ -43,7 +43,7 @@ from chromarpc_server.transport.access.callers_file import CallersFile
 from chromarpc_server.transport.access.quotas import CallQuotas
 from chromarpc_server.transport.access.tls import ServerTls, TlsFiles
 from chromarpc_server.transport.addresses import joined
-from chromarpc_server.transport.server import Access, Listening, listen
+from chromarpc_server.transport.server import Access, Listening, Services, listen
 from chromarpc_server.transport.services.generation import GenerationServicer
 from chromarpc_server.transport.services.jobs import JobServicer
 from chromarpc_server.transport.services.loras import LoraServicer
@@ -142,12 +142,14 @@ class App:
             await engine.recover(serving.models)
             listening = await listen(
                 joined(settings.host, settings.port),
-                GenerationServicer(engine, serving),
-                JobServicer(engine, serving),
-                models,
-                LoraServicer(library, adapters, serving, model_files),
+                Services(
+                    GenerationServicer(engine, serving),
+                    JobServicer(engine, serving),
+                    models,
+                    LoraServicer(library, adapters, serving, model_files),
+                ),
                 access=access,
-                rules=[] if metrics is None else [metrics.rule],
+                middleware=[] if metrics is None else [metrics.middleware],
                 interceptors=[] if tracing is None else [tracing.interceptor()],
             )
             status_port = None if metrics is None else self._open_status_port(metrics, engine, listening)

@@ -6,8 +6,6 @@ An unknown or bad value stops the start.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -36,6 +34,7 @@ from chromarpc_server.domain.limits import (
 )
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords
+from chromarpc_server.platform_folders import default_data_dir
 from chromarpc_server.ports import WantedPort
 from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
 
@@ -86,18 +85,6 @@ Host = Annotated[str, AfterValidator(parse_host)]
 TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
 ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
-
-
-def default_data_dir() -> Path:
-    """Where this platform keeps a user's data of chromarpc."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
-    return base / "chromarpc"
 
 
 class LimitSettings(BaseModel):

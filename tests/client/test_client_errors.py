@@ -16,6 +16,7 @@ from google.rpc import status_pb2
 import chromarpc
 from chromarpc import errors
 from chromarpc.errors import CODE_ERRORS, REASON_ERRORS, StatusError, error_type, from_status
+from chromarpc.v1 import codes_pb2
 
 KEY = "grpc-status-details-bin"
 
@@ -69,6 +70,11 @@ def test_every_reason_of_the_server_has_a_class_of_its_own() -> None:
     found = {reason: error_type(code, reason).__name__ for reason, (_, code) in server_errors().items()}
     assert found == {reason: GENERAL.get(reason, kind.__name__) for reason, (kind, _) in server_errors().items()}
     assert set(REASON_ERRORS) == set(found)
+
+
+def test_every_reason_of_the_contract_has_a_class() -> None:
+    reasons = {name.removeprefix("ERROR_REASON_") for name in codes_pb2.ErrorReason.keys()}  # noqa: SIM118
+    assert set(REASON_ERRORS) == reasons - {"UNSPECIFIED"}
 
 
 def test_every_reason_of_the_server_has_its_class_in_typescript() -> None:

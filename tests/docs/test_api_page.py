@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 
 from chromarpc.v1 import generation_service_pb2
+from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.domain.trainer import TRAINER_DTYPES, UNSUPPORTED_QTYPES
-from chromarpc_server.transport.messages.errors import CODES
+from chromarpc_server.domain.warning_codes import WarningCode
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")
@@ -28,33 +28,12 @@ def request_fields(descriptor: Descriptor) -> set[str]:
     return found - {f"ctrl_img_{number}" for number in (1, 2, 3)} - {"every_n_steps", "max_side_px", "ctrl_img"}
 
 
-def warning_codes() -> set[str]:
-    """What is given to `PlanWarning` and to `Findings.warn`, or put into a message as its `code`."""
-    found = set()
-    for path in (ROOT / "server/chromarpc_server").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            given: list[ast.expr] = []
-            if called in ("warn", "PlanWarning"):
-                given = node.args[:1]
-            elif called == "add":
-                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-            found |= {
-                str(value.value)
-                for value in given
-                if isinstance(value, ast.Constant) and REASON.fullmatch(str(value.value))
-            }
-    return found
-
-
 @pytest.mark.parametrize(
     "known",
     [
         request_fields(generation_service_pb2.GenerateRequest.DESCRIPTOR),
-        warning_codes(),
-        {kind.reason for kind in CODES},
+        {code.value for code in WarningCode},
+        {entry.reason for entry in ENTRIES},
         {*TRAINER_DTYPES, *UNSUPPORTED_QTYPES},
     ],
     ids=["fields", "warnings", "errors", "trainer"],
@@ -67,4 +46,4 @@ def test_everything_is_told_of(known: set[str]) -> None:
 def test_no_warning_is_told_of_that_does_not_exist() -> None:
     section = PAGE.split("## Warnings")[1].split("## Errors")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-    assert {name for row in rows for name in REASON.findall(row)} == warning_codes()
+    assert {name for row in rows for name in REASON.findall(row)} == {*WarningCode}

@@ -15,6 +15,7 @@ from google.protobuf.descriptor_pb2 import MethodOptions
 
 from chromarpc.compat.v1 import inference_service_pb2
 from chromarpc.v1 import (
+    codes_pb2,
     generation_service_pb2,
     job_event_pb2,
     job_service_pb2,
@@ -25,7 +26,15 @@ from chromarpc.v1 import (
 
 ROOT = Path(__file__).parents[2]
 BUF = Path(sys.executable).parent / "buf"
-V1 = (generation_service_pb2, job_event_pb2, job_service_pb2, lora_service_pb2, model_service_pb2, options_pb2)
+V1 = (
+    codes_pb2,
+    generation_service_pb2,
+    job_event_pb2,
+    job_service_pb2,
+    lora_service_pb2,
+    model_service_pb2,
+    options_pb2,
+)
 REPEATABLE = {
     "AppendLoraUpload",
     "CancelJob",

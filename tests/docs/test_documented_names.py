@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.jobs.encoding import CHUNK_BYTES
-from chromarpc_server.transport.messages.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 LOG_METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log")
-FORWARDED = {"code", "warning.code"}
-"""What stands where a code does and is none: a parameter, a warning that is passed on."""
 
 
 def calls() -> Iterator[ast.Call]:
@@ -21,17 +20,13 @@ def calls() -> Iterator[ast.Call]:
         yield from (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call))
 
 
-def warning_codes() -> set[str]:
-    found = set()
+def given_codes() -> Iterator[ast.expr]:
+    """What calls that make a warning give as its code."""
     for call in calls():
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         is_added = name == "add" and ast.unparse(call.func).endswith("warnings.add")
         if is_added or name in ("PlanWarning", "warn", "Warning"):
-            said = call.args[0] if call.args else next(k.value for k in call.keywords if k.arg == "code")
-            if ast.unparse(said) not in FORWARDED:
-                assert isinstance(said, ast.Constant), f"not a plain text: {ast.unparse(call)}"
-                found.add(said.value)
-    return found
+            yield call.args[0] if call.args else next(k.value for k in call.keywords if k.arg == "code")
 
 
 def log_events() -> set[str]:
@@ -70,11 +65,17 @@ def rows(page: str, heading: str) -> set[str]:
 
 
 def test_every_warning_has_its_row_in_the_api_page() -> None:
-    assert rows("api.md", "Warnings") == warning_codes()
+    assert rows("api.md", "Warnings") == {*WarningCode}
+
+
+def test_every_warning_is_given_by_its_name_in_the_table() -> None:
+    given = {ast.unparse(code) for code in given_codes()}
+    assert not any(isinstance(code, ast.Constant) for code in given_codes())
+    assert {f"WarningCode.{code}" for code in WarningCode} <= given
 
 
 def test_every_reason_has_its_row_in_the_api_page() -> None:
-    assert rows("api.md", "Errors") == {kind.reason for kind in CODES}
+    assert rows("api.md", "Errors") == {entry.reason for entry in ENTRIES}
 
 
 def test_every_event_of_the_log_has_its_row_in_the_operations_page() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.jobs.engine import EngineStatus
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.pipeline import DeviceDescription
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.settings import LimitSettings, ServerSettings
-from chromarpc_server.transport.messages.errors import CODES
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROWS = re.findall(r"^\| `([^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -48,7 +48,7 @@ SETTINGS = {*ServerSettings.model_fields, *(f"limits.{name}" for name in LimitSe
     [
         (SETTINGS, lambda row: row in SETTINGS or row.startswith("limits.")),
         (metric_names(), lambda row: row.startswith("chromarpc_")),
-        ({kind.reason for kind in CODES}, lambda row: re.fullmatch("[A-Z_]+", row) is not None),
+        ({entry.reason for entry in ENTRIES}, lambda row: re.fullmatch("[A-Z_]+", row) is not None),
     ],
     ids=["settings", "metrics", "errors"],
 )

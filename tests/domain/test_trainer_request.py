@@ -23,7 +23,8 @@ from chromarpc_server.domain.requests import (
 )
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TRAINER_QTYPES, LokrForm, TrainerSettings
-from chromarpc_server.transport.messages.convert import accepted_message, generation_request
+from chromarpc_server.transport.messages.events import accepted_message
+from chromarpc_server.transport.messages.requests import generation_request
 
 OTHERS = ("reference", "exact", "fp8")
 SERVING = Serving(profiles=(*OTHERS, *sorted(PREVIEW_PROFILES)))

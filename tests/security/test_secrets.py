@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 import chromarpc
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
 from chromarpc_server.domain.requests import GenerationRequest
-from chromarpc_server.transport.messages.convert import generation_request
+from chromarpc_server.transport.messages.requests import generation_request
 from chromarpc_server.transport.server import SERVICES
 from tests.security.conftest import TOKENS, entry
 

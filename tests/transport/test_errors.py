@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from google.rpc import error_details_pb2
 
 from chromarpc_server.domain import errors
+from chromarpc_server.domain.error_table import BY_KIND, ENTRIES, ErrorEntry, Retry
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, QueueFull
 from chromarpc_server.transport.messages import errors as status_module
 from chromarpc_server.transport.messages.errors import CODES, MAX_DETAILS_BYTES, rich_status
@@ -21,6 +27,41 @@ def test_the_table_is_total() -> None:
     for kind in CODES:
         assert kind.__name__ in (errors.__doc__ or "")
         assert kind.reason in (errors.__doc__ or "")
+
+
+def advised() -> Iterator[str]:
+    """Names of the errors that the server raises with the time of a retry."""
+    for path in Path(errors.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call) and any(keyword.arg == "retry_after_s" for keyword in node.keywords):
+                yield ast.unparse(node.func).removesuffix(".of")
+
+
+def test_a_retry_is_advised_only_where_it_may_help() -> None:
+    raised = {kind for kind in BY_KIND if kind.__name__ in set(advised())}
+    assert len(raised) >= 5
+    assert [kind for kind in raised if BY_KIND[kind].retry is Retry.NO] == []
+
+
+STATUS_OVER_HTTP = {
+    "INVALID_ARGUMENT": 422,
+    "FAILED_PRECONDITION": 400,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "UNAUTHENTICATED": 401,
+    "RESOURCE_EXHAUSTED": 429,
+    "DEADLINE_EXCEEDED": 504,
+    "UNAVAILABLE": 503,
+    "INTERNAL": 500,
+    "CANCELLED": 500,
+}
+AS_THE_REFERENCE_ANSWERS = {"MODEL_NOT_FOUND": 400, "LORA_NOT_FOUND": 400, "LORA_INVALID": 400}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.reason)
+def test_the_http_status_follows_the_code_or_the_reference(entry: ErrorEntry) -> None:
+    expected = AS_THE_REFERENCE_ANSWERS.get(entry.reason, STATUS_OVER_HTTP[entry.status])
+    assert entry.http_status == expected
 
 
 def test_ten_thousand_violations_fit_and_are_counted() -> None:

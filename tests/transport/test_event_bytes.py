@@ -10,7 +10,7 @@ from chromarpc.v1 import job_service_pb2
 from chromarpc_server.domain.events import ImageChunk
 from chromarpc_server.jobs.encoding import CHUNK_BYTES
 from chromarpc_server.jobs.log import LoggedEvent
-from chromarpc_server.transport.messages.convert import encoded_event, job_event
+from chromarpc_server.transport.messages.events import encoded_event, job_event
 
 
 @pytest.mark.parametrize("size_bytes", [1, 100, 127, 128, 16_000, 16_383, 16_384, CHUNK_BYTES])

@@ -29,7 +29,7 @@ class _LoadingStage:
 class _LoadingStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadingStage.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LOADING_STAGE_UNSPECIFIED: _LoadingStage.ValueType  # 0
-    """Not told."""
+    """Not known."""
     LOADING_STAGE_DOWNLOADING: _LoadingStage.ValueType  # 1
     """Files are being fetched."""
     LOADING_STAGE_READING: _LoadingStage.ValueType  # 2
@@ -45,7 +45,7 @@ class LoadingStage(_LoadingStage, metaclass=_LoadingStageEnumTypeWrapper):
     """What is being done before denoising can start."""
 
 LOADING_STAGE_UNSPECIFIED: LoadingStage.ValueType  # 0
-"""Not told."""
+"""Not known."""
 LOADING_STAGE_DOWNLOADING: LoadingStage.ValueType  # 1
 """Files are being fetched."""
 LOADING_STAGE_READING: LoadingStage.ValueType  # 2
@@ -65,7 +65,7 @@ class _AdapterPlacement:
 class _AdapterPlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterPlacement.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_PLACEMENT_UNSPECIFIED: _AdapterPlacement.ValueType  # 0
-    """Not told."""
+    """Not known."""
     ADAPTER_PLACEMENT_MERGED: _AdapterPlacement.ValueType  # 1
     """It was merged into the weights."""
     ADAPTER_PLACEMENT_BESIDE: _AdapterPlacement.ValueType  # 2
@@ -75,7 +75,7 @@ class AdapterPlacement(_AdapterPlacement, metaclass=_AdapterPlacementEnumTypeWra
     """Where an adapter's change is computed."""
 
 ADAPTER_PLACEMENT_UNSPECIFIED: AdapterPlacement.ValueType  # 0
-"""Not told."""
+"""Not known."""
 ADAPTER_PLACEMENT_MERGED: AdapterPlacement.ValueType  # 1
 """It was merged into the weights."""
 ADAPTER_PLACEMENT_BESIDE: AdapterPlacement.ValueType  # 2
@@ -89,7 +89,7 @@ class _WeightsSource:
 class _WeightsSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightsSource.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WEIGHTS_SOURCE_UNSPECIFIED: _WeightsSource.ValueType  # 0
-    """Not told."""
+    """Not known."""
     WEIGHTS_SOURCE_RESIDENT: _WeightsSource.ValueType  # 1
     """They were in memory with these adapters merged."""
     WEIGHTS_SOURCE_SWITCHED: _WeightsSource.ValueType  # 2
@@ -101,7 +101,7 @@ class WeightsSource(_WeightsSource, metaclass=_WeightsSourceEnumTypeWrapper):
     """Where a job's weights came from."""
 
 WEIGHTS_SOURCE_UNSPECIFIED: WeightsSource.ValueType  # 0
-"""Not told."""
+"""Not known."""
 WEIGHTS_SOURCE_RESIDENT: WeightsSource.ValueType  # 1
 """They were in memory with these adapters merged."""
 WEIGHTS_SOURCE_SWITCHED: WeightsSource.ValueType  # 2
@@ -161,7 +161,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def preview(self) -> Global___Preview:
-        """A small picture of the unfinished image."""
+        """A small image of what the unfinished one will be."""
 
     @_builtins.property
     def image_header(self) -> Global___ImageHeader:
@@ -230,7 +230,7 @@ class Warning(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """Stable name, such as `SIZE_SNAPPED`."""
+    """A `WarningCode` without its prefix, such as `SIZE_SNAPPED`."""
     field: _builtins.str
     """Dotted path of the field it is about, such as `prompts.0.width`; may be empty."""
     message: _builtins.str
@@ -685,7 +685,7 @@ class WeightsReport(_message.Message):
     rewritten_tensor_count: _builtins.int
     """Tensors of the transformer that were written; 0 where the set was in memory."""
     resident_set_count: _builtins.int
-    """Adapter sets in memory now."""
+    """Prepared weights in memory now."""
     resident_bytes: _builtins.int
     """Their size together."""
     evicted_set_count: _builtins.int
@@ -770,7 +770,7 @@ Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class Preview(_message.Message):
-    """A small picture of what the model predicts the finished image to be."""
+    """A small image of what the model predicts the finished image to be."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -791,7 +791,7 @@ class Preview(_message.Message):
     height: _builtins.int
     """Height in pixels."""
     data: _builtins.bytes
-    """The encoded picture."""
+    """The encoded image."""
     def __init__(
         self,
         *,
@@ -1039,7 +1039,7 @@ class Failed(_message.Message):
     code: _builtins.int
     """gRPC status code."""
     reason: _builtins.str
-    """Stable name, such as `LORA_INCOMPATIBLE`."""
+    """An `ErrorReason` without its prefix, such as `LORA_INCOMPATIBLE`."""
     message: _builtins.str
     """A sentence for people."""
     @_builtins.property

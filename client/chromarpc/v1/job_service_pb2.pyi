@@ -35,7 +35,7 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_RUNNING: _JobState.ValueType  # 2
     """It runs."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 3
-    """It ended with all its pictures."""
+    """It ended with all its images."""
     JOB_STATE_FAILED: _JobState.ValueType  # 4
     """It ended without; `failure` says why."""
     JOB_STATE_CANCELLED: _JobState.ValueType  # 5
@@ -51,7 +51,7 @@ JOB_STATE_QUEUED: JobState.ValueType  # 1
 JOB_STATE_RUNNING: JobState.ValueType  # 2
 """It runs."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 3
-"""It ended with all its pictures."""
+"""It ended with all its images."""
 JOB_STATE_FAILED: JobState.ValueType  # 4
 """It ended without; `failure` says why."""
 JOB_STATE_CANCELLED: JobState.ValueType  # 5
@@ -109,7 +109,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it and its pictures will be deleted; left out while that is not known."""
+        """When it and its images will be deleted; left out while that is not known."""
 
     @_builtins.property
     def plan(self) -> _job_event_pb2.Accepted:
@@ -117,7 +117,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_job_event_pb2.ImageHeader]:
-        """Its pictures so far, in the order of prompts."""
+        """Its images so far, in the order of prompts."""
 
     @_builtins.property
     def failure(self) -> _job_event_pb2.Failed:
@@ -216,7 +216,7 @@ class WatchJobRequest(_message.Message):
     after_sequence: _builtins.int
     """Sequence of the last event that the watcher has; 0 for all."""
     omit_image_bytes: _builtins.bool
-    """Leaves image bytes out (`image_header` still comes), for watchers that fetch pictures with `GetImage`."""
+    """Leaves image bytes out (`image_header` still comes), for watchers that fetch images with `GetImage`."""
     def __init__(
         self,
         *,
@@ -380,7 +380,7 @@ class CancelJobRequest(_message.Message):
     job_id: _builtins.str
     """Id of the job."""
     request_id: _builtins.str
-    """The `request_id` that it was made under, for callers that were not told its id yet."""
+    """The `request_id` that it was made under, for callers that do not know its id yet."""
     when_unattended: _builtins.bool
     """For a caller of `Generate` that leaves: stops the job only once no other one holds on to it and nobody watches
     it. That is at once, unless somebody does; then the last one who goes ends it without delay. A job that goes on
@@ -466,7 +466,7 @@ Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
 
 @_typing.final
 class GetImageRequest(_message.Message):
-    """Which picture to fetch."""
+    """Which image to fetch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -496,7 +496,7 @@ Global___GetImageRequest: _TypeAlias = GetImageRequest  # noqa: Y015
 
 @_typing.final
 class GetImageResponse(_message.Message):
-    """One message of a picture's stream."""
+    """One message of an image's stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class JobServiceStub(object):
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """
@@ -75,7 +75,7 @@ class JobServiceStub(object):
 
 
 class JobServiceServicer(object):
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """
@@ -98,7 +98,7 @@ class JobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Tells how a job is.
+        """Answers how a job is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,14 +121,14 @@ class JobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`.
+        """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetImage(self, request, context):
-        """Streams one of a job's pictures again: its header, then its bytes, from any offset.
+        """Streams one of a job's images again: its header, then its bytes, from any offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,7 +181,7 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService(object):
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobServiceStub:
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """
@@ -46,7 +46,7 @@ class JobServiceStub:
     stream normally, with its last event saying so: watching it succeeded.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
-    """Tells how a job is."""
+    """Answers how a job is."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
     """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]
@@ -55,13 +55,13 @@ class JobServiceStub:
     down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
-    """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`."""
+    """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
     GetImage: _grpc.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]
-    """Streams one of a job's pictures again: its header, then its bytes, from any offset."""
+    """Streams one of a job's images again: its header, then its bytes, from any offset."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """
@@ -77,7 +77,7 @@ class JobServiceAsyncStub(JobServiceStub):
     stream normally, with its last event saying so: watching it succeeded.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
-    """Tells how a job is."""
+    """Answers how a job is."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Lists jobs, newest first. A page ends before its answer has 1 MiB, with one job at least."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]  # type: ignore[assignment]
@@ -86,12 +86,12 @@ class JobServiceAsyncStub(JobServiceStub):
     down the call fails with `STORE_UNAVAILABLE`, and this server process stops the job all the same.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
-    """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`."""
+    """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
     GetImage: _aio.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]  # type: ignore[assignment]
-    """Streams one of a job's pictures again: its header, then its bytes, from any offset."""
+    """Streams one of a job's images again: its header, then its bytes, from any offset."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+    """Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
 
     `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
     """
@@ -123,7 +123,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.GetJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.GetJobResponse, _abc.Awaitable[_job_service_pb2.GetJobResponse]]:
-        """Tells how a job is."""
+        """Answers how a job is."""
 
     @_abc_1.abstractmethod
     def ListJobs(
@@ -150,7 +150,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.DeleteJobResponse, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]]:
-        """Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`."""
+        """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
 
     @_abc_1.abstractmethod
     def GetImage(
@@ -158,6 +158,6 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.GetImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_service_pb2.GetImageResponse], _abc.AsyncIterator[_job_service_pb2.GetImageResponse]]:
-        """Streams one of a job's pictures again: its header, then its bytes, from any offset."""
+        """Streams one of a job's images again: its header, then its bytes, from any offset."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -422,7 +422,7 @@ Global___DeleteLoraRequest: _TypeAlias = DeleteLoraRequest  # noqa: Y015
 
 @_typing.final
 class DeleteLoraResponse(_message.Message):
-    """Nothing to tell."""
+    """Empty."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

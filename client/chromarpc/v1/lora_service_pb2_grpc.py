@@ -79,7 +79,7 @@ class LoraServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def InspectLora(self, request, context):
-        """Tells what an adapter is and what it does to a model; needs no device.
+        """Answers what an adapter is and what it does to a model; needs no device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

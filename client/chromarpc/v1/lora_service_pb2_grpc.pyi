@@ -36,7 +36,7 @@ class LoraServiceStub:
     ListLoras: _grpc.UnaryUnaryMultiCallable[_lora_service_pb2.ListLorasRequest, _lora_service_pb2.ListLorasResponse]
     """Lists the adapters that this server has."""
     InspectLora: _grpc.UnaryUnaryMultiCallable[_lora_service_pb2.InspectLoraRequest, _lora_service_pb2.InspectLoraResponse]
-    """Tells what an adapter is and what it does to a model; needs no device."""
+    """Answers what an adapter is and what it does to a model; needs no device."""
     DeleteLora: _grpc.UnaryUnaryMultiCallable[_lora_service_pb2.DeleteLoraRequest, _lora_service_pb2.DeleteLoraResponse]
     """Deletes an uploaded adapter; all others are the server's own."""
     CreateLoraUpload: _grpc.UnaryUnaryMultiCallable[_lora_service_pb2.CreateLoraUploadRequest, _lora_service_pb2.CreateLoraUploadResponse]
@@ -56,7 +56,7 @@ class LoraServiceAsyncStub(LoraServiceStub):
     ListLoras: _aio.UnaryUnaryMultiCallable[_lora_service_pb2.ListLorasRequest, _lora_service_pb2.ListLorasResponse]  # type: ignore[assignment]
     """Lists the adapters that this server has."""
     InspectLora: _aio.UnaryUnaryMultiCallable[_lora_service_pb2.InspectLoraRequest, _lora_service_pb2.InspectLoraResponse]  # type: ignore[assignment]
-    """Tells what an adapter is and what it does to a model; needs no device."""
+    """Answers what an adapter is and what it does to a model; needs no device."""
     DeleteLora: _aio.UnaryUnaryMultiCallable[_lora_service_pb2.DeleteLoraRequest, _lora_service_pb2.DeleteLoraResponse]  # type: ignore[assignment]
     """Deletes an uploaded adapter; all others are the server's own."""
     CreateLoraUpload: _aio.UnaryUnaryMultiCallable[_lora_service_pb2.CreateLoraUploadRequest, _lora_service_pb2.CreateLoraUploadResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class LoraServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lora_service_pb2.InspectLoraRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lora_service_pb2.InspectLoraResponse, _abc.Awaitable[_lora_service_pb2.InspectLoraResponse]]:
-        """Tells what an adapter is and what it does to a model; needs no device."""
+        """Answers what an adapter is and what it does to a model; needs no device."""
 
     @_abc_1.abstractmethod
     def DeleteLora(

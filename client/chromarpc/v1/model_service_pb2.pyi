@@ -77,13 +77,13 @@ class CacheStatistics(_message.Message):
     EVICTION_COUNT_FIELD_NUMBER: _builtins.int
     ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     hit_count: _builtins.int
-    """Jobs whose adapter set was in memory."""
+    """Jobs whose prepared weights were in memory."""
     switch_count: _builtins.int
     """Jobs for which weights in memory were switched in place."""
     build_count: _builtins.int
     """Jobs for which weights were made anew."""
     eviction_count: _builtins.int
-    """Adapter sets that made room for others."""
+    """Prepared weights that made room for others."""
     adapter_bytes: _builtins.int
     """Host memory that parsed adapters take."""
     def __init__(
@@ -214,7 +214,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def resident_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentSet]:
-        """Adapter sets that are merged in memory, least recently used first."""
+        """Prepared weights in memory, least recently used first."""
 
     @_builtins.property
     def memory_plan(self) -> Global___MemoryPlan:
@@ -309,11 +309,11 @@ class MemoryPlan(_message.Message):
     master: _builtins.str
     """Where the weights stay that adapters are merged into: `device` or `host`."""
     tile_autoencoder: _builtins.bool
-    """Whether pictures are decoded in tiles, which changes pixels a little."""
+    """Whether images are decoded in tiles, which changes pixels a little."""
     record_graphs: _builtins.bool
     """Whether steps are recorded as CUDA graphs."""
     estimated_bytes: _builtins.int
-    """What all of it takes at most, for pictures up to 1024×1024."""
+    """What all of it takes at most, for images up to 1024×1024."""
     usable_bytes: _builtins.int
     """What it was planned for."""
     def __init__(

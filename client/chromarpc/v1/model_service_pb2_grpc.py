@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Tells what this server serves.
+    """Answers what this server serves.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Tells what this server serves.
+    """Answers what this server serves.
     """
 
     def ListModels(self, request, context):
@@ -59,7 +59,7 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Tells version, limits, numerics profiles and device.
+        """Answers version, limits, numerics profiles and device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Tells what this server serves.
+    """Answers what this server serves.
     """
 
     @staticmethod

@@ -28,9 +28,9 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     IMAGE_FORMAT_PNG: _ImageFormat.ValueType  # 1
     """Lossless."""
     IMAGE_FORMAT_JPEG: _ImageFormat.ValueType  # 2
-    """Lossy; quality 95 unless told otherwise, as the reference writes it."""
+    """Lossy; quality 95 unless `quality` is set, as the reference writes it."""
     IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
-    """Lossy; quality 95 unless told otherwise."""
+    """Lossy; quality 95 unless `quality` is set."""
     IMAGE_FORMAT_JPEG_TRAINER: _ImageFormat.ValueType  # 4
     """Lossy: a JPEG as ai-toolkit writes its samples, with Pillow's defaults (quality 75, 4:2:0) and nothing else in it."""
 
@@ -42,9 +42,9 @@ IMAGE_FORMAT_UNSPECIFIED: ImageFormat.ValueType  # 0
 IMAGE_FORMAT_PNG: ImageFormat.ValueType  # 1
 """Lossless."""
 IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 2
-"""Lossy; quality 95 unless told otherwise, as the reference writes it."""
+"""Lossy; quality 95 unless `quality` is set, as the reference writes it."""
 IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
-"""Lossy; quality 95 unless told otherwise."""
+"""Lossy; quality 95 unless `quality` is set."""
 IMAGE_FORMAT_JPEG_TRAINER: ImageFormat.ValueType  # 4
 """Lossy: a JPEG as ai-toolkit writes its samples, with Pillow's defaults (quality 75, 4:2:0) and nothing else in it."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
@@ -60,7 +60,7 @@ class _NoiseDrawEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoiseDraw.V
     NOISE_DRAW_FLOAT32: _NoiseDraw.ValueType  # 1
     """Drawn in float32 and rounded to bf16: ai-toolkit since July 2026 (torch 2.13)."""
     NOISE_DRAW_LEGACY: _NoiseDraw.ValueType  # 2
-    """As torch up to 2.11 drew bf16: another picture from the same seed, for LoRAs whose previews are older."""
+    """As torch up to 2.11 drew bf16: another image from the same seed, for LoRAs whose previews are older."""
 
 class NoiseDraw(_NoiseDraw, metaclass=_NoiseDrawEnumTypeWrapper):
     """How the initial noise is drawn from a seed."""
@@ -70,7 +70,7 @@ NOISE_DRAW_UNSPECIFIED: NoiseDraw.ValueType  # 0
 NOISE_DRAW_FLOAT32: NoiseDraw.ValueType  # 1
 """Drawn in float32 and rounded to bf16: ai-toolkit since July 2026 (torch 2.13)."""
 NOISE_DRAW_LEGACY: NoiseDraw.ValueType  # 2
-"""As torch up to 2.11 drew bf16: another picture from the same seed, for LoRAs whose previews are older."""
+"""As torch up to 2.11 drew bf16: another image from the same seed, for LoRAs whose previews are older."""
 Global___NoiseDraw: _TypeAlias = NoiseDraw  # noqa: Y015
 
 class _LokrForm:
@@ -111,7 +111,7 @@ class OutputOptions(_message.Message):
     quality: _builtins.int
     """Quality of JPEG and WebP, 1 to 100; 95 when left out. Refused for PNG and JPEG_TRAINER."""
     picture_record: _builtins.bool
-    """Whether each picture carries what it was drawn with. When left out true, but for JPEG_TRAINER."""
+    """Whether each image carries what it was drawn with. When left out true, but for JPEG_TRAINER."""
     def __init__(
         self,
         *,
@@ -136,7 +136,7 @@ Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
 class PreviewOptions(_message.Message):
-    """Small pictures of what the model predicts the finished image to be, while it is still drawing."""
+    """Small images of what the model predicts the finished image to be, while it is still drawing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,7 @@
  * A request that cannot even be sent (a width of 2**40) throws `InvalidRequest` too, before anything is sent.
  */
 import { Code, ConnectError } from "@connectrpc/connect";
+import type { ErrorReason } from "./gen/chromarpc/v1/codes_pb.js";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details_pb.js";
 import { milliseconds } from "./units.js";
 
@@ -198,7 +199,8 @@ const BY_CODE: Readonly<Record<Code, StatusErrorClass>> = {
   [Code.DataLoss]: ServerError,
 };
 
-const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
+/** What a reason narrows it to, where the status code agrees: all that the contract has. */
+const BY_REASON: Readonly<Record<Exclude<keyof typeof ErrorReason, "UNSPECIFIED">, StatusErrorClass>> = {
   INVALID_PARAMETER: InvalidRequest,
   LORA_INVALID: LoraInvalid,
   MODEL_NOT_FOUND: ModelNotFound,
@@ -236,7 +238,7 @@ const BY_REASON: Readonly<Record<string, StatusErrorClass>> = {
 /** The error of a status; the code rules, the reason refines. */
 export function statusError(message: string, details: StatusDetails): StatusError {
   const byCode = BY_CODE[details.code] ?? ServerError;
-  const byReason = BY_REASON[details.reason ?? ""] ?? byCode;
+  const byReason = (BY_REASON as Readonly<Record<string, StatusErrorClass>>)[details.reason ?? ""] ?? byCode;
   const refines = byReason === byCode || byReason.prototype instanceof byCode;
   return new (refines ? byReason : byCode)(message, details);
 }

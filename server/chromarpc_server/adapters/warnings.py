@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from chromarpc_server.domain.plan import PlanWarning
+from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.pipeline import Adapter
 from chromarpc_server.pipeline.adapters import named, shown
 
@@ -18,35 +19,37 @@ def adapter_warnings(adapter: Adapter, field: str) -> Iterator[PlanWarning]:
     bases = [base for key in _BASE_MODELS if (base := adapter.metadata.get(key))]
     if bases and not any(_FAMILY in base.lower() for base in bases):
         yield PlanWarning(
-            "LORA_FOR_ANOTHER_MODEL",
+            WarningCode.LORA_FOR_ANOTHER_MODEL,
             field,
             f"the file says that it was trained on {shown(bases[0])}, not on Chroma",
         )
     if not adapter.has_effect:
         yield PlanWarning(
-            "LORA_WITHOUT_EFFECT", field, "every change is zero, as in a file that was never trained"
+            WarningCode.LORA_WITHOUT_EFFECT, field, "every change is zero, as in a file that was never trained"
         )
     for part in adapter.unsupported:
         yield PlanWarning(
-            "LORA_PART_UNSUPPORTED",
+            WarningCode.LORA_PART_UNSUPPORTED,
             field,
             f"{len(part.keys)} keys are {part.name}, which this server does not apply",
         )
     if adapter.unmatched:
         total = len(adapter.matched) + len(adapter.unmatched)
         yield PlanWarning(
-            "LORA_KEYS_UNMATCHED", field, f"{len(adapter.unmatched)} of the file's {total} keys have no effect"
+            WarningCode.LORA_KEYS_UNMATCHED,
+            field,
+            f"{len(adapter.unmatched)} of the file's {total} keys have no effect",
         )
     if adapter.unused_alphas:
         yield PlanWarning(
-            "LORA_ALPHA_NOT_FINITE",
+            WarningCode.LORA_ALPHA_NOT_FINITE,
             field,
             f"{len(adapter.unused_alphas)} alphas are not finite numbers, such as "
             f"{shown(adapter.unused_alphas[0])}; they do not count here, but other programs may use them",
         )
     if adapter.unread_scales:
         yield PlanWarning(
-            "LORA_SCALE_UNREAD",
+            WarningCode.LORA_SCALE_UNREAD,
             field,
             "the file's header gives scales that this server cannot follow, so that the adapter may be too strong "
             f"or too weak: {named(map(shown, adapter.unread_scales))}",

@@ -37,8 +37,8 @@ ChromaError
 │   └── DeviceHung          DEVICE_HUNG          the device does not answer
 └── InternalError           INTERNAL             anything else; the error id is in the log too
 
-Messages are written for the client: they hold no server path, no token and no traceback. What gRPC status
-each one becomes is the transport's table (`transport/messages/errors.py`); a test proves that table total.
+Messages are written for the client: they hold no server path, no token and no traceback. What else there is to
+know of each, its gRPC status and what to do about it, is in `error_table.py`; a test proves that table total.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from chromarpc_server.domain.errors import FieldViolation, InvalidParameter, first_named
 from chromarpc_server.domain.plan import PlanWarning
 from chromarpc_server.domain.requests import RANGES
+from chromarpc_server.domain.warning_codes import WarningCode
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Findings:
         """The request cannot be served, because of this field."""
         self.violations.append(FieldViolation(path, description))
 
-    def warn(self, code: str, path: str, message: str) -> None:
+    def warn(self, code: WarningCode, path: str, message: str) -> None:
         """The request can be served, and its sender should know."""
         self.warnings.append(PlanWarning(code, path, message))
 

@@ -14,7 +14,7 @@ class PlanWarning:
     """Something the caller should know that does not stop the job."""
 
     code: str
-    """Stable name, such as `SIZE_SNAPPED`."""
+    """A `WarningCode`; a stored plan keeps the text, which another version may know."""
     field: str
     """Dotted path, such as `prompts.0.width`; may be empty."""
     message: str

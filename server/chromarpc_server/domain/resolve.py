@@ -9,16 +9,12 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from chromarpc_server.domain.adapter_urls import is_url, url_problem
-from chromarpc_server.domain.errors import (
-    MAX_LISTED,
-    ModelNotFound,
-    first_named,
-)
+from chromarpc_server.domain.errors import MAX_LISTED, ModelNotFound, first_named
 from chromarpc_server.domain.findings import Findings
 from chromarpc_server.domain.limits import Limits
 from chromarpc_server.domain.models import REGISTRY, ModelSpec
@@ -48,6 +44,7 @@ from chromarpc_server.domain.trainer import (
     trainer_size,
 )
 from chromarpc_server.domain.trainer_options import resolve_trainer
+from chromarpc_server.domain.warning_codes import WarningCode
 
 TRIGGER = "[trigger]"
 MAX_QUEUE_S = 30 * 86_400
@@ -109,9 +106,9 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     if request.model is None:
         found.refuse("model", "is required")
     elif asked is None:
-        unknown_model = _model_not_found(request.model, serving)
+        unknown_model = model_not_found(request.model, serving.models)
     elif served_id != spec.id:
-        found.warn("MODEL_ALIASED", "model", f"{spec.id} is served by {served_id} on this server")
+        found.warn(WarningCode.MODEL_ALIASED, "model", f"{spec.id} is served by {served_id} on this server")
 
     profile = request.profile or serving.default_profile
     if profile not in serving.profiles:
@@ -121,11 +118,13 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         if getattr(request, name):
             found.refuse(name, "Chroma has no such option")
     for path in request.unknown_fields[:MAX_LISTED]:
-        found.warn("UNKNOWN_FIELD", path, "this server's version of the API does not know it")
+        found.warn(WarningCode.UNKNOWN_FIELD, path, "this server's version of the API does not know it")
     rules = _Rules(spec, divisor, profile, limits, request.trigger_word, draw_seed)
     loras = _resolve_loras(request.loras, rules, found)
     if request.hf_token and not any(lora.is_url for lora in loras):
-        found.warn("HF_TOKEN_UNUSED", "hf_token", "no adapter of this request is fetched, so it has no effect")
+        found.warn(
+            WarningCode.HF_TOKEN_UNUSED, "hf_token", "no adapter of this request is fetched, so it has no effect"
+        )
     prompts = _resolve_prompts(request, rules, found)
     output = _resolve_output(request, serving, found)
     preview = _resolve_preview(request, prompts, found)
@@ -156,8 +155,9 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     )
 
 
-def _model_not_found(model_id: str, serving: Serving) -> ModelNotFound:
-    served = sorted(serving.models)
+def model_not_found(model_id: str, models: Iterable[str]) -> ModelNotFound:
+    """The error for an id that none of the models has."""
+    served = sorted(models)
     return ModelNotFound(
         f"no model has the id {model_id[:64]!r}; this server knows {first_named(served)}",
         field="model",
@@ -234,7 +234,9 @@ def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: Findings)
         found.refuse("prompts", f"at most {rules.limits.max_prompts} prompts, got {len(request.prompts)}")
         return []
     if request.trigger_word and not any(TRIGGER in (prompt.prompt or "") for prompt in request.prompts):
-        found.warn("TRIGGER_WORD_UNUSED", "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect")
+        found.warn(
+            WarningCode.TRIGGER_WORD_UNUSED, "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect"
+        )
     return [_resolve_prompt(prompt, index, rules, found) for index, prompt in enumerate(request.prompts)]
 
 
@@ -266,14 +268,14 @@ def _resolve_neg(neg: str, guidance_scale: float, at: str, rules: _Rules, found:
         return ""
     if not rules.is_preview:
         found.warn(
-            "NEG_IGNORED",
+            WarningCode.NEG_IGNORED,
             f"{at}.neg",
             f"in the profile {rules.profile} Chroma's unconditional text is always empty, so this has no effect",
         )
         return ""
     if guidance_scale <= 1:
         found.warn(
-            "NEG_WITHOUT_GUIDANCE",
+            WarningCode.NEG_WITHOUT_GUIDANCE,
             f"{at}.neg",
             "guidance of 1 and below makes a single pass, so this has no effect",
         )
@@ -289,11 +291,13 @@ def _snap(path: str, asked: int | None, default: int, rules: _Rules, found: Find
     snapped = trainer_size(size) if rules.is_preview else size // multiple * multiple
     if snapped > size:
         found.warn(
-            "SIZE_SNAPPED", path, f"{size} was raised to {MIN_SIZE_PX}, the least in the profile {rules.profile}"
+            WarningCode.SIZE_SNAPPED,
+            path,
+            f"{size} was raised to {MIN_SIZE_PX}, the least in the profile {rules.profile}",
         )
     elif snapped != size:
         found.warn(
-            "SIZE_SNAPPED",
+            WarningCode.SIZE_SNAPPED,
             path,
             f"{size} was floored to {snapped}, a multiple of {multiple}, in the profile {rules.profile}",
         )
@@ -308,13 +312,13 @@ def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: Findi
     count = prompt.prompt.count(TRIGGER)
     if prompt.trigger_word and not count:
         found.warn(
-            "TRIGGER_WORD_UNUSED",
+            WarningCode.TRIGGER_WORD_UNUSED,
             f"{at}.trigger_word",
             f"the prompt does not contain {TRIGGER}, so it has no effect",
         )
     if count and not trigger_word:
         found.warn(
-            "TRIGGER_NOT_REPLACED",
+            WarningCode.TRIGGER_NOT_REPLACED,
             f"{at}.prompt",
             f"contains {TRIGGER} and no trigger word is given, so it stays as written",
         )
@@ -334,7 +338,7 @@ def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: Findi
 def _refuse_foreign_options(prompt: PromptRequest, at: str, found: Findings) -> None:
     if prompt.fps is not None:
         found.in_range(f"{at}.fps", prompt.fps)
-        found.warn("FPS_IGNORED", f"{at}.fps", "an image has no frames a second, so this has no effect")
+        found.warn(WarningCode.FPS_IGNORED, f"{at}.fps", "an image has no frames a second, so this has no effect")
     if prompt.sampler and prompt.sampler not in SAMPLERS:
         found.refuse(f"{at}.sampler", f"Chroma is sampled with {SAMPLERS[0]!r} only")
     if prompt.num_frames is not None and prompt.num_frames != FRAMES:
@@ -372,7 +376,7 @@ def _resolve_record(asked: bool | None, default: bool, serving: Serving, found: 
     kept_out = serving.picture_records is PictureRecords.KEPT_OUT
     if asked or (wanted and kept_out):
         found.warn(
-            "PICTURE_RECORD_LEFT_OUT",
+            WarningCode.PICTURE_RECORD_LEFT_OUT,
             "output.picture_record",
             f"pictures carry no record: this server {'keeps them and no prompts' if kept_out else 'writes none'}",
         )
@@ -389,11 +393,13 @@ def _resolve_preview(
     found.in_range("preview.max_side_px", max_side_px)
     if every == 0:
         if asked_side is not None:
-            found.warn("PREVIEW_OFF", "preview.max_side_px", "previews are off (every_n_steps is 0): no effect")
+            found.warn(
+                WarningCode.PREVIEW_OFF, "preview.max_side_px", "previews are off (every_n_steps is 0): no effect"
+            )
         return None
     if prompts and all(prompt.sample_steps <= every for prompt in prompts):
         found.warn(
-            "PREVIEW_NEVER",
+            WarningCode.PREVIEW_NEVER,
             "preview.every_n_steps",
             "no image has more steps than this, so no preview will come before the image itself",
         )

@@ -12,6 +12,7 @@ from chromarpc_server.domain.trainer import (
     UNSUPPORTED_QTYPES,
     TrainerSettings,
 )
+from chromarpc_server.domain.warning_codes import WarningCode
 
 
 def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings) -> TrainerSettings | None:
@@ -25,7 +26,7 @@ def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings)
     if profile not in PREVIEW_PROFILES:
         if asked is not None:
             found.warn(
-                "TRAINER_OPTIONS_IGNORED",
+                WarningCode.TRAINER_OPTIONS_IGNORED,
                 "trainer",
                 f"the profile {profile} does not draw as the trainer does, so this has no effect",
             )
@@ -35,10 +36,12 @@ def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings)
     quantize_te = quantize if asked.quantize_te is None else asked.quantize_te
     is_quantized = quantize or quantize_te
     if asked.qtype and not is_quantized:
-        found.warn("TRAINER_OPTIONS_IGNORED", "trainer.qtype", "nothing is quantized, so this has no effect")
+        found.warn(
+            WarningCode.TRAINER_OPTIONS_IGNORED, "trainer.qtype", "nothing is quantized, so this has no effect"
+        )
     if asked.lokr_form not in (None, default.lokr_form) and not quantize:
         found.warn(
-            "TRAINER_OPTIONS_IGNORED",
+            WarningCode.TRAINER_OPTIONS_IGNORED,
             "trainer.lokr_form",
             "the transformer is not quantized, so adapters are merged and this has no effect",
         )

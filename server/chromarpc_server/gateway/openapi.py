@@ -1,7 +1,7 @@
 """The HTTP API as an OpenAPI 3.1 document: `openapi.json` beside this file, which the gateway serves.
 
 What a request may hold comes from the contract and from the ranges of `domain/requests.py`; the answers are those
-of `transport/services/inference.py`. A test validates real answers against it.
+of `transport/messages/http_bodies.py`. A test validates real answers against it.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Metrics:
         self._lag_s.observe(max(0.0, time.time() - logged.time.timestamp()))
 
     @asynccontextmanager
-    async def rule(self, call: Call) -> AsyncIterator[None]:
+    async def middleware(self, call: Call) -> AsyncIterator[None]:
         """Counts a call."""
         started = time.monotonic()
         code = grpc.StatusCode.OK

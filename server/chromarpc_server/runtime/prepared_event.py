@@ -8,6 +8,7 @@ from chromarpc_server.adapters.warnings import adapter_warnings
 from chromarpc_server.domain.events import AdapterPlacement, AdapterReport, Prepared, TokenCount, WeightsReport
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.plan import Plan, PlanWarning
+from chromarpc_server.domain.warning_codes import WarningCode
 from chromarpc_server.pipeline import Adapter, TokenizedPrompt, lies_beside
 
 
@@ -60,7 +61,7 @@ def prepared_event(
                 for warning in adapter_warnings(adapter, f"loras.{index}.path")
             ),
             *_tiling_warnings(plan, tiled_beyond_px),
-            *(PlanWarning("DEVICE_FALLBACK", "", fallback.message) for fallback in fallbacks),
+            *(PlanWarning(WarningCode.DEVICE_FALLBACK, "", fallback.message) for fallback in fallbacks),
         ),
     )
 
@@ -75,7 +76,7 @@ def _prompt_warnings(tokenized: Sequence[TokenizedPrompt], field: str) -> Iterat
     for index, tokens in enumerate(tokenized):
         if tokens.cut_count:
             yield PlanWarning(
-                "PROMPT_TRUNCATED",
+                WarningCode.PROMPT_TRUNCATED,
                 f"prompts.{index}.{field}",
                 f"{tokens.cut_count} tokens were cut off: the model reads {tokens.token_count}, with the end mark",
             )
@@ -85,7 +86,7 @@ def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]
     for index, prompt in enumerate(plan.prompts):
         if beyond_px is not None and max(prompt.width, prompt.height) > beyond_px:
             yield PlanWarning(
-                "IMAGE_TILED",
+                WarningCode.IMAGE_TILED,
                 f"prompts.{index}",
                 "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
             )

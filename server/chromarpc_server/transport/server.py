@@ -1,4 +1,4 @@
-"""The grpc.aio server: services, health, reflection, channel options, and the rules around every call."""
+"""The grpc.aio server: services, health, reflection, channel options, and the interceptor around every call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chromarpc.v1 import (
     model_service_pb2_grpc,
 )
 from chromarpc_server.transport.access.authentication import Authentication
-from chromarpc_server.transport.access.interceptor import Rule, Rules
+from chromarpc_server.transport.access.interceptor import Interceptor, Middleware
 from chromarpc_server.transport.access.quotas import CallQuotas
 from chromarpc_server.transport.access.tls import ServerTls
 from chromarpc_server.transport.addresses import is_unix, room_for
@@ -79,7 +79,7 @@ class Listening:
     port: int
 
     def set_serving(self, serving: bool) -> None:
-        """Tells health checkers whether requests are taken."""
+        """Lets health checks know whether requests are taken."""
         self.health.set_ready(serving)
 
 
@@ -94,42 +94,51 @@ class Access:
     tls: ServerTls | None = None
 
 
+@dataclass(frozen=True)
+class Services:
+    """What is served, besides health and reflection; the HTTP API asks `jobs` and `models`."""
+
+    generation: GenerationServicer
+    jobs: JobServicer
+    models: ModelServicer
+    loras: LoraServicer
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers all of them on a server that has not been started."""
+        inference = InferenceServicer(self.jobs, self.models)
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, server)
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(self.jobs, server)
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self.models, server)
+        lora_service_pb2_grpc.add_LoraServiceServicer_to_server(self.loras, server)
+
+
 async def listen(
     address: str,
-    generation: GenerationServicer,
-    jobs: JobServicer,
-    models: ModelServicer,
-    loras: LoraServicer,
+    services: Services,
     *,
     access: Access,
-    rules: Sequence[Rule] = (),
+    middleware: Sequence[Middleware] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> Listening:
-    """Starts a server on `address` (`joined`; port 0 picks one), NOT_SERVING until told otherwise.
+    """Starts a server that is NOT_SERVING until `Listening.set_serving`.
 
     Args:
-        address: where to listen.
-        generation: one of the services; `jobs`, `models` and `loras` are the others.
-        jobs: see there.
-        models: see there.
-        loras: see there.
+        address: where to listen, as `joined` writes it; port 0 picks one.
+        services: what is served.
         access: who may call.
-        rules: further ones, outside those of `access`.
-        interceptors: outside all rules.
+        middleware: around that of `access`.
+        interceptors: around all middleware.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    inside = Rules((*rules, access.authentication.rule, access.quotas.rule))
+    interceptor = Interceptor((*middleware, access.authentication.middleware, access.quotas.middleware))
     server = grpc.aio.server(
-        interceptors=(*interceptors, inside),
+        interceptors=(*interceptors, interceptor),
         options=channel_options(access.max_request_bytes, access.max_connections),
     )
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
-    job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(jobs, models), server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
-    lora_service_pb2_grpc.add_LoraServiceServicer_to_server(loras, server)
+    services.add_to(server)
     health_servicer = HealthServicer(SERVICE_NAMES)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     serve_reflection((*SERVICE_NAMES, health.SERVICE_NAME), server)

@@ -10,7 +10,7 @@ from chromarpc.json_request import InvalidRequestJson, parse_request_json
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve
-from chromarpc_server.transport.messages.convert import generation_request
+from chromarpc_server.transport.messages.requests import generation_request
 from chromarpc_server.verify.report import Outcome, Reporter, Result
 
 

@@ -12,7 +12,7 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES
 from chromarpc_server.jobs.store import records
-from chromarpc_server.transport.messages.convert import fingerprint, generation_request
+from chromarpc_server.transport.messages.requests import fingerprint, generation_request
 
 BEFORE = json.loads((Path(__file__).parent / "stored_before_preview_profiles.json").read_text("utf-8"))
 """A request, its fingerprint, its plan and its events, as a version without the trainer's profiles stored them."""

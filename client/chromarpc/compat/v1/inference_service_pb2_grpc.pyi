@@ -43,15 +43,15 @@ class InferenceServiceStub:
     SubmitInference: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.SubmitInferenceRequest, _httpbody_pb2.HttpBody]
     """Queues a generation."""
     GetInferenceStatus: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceStatusRequest, _httpbody_pb2.HttpBody]
-    """Tells how far it is."""
+    """Answers how far it is."""
     GetInferenceResult: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceResultRequest, _httpbody_pb2.HttpBody]
-    """Tells what came of it."""
+    """Answers what came of it."""
     DownloadInferenceImage: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.DownloadInferenceImageRequest, _httpbody_pb2.HttpBody]
     """Streams an image's bytes, in parts."""
     ListInferenceModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListInferenceModelsRequest, _httpbody_pb2.HttpBody]
     """Lists the models."""
     GetInferenceHealth: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceHealthRequest, _httpbody_pb2.HttpBody]
-    """Tells whether requests are taken."""
+    """Answers whether requests are taken."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -67,15 +67,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     SubmitInference: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.SubmitInferenceRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """Queues a generation."""
     GetInferenceStatus: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceStatusRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """Tells how far it is."""
+    """Answers how far it is."""
     GetInferenceResult: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceResultRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """Tells what came of it."""
+    """Answers what came of it."""
     DownloadInferenceImage: _aio.UnaryStreamMultiCallable[_inference_service_pb2.DownloadInferenceImageRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """Streams an image's bytes, in parts."""
     ListInferenceModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListInferenceModelsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """Lists the models."""
     GetInferenceHealth: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetInferenceHealthRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """Tells whether requests are taken."""
+    """Answers whether requests are taken."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """The reference's HTTP API, for scripts that were written for it: a gateway that transcodes JSON to gRPC (Envoy's
@@ -100,7 +100,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GetInferenceStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
-        """Tells how far it is."""
+        """Answers how far it is."""
 
     @_abc_1.abstractmethod
     def GetInferenceResult(
@@ -108,7 +108,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GetInferenceResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
-        """Tells what came of it."""
+        """Answers what came of it."""
 
     @_abc_1.abstractmethod
     def DownloadInferenceImage(
@@ -132,6 +132,6 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GetInferenceHealthRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
-        """Tells whether requests are taken."""
+        """Answers whether requests are taken."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""Who calls: the rule in front of every service but health, reflection included."""
+"""Who calls: the middleware in front of every service but health, reflection included."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ OPEN_SERVICES = frozenset({health.SERVICE_NAME})
 """Probes carry no token, and learn nothing but whether requests are taken."""
 CERTIFICATE_PREFIX = "certificate:"
 """Begins the names of callers that only their certificate names; names in a callers file hold no colon."""
-TELL_REFUSALS_EVERY_S = 10.0
+LOG_FAILURES_EVERY_S = 10.0
 
 _HEADER = "authorization"
 _SCHEME = "bearer "
 _MAX_HEADER = 4096
 _MESSAGE = "this server wants to know who calls: send a token that it knows, as `authorization: Bearer …`"
 _ALTERNATIVE_NAMES = ("peer_uri", "peer_dns")
-"""Names in a certificate that name a caller, the most telling first."""
+"""Names in a certificate that name a caller, the most specific first."""
 
 
 class Authentication:
-    """Finds out who makes a call, or refuses it."""
+    """Finds out who makes a call, or ends it."""
 
     def __init__(self, callers: CallersFile | None, *, certificates: bool, limits: CallerLimits) -> None:
         """Any of three servers: open to all, one that trusts certificates, one that knows its callers.
@@ -50,11 +50,11 @@ class Authentication:
         self._certificates = certificates
         self._limits = limits
         self._nobody = Caller(NOBODY.name, limits)
-        self._refused = 0
-        self._told_at: float | None = None
+        self._unlogged = 0
+        self._logged_at: float | None = None
 
     @asynccontextmanager
-    async def rule(self, call: Call) -> AsyncIterator[None]:
+    async def middleware(self, call: Call) -> AsyncIterator[None]:
         """Sets the current caller.
 
         Raises:
@@ -63,7 +63,7 @@ class Authentication:
         if call.service not in OPEN_SERVICES:
             caller = self._caller(call.context)
             if caller is None:
-                self._tell_refusal(call)
+                self._log_failure(call)
                 raise Unauthenticated(_MESSAGE)
             set_current_caller(caller)
         yield
@@ -84,14 +84,14 @@ class Authentication:
             return None
         return self._callers.by_token(header[len(_SCHEME) :].strip())
 
-    def _tell_refusal(self, call: Call) -> None:
-        """A line now and then, however many calls are refused."""
-        self._refused += 1
+    def _log_failure(self, call: Call) -> None:
+        """A line now and then, however many calls fail."""
+        self._unlogged += 1
         now = time.monotonic()
-        if self._told_at is None or now - self._told_at >= TELL_REFUSALS_EVERY_S:
-            fields = {"method": call.method, "peer": call.context.peer(), "refused": self._refused}
+        if self._logged_at is None or now - self._logged_at >= LOG_FAILURES_EVERY_S:
+            fields = {"method": call.method, "peer": call.context.peer(), "refused": self._unlogged}
             log.warning("rpc.unauthenticated", extra=fields)
-            self._told_at, self._refused = now, 0
+            self._logged_at, self._unlogged = now, 0
 
 
 def certificate_identities(auth_context: Mapping[str, Sequence[bytes]]) -> list[str]:
@@ -119,7 +119,7 @@ def _text(value: bytes) -> str:
 def _lone_common_name(pem: bytes) -> str:
     """The common name of a certificate that has one of them and no subjectAltName; else, and in doubt, empty.
 
-    gRPC tells of alternative names that it knows the kind of, so the certificate itself is looked at.
+    gRPC gives alternative names only of the kinds that it knows, so the certificate itself is looked at.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem)

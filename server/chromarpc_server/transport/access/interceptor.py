@@ -1,9 +1,9 @@
-"""What surrounds every call, whatever service it belongs to: one interceptor, and a list of rules.
+"""What surrounds every call, whatever service it belongs to: one interceptor, and a list of middleware.
 
-A rule is an async context manager around the handler: what it does before may refuse the call by raising, what it
-does afterwards sees how the handler ended. The request's bytes are parsed inside all of them, so that bytes nobody
-vouches for are not parsed at all, and bytes that are no message are told as such. They are received inside, too:
-gRPC would otherwise wait for a request's last byte before anyone may refuse it, however slowly it comes.
+A middleware is an async context manager around the handler: before the handler it may end the call by raising,
+afterwards it sees how the handler ended. Whatever is raised inside becomes the call's status here, and nowhere
+else. The request's bytes are received and parsed inside all of them: so nothing is parsed of unknown callers, and
+a call can be ended before its request's last byte has come, however slowly it comes.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Call:
         return self.method.lstrip("/").partition("/")[0]
 
 
-Rule = Callable[[Call], AbstractAsyncContextManager[None]]
+Middleware = Callable[[Call], AbstractAsyncContextManager[None]]
 
 
-class Rules(grpc.aio.ServerInterceptor):
-    """Runs every handler inside the rules, the first one outermost."""
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Runs every handler inside the middleware, the first one outermost."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        """`rules`: what any of them, or the handler, raises ends the call with its status."""
-        self._rules = tuple(rules)
+    def __init__(self, middleware: Sequence[Middleware]) -> None:
+        """`middleware`: what any of them, or the handler, raises ends the call with its status."""
+        self._middleware = tuple(middleware)
 
     async def intercept_service(
         self,
@@ -84,20 +84,20 @@ class Rules(grpc.aio.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        raise TypeError(f"{method} has a handler of a kind that no rule is applied to")
+        raise TypeError(f"{method} has a handler of a kind that is not intercepted")
 
     @asynccontextmanager
     async def _within(self, call: Call) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for rule in self._rules:
-                await stack.enter_async_context(rule(call))
+            for middleware in self._middleware:
+                await stack.enter_async_context(middleware(call))
             yield
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
-        async def ruled(requests: AsyncIterator[bytes], context: Any) -> Any:
+        async def intercepted(requests: AsyncIterator[bytes], context: Any) -> Any:
             try:
                 async with self._within(Call(method, context, streams=False)):
-                    return await answer(await _only(requests, parse), context)
+                    return await answer(await _single_request(requests, parse), context)
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 ending = _ending(method, error)
             try:
@@ -105,13 +105,15 @@ class Rules(grpc.aio.ServerInterceptor):
             finally:
                 del ending, requests, context
 
-        return ruled
+        return intercepted
 
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
-        async def ruled(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+        async def intercepted(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
             try:
                 async with self._within(Call(method, context, streams=True)):
-                    answers = stream(requests if parse is None else await _only(requests, parse), context)
+                    answers = stream(
+                        requests if parse is None else await _single_request(requests, parse), context
+                    )
                     try:
                         async for response in answers:
                             yield response
@@ -126,7 +128,7 @@ class Rules(grpc.aio.ServerInterceptor):
             finally:
                 del ending, requests, context
 
-        return ruled
+        return intercepted
 
 
 def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
@@ -138,7 +140,7 @@ def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
     return serialized
 
 
-async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+async def _single_request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
     """The one message of a request that is no stream.
 
     Raises:
@@ -170,19 +172,19 @@ _Ending = ChromaError | grpc.aio.AbortError
 def _ending(method: str, error: Exception) -> _Ending:
     """What the call ends with; an error that nobody foresaw is INTERNAL, with an id that the log has.
 
-    The frames that the error went through hold it, and it holds them, with the request in them: let go here, they
-    are freed at once rather than by a garbage collection that may be a hundred thousand calls away.
+    The frames that the error went through hold it, and it holds them, with the request in them: released here,
+    they are freed at once rather than by a garbage collection that may be a hundred thousand calls away.
     """
     if not isinstance(error, _Ending):
         error_id = uuid.uuid4().hex[:12]
         log.error("rpc.internal_error", exc_info=error, extra={"method": method, "error_id": error_id})
-        _let_go(error)
+        _release_frames(error)
         return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
-    _let_go(error)
+    _release_frames(error)
     return error
 
 
-def _let_go(error: BaseException | None) -> None:
+def _release_frames(error: BaseException | None) -> None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

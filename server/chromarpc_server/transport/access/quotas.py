@@ -31,7 +31,7 @@ class CallQuotas:
         return self._by_caller.total()
 
     @asynccontextmanager
-    async def rule(self, call: Call) -> AsyncIterator[None]:
+    async def middleware(self, call: Call) -> AsyncIterator[None]:
         """Counts the call while it lasts.
 
         Raises:

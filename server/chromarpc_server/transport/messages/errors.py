@@ -1,51 +1,22 @@
-"""Domain errors to gRPC statuses with `google.rpc` details: one total table."""
+"""Errors as the wire has them: a call's status with `google.rpc` details, and a job's `Failed`.
+
+The only module that translates errors; the codes are those of `domain/error_table.py`. Handlers raise errors, and
+the interceptor ends their calls.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from chromarpc_server.domain.errors import (
-    MAX_LISTED,
-    AttemptsExhausted,
-    ChromaError,
-    DeviceHung,
-    DeviceLost,
-    Draining,
-    FieldViolation,
-    ImageNotFound,
-    InternalError,
-    InvalidParameter,
-    JobCancelled,
-    JobDeadlineExceeded,
-    JobNotEnded,
-    JobNotFound,
-    LoraChanged,
-    LoraContentChanged,
-    LoraDownloadFailed,
-    LoraForbidden,
-    LoraIncompatible,
-    LoraInvalid,
-    LoraNotFound,
-    ModelNotFound,
-    NotKept,
-    OutOfMemory,
-    QueueFull,
-    QueueTimeExceeded,
-    QuotaExceeded,
-    RequestIdReused,
-    StoreUnavailable,
-    Unauthenticated,
-    UploadNotFound,
-    UploadOutOfOrder,
-    UploadsFull,
-    WeightsInvalid,
-    WeightsMissing,
-)
+from chromarpc.v1 import job_event_pb2
+from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.errors import MAX_LISTED, ChromaError, FieldViolation
+from chromarpc_server.transport.messages.values import MAX_TEXT, duration, shorten
 
 DOMAIN = "chromarpc"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -53,43 +24,11 @@ MAX_DETAILS_BYTES = 4096
 """Clients answer large trailing metadata with RESOURCE_EXHAUSTED; 12 KB of it is known to be too much."""
 MAX_MESSAGE_BYTES = 1000
 """Of a status's message, as gRPC writes it: percent-encoded."""
-MAX_TEXT = 400
-"""Characters of one description, so that twenty of them stay within `MAX_DETAILS_BYTES` once shortened."""
 MIN_TEXT = 20
+"""Characters that every text keeps; at `MAX_TEXT`, twenty descriptions fit once they are shortened."""
 
 CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
-    InvalidParameter: grpc.StatusCode.INVALID_ARGUMENT,
-    ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    LoraNotFound: grpc.StatusCode.NOT_FOUND,
-    LoraForbidden: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraDownloadFailed: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraInvalid: grpc.StatusCode.INVALID_ARGUMENT,
-    LoraIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
-    LoraContentChanged: grpc.StatusCode.FAILED_PRECONDITION,
-    UploadNotFound: grpc.StatusCode.NOT_FOUND,
-    UploadOutOfOrder: grpc.StatusCode.FAILED_PRECONDITION,
-    UploadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    JobNotFound: grpc.StatusCode.NOT_FOUND,
-    ImageNotFound: grpc.StatusCode.NOT_FOUND,
-    JobNotEnded: grpc.StatusCode.FAILED_PRECONDITION,
-    RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
-    StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
-    AttemptsExhausted: grpc.StatusCode.INTERNAL,
-    LoraChanged: grpc.StatusCode.FAILED_PRECONDITION,
-    NotKept: grpc.StatusCode.FAILED_PRECONDITION,
-    QueueTimeExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    WeightsMissing: grpc.StatusCode.FAILED_PRECONDITION,
-    WeightsInvalid: grpc.StatusCode.FAILED_PRECONDITION,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Draining: grpc.StatusCode.UNAVAILABLE,
-    JobCancelled: grpc.StatusCode.CANCELLED,
-    JobDeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    DeviceHung: grpc.StatusCode.INTERNAL,
-    DeviceLost: grpc.StatusCode.INTERNAL,
-    InternalError: grpc.StatusCode.INTERNAL,
+    entry.kind: grpc.StatusCode[entry.status] for entry in ENTRIES
 }
 
 
@@ -98,15 +37,9 @@ def code_of(error: ChromaError) -> grpc.StatusCode:
     return CODES[type(error)]
 
 
-def code_number(error: ChromaError) -> int:
-    """The same as a number, as `google.rpc.Status.code` has it."""
+def _code_number(error: ChromaError) -> int:
     number: int = code_of(error).value[0]
     return number
-
-
-def shorten(text: str, limit: int = MAX_TEXT) -> str:
-    """The text, cut to `limit` characters with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def status_message(error: ChromaError) -> str:
@@ -119,7 +52,7 @@ def status_message(error: ChromaError) -> str:
     return text
 
 
-def listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
+def _listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
     """The first violations, and one that counts the rest."""
     shown = [FieldViolation(shorten(v.field, 100), shorten(v.description)) for v in violations[:MAX_LISTED]]
     rest = len(violations) - len(shown)
@@ -132,7 +65,7 @@ def rich_status(error: ChromaError) -> status_pb2.Status:
     Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does, and then texts are
     cut.
     """
-    violations, limit = listed(error.violations), MAX_TEXT
+    violations, limit = _listed(error.violations), MAX_TEXT
     while True:
         status = _status(error, violations, limit)
         if status.ByteSize() <= MAX_DETAILS_BYTES or limit <= MIN_TEXT:
@@ -172,7 +105,7 @@ def _status(error: ChromaError, violations: list[FieldViolation], limit: int) ->
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    return status_pb2.Status(code=code_number(error), message=status_message(error), details=packed)
+    return status_pb2.Status(code=_code_number(error), message=status_message(error), details=packed)
 
 
 def trailing_metadata(error: ChromaError) -> tuple[tuple[str, bytes], ...]:
@@ -180,8 +113,18 @@ def trailing_metadata(error: ChromaError) -> tuple[tuple[str, bytes], ...]:
     return ((DETAILS_KEY, rich_status(error).SerializeToString()),)
 
 
-def duration(seconds: float) -> duration_pb2.Duration:
-    """Seconds as a protobuf duration."""
-    message = duration_pb2.Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
+def failed_message(error: ChromaError) -> job_event_pb2.Failed:
+    """Why a job failed, as its last event and its description say."""
+    message = job_event_pb2.Failed(
+        code=_code_number(error),
+        reason=error.reason,
+        message=shorten(error.message, 1000),
+        violations=[
+            job_event_pb2.FieldViolation(field=violation.field, description=violation.description)
+            for violation in _listed(error.violations)
+        ],
+        metadata={key: shorten(value) for key, value in error.metadata.items()},
+    )
+    if error.retry_after_s is not None:
+        message.retry_after.CopyFrom(duration(error.retry_after_s))
     return message

@@ -1,11 +1,9 @@
-"""A job as its callers see it, and how large that may be: stock clients take messages of up to 4 MiB."""
+"""A job's description, and how large it may be: stock clients take messages of up to 4 MiB."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Final
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from chromarpc.v1 import job_service_pb2
 from chromarpc_server.domain.errors import InvalidParameter
@@ -14,13 +12,14 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.registry import QUEUED, RUNNING, state_of
 from chromarpc_server.jobs.store.job_store import CANCELLED, FAILED, SUCCEEDED
-from chromarpc_server.transport.messages.convert import (
+from chromarpc_server.transport.messages.errors import failed_message
+from chromarpc_server.transport.messages.events import (
     MAX_ACCEPTED_BYTES,
     accepted_message,
-    failed_message,
     image_header_message,
     whole_accepted_message,
 )
+from chromarpc_server.transport.messages.values import timestamp
 
 _IMAGE_BYTES: Final = 192
 """Of an `ImageHeader` with the largest numbers, and of its place in the job."""
@@ -36,8 +35,8 @@ STATES: Final = {
 }
 
 
-def require_tellable(plan: Plan) -> None:
-    """Refuses what could not be told back to whoever asks for the job.
+def require_describable(plan: Plan) -> None:
+    """Makes sure that the job fits into the answer to whoever asks for it.
 
     Raises:
         InvalidParameter: the job would be too large a message.
@@ -52,7 +51,7 @@ def require_tellable(plan: Plan) -> None:
     }
     field = max(parts, key=lambda name: parts[name])
     raise InvalidParameter(
-        f"the job would have {size} bytes as it is told back, {parts[field]} of them in {field}, and may have "
+        f"the job's description would have {size} bytes, {parts[field]} of them in {field}, and may have "
         f"{MAX_ACCEPTED_BYTES}: send several requests with fewer or shorter ones",
         field=field,
     )
@@ -82,11 +81,4 @@ def job_message(job: AnyJob, expires: datetime | None) -> job_service_pb2.Job:
             message.expire_time.CopyFrom(timestamp(expires))
         if isinstance(ending.event, Failed):
             message.failure.CopyFrom(failed_message(ending.event.error))
-    return message
-
-
-def timestamp(time: datetime) -> Timestamp:
-    """A time as a message."""
-    message = Timestamp()
-    message.FromDatetime(time)
     return message

@@ -1,7 +1,10 @@
-"""Answers that list: how much one of them holds."""
+"""Answers that list: how much one of them holds, and where the next one continues."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 from typing import Final
 
 from google.protobuf.message import Message
@@ -37,3 +40,19 @@ class Page:
         self._entries_left -= 1
         self._bytes_left -= size
         return True
+
+
+def page_token(place: tuple[int, str]) -> str:
+    """The token of the page that follows an entry's place in the list."""
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
+
+
+def token_place(token: str) -> tuple[int, str] | None:
+    """The inverse; None for a text that is no such token."""
+    try:
+        match json.loads(base64.b64decode(token, altchars=b"-_", validate=True)):
+            case [int(number), str(name)]:
+                return number, name
+    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError):
+        pass
+    return None

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 
 import grpc
 
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
-from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlineExceeded
 from chromarpc_server.domain.events import Cancelled, Failed
-from chromarpc_server.domain.resolve import Serving, resolve
+from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.jobs.submission import Submission
-from chromarpc_server.transport.messages.convert import encoded_event, fingerprint, generation_request, heartbeat
-from chromarpc_server.transport.messages.errors import code_of, status_message, trailing_metadata
-from chromarpc_server.transport.messages.jobs import require_tellable
+from chromarpc_server.transport.messages.events import encoded_event, heartbeat
+from chromarpc_server.transport.services.submit import submit
 
 HEARTBEAT_S = 10.0
 
@@ -37,23 +33,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: Request, context: Context
     ) -> AsyncIterator[Response]:
         """Queues one generation and streams its events until it ends."""
-        try:
-            plan = resolve(generation_request(request), self._serving)
-            require_tellable(plan)
-            remaining_s = None if plan.detached else context.time_remaining()
-            job, _ = await self._engine.submit(
-                Submission(
-                    plan,
-                    self._serving.models[plan.served_model],
-                    caller=current_caller(),
-                    deadline_at=None if remaining_s is None else time.monotonic() + remaining_s,
-                    hf_token=request.hf_token or None,
-                    fingerprint=fingerprint(request),
-                )
-            )
-        except ChromaError as error:
-            await _abort(context, error)
-            return
+        job, _ = await submit(self._engine, self._serving, request, deadline_s=context.time_remaining())
         ending: ChromaError | None = None
         sequence = 0
         self._engine.attach(job)
@@ -66,13 +46,12 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 if isinstance(logged.event, Failed | Cancelled):
                     ending = logged.event.error
                 yield encoded_event(logged)
-        except ChromaError as error:  # the server stops, and another process will go on with the job
-            ending = error
         finally:
-            # Reached early when the caller cancels, its deadline passes, or it goes away.
+            # Reached early when the caller cancels, its deadline passes, or it goes away, and when the server
+            # stops and leaves the job to another process.
             self._engine.detach(job, _why_gone(context))
         if ending is not None:
-            await _abort(context, ending)
+            raise ending
 
 
 def _why_gone(context: Context) -> ChromaError:
@@ -80,7 +59,3 @@ def _why_gone(context: Context) -> ChromaError:
     if remaining is not None and remaining <= 0:
         return JobDeadlineExceeded("the deadline passed before the job was done")
     return JobCancelled("the caller cancelled or went away")
-
-
-async def _abort(context: Context, error: ChromaError) -> None:
-    await context.abort(code_of(error), status_message(error), trailing_metadata(error))

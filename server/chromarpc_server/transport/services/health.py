@@ -44,22 +44,22 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         return self._alive == _SERVING
 
     def set_ready(self, ready: bool) -> None:
-        """Says whether requests are taken."""
+        """Sets whether requests are taken."""
         self._ready = dict.fromkeys(self._ready, _SERVING if ready else _NOT_SERVING)
-        self._tell()
+        self._notify()
 
     def set_dead(self) -> None:
-        """Says that only a restart helps."""
+        """Reports that only a restart helps."""
         self._alive = _NOT_SERVING
         self.set_ready(False)
 
     def close(self) -> None:
-        """Ends every watch after what it has to say last."""
+        """Ends every watch after the status that it sends last."""
         self._closed = True
-        self._tell()
+        self._notify()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:  # noqa: N802
-        """Tells one status."""
+        """Answers one status."""
         status = self._status(request.service)
         if status == _UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
@@ -71,11 +71,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         context: Any,  # noqa: ARG002 - gRPC's signature
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Streams one status and its changes."""
-        told: int | None = None
+        sent: int | None = None
         while True:
             changed, status = self._changed, self._status(request.service)
-            if status != told:
-                told = status
+            if status != sent:
+                sent = status
                 yield health_pb2.HealthCheckResponse(status=_Status.Name(status))
                 continue
             if self._closed:
@@ -85,6 +85,6 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> int:
         return self._alive if service == LIVENESS else self._ready.get(service, _UNKNOWN)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,16 +21,11 @@ from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.registry import Selection, place
-from chromarpc_server.jobs.submission import Submission
-from chromarpc_server.transport.messages.convert import (
-    encoded_event,
-    fingerprint,
-    generation_request,
-    heartbeat,
-    image_header_message,
-)
-from chromarpc_server.transport.messages.jobs import STATES, job_message, require_tellable
-from chromarpc_server.transport.messages.paging import Page
+from chromarpc_server.transport.messages.events import encoded_event, heartbeat, image_header_message
+from chromarpc_server.transport.messages.jobs import STATES, job_message
+from chromarpc_server.transport.messages.paging import Page, page_token, token_place
+from chromarpc_server.transport.messages.requests import generation_request
+from chromarpc_server.transport.services.submit import submit
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -54,23 +46,12 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         self, request: job_service_pb2.CreateJobRequest, context: Any
     ) -> job_service_pb2.CreateJobResponse:
         """Queues one generation; answers once it is stored."""
-        asked = request.request
         # Nobody is attached to it, so nobody's leaving ends it.
-        plan = replace(resolve(generation_request(asked), self._serving), detached=True)
-        require_tellable(plan)
-        job, existed = await self._engine.submit(
-            Submission(
-                plan,
-                self._serving.models[plan.served_model],
-                caller=current_caller(),
-                hf_token=asked.hf_token or None,
-                fingerprint=fingerprint(asked),
-            )
-        )
+        job, existed = await submit(self._engine, self._serving, request.request, detach=True)
         return job_service_pb2.CreateJobResponse(job=self._message(job), existed=existed)
 
     def violations(self, request: generation_service_pb2.GenerateRequest) -> tuple[FieldViolation, ...]:
-        """What a request would be refused for before anything is looked up; it is not made."""
+        """What is wrong with a request, as far as its fields alone say; no job is made."""
         try:
             resolve(generation_request(request), self._serving)
         except ChromaError as error:
@@ -104,7 +85,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
     async def GetJob(  # noqa: N802
         self, request: job_service_pb2.GetJobRequest, context: Any
     ) -> job_service_pb2.GetJobResponse:
-        """Tells how a job is."""
+        """Answers how a job is."""
         return job_service_pb2.GetJobResponse(job=self._message(await self._find(request.job_id)))
 
     async def ListJobs(  # noqa: N802
@@ -119,13 +100,13 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         page, last = Page(size), (0, "")
         answer = job_service_pb2.ListJobsResponse()
         while True:
-            # A few at a time: a thousand of the largest would be gigabytes to read, and would not be told.
+            # A few at a time: a thousand of the largest would be gigabytes to read, and would not be sent.
             wanted = min(page.entries_left + 1, READ_AT_ONCE)
             found = await self._engine.jobs.page(current_caller().name, wanted, selection)
             for job in found:
                 message = self._message(job)
                 if not page.takes(message):
-                    answer.next_page_token = _page_token(last)
+                    answer.next_page_token = page_token(last)
                     return answer
                 answer.jobs.append(message)
                 last = place(job)
@@ -207,15 +188,8 @@ def _page_size(asked: int) -> int:
     return asked or DEFAULT_PAGE_SIZE
 
 
-def _page_token(last: tuple[int, str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(last).encode()).decode()
-
-
 def _read_token(token: str) -> tuple[int, str]:
-    try:
-        match json.loads(base64.b64decode(token, altchars=b"-_", validate=True)):
-            case [int(created_us), str(job_id)] if abs(created_us) < 2**63 and job_id.isascii():
-                return created_us, job_id
-    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError):
-        pass
-    raise InvalidParameter("not a token that this server gave", field="page_token")
+    found = token_place(token)
+    if found is None or abs(found[0]) >= 2**63 or not found[1].isascii():
+        raise InvalidParameter("not a token that this server gave", field="page_token")
+    return found

@@ -77,7 +77,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             model_service_pb2.GetServerInfoRequest, model_service_pb2.GetServerInfoResponse
         ],
     ) -> model_service_pb2.GetServerInfoResponse:
-        """Tells version, limits, numerics profiles and device."""
+        """Answers version, limits, numerics profiles and device."""
         serving, device, status = self._serving, self._engine.description, self._engine.status()
         caller = current_caller()
         return model_service_pb2.GetServerInfoResponse(

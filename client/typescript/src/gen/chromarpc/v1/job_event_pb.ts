@@ -84,7 +84,7 @@ export type JobEvent = Message<"chromarpc.v1.JobEvent"> & {
     case: "step";
   } | {
     /**
-     * A small picture of the unfinished image.
+     * A small image of what the unfinished one will be.
      *
      * @generated from field: chromarpc.v1.Preview preview = 8;
      */
@@ -163,7 +163,7 @@ export const JobEventSchema: GenMessage<JobEvent> = /*@__PURE__*/
  */
 export type Warning = Message<"chromarpc.v1.Warning"> & {
   /**
-   * Stable name, such as `SIZE_SNAPPED`.
+   * A `WarningCode` without its prefix, such as `SIZE_SNAPPED`.
    *
    * @generated from field: string code = 1;
    */
@@ -668,7 +668,7 @@ export type WeightsReport = Message<"chromarpc.v1.WeightsReport"> & {
   duration?: Duration | undefined;
 
   /**
-   * Adapter sets in memory now.
+   * Prepared weights in memory now.
    *
    * @generated from field: int32 resident_set_count = 4;
    */
@@ -767,7 +767,7 @@ export const StepSchema: GenMessage<Step> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_job_event, 12);
 
 /**
- * A small picture of what the model predicts the finished image to be.
+ * A small image of what the model predicts the finished image to be.
  *
  * @generated from message chromarpc.v1.Preview
  */
@@ -808,7 +808,7 @@ export type Preview = Message<"chromarpc.v1.Preview"> & {
   height: number;
 
   /**
-   * The encoded picture.
+   * The encoded image.
    *
    * @generated from field: bytes data = 6;
    */
@@ -1060,7 +1060,7 @@ export type Failed = Message<"chromarpc.v1.Failed"> & {
   code: number;
 
   /**
-   * Stable name, such as `LORA_INCOMPATIBLE`.
+   * An `ErrorReason` without its prefix, such as `LORA_INCOMPATIBLE`.
    *
    * @generated from field: string reason = 2;
    */
@@ -1145,7 +1145,7 @@ export const HeartbeatSchema: GenMessage<Heartbeat> = /*@__PURE__*/
  */
 export enum LoadingStage {
   /**
-   * Not told.
+   * Not known.
    *
    * @generated from enum value: LOADING_STAGE_UNSPECIFIED = 0;
    */
@@ -1200,7 +1200,7 @@ export const LoadingStageSchema: GenEnum<LoadingStage> = /*@__PURE__*/
  */
 export enum AdapterPlacement {
   /**
-   * Not told.
+   * Not known.
    *
    * @generated from enum value: ADAPTER_PLACEMENT_UNSPECIFIED = 0;
    */
@@ -1234,7 +1234,7 @@ export const AdapterPlacementSchema: GenEnum<AdapterPlacement> = /*@__PURE__*/
  */
 export enum WeightsSource {
   /**
-   * Not told.
+   * Not known.
    *
    * @generated from enum value: WEIGHTS_SOURCE_UNSPECIFIED = 0;
    */

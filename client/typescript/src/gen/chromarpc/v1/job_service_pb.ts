@@ -67,7 +67,7 @@ export type Job = Message<"chromarpc.v1.Job"> & {
   endTime?: Timestamp | undefined;
 
   /**
-   * When it and its pictures will be deleted; left out while that is not known.
+   * When it and its images will be deleted; left out while that is not known.
    *
    * @generated from field: google.protobuf.Timestamp expire_time = 7;
    */
@@ -109,7 +109,7 @@ export type Job = Message<"chromarpc.v1.Job"> & {
   totalSteps: number;
 
   /**
-   * Its pictures so far, in the order of prompts.
+   * Its images so far, in the order of prompts.
    *
    * @generated from field: repeated chromarpc.v1.ImageHeader images = 13;
    */
@@ -207,7 +207,7 @@ export type WatchJobRequest = Message<"chromarpc.v1.WatchJobRequest"> & {
   afterSequence: bigint;
 
   /**
-   * Leaves image bytes out (`image_header` still comes), for watchers that fetch pictures with `GetImage`.
+   * Leaves image bytes out (`image_header` still comes), for watchers that fetch images with `GetImage`.
    *
    * @generated from field: bool omit_image_bytes = 3;
    */
@@ -368,7 +368,7 @@ export type CancelJobRequest = Message<"chromarpc.v1.CancelJobRequest"> & {
   jobId: string;
 
   /**
-   * The `request_id` that it was made under, for callers that were not told its id yet.
+   * The `request_id` that it was made under, for callers that do not know its id yet.
    *
    * @generated from field: string request_id = 2;
    */
@@ -449,7 +449,7 @@ export const DeleteJobResponseSchema: GenMessage<DeleteJobResponse> = /*@__PURE_
   messageDesc(file_chromarpc_v1_job_service, 12);
 
 /**
- * Which picture to fetch.
+ * Which image to fetch.
  *
  * @generated from message chromarpc.v1.GetImageRequest
  */
@@ -484,7 +484,7 @@ export const GetImageRequestSchema: GenMessage<GetImageRequest> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_job_service, 13);
 
 /**
- * One message of a picture's stream.
+ * One message of an image's stream.
  *
  * @generated from message chromarpc.v1.GetImageResponse
  */
@@ -548,7 +548,7 @@ export enum JobState {
   RUNNING = 2,
 
   /**
-   * It ended with all its pictures.
+   * It ended with all its images.
    *
    * @generated from enum value: JOB_STATE_SUCCEEDED = 3;
    */
@@ -576,7 +576,7 @@ export const JobStateSchema: GenEnum<JobState> = /*@__PURE__*/
   enumDesc(file_chromarpc_v1_job_service, 0);
 
 /**
- * Generations that outlive their callers: create one, watch it from anywhere, come back for its pictures.
+ * Generations that outlive their callers: create one, watch it from anywhere, come back for its images.
  *
  * `GenerationService.Generate` makes the same jobs with the caller attached. A caller sees its own jobs only.
  *
@@ -607,7 +607,7 @@ export const JobService: GenService<{
     output: typeof WatchJobResponseSchema;
   },
   /**
-   * Tells how a job is.
+   * Answers how a job is.
    *
    * @generated from rpc chromarpc.v1.JobService.GetJob
    */
@@ -639,7 +639,7 @@ export const JobService: GenService<{
     output: typeof CancelJobResponseSchema;
   },
   /**
-   * Forgets a job that ended, with its pictures. One that has not ended is refused with `JOB_NOT_ENDED`.
+   * Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`.
    *
    * @generated from rpc chromarpc.v1.JobService.DeleteJob
    */
@@ -649,7 +649,7 @@ export const JobService: GenService<{
     output: typeof DeleteJobResponseSchema;
   },
   /**
-   * Streams one of a job's pictures again: its header, then its bytes, from any offset.
+   * Streams one of a job's images again: its header, then its bytes, from any offset.
    *
    * @generated from rpc chromarpc.v1.JobService.GetImage
    */

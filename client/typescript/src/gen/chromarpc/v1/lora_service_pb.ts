@@ -417,7 +417,7 @@ export const DeleteLoraRequestSchema: GenMessage<DeleteLoraRequest> = /*@__PURE_
   messageDesc(file_chromarpc_v1_lora_service, 8);
 
 /**
- * Nothing to tell.
+ * Empty.
  *
  * @generated from message chromarpc.v1.DeleteLoraResponse
  */
@@ -678,7 +678,7 @@ export const LoraService: GenService<{
     output: typeof ListLorasResponseSchema;
   },
   /**
-   * Tells what an adapter is and what it does to a model; needs no device.
+   * Answers what an adapter is and what it does to a model; needs no device.
    *
    * @generated from rpc chromarpc.v1.LoraService.InspectLora
    */

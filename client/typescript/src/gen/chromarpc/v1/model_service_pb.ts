@@ -62,7 +62,7 @@ export const ListModelsResponseSchema: GenMessage<ListModelsResponse> = /*@__PUR
  */
 export type CacheStatistics = Message<"chromarpc.v1.CacheStatistics"> & {
   /**
-   * Jobs whose adapter set was in memory.
+   * Jobs whose prepared weights were in memory.
    *
    * @generated from field: uint64 hit_count = 1;
    */
@@ -83,7 +83,7 @@ export type CacheStatistics = Message<"chromarpc.v1.CacheStatistics"> & {
   buildCount: bigint;
 
   /**
-   * Adapter sets that made room for others.
+   * Prepared weights that made room for others.
    *
    * @generated from field: uint64 eviction_count = 4;
    */
@@ -258,7 +258,7 @@ export type Model = Message<"chromarpc.v1.Model"> & {
   refusedOptions: string[];
 
   /**
-   * Adapter sets that are merged in memory, least recently used first.
+   * Prepared weights in memory, least recently used first.
    *
    * @generated from field: repeated chromarpc.v1.ResidentSet resident_sets = 13;
    */
@@ -363,7 +363,7 @@ export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
   master: string;
 
   /**
-   * Whether pictures are decoded in tiles, which changes pixels a little.
+   * Whether images are decoded in tiles, which changes pixels a little.
    *
    * @generated from field: bool tile_autoencoder = 4;
    */
@@ -377,7 +377,7 @@ export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
   recordGraphs: boolean;
 
   /**
-   * What all of it takes at most, for pictures up to 1024×1024.
+   * What all of it takes at most, for images up to 1024×1024.
    *
    * @generated from field: uint64 estimated_bytes = 6;
    */
@@ -765,7 +765,7 @@ export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 15);
 
 /**
- * Tells what this server serves.
+ * Answers what this server serves.
  *
  * @generated from service chromarpc.v1.ModelService
  */
@@ -781,7 +781,7 @@ export const ModelService: GenService<{
     output: typeof ListModelsResponseSchema;
   },
   /**
-   * Tells version, limits, numerics profiles and device.
+   * Answers version, limits, numerics profiles and device.
    *
    * @generated from rpc chromarpc.v1.ModelService.GetServerInfo
    */

@@ -33,7 +33,7 @@ export type OutputOptions = Message<"chromarpc.v1.OutputOptions"> & {
   quality?: number | undefined;
 
   /**
-   * Whether each picture carries what it was drawn with. When left out true, but for JPEG_TRAINER.
+   * Whether each image carries what it was drawn with. When left out true, but for JPEG_TRAINER.
    *
    * @generated from field: optional bool picture_record = 3;
    */
@@ -48,7 +48,7 @@ export const OutputOptionsSchema: GenMessage<OutputOptions> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_options, 0);
 
 /**
- * Small pictures of what the model predicts the finished image to be, while it is still drawing.
+ * Small images of what the model predicts the finished image to be, while it is still drawing.
  *
  * @generated from message chromarpc.v1.PreviewOptions
  */
@@ -145,14 +145,14 @@ export enum ImageFormat {
   PNG = 1,
 
   /**
-   * Lossy; quality 95 unless told otherwise, as the reference writes it.
+   * Lossy; quality 95 unless `quality` is set, as the reference writes it.
    *
    * @generated from enum value: IMAGE_FORMAT_JPEG = 2;
    */
   JPEG = 2,
 
   /**
-   * Lossy; quality 95 unless told otherwise.
+   * Lossy; quality 95 unless `quality` is set.
    *
    * @generated from enum value: IMAGE_FORMAT_WEBP = 3;
    */
@@ -193,7 +193,7 @@ export enum NoiseDraw {
   FLOAT32 = 1,
 
   /**
-   * As torch up to 2.11 drew bf16: another picture from the same seed, for LoRAs whose previews are older.
+   * As torch up to 2.11 drew bf16: another image from the same seed, for LoRAs whose previews are older.
    *
    * @generated from enum value: NOISE_DRAW_LEGACY = 2;
    */
