@@ -279,9 +279,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*", default=[RECORDED])
     parser.add_argument("--steps", type=int, nargs="+", default=[250, 500], help="of the training")
     parser.add_argument("--samples", type=int, help="of each run, at most")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU: for so small a model more only wait")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    choice = choose_device("cpu", "float32")
+    choice = choose_device("cpu", "float32", threads=arguments.threads)
     artist = Artist(mini(choice.device))
     samples = [found for run in arguments.runs for found in recorded(run, arguments.steps)[: arguments.samples]]
     print(f"{describe_device(choice).name}, torch {torch.__version__}, {len(samples)} samples", flush=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import report, report_preview, results_file
+from bench import mismatch, report, report_preview, results_file
 
 
 def test_the_committed_page_is_what_the_results_give() -> None:
@@ -15,6 +15,12 @@ def test_the_committed_page_is_what_the_results_give() -> None:
 
 def test_the_committed_plot_is_what_the_results_give() -> None:
     assert report.PLOT.read_text() == report.plot(), "run `make performance`"
+
+
+def test_the_page_of_mismatches_holds_what_was_measured() -> None:
+    page = (results_file.ROOT / "docs" / "preview-mismatch.md").read_text()
+    table = mismatch.mismatch_table(results_file.load("cpu-mismatch"))
+    assert table in page, "take what `make bench-mismatch` prints"
 
 
 def test_a_target_is_judged_by_its_value() -> None:
