@@ -5,6 +5,8 @@ import { isTokenWanted, retry, serverInfo, serverState, token } from "./connecti
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
 import { InspectionDialog } from "./inspection-dialog.tsx";
+import { ReplayEntry, ReplayView } from "./replay/replay-view.tsx";
+import { replaying } from "./replay/replaying.ts";
 import { RunView } from "./run-view.tsx";
 import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
 import { UndoView } from "./undo-view.tsx";
@@ -41,7 +43,10 @@ export function App() {
         <FormView />
         <section ref={stage} class="stage" aria-label="Result" tabIndex={-1}>
           <UndoView />
-          {isComparing ? <CompareView /> : run ? <RunView key={run.jobId} run={run} /> : <Welcome />}
+          <ReplayView />
+          {isComparing ? <CompareView /> : run && <RunView key={run.jobId} run={run} />}
+          {!isComparing && !run && !replaying.value && <Welcome />}
+          {!replaying.value && <ReplayEntry />}
           <HistoryView />
         </section>
       </main>
