@@ -5,6 +5,8 @@ import { isTokenWanted, retry, serverInfo, serverState, token } from "./connecti
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
 import { InspectionDialog } from "./inspection-dialog.tsx";
+import { PictureButton } from "./pictures/picture-button.tsx";
+import { PictureView } from "./pictures/picture-view.tsx";
 import { RunView } from "./run-view.tsx";
 import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
 import { UndoView } from "./undo-view.tsx";
@@ -26,6 +28,7 @@ export function App() {
         <h1>
           <img src="./icon.svg" alt="" width="24" height="24" /> chromarpc
         </h1>
+        <PictureButton />
         <ServerLine />
       </header>
       {serverState.value === "down" && (
@@ -42,6 +45,7 @@ export function App() {
         <section ref={stage} class="stage" aria-label="Result" tabIndex={-1}>
           <UndoView />
           {isComparing ? <CompareView /> : run ? <RunView key={run.jobId} run={run} /> : <Welcome />}
+          <PictureView />
           <HistoryView />
         </section>
       </main>

@@ -5,8 +5,9 @@ import { tmpdir } from "node:os";
 import path from "node:path";
 import { after, before, describe, test } from "node:test";
 import { fileURLToPath, pathToFileURL } from "node:url";
-import { crc32, deflateSync } from "node:zlib";
+import { deflateSync } from "node:zlib";
 import { build } from "vite";
+import { png, text } from "./picture-files.mjs";
 
 const at = (name) => fileURLToPath(new URL(name, import.meta.url));
 const MAX_TEXT_BYTES = 8 * 1024 ** 2;
@@ -51,6 +52,95 @@ describe("what pictures say", () => {
       assert.deepEqual(pictures.linesOf(differences, true), all);
     });
   }
+
+  const served = {
+    models: ["chroma", "chroma-mini"],
+    profiles: [
+      { id: "reference", honoursNeg: false, takesTrainerOptions: false },
+      { id: "preview", honoursNeg: true, takesTrainerOptions: true },
+    ],
+    profile: "reference",
+    adapters: [],
+  };
+
+  test("every field of the form that a record names is taken, and the rest is listed", async () => {
+    const picture = await read("ours-preview.webp");
+    const hash = `sha256:${"12".repeat(32)}`;
+    const adapters = [{ path: hash, sha256: "12".repeat(32) }];
+    const { values, remarks } = pictures.settingsOf(picture, { ...served, adapters }, true);
+    assert.deepEqual(values, {
+      triggerWord: "",
+      model: "chroma",
+      neg: "ugly,\nbad",
+      prompts: ["a cat"],
+      width: "80",
+      height: "64",
+      steps: "25",
+      guidance: "4",
+      seed: "42",
+      isSeedRandom: false,
+      loras: [
+        { path: "https://example.test/a.safetensors", multiplier: 0.3, expectedSha256: "ef".repeat(32) },
+        { path: hash, multiplier: 0.00001, expectedSha256: undefined },
+      ],
+      profile: "preview",
+      isQuantized: true,
+      qtype: "qfloat8",
+      textQuantized: "no",
+      dtype: "bf16",
+      lokrForm: "weight",
+      format: "webp",
+    });
+    assert.deepEqual(remarks, ["output.quality: the form has no field for it (90)"]);
+    assert.deepEqual(pictures.urlsIn(picture.facts.request), ["https://example.test/a.safetensors"]);
+    const without = pictures.settingsOf(picture, { ...served, adapters }, false);
+    assert.deepEqual(
+      without.values.loras.map(({ path }) => path),
+      [hash],
+    );
+    assert.match(without.remarks[0], /^loras\.0\.path: https:\S+ was not to be fetched$/);
+  });
+
+  test("what the server does not have is listed by name", async () => {
+    const picture = await read("ours-preview.webp");
+    const profiles = served.profiles.slice(0, 1);
+    const { values, remarks } = pictures.settingsOf(picture, { ...served, models: ["x"], profiles }, true);
+    assert.equal(values.model, undefined);
+    assert.equal(values.profile, undefined);
+    assert.deepEqual(
+      remarks.map((remark) => remark.split(":")[0]),
+      ["model", "loras.1.path", "profile", "neg", "trainer", "output.quality"],
+    );
+  });
+
+  test("an adapter of other content is told, and one of the same content is found under another name", async () => {
+    const picture = await read("ours.png");
+    const moved = { path: "moved.safetensors", sha256: "ab".repeat(32) };
+    const other = { path: "job/l.safetensors", sha256: "cd".repeat(32) };
+    const both = pictures.settingsOf(picture, { ...served, adapters: [other, moved] }, false);
+    assert.equal(both.values.loras[0].path, other.path);
+    assert.deepEqual(both.remarks, [
+      "loras.0.sha256: job/l.safetensors has other content than recorded: cdcdcdcdcdcd, not abababababab; " +
+        "the recorded one is here as moved.safetensors",
+    ]);
+    const one = pictures.settingsOf(picture, { ...served, adapters: [moved] }, false);
+    assert.equal(one.values.loras[0].path, moved.path);
+    assert.match(one.remarks[0], /is not here; moved\.safetensors has the same content/);
+  });
+
+  test("odd values of a record are listed, none is taken", async () => {
+    const { values, remarks } = pictures.settingsOf(await read("ours-odd.png"), served, false);
+    assert.deepEqual(
+      remarks.map((remark) => remark.slice(0, remark.indexOf(":"))),
+      [
+        ...["loras.0.path", "loras.1.path", "loras.2.network_multiplier", "loras.2.path", "loras.3.path"],
+        ...["profile", "trainer.10", "trainer.9", "trainer.a.b", "trainer.e", "trainer.f", "trainer.g"],
+        ...["trainer.h", "trainer", "output.format", "output.quality", "noise_draw", "more"],
+      ],
+    );
+    assert.equal(values.seed, "9223372036854775807");
+    assert.equal(values.format, undefined);
+  });
 
   test("a bomb is inflated no further than may be", async () => {
     const bomb = deflateSync(Buffer.alloc(200_000_000), { level: 9 });
@@ -134,7 +224,7 @@ describe("what pictures say", () => {
 /** The page's reading of pictures, as a module for Node. */
 async function built(folder) {
   const entry = path.join(folder, "entry.ts");
-  const modules = ["comparison", "files", "json", "opened", "xmp"];
+  const modules = ["comparison", "files", "json", "opened", "settings", "xmp"];
   await writeFile(
     entry,
     modules.map((name) => `export * from ${JSON.stringify(at(`../src/pictures/${name}.ts`))};`).join("\n"),
@@ -151,22 +241,4 @@ async function built(folder) {
     },
   });
   return await import(pathToFileURL(path.join(folder, "pictures.mjs")).href);
-}
-
-function chunk(kind, body) {
-  const named = Buffer.concat([Buffer.from(kind), body]);
-  const numbers = Buffer.alloc(8);
-  numbers.writeUInt32BE(body.length, 0);
-  numbers.writeUInt32BE(crc32(named), 4);
-  return Buffer.concat([numbers.subarray(0, 4), named, numbers.subarray(4)]);
-}
-
-function text(kind, keyword, head, body) {
-  return chunk(kind, Buffer.concat([Buffer.from(`${keyword}\0${head}`), body]));
-}
-
-function png(...chunks) {
-  const head = chunk("IHDR", Buffer.from([0, 0, 0, 64, 0, 0, 0, 64, 8, 2, 0, 0, 0]));
-  const signature = Buffer.from("89504e470d0a1a0a", "hex");
-  return new Uint8Array(Buffer.concat([signature, head, ...chunks, chunk("IEND", Buffer.alloc(0))]));
 }
