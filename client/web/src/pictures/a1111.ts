@@ -13,7 +13,8 @@ type Settings = ReadonlyMap<string, string>;
 
 const MAX_LORAS = 100;
 const MAX_SETTINGS_LENGTH = 65_536;
-const SETTING = /\s*([\p{L}\p{N}_][\p{L}\p{N}_ \-/()+.]{0,79}):\s*("(?:\\[^\n]|[^"\\])*"|[^,]*)(?:,|$)/gu;
+const SETTING =
+  /[^\S\ufeff]*([\p{L}\p{N}_][\p{L}\p{N}_ \-/()+.]{0,79}):[^\S\ufeff]*("(?:\\[^\n]|[^"\\])*"|[^,]*)(?:,|$)/gu;
 const NETWORK = /<(?:lora|lyco):([^<>]{1,500})>/gu;
 const NEGATIVE = "Negative prompt:";
 const WITHOUT_COUNTERPART = [

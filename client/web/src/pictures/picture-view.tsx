@@ -120,7 +120,7 @@ function Actions({ one }: { one: ShownPicture }) {
     <>
       <div class="row tight">
         {request !== undefined && (
-          <button type="button" onClick={() => (urls.length > 0 ? setAsking(true) : take(false))}>
+          <button type="button" data-once onClick={() => (urls.length > 0 ? setAsking(true) : take(false))}>
             Take its settings
           </button>
         )}
