@@ -158,6 +158,7 @@ HOSTILE: list[tuple[bytes, str]] = [
     (_bomb(b"iTXt"), "more than"),
     (png_of(*[chunk(b"tEXt", b"%d\0" % n + b"a" * 1_000_000) for n in range(9)]), "more than"),
     (png_of(chunk(b"zTXt", b"a\0\0no deflate")), "broken"),
+    (png_of(chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 100)[:-6])), "broken"),
     (saved(pixels(), "JPEG")[:100], "cut short"),
     (b"\xff\xd8\xff\xe1\x00\x01", "cut short"),
     (b"\xff\xd8\xff\xd9\x00\x02", "broken"),

@@ -7,6 +7,7 @@ in the prompt as `<lora:NAME:MULTIPLIER>`, and are taken out of it before it is 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Final
 
@@ -159,11 +160,12 @@ def _text(value: str | None) -> Fact:
 
 
 def _integer(value: str | None) -> Fact:
-    return Fact(int(value)) if value and value.isdecimal() and len(value) < 20 else UNKNOWN
+    return Fact(int(value)) if value and value.isascii() and value.isdecimal() and len(value) < 20 else UNKNOWN
 
 
 def _float(value: str | None) -> Fact:
     try:
-        return Fact(float(value)) if value else UNKNOWN
+        found = float(value) if value else math.nan
     except ValueError:
         return UNKNOWN
+    return Fact(found) if math.isfinite(found) else UNKNOWN

@@ -88,9 +88,12 @@ class _Texts:
 
     def inflate(self, data: bytes) -> bytes:
         """What was deflated, where it is not more than may be."""
-        inflated = zlib.decompressobj().decompress(data, self._left_bytes + 1)
+        inflater = zlib.decompressobj()
+        inflated = inflater.decompress(data, self._left_bytes + 1)
         if len(inflated) > self._left_bytes:
             raise NoPicture(f"holds more than {MAX_TEXT_BYTES} bytes of text")
+        if not inflater.eof:
+            raise NoPicture("is a broken picture")
         return inflated
 
     def take(self, size: int) -> None:

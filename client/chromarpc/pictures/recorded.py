@@ -11,6 +11,7 @@ from chromarpc.pictures.facts import OURS, UNKNOWN, Fact, PictureFacts, Value, n
 MAX_ADAPTERS: Final = 100
 MAX_NAMES: Final = 50
 """Of versions, and of a trainer's options."""
+LARGEST_SCALE: Final = 10**300
 SAMPLER: Final = Fact("flowmatch", "Euler steps along the flow", same_as="euler")
 SCHEDULER: Final = Fact("flowmatch", "evenly spaced, shifted by the picture's size")
 GUIDANCE: Final = Fact("classifier-free", "one pass at 1 and below")
@@ -139,9 +140,11 @@ def _urls(request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Scales as floats, so that 4 and 4.0 are shown alike."""
+    """Scales as floats, so that 4 and 4.0 are shown alike; None where one is beyond them."""
     is_scale = name in ("guidance_scale", "network_multiplier")
-    return float(value) if is_scale and isinstance(value, int) and not isinstance(value, bool) else value
+    if not is_scale or isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return float(value) if abs(value) < LARGEST_SCALE else None
 
 
 def _short(value: Any, prefix: str) -> Any:

@@ -5,6 +5,8 @@ import { isTokenWanted, retry, serverInfo, serverState, token } from "./connecti
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
 import { InspectionDialog } from "./inspection-dialog.tsx";
+import { PictureButton } from "./pictures/picture-button.tsx";
+import { PictureView } from "./pictures/picture-view.tsx";
 import { ReplayEntry, ReplayView } from "./replay/replay-view.tsx";
 import { replaying } from "./replay/replaying.ts";
 import { RunView } from "./run-view.tsx";
@@ -28,6 +30,7 @@ export function App() {
         <h1>
           <img src="./icon.svg" alt="" width="24" height="24" /> chromarpc
         </h1>
+        <PictureButton />
         <ServerLine />
       </header>
       {serverState.value === "down" && (
@@ -46,6 +49,7 @@ export function App() {
           <ReplayView />
           {isComparing ? <CompareView /> : run && <RunView key={run.jobId} run={run} />}
           {!isComparing && !run && !replaying.value && <Welcome />}
+          <PictureView />
           {!replaying.value && <ReplayEntry />}
           <HistoryView />
         </section>

@@ -1,16 +1,12 @@
-/** Two runs in one place: one over the other with a slider between them, side by side, or their difference. */
+/** Two runs in one place, and what differs between what they were asked for. */
 import { signal } from "@preact/signals";
 import type { Plan } from "chromarpc/web";
 import { loras } from "./connection.ts";
 import { FleetingButton, stage } from "./fleeting-button.tsx";
+import { PairModes, PicturePair } from "./picture-pair.tsx";
 import { ratioOf, shortName } from "./run-view.tsx";
 import { comparedIds, type Run, runs } from "./runs.ts";
 
-type Mode = "slider" | "side by side" | "difference";
-
-const MODES: readonly Mode[] = ["slider", "side by side", "difference"];
-const mode = signal<Mode>("slider");
-const position = signal(50);
 const promptIndex = signal(0);
 
 export function CompareView() {
@@ -23,21 +19,7 @@ export function CompareView() {
   return (
     <article class="run comparison" aria-label="Comparison">
       <div class="row tight actions">
-        <div role="radiogroup" aria-label="How to compare" class="modes">
-          {MODES.map((name) => (
-            <label key={name} class="check">
-              <input
-                type="radio"
-                name="mode"
-                checked={mode.value === name}
-                onChange={() => {
-                  mode.value = name;
-                }}
-              />
-              {name}
-            </label>
-          ))}
-        </div>
+        <PairModes group="mode" />
         {count > 1 && (
           <label>
             Picture{" "}
@@ -73,47 +55,15 @@ export function CompareView() {
         </FleetingButton>
       </div>
       {leftUrl && rightUrl ? (
-        mode.value === "side by side" ? (
-          <div class="pair">
-            <div class="frame" style={ratio}>
-              <img class="final" src={leftUrl} alt="Left run" />
-            </div>
-            <div class="frame" style={rightRatio}>
-              <img class="final" src={rightUrl} alt="Right run" />
-            </div>
-          </div>
-        ) : (
-          <div class={`frame overlay ${mode.value}`} style={ratio}>
-            <img class="final" src={leftUrl} alt="Left run" />
-            <img
-              class="final over"
-              src={rightUrl}
-              alt="Right run"
-              style={mode.value === "slider" ? { clipPath: `inset(0 0 0 ${position.value}%)` } : {}}
-            />
-            {mode.value === "slider" && (
-              <span class="edge" style={{ left: `${position.value}%` }} aria-hidden="true" />
-            )}
-          </div>
-        )
+        <PicturePair
+          left={{ url: leftUrl, name: "Left run", ratio: ratio ?? {} }}
+          right={{ url: rightUrl, name: "Right run", ratio: rightRatio ?? {} }}
+          label="Where the right run begins"
+        />
       ) : (
         <div class="frame empty" style={ratio}>
           <span class="hint">Fetching the pictures …</span>
         </div>
-      )}
-      {mode.value === "slider" && (
-        <input
-          type="range"
-          class="wide"
-          min="0"
-          max="100"
-          step="0.5"
-          aria-label="Where the right run begins"
-          value={position.value}
-          onInput={(event) => {
-            position.value = Number(event.currentTarget.value);
-          }}
-        />
       )}
       <Differences left={left} right={right} index={index} />
     </article>
