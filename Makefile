@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos baseline page format verify bench bench-watchers performance fuzz clean
+.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers performance fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -65,12 +65,13 @@ page: setup node  ## Generate the TypeScript stubs and build the page into the s
 	$(BIN)/python -c 'from chromarpc_server.gateway import openapi as o; o.FILE.write_text(o.text(), encoding="utf-8")'
 	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
 
-check: setup check-protos  ## Lint, types, import layers, dependencies, protos
+check: setup check-protos  ## Lint, types, import layers, dependencies, the blocking client, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_dependencies
+	$(BIN)/python -m tools.unasync --check
 
 check-protos: setup  ## buf lint, buf breaking against the last release, and that the stubs are current
 	$(BIN)/buf lint
@@ -79,6 +80,9 @@ check-protos: setup  ## buf lint, buf breaking against the last release, and tha
 
 protos: setup  ## Generate the Python stubs from protos/
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
+
+sync-client: setup  ## Generate the blocking client from the asyncio one
+	$(BIN)/python -m tools.unasync
 
 baseline: setup  ## At a release, and only then: make its contract what `buf breaking` compares with
 	$(BIN)/buf build protos -o protos/chromarpc.v1.binpb
