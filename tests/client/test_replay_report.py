@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replay_fake_server import picture, trainer_jpeg
 
 from chromarpc.replay.curve import curve_svg
 from chromarpc.replay.facts import count_line, verdict_line
 from chromarpc.replay.report_page import write_report
+from tests.client.replay_fake_server import picture, trainer_jpeg
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\u202etxt' onload='"
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
