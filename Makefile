@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers performance fuzz clean
+.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers performance fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +30,17 @@ serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 
 test: setup  ## Run the tests (CPU only)
 	$(BIN)/python -m pytest
+
+# The rooms' own folders: no test in them starts a server of the whole, and `slow` marks what takes more than 0.3 s.
+FAST := $(addprefix tests/,domain transport jobs runtime adapters pipeline client)
+test-fast: setup  ## Run the tests that are quick, in less than a minute: for the inner loop
+	$(BIN)/python -m pytest $(FAST) -m 'not gpu and not slow'
+
+coverage: setup  ## Run the tests with coverage.py (twice as long), and list what they do not run
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m tools.uncovered
 
 test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 times: python -m tests.faults.kill_nine)
 	$(BIN)/python -m pytest tests/faults tests/security/test_hostile_connections.py tests/integration/test_lifecycle.py tests/integration/test_device_errors.py

@@ -139,6 +139,7 @@ def test_every_error_has_an_exit_code_and_every_exit_code_its_help() -> None:
     assert "130  interrupted" in CliRunner().invoke(app, ["generate", "--help"]).stdout
 
 
+@pytest.mark.slow
 def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None:
     codes = pytest.importorskip("chromarpc_server.transport.messages.errors").CODES
     for kind, code in codes.items():

@@ -17,6 +17,8 @@ import pytest
 from chromarpc.cli.interrupt import interruptible
 from tests.client.client_fake_server import PATIENCE_S, FakeServer, JobEvent, Request, Story, png
 
+pytestmark = pytest.mark.slow
+
 
 def command(server: FakeServer, *arguments: str, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(

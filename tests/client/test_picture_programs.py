@@ -69,7 +69,10 @@ def test_a_workflow_alone_is_enough_for_what_its_nodes_list() -> None:
         {"1": {"class_type": "KSampler", "inputs": {"steps": ["1", 0], "cfg": ["2", 0], "positive": ["1", 0]}},
          "2": {"class_type": "X", "inputs": {"value": ["2", 0], "model": ["2", 0]}}},
         {"1": {"class_type": "KSampler", "inputs": {"steps": True, "cfg": "x", "positive": 3, "model": ["1", 0]}}},
-        {str(n): {"class_type": "Y", "inputs": {"a": [str(n + 1), 0]}} for n in range(30_000)},
+        pytest.param(
+            {str(n): {"class_type": "Y", "inputs": {"a": [str(n + 1), 0]}} for n in range(30_000)},
+            marks=pytest.mark.slow,
+        ),
         {"1": {"class_type": 3, "inputs": {}}, "2": 4, "3": {"class_type": "SaveImage", "inputs": []}},
     ],
 )  # fmt: skip

@@ -107,6 +107,7 @@ def test_what_is_no_picture_is_a_sentence(data: bytes, said: str) -> None:
         read_picture(data)
 
 
+@pytest.mark.slow
 def test_a_bomb_takes_neither_time_nor_room() -> None:
     inflated = zlib.compress(b"\0" * 200_000_000, 9)
     bombs = png_of(*[chunk(b"zTXt", b"%d\0\0" % number + inflated) for number in range(50)])

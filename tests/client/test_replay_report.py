@@ -149,6 +149,7 @@ def test_a_large_report_has_thumbnails_and_the_pictures_beside_it(tmp_path: Path
     assert "img-src data: 'self' file:;" in large
 
 
+@pytest.mark.slow
 def test_five_hundred_samples_stay_small(tmp_path: Path) -> None:
     facts = facts_of([sample(step, index) for step in range(0, 12_500, 250) for index in range(10)])
     text = written(tmp_path, facts, max_page_bytes=10_000)
@@ -200,6 +201,7 @@ def test_the_page_and_the_facts_are_written_together(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text("utf-8")) == facts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize(
     ("max_page_bytes", "link"), [(25_000_000, ""), (25_000_000, "#s250-1"), (1000, "#s250-1")]
