@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-faults test-gpu test-clients test-browser test-foreign check check-protos check-clients protos baseline page format verify bench bench-watchers bench-mismatch performance fuzz clean
+.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-gpu test-clients test-browser test-foreign \
+	check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers bench-mismatch performance \
+	fuzz clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +32,17 @@ serve: setup  ## Serve the bundled checkpoint on 127.0.0.1:50051
 
 test: setup  ## Run the tests (CPU only)
 	$(BIN)/python -m pytest
+
+# The rooms' own folders: no test in them starts a server of the whole, and `slow` marks what takes more than 0.3 s.
+FAST := $(addprefix tests/,domain transport jobs runtime adapters pipeline client)
+test-fast: setup  ## Run the tests that are quick, in less than a minute: for the inner loop
+	$(BIN)/python -m pytest $(FAST) -m 'not gpu and not slow'
+
+coverage: setup  ## Run the tests with coverage.py (twice as long), and list what they do not run
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m tools.uncovered
 
 test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 times: python -m tests.faults.kill_nine)
 	$(BIN)/python -m pytest tests/faults tests/security/test_hostile_connections.py tests/integration/test_lifecycle.py tests/integration/test_device_errors.py
@@ -65,12 +78,13 @@ page: setup node  ## Generate the TypeScript stubs and build the page into the s
 	$(BIN)/python -c 'from chromarpc_server.gateway import openapi as o; o.FILE.write_text(o.text(), encoding="utf-8")'
 	$(BIN)/python -c 'from chromarpc_server.gateway.configuration import deployed_yaml as d; print(d(), end="")' > deploy/envoy.yaml
 
-check: setup check-protos  ## Lint, types, import layers, dependencies, protos
+check: setup check-protos  ## Lint, types, import layers, dependencies, the blocking client, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_dependencies
+	$(BIN)/python -m tools.unasync --check
 
 check-protos: setup  ## buf lint, buf breaking against the last release, and that the stubs are current
 	$(BIN)/buf lint
@@ -80,6 +94,9 @@ check-protos: setup  ## buf lint, buf breaking against the last release, and tha
 protos: setup  ## Generate the enums of errors and warnings, their tables in docs/, and the Python stubs of protos/
 	$(BIN)/python -m tools.code_tables
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
+
+sync-client: setup  ## Generate the blocking client from the asyncio one
+	$(BIN)/python -m tools.unasync
 
 baseline: setup  ## At a release, and only then: make its contract what `buf breaking` compares with
 	$(BIN)/buf build protos -o protos/chromarpc.v1.binpb

@@ -39,6 +39,7 @@ NOT_ON_EVERY_MACHINE: Mapping[str, str] = {
 """Modules that need not be installed where this runs, and what installs them; nothing declared where empty."""
 NOT_IMPORTED: Mapping[str, str] = {
     "buf-bin": "a command",
+    "coverage": "a command",
     "grpcio-tools": "run by tools/generate_stubs.sh",
     "import-linter": "a command",
     "mypy": "a command",

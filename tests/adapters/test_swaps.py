@@ -157,6 +157,7 @@ async def test_a_link_put_there_while_the_job_waits_is_not_followed(
     assert origin(file) == INSIDE
 
 
+@pytest.mark.slow
 @swaps
 async def test_nothing_outside_is_read_while_links_come_and_go(
     kind: Callable[[Path], Swap], library: AdapterLibrary, root: Path

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from chromarpc.pictures.facts import PictureFacts
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 COMFYUI: dict[str, Any] = {
@@ -121,6 +123,35 @@ FORGE = (
     "Distilled CFG Scale: 3.5, Seed: 5, Size: 64x64, Model: chroma, "
     "Diffusion in Low Bits: Automatic (fp16 LoRA), Version: f2.0.1v1.10.1-previous"
 )
+RECORD: dict[str, Any] = {
+    "version": 1,
+    "request": {
+        "model": "chroma",
+        "loras": [{"path": "job/l.safetensors", "network_multiplier": 1}],
+        "prompts": [
+            {
+                "prompt": 'a <cät>\n& "dog"',
+                "width": 64,
+                "height": 64,
+                "sample_steps": 25,
+                "guidance_scale": 4.0,
+                "seed": 42,
+            }
+        ],
+        "output": {"format": "IMAGE_FORMAT_PNG"},
+        "profile": "reference",
+        "noise_draw": "NOISE_DRAW_FLOAT32",
+    },
+    "model": "chroma",
+    "served_model": "chroma",
+    "model_revision": "cd" * 32,
+    "adapters": [{"path": "job/l.safetensors", "sha256": "ab" * 32, "placement": "merged"}],
+    "tokens": {"used": 9, "cut": 0},
+    "tiled": False,
+    "versions": {"chromarpc": "0.1.0", "torch": "2.13.0"},
+    "device": "NVIDIA H100 80GB HBM3",
+    "dtype": "bfloat16",
+}
 
 
 def pixels(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -171,3 +202,8 @@ def png_of(*chunks: bytes, width: int = 64, height: int = 64) -> bytes:
     """A PNG of these chunks between its head and its end; it has no pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return SIGNATURE + head + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def values(facts: PictureFacts | None) -> dict[str, Any]:
+    assert facts is not None
+    return {name: fact.value for name, fact in facts.facts.items()}

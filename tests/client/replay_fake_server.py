@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 import yaml
-from client_fake_server import FakeServer, JobEvent, Request, Story
 from PIL import Image, ImageDraw
 
 from chromarpc.v1 import lora_service_pb2, lora_service_pb2_grpc, model_service_pb2, options_pb2
+from tests.client.client_fake_server import FakeServer, JobEvent, Request, Story
 
 FLOAT32, LEGACY = options_pb2.NOISE_DRAW_FLOAT32, options_pb2.NOISE_DRAW_LEGACY
 TIME_MS = 1_795_648_911_717

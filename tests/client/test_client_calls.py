@@ -1,37 +1,22 @@
-"""Both clients against a real connection: events, errors, cancellation, deadlines, tokens."""
+"""Both clients against a real connection: events, errors, requests, tokens."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from client_fake_server import (
-    PATIENCE_S,
-    FakeServer,
-    JobEvent,
-    Request,
-    Story,
-    abort,
-    detailed_status,
-    png,
-    refusing,
-    whole_job,
-)
 from grpc_health.v1 import health_pb2
 
 from chromarpc import (
     Accepted,
     AsyncClient,
-    Cancelled,
     Client,
     Completed,
     DeadlineExceeded,
@@ -50,26 +35,24 @@ from chromarpc import (
     parse_request_json,
 )
 from chromarpc.channel import is_loopback
-from chromarpc.png_text import read as read_png_text
 from chromarpc.request import build_request
+from tests.client.client_fake_server import (
+    PATIENCE_S,
+    FakeServer,
+    JobEvent,
+    Request,
+    Story,
+    abort,
+    detailed_status,
+    png,
+    refusing,
+)
 
 QUEUE_FULL = detailed_status(
     grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", reason="QUEUE_FULL", retry_after_s=7
 )
 
 SECRET = "s3cret"
-
-
-def endless(server: FakeServer) -> Any:
-    """A job that takes one step and then waits for its client to go away."""
-
-    def script(request: Request, context: Any) -> Iterator[JobEvent]:
-        story = Story()
-        yield story.accepted(request)
-        yield story.step(0, 1)
-        yield from server.wait_for_end()
-
-    return script
 
 
 # What both clients have in common
@@ -190,120 +173,6 @@ async def test_nobody_listens_async() -> None:
             await client.server_info()
         with pytest.raises(ServerUnavailable):
             await client.generate_images("a")
-
-
-# Cancellation and deadlines
-
-
-def test_breaking_out_of_the_loop_cancels(server: FakeServer, client: Client) -> None:
-    server.script = endless(server)
-    for event in client.generate("a"):
-        if isinstance(event, Step):
-            break
-    del event
-    gc.collect()
-    assert server.ended.wait(PATIENCE_S)
-
-
-def test_leaving_the_context_cancels(server: FakeServer, client: Client) -> None:
-    server.script = endless(server)
-    with client.generate("a") as stream:
-        next(stream)
-    assert server.ended.wait(PATIENCE_S)
-    assert list(stream) == []
-
-
-def test_cancel_from_another_thread(server: FakeServer, client: Client) -> None:
-    server.script = endless(server)
-    stream = client.generate("a")
-    next(stream)
-    next(stream)
-    thread = threading.Thread(target=stream.cancel)
-    thread.start()
-    with pytest.raises(Cancelled):
-        next(stream)
-    thread.join()
-    assert server.ended.wait(PATIENCE_S)
-
-
-async def test_cancelling_the_task_cancels_the_call(server: FakeServer, async_client: AsyncClient) -> None:
-    server.script = endless(server)
-    stepped = asyncio.Event()
-    task = asyncio.create_task(
-        async_client.generate_images("a", on_event=lambda e: stepped.set() if isinstance(e, Step) else None)
-    )
-    await asyncio.wait_for(stepped.wait(), PATIENCE_S)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await asyncio.to_thread(server.ended.wait, PATIENCE_S)
-
-
-async def test_breaking_out_of_the_loop_cancels_async(server: FakeServer, async_client: AsyncClient) -> None:
-    server.script = endless(server)
-    async for event in async_client.generate("a"):
-        if isinstance(event, Step):
-            break
-    assert await asyncio.to_thread(server.ended.wait, PATIENCE_S)
-
-
-async def test_leaving_the_context_cancels_async(server: FakeServer, async_client: AsyncClient) -> None:
-    server.script = endless(server)
-    async with async_client.generate("a") as stream:
-        await anext(stream)
-    assert await asyncio.to_thread(server.ended.wait, PATIENCE_S)
-
-
-async def test_cancel_while_another_task_waits(server: FakeServer, async_client: AsyncClient) -> None:
-    """The waiting task was not cancelled, so it must not see `asyncio.CancelledError`."""
-    server.script = endless(server)
-    stream = async_client.generate("a")
-    await anext(stream)
-    await anext(stream)
-    waiting = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0)
-    stream.cancel()
-    with pytest.raises(Cancelled):
-        await waiting
-
-
-async def test_a_deadline_ends_the_call(server: FakeServer, client: Client, async_client: AsyncClient) -> None:
-    server.script = endless(server)
-    with pytest.raises(DeadlineExceeded):
-        client.generate_images("a", timeout_s=0.3)
-    assert server.ended.wait(PATIENCE_S)
-    server.ended.clear()
-    with pytest.raises(DeadlineExceeded):
-        await async_client.generate_images("a", timeout_s=0.3)
-
-
-def test_the_clients_own_deadline_is_for_calls_that_name_none(server: FakeServer) -> None:
-    remaining = []
-
-    def script(request: Request, context: Any) -> Iterator[JobEvent]:
-        remaining.append(context.time_remaining())
-        return whole_job(request, context)
-
-    server.script = script
-    with Client(server.target) as client:
-        client.generate_images("a")
-    with Client(server.target, timeout_s=100) as client:
-        client.generate_images("a")
-        client.generate_images("a", timeout_s=50)
-    assert remaining[0] is None or remaining[0] > 10**6
-    assert 90 < remaining[1] <= 101
-    assert 40 < remaining[2] <= 51
-
-
-async def test_a_closed_client_says_so(server: FakeServer) -> None:
-    client = Client(server.target)
-    client.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        client.generate("a")
-    async_client = AsyncClient(server.target)
-    await async_client.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        await async_client.health()
 
 
 # Requests
@@ -449,66 +318,6 @@ def test_tls_options_are_checked(tmp_path: Path) -> None:
         Client(tls=TlsOptions(certificate=tmp_path / "c.pem"))
     with pytest.raises(FileNotFoundError):
         Client(tls=TlsOptions(root_certificates=tmp_path / "none.pem"))
-
-
-# Pictures that can be repeated
-
-
-def test_a_saved_png_holds_its_pixels_and_its_record(server: FakeServer, client: Client, tmp_path: Path) -> None:
-    (image,) = client.generate_images(
-        "[trigger] a cät", trigger_word="sks", loras="j/l.safetensors", model="chroma"
-    )
-    saved = image.save(tmp_path / "a.png").read_bytes()
-    end = image.data.index(b"IEND") - 4
-    assert saved.startswith(image.data[:end])
-    assert saved.endswith(image.data[end:])
-
-    from PIL import Image
-
-    with Image.open(tmp_path / "a.png") as picture:
-        picture.load()
-        assert picture.tobytes() == image.image.tobytes()
-        texts = picture.text
-    assert texts == read_png_text(saved)
-    assert texts["parameters"].startswith("sks a cät\nSteps: 2, ")
-    record = json.loads(texts["chromarpc"])
-    assert record == image.record()
-    assert record["model_revision"] == "cd" * 32
-    assert record["adapters"][0]["sha256"] == "ab" * 32
-    assert record["versions"] == {"torch": "2.13.0"}
-    again = parse_request_json(json.dumps(record["request"]))
-    assert again.unknown == ()
-    assert again.request == build_request(
-        Prompt("sks a cät", width=32, height=32, sample_steps=2, guidance_scale=4.0, seed=42),
-        model="chroma",
-        loras=Lora("j/l.safetensors", 0.5),
-        output_format="png",
-        profile="reference",
-        noise_draw="float32",
-    )
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(client: Client, tmp_path: Path) -> None:
-    (image,) = client.generate_images("a")
-    target = tmp_path / "a.png"
-    target.write_bytes(b"old")
-    target.chmod(0o600)
-    image.save(target)
-    assert target.read_bytes() == image.file_bytes()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):  # noqa: PT011 - which one depends on the system
-        image.save(tmp_path / "folder")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "folder"]
-
-
-@pytest.mark.parametrize("data", [b"", b"GIF89a", png()[:20], png()[:-12]])
-def test_text_goes_into_nothing_but_a_whole_png(data: bytes) -> None:
-    from chromarpc import png_text
-
-    with pytest.raises(ValueError, match="PNG"):
-        png_text.insert(data, {"a": "b"})
-    with pytest.raises(ValueError, match="PNG"):
-        png_text.read(data)
 
 
 # The package

@@ -4,69 +4,26 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from client_fake_server import (
-    PATIENCE_S,
-    FakeServer,
-    JobEvent,
-    Request,
-    Story,
-    detailed_status,
-    png,
-    refusing,
-    whole_job,
-)
 from grpc_health.v1 import health_pb2
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
 from chromarpc import Lora, parse_request_json
-from chromarpc.cli import app, progress
-from chromarpc.cli.exits import _CODES, EXIT_CODES_HELP, ExitCode
-from chromarpc.cli.interrupt import interruptible
+from chromarpc.cli import progress
 from chromarpc.cli.progress import Bars, bytes_text, seconds_text
 from chromarpc.cli.request import parse_lora
-from chromarpc.errors import CODE_ERRORS, REASON_ERRORS
 from chromarpc.request import build_request
 from chromarpc.stream import StreamReader
 from chromarpc.v1 import generation_service_pb2, job_event_pb2
+from tests.client.client_fake_server import JobEvent, Request, Story, png, whole_job
+from tests.client.shell import Shell, files
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "requests" / "reference_requests.json"
-
-
-def files(folder: str = ".") -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-class Shell:
-    """Runs the command against one server, in an empty folder."""
-
-    def __init__(self, server: FakeServer) -> None:
-        self.server = server
-
-    def __call__(self, *arguments: str, text_in: str | None = None) -> Any:
-        result = CliRunner().invoke(
-            app, list(arguments), input=text_in, env={"CHROMARPC_TARGET": self.server.target}
-        )
-        assert "Traceback" not in result.stderr
-        return result
-
-
-@pytest.fixture
-def shell(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(server)
 
 
 def test_options_become_the_request(shell: Shell) -> None:
@@ -307,175 +264,6 @@ def test_a_wrong_command_line_exits_2_before_anything_is_sent(
     assert not shell.server.requests
 
 
-def status(code: grpc.StatusCode, message: str = "because", **details: Any) -> Any:
-    return detailed_status(code, message, **details)
-
-
-REFUSALS = [
-    (
-        status(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "invalid request: prompts.0.width, prompts.1.seed",
-            reason="INVALID_PARAMETER",
-            violations={"prompts.0.width": "must be between 64 and 4096, got 63", "prompts.1.seed": "too small"},
-        ),
-        2,
-        [
-            "error: invalid request: prompts.0.width, prompts.1.seed",
-            "  prompts.0.width: must be between 64 and 4096, got 63",
-            "  prompts.1.seed: too small",
-        ],
-    ),
-    (
-        status(
-            grpc.StatusCode.NOT_FOUND,
-            "no such adapter",
-            reason="LORA_NOT_FOUND",
-            violations={"loras.0.path": "no such adapter"},
-        ),
-        2,
-        ["error: loras.0.path: no such adapter"],
-    ),
-    (
-        status(grpc.StatusCode.UNAUTHENTICATED, "no token"),
-        2,
-        ["error: no token", "Give a token by --token-file or CHROMARPC_TOKEN."],
-    ),
-    (
-        status(grpc.StatusCode.UNAVAILABLE, "the server is stopping", reason="DRAINING", retry_after_s=30),
-        3,
-        ["error: the server is stopping", "Try again in 30 s."],
-    ),
-    (
-        status(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "the weights of chroma are missing",
-            reason="WEIGHTS_MISSING",
-            metadata={"command": "chromarpc-server fetch chroma"},
-        ),
-        4,
-        ["error: the weights of chroma are missing", "On the server, run: chromarpc-server fetch chroma"],
-    ),
-    (
-        status(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", reason="QUEUE_FULL", retry_after_s=0.2),
-        5,
-        ["error: the queue is full", "Try again in 1 s."],
-    ),
-    (
-        status(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", reason="OUT_OF_MEMORY"),
-        5,
-        ["error: out of memory", "A smaller picture may fit."],
-    ),
-    (
-        status(
-            grpc.StatusCode.ALREADY_EXISTS,
-            "another request was made under this id",
-            reason="REQUEST_ID_REUSED",
-            metadata={"job_id": "j1"},
-            violations={"request_id": "another request was made under this id"},
-        ),
-        2,
-        [
-            "error: request_id: another request was made under this id",
-            "Its job is j1: see `chromarpc job show`.",
-        ],
-    ),
-    (
-        status(
-            grpc.StatusCode.UNAVAILABLE, "the server is out of room", reason="STORE_UNAVAILABLE", retry_after_s=5
-        ),
-        3,
-        ["error: the server is out of room", "Try again in 5 s."],
-    ),
-    (
-        status(grpc.StatusCode.UNAVAILABLE, "its pictures could not be stored", reason="STORE_UNAVAILABLE"),
-        3,
-        ["error: its pictures could not be stored"],
-    ),
-    (
-        status(grpc.StatusCode.INTERNAL, "stopped 3 times", reason="ATTEMPTS_EXHAUSTED"),
-        1,
-        ["error: stopped 3 times", "Make the job again to run it."],
-    ),
-    (status(grpc.StatusCode.CANCELLED, "cancelled"), 6, ["error: cancelled"]),
-    (status(grpc.StatusCode.DEADLINE_EXCEEDED, "too late"), 6, ["error: too late"]),
-    (
-        status(grpc.StatusCode.INTERNAL, "internal error", reason="INTERNAL", metadata={"error_id": "e1"}),
-        1,
-        ["error: internal error", "The server's log has more under e1."],
-    ),
-]
-
-
-@pytest.mark.parametrize(("refusal", "code", "lines"), REFUSALS, ids=lambda value: None)
-def test_what_the_server_refuses_is_told_in_sentences(
-    shell: Shell, refusal: Any, code: int, lines: list[str]
-) -> None:
-    shell.server.script = refusing(refusal)
-    result = shell("generate", "a")
-    assert (result.exit_code, result.stderr.splitlines(), result.stdout) == (code, lines, "")
-    events = shell("generate", "a", "--events")
-    assert events.exit_code == code
-    (line,) = events.stdout.splitlines()
-    assert json.loads(line)["event"] == "error"
-    assert json.loads(line)["message"] == refusal.message
-
-
-def test_every_error_has_an_exit_code_and_every_exit_code_its_help() -> None:
-    for kind in {*CODE_ERRORS.values(), *REASON_ERRORS.values()}:
-        assert next(code for family, code in _CODES if issubclass(kind, family)) is not ExitCode.OK
-    for code in ExitCode:
-        assert f"\n  {code.value} " in EXIT_CODES_HELP
-    assert "130  interrupted" in CliRunner().invoke(app, ["generate", "--help"]).stdout
-
-
-def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None:
-    codes = pytest.importorskip("chromarpc_server.transport.messages.errors").CODES
-    for kind, code in codes.items():
-        shell.server.script = refusing(status(code, "the server's own sentence", reason=kind.reason))
-        result = shell("generate", "a")
-        assert result.stderr.splitlines()[0] == "error: the server's own sentence", kind.reason
-        assert (result.exit_code == 1) == (kind.reason in INTERNAL_REASONS), kind.reason
-
-
-INTERNAL_REASONS = {"INTERNAL", "DEVICE_LOST", "DEVICE_HUNG", "ATTEMPTS_EXHAUSTED"}
-"""Those whose exit code is 1, as an internal error of the server."""
-
-
-def test_nobody_listens(shell: Shell) -> None:
-    for command in (["generate", "a"], ["models"], ["info"], ["health"]):
-        result = shell(*command, "--target", "127.0.0.1:1")
-        assert result.exit_code == 3
-        assert "cannot reach 127.0.0.1:1" in result.stderr
-        assert "chromarpc-server" in result.stderr
-
-
-def test_a_time_limit_that_passes_exits_6_and_cancels(shell: Shell) -> None:
-    def script(request: Request, context: Any) -> Iterator[JobEvent]:
-        yield Story().accepted(request)
-        yield from shell.server.wait_for_end()
-
-    shell.server.script = script
-    result = shell("generate", "a", "--timeout", "0.3")
-    assert result.exit_code == 6
-    assert result.stderr == "error: the time limit passed before the server was done\n"
-    assert shell.server.ended.wait(PATIENCE_S)
-
-
-def test_a_broken_stream_exits_1_and_saves_nothing(shell: Shell) -> None:
-    def script(request: Request, context: Any) -> Iterator[JobEvent]:
-        story = Story()
-        yield story.accepted(request)
-        yield story.header(png(1))
-        yield story.chunk(png(2))
-
-    shell.server.script = script
-    result = shell("generate", "a")
-    assert result.exit_code == 1
-    assert "SHA-256" in result.stderr
-    assert files() == []
-
-
 def test_models(shell: Shell) -> None:
     text = shell("models").stdout
     assert (
@@ -537,70 +325,3 @@ def test_durations_and_sizes_for_people() -> None:
         "0.0 s", "9.9 s", "10 s", "59 s", "1:00 min", "3:05 min",
     ]  # fmt: skip
     assert [bytes_text(n) for n in (0, 999, 1000, 17_800_000_000)] == ["0 bytes", "999 bytes", "1.0 kB", "17.8 GB"]
-
-
-# As a process
-
-
-def command(server: FakeServer, *arguments: str, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", "from chromarpc.cli import main; main()", *arguments],
-        env={**os.environ, "CHROMARPC_TARGET": server.target, "CHROMARPC_TRACEBACK": ""},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **more,
-    )
-
-
-def test_as_a_process(server: FakeServer, tmp_path: Path) -> None:
-    process = command(server, "generate", "a", "--quiet", cwd=tmp_path)
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, out, err) == (0, "out.png\n", "")
-    assert (tmp_path / "out.png").stat().st_size > len(png(0))
-
-
-def test_ctrl_c_cancels_the_job_and_exits_130(server: FakeServer, tmp_path: Path) -> None:
-    def script(request: Request, context: Any) -> Iterator[JobEvent]:
-        story = Story()
-        yield story.accepted(request)
-        yield story.step(0, 1)
-        yield from server.wait_for_end()
-
-    server.script = script
-    process = command(server, "generate", "a", "--events", cwd=tmp_path)
-    assert process.stdout is not None
-    while json.loads(process.stdout.readline())["event"] != "step":
-        pass
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, err) == (130, "interrupted\n")
-    assert server.ended.wait(PATIENCE_S)
-
-
-def test_an_interrupt_never_reaches_the_thread_that_speaks_to_the_server() -> None:
-    """There it could leave a lock of gRPC taken."""
-    ended, seen = threading.Event(), []
-
-    def work() -> None:
-        try:
-            signal.raise_signal(signal.SIGINT)  # Python hands it to the main thread
-            assert ended.wait(PATIENCE_S)
-        except BaseException as error:
-            seen.append(error)
-            raise
-
-    with pytest.raises(KeyboardInterrupt):
-        interruptible(work, ended.set)
-    assert ended.is_set()
-    assert seen == []
-
-
-def test_a_reader_that_has_enough_is_no_error_message(server: FakeServer, tmp_path: Path) -> None:
-    process = command(server, "generate", "a", "--events", cwd=tmp_path)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.wait(PATIENCE_S) == 1
-    assert process.stderr.read() == ""
-    process.stderr.close()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from client_fake_server import detailed_status
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
@@ -17,6 +16,7 @@ import chromarpc
 from chromarpc import errors
 from chromarpc.errors import CODE_ERRORS, REASON_ERRORS, StatusError, error_type, from_status
 from chromarpc.v1 import codes_pb2
+from tests.client.client_fake_server import detailed_status
 
 KEY = "grpc-status-details-bin"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_fake_server import FakeServer, JobEvent, Request, whole_job
 from PIL import Image
 from typer.testing import CliRunner
 
 from chromarpc.cli import app
+from tests.client.client_fake_server import FakeServer, JobEvent, Request, whole_job
 
 SWEEP = ("sweep", "a cat", "--lora", "a.safetensors:0,1")
 COMMANDS = [("generate", "a cat"), SWEEP, ("job", "watch", "job-1")]

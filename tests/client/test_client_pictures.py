@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_fake_server import FakeServer, png
-from picture_files import A1111, COMFYUI, FORGE, pixels, png_with, saved, with_comment
 from PIL import Image
-from test_pictures import RECORD
 from typer.testing import CliRunner
 
 from chromarpc import Lora, png_text
 from chromarpc.cli import app
 from chromarpc.request import build_request
+from tests.client.client_fake_server import FakeServer, png
+from tests.client.picture_files import A1111, COMFYUI, FORGE, RECORD, pixels, png_with, saved, with_comment
 
 RUN = Path(__file__).parents[1] / "goldens" / "preview_runs" / "exact"
 

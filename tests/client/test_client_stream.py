@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
-from client_fake_server import JobEvent, Story, png, whole_job
 
 from chromarpc import (
     Accepted,
@@ -27,6 +26,7 @@ from chromarpc import (
 from chromarpc.request import build_request
 from chromarpc.stream import MAX_IMAGE_BYTES, StreamReader
 from chromarpc.v1 import generation_service_pb2, job_event_pb2
+from tests.client.client_fake_server import JobEvent, Story, png, whole_job
 
 REQUEST = build_request("[trigger] a", trigger_word="sks", loras="j/l.safetensors")
 DATA = png(1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_fake_server import FakeServer, JobEvent, Request, Story, png
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from chromarpc.cli.inquiry import _model_lines
 from chromarpc.cli.request import parse_lora
 from chromarpc.request import build_request
 from chromarpc.v1 import job_event_pb2, model_service_pb2, options_pb2
+from tests.client.client_fake_server import FakeServer, JobEvent, Request, Story, png
 
 SHA256 = "ab" * 32
 BODY: dict[str, Any] = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-from replay_fake_server import DrawingServer
 
 from chromarpc import AsyncClient, Client
 from chromarpc.cli.request import parse_lora
@@ -18,6 +17,7 @@ from chromarpc.errors import DeadlineExceeded, Draining, ProtocolError, StatusEr
 from chromarpc.request import Lora
 from chromarpc.upload import RETRY_DELAYS_S, Call, Steps, Uploaded, Wait, advance, upload_steps
 from chromarpc.v1 import lora_service_pb2
+from tests.client.replay_fake_server import DrawingServer
 
 CONTENT = bytes(range(250)) * 4
 CREATED = lora_service_pb2.CreateLoraUploadResponse(upload_id="secret", max_chunk_bytes=400)

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from replay_fake_server import TIME_MS, Run, picture, safetensors, trainer_jpeg
 
 from chromarpc.replay import run_folder
 from chromarpc.replay.config_file import ConfigError, read_config
 from chromarpc.replay.pairing import Pairing, pair
 from chromarpc.replay.run_folder import RunFolder, Unreadable
 from chromarpc.replay.settings import resolve_run
+from tests.client.replay_fake_server import TIME_MS, Run, picture, safetensors, trainer_jpeg
 
 RUNS = Path(__file__).parent.parent / "goldens" / "preview_runs"
 JPEG = trainer_jpeg(picture(prompt="a"))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replay_fake_server import picture, trainer_jpeg
 
 from chromarpc.replay.curve import curve_svg
 from chromarpc.replay.facts import count_line, verdict_line
 from chromarpc.replay.report_page import write_report
+from tests.client.replay_fake_server import picture, trainer_jpeg
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)>\u202etxt' onload='"
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
@@ -149,6 +149,7 @@ def test_a_large_report_has_thumbnails_and_the_pictures_beside_it(tmp_path: Path
     assert "img-src data: 'self' file:;" in large
 
 
+@pytest.mark.slow
 def test_five_hundred_samples_stay_small(tmp_path: Path) -> None:
     facts = facts_of([sample(step, index) for step in range(0, 12_500, 250) for index in range(10)])
     text = written(tmp_path, facts, max_page_bytes=10_000)
@@ -200,6 +201,7 @@ def test_the_page_and_the_facts_are_written_together(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text("utf-8")) == facts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize(
     ("max_page_bytes", "link"), [(25_000_000, ""), (25_000_000, "#s250-1"), (1000, "#s250-1")]

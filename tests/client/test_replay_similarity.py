@@ -9,10 +9,10 @@ import time
 
 import pytest
 from PIL import Image
-from replay_fake_server import picture, trainer_jpeg
 
 from chromarpc.replay.calibration import Trial, judge
 from chromarpc.replay.similarity import MAX_PIXELS, NoPicture, compare, decode, ssim
+from tests.client.replay_fake_server import picture, trainer_jpeg
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:

@@ -164,6 +164,7 @@ def test_sizes_floor_to_the_divisor_and_never_silently(width: int, height: int) 
     assert len(plan.warnings) == (width % 32 > 0) + (height % 32 > 0)
 
 
+@pytest.mark.slow
 @given(words=st.text(max_size=50), count=st.integers(0, 40))
 def test_a_replaced_prompt_never_exceeds_its_limit(words: str, count: int) -> None:
     limits = Limits(max_prompt_bytes=500)

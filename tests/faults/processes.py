@@ -10,6 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import chromarpc
 
 
 class ServerProcess:
@@ -92,3 +95,12 @@ def server_process(
         yield server
     finally:
         server.close()
+
+
+def until_step(events: Any, step: int = 1) -> int:
+    """Waits for a step of a job. Returns the sequence of its event."""
+    for event in events:
+        if isinstance(event, chromarpc.Step) and event.step >= step:
+            sequence: int = event.sequence
+            return sequence
+    raise AssertionError("the stream ended before the step")

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import resource
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -29,20 +24,12 @@ from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.transport.access.callers_file import entry_text
 from tests.conftest import RunningServer
 from tests.faults import kill_nine
-from tests.faults.processes import ServerProcess, server_process
+from tests.faults.processes import ServerProcess, server_process, until_step
 
 Serve = Callable[..., RunningServer]
 State = job_service_pb2.JobState
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
 LONG: dict[str, Any] = {"model": "chroma-mini", "width": 256, "height": 256, "sample_steps": 100}
-
-
-def _until_step(events: Any, step: int = 1) -> int:
-    for event in events:
-        if isinstance(event, chromarpc.Step) and event.step >= step:
-            sequence: int = event.sequence
-            return sequence
-    raise AssertionError("the stream ended before the step")
 
 
 def _reason(client: chromarpc.Client, job_id: str) -> str | None:
@@ -73,7 +60,7 @@ def test_a_server_is_serving_while_a_job_that_it_resumed_runs(
     """Its models are there before the job has the device, for which it would keep them waiting."""
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         job_id = client.create_job("a", **LONG).job_id
-        _until_step(client.watch_job(job_id))
+        until_step(client.watch_job(job_id))
         server.kill()
     monkeypatch.setenv("FAULT", "hang")
     flags = ("--preload", "chroma-mini", "--metrics-port", "0")
@@ -94,7 +81,7 @@ def test_a_server_is_serving_while_a_job_that_it_resumed_runs(
 def test_a_preload_that_fails_costs_a_resumed_job_no_attempt(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         job_id = client.create_job("a", **LONG).job_id
-        _until_step(client.watch_job(job_id))
+        until_step(client.watch_job(job_id))
         server.kill()
     (tmp_path / "nothing").mkdir()
     flags = ("--preload", "chroma", "--model-folder", f"chroma={tmp_path / 'nothing'}")
@@ -122,7 +109,7 @@ def test_after_kill_nine_jobs_are_where_they_were_and_give_the_same_pictures(
         picture = client.get_image_bytes(ended.job_id)
         running = client.create_job("an end", seed=1, **options)
         waiting = [client.create_job("a", seed=seed, **SMALL).job_id for seed in (2, 3)]
-        seen = _until_step(client.watch_job(running.job_id), 5)
+        seen = until_step(client.watch_job(running.job_id), 5)
         server.kill()
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         after = [event.sequence for event in client.watch_job(ended.job_id) if not _is_heartbeat(event)]
@@ -152,7 +139,7 @@ def test_a_job_that_was_killed_as_often_as_it_may_fails_by_name(tiny_checkpoint:
     for _ in range(2):
         with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
             job_id = job_id or client.create_job("a", **LONG).job_id
-            _until_step(client.watch_job(job_id))
+            until_step(client.watch_job(job_id))
             server.kill()
     with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
         assert _reason(client, job_id) == "ATTEMPTS_EXHAUSTED"
@@ -173,7 +160,7 @@ def test_a_stop_in_good_order_keeps_jobs_and_counts_no_attempt(serve: Serve) -> 
     with chromarpc.Client(server.target) as client:
         job = client.create_job("a", **LONG)
         waiting = client.create_job("b", **SMALL)
-        _until_step(client.watch_job(job.job_id))
+        until_step(client.watch_job(job.job_id))
         told: list[BaseException] = []
 
         def follow() -> None:
@@ -295,7 +282,7 @@ def test_a_store_in_memory_forgets_everything(serve: Serve, tmp_path: Path) -> N
         list(client.watch_job(done.job_id))
         assert client.get_image_bytes(done.job_id)
         watcher = client.watch_job(running.job_id)
-        _until_step(watcher)
+        until_step(watcher)
         server.loop.call_soon_threadsafe(server.app.stop)
         with pytest.raises(chromarpc.Draining):
             list(watcher)
@@ -304,62 +291,6 @@ def test_a_store_in_memory_forgets_everything(serve: Serve, tmp_path: Path) -> N
     server = serve(store="memory")
     with chromarpc.Client(server.target) as client:
         assert client.list_jobs() == ()
-
-
-def _refusal(checkpoint: Path, data_dir: Path, *flags: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "chromarpc_server",
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        "--data-dir",
-        str(data_dir),
-    ]
-    command += ["--model-folder", f"chroma-mini={checkpoint}", *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
-
-
-def test_a_store_that_cannot_be_used_is_named_and_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
-        job = client.create_job("a", **SMALL)
-        list(client.watch_job(job.job_id))
-        assert "in use by another process" in _refusal(tiny_checkpoint, tmp_path)
-        assert client.get_job(job.job_id).state == State.JOB_STATE_SUCCEEDED
-        server.stop()
-    path = tmp_path / "jobs" / "jobs.sqlite3"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "is damaged" in _refusal(tiny_checkpoint, tmp_path)
-    assert path.read_bytes() == whole[: len(whole) // 2]
-    path.write_bytes(whole)
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
-        image = client.get_job(job.job_id).images[0]
-        assert hashlib.sha256(client.get_image_bytes(job.job_id)).hexdigest() == image.sha256
-
-
-def test_a_start_that_fails_costs_no_job_an_attempt(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    at_once = ("--grace-s", "0")
-    with (
-        server_process(tiny_checkpoint, tmp_path, *at_once) as server,
-        chromarpc.Client(server.target) as client,
-    ):
-        running = client.create_job("a", **LONG)
-        _until_step(client.watch_job(running.job_id))
-        assert server.stop() == 0
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags = ("--metrics-port", str(taken.getsockname()[1]))
-        for _ in range(2):
-            assert "--metrics-port" in _refusal(tiny_checkpoint, tmp_path, *flags)
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
-        _until_step(client.watch_job(running.job_id))
-        assert client.get_job(running.job_id).attempt_count <= 1
-        client.cancel_job(running.job_id)
 
 
 def test_a_job_that_ran_before_a_restart_has_waited_its_time(serve: Serve, tmp_path: Path) -> None:
@@ -373,57 +304,15 @@ def test_a_job_that_ran_before_a_restart_has_waited_its_time(serve: Serve, tmp_p
         # Admitted last, it runs before the other's third one, and waits behind it after the restart.
         running = second.create_job("b", max_queue_s=20, **LONG).job_id
         first.cancel_job(jobs[0])
-        _until_step(first.watch_job(jobs[1]))
+        until_step(first.watch_job(jobs[1]))
         first.cancel_job(jobs[1])
-        _until_step(second.watch_job(running))
+        until_step(second.watch_job(running))
         server.stop()
     with sqlite3.connect(tmp_path / "data" / "jobs" / "jobs.sqlite3") as store:
         store.execute("UPDATE jobs SET created_us = created_us - 30000000")
     store.close()
     server = serve(callers=callers)
     with alice(server.target) as first, bob(server.target) as second:
-        _until_step(first.watch_job(jobs[2]))
+        until_step(first.watch_job(jobs[2]))
         first.cancel_job(jobs[2])
         assert isinstance(list(second.watch_job(running))[-1], chromarpc.Completed)
-
-
-def test_a_folder_that_is_none_is_named_with_its_setting(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    told = _refusal(tiny_checkpoint, tmp_path / "file")
-    assert f"{tmp_path / 'file'} cannot be used" in told
-    assert "--data-dir" in told
-
-
-def _limit_files(server: ServerProcess, size: int) -> None:
-    hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[1]
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process's files")
-def test_a_full_disk_refuses_jobs_fails_the_running_one_and_passes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
-        running = client.create_job("a", **{**LONG, "sample_steps": 40})
-        watcher = client.watch_job(running.job_id)
-        _until_step(watcher)
-        _limit_files(server, 1)  # no write beyond the first byte of any file succeeds
-        with pytest.raises(chromarpc.ServerUnavailable) as refused:
-            client.create_job("b", **SMALL)
-        assert refused.value.reason == "STORE_UNAVAILABLE"
-        assert refused.value.retry_after_s is not None
-        with pytest.raises(chromarpc.StatusError) as failed:
-            list(watcher)
-        assert failed.value.reason == "STORE_UNAVAILABLE"
-        assert client.get_job(running.job_id).failure.reason == "STORE_UNAVAILABLE"
-        assert client.health()
-        _limit_files(server, resource.RLIM_INFINITY)
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                job = client.create_job("b", **SMALL)
-                break
-            except chromarpc.ServerUnavailable:
-                assert time.monotonic() < deadline
-        assert isinstance(list(client.watch_job(job.job_id))[-1], chromarpc.Completed)
-        assert server.stop() == 0
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
-        assert client.get_job(running.job_id).failure.reason == "STORE_UNAVAILABLE"

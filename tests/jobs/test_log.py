@@ -43,6 +43,7 @@ async def test_a_second_reader_starts_where_it_likes() -> None:
     assert await _sequences(log, after=2) == [3, 4]
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_misses_progress_but_no_facts_and_no_bytes() -> None:
     log = JobLog()
     log.append(_step(1, first=True))

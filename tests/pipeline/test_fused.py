@@ -82,6 +82,7 @@ def _plain(prepared: PreparedTransformer, latents: Tensor, text: Tensor) -> Tens
         return model(latents[None], text[None], modulations, rope)[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [1, 32])
 @pytest.mark.parametrize("lengths", [(11, 2), (2, 2), (32, 2), (33,), (1,)])
 def test_packed_sequences_give_what_each_alone_gives(
@@ -95,6 +96,7 @@ def test_packed_sequences_give_what_each_alone_gives(
         assert _relative(found[index], _plain(prepared, latents, text)) < 1e-5
 
 
+@pytest.mark.slow
 def test_in_bf16_it_is_as_close_to_the_truth_as_the_plain_forward(
     config: ChromaConfig, weights: dict[str, Tensor]
 ) -> None:
@@ -106,6 +108,7 @@ def test_in_bf16_it_is_as_close_to_the_truth_as_the_plain_forward(
     assert fused <= 1.1 * _relative(_plain(prepared, latents, texts[0]), truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_held_in_float8_give_the_same_bits(
     config: ChromaConfig, weights: dict[str, Tensor], dtype: torch.dtype
@@ -117,6 +120,7 @@ def test_weights_held_in_float8_give_the_same_bits(
     assert torch.equal(_run(held, latents, texts), _run(wide, latents, texts))
 
 
+@pytest.mark.slow
 def test_float8_products_cost_what_their_rounding_costs(config: ChromaConfig, weights: dict[str, Tensor]) -> None:
     latents, texts = _inputs(config, torch.float32, (11, 2))
     exact = _run(_prepare(config, weights, "reference", torch.float32), latents, texts)

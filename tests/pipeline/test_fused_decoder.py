@@ -17,6 +17,8 @@ from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
 from chromarpc_server.pipeline.weights.reading import read_json
 from tests.tiny_checkpoint import GOLDENS
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MINI_VAE = GOLDENS.parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini" / "vae"
 SMALL = {

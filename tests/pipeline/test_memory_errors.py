@@ -191,6 +191,7 @@ class Cudart:
         return 0
 
 
+@pytest.mark.slow
 def test_locked_memory_is_unlocked_once_nothing_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After too little memory everything goes and is read anew, often to the same address."""
     cudart = Cudart()

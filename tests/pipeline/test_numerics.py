@@ -30,6 +30,8 @@ from chromarpc_server.pipeline.weights.quantization import (
 )
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -350,6 +350,7 @@ def test_a_row_of_zeros_is_refused_with_its_tensor_named_where_the_trainer_has_n
     assert bool(torch.isfinite(velocity(model)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "hold_float8"),
     [("preview", False), ("preview", True), ("preview-exact", False)],

@@ -16,6 +16,8 @@ from chromarpc_server.pipeline.trainer.arithmetic import one_thread
 from chromarpc_server.verify import verify
 from tests.tiny_checkpoint import GOLDENS
 
+pytestmark = pytest.mark.slow
+
 RECORDED = GOLDENS / "preview"
 RUN = RECORDED / "runs" / "exact"
 

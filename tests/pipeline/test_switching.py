@@ -21,6 +21,8 @@ from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from tests.pipeline.adapters.conftest import Shapes, values
 from tests.tiny_checkpoint import GOLDENS
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("aitk", "kohya_dora", "loha", "full_diff", "mixed_rank_alpha", "aitk_lokr_lowrank", "diffusers_peft")
 MULTIPLIERS = (-1.0, 0.0, 0.3, 1.0, 2.0)
 Set = list[tuple[int, float]]

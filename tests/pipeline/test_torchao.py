@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX, quantize_rows
 from chromarpc_server.pipeline.weights.torchao_rows import TorchaoRows, quantize_with_torchao
 from chromarpc_server.verify import torchao_cases, verify
@@ -28,6 +29,7 @@ def _results() -> list[Result]:
     return reporter.results
 
 
+@pytest.mark.slow
 def test_the_installed_torchao_gives_the_same_rows_but_for_a_small_share_that_is_told() -> None:
     results = _results()
     assert {result.outcome.value for result in results} == {"PASS"}, results
@@ -81,6 +83,7 @@ def test_steps_are_counted_through_zero() -> None:
     assert steps(numbers).tolist() == [-126, -1, 0, 0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "said"),
     [("torchao", "torchao is not installed"), ("torchao.quantization", "torchao cannot be imported here")],
@@ -88,6 +91,7 @@ def test_steps_are_counted_through_zero() -> None:
 def test_without_a_torchao_that_works_the_check_is_skipped_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, goldens: Path, tmp_path: Path, hidden: str, said: str
 ) -> None:
+    libraries()  # diffusers wants a torchao of its own, and is imported before it is hidden
     for name in [name for name in sys.modules if name == "torchao" or name.startswith("torchao.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, hidden, None)
@@ -100,6 +104,7 @@ def test_without_a_torchao_that_works_the_check_is_skipped_with_the_reason(
     assert said in cases[0]["note"]
 
 
+@pytest.mark.slow
 def test_torchao_says_nothing_and_leaves_logging_as_it_was() -> None:
     code = (
         "import logging, torch\n"

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from chromarpc_server.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 def _verify(folder: Path) -> tuple[int, dict[str, Any]]:
     out = io.StringIO()

@@ -6,9 +6,12 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
 from tools.fuzz_adapters import MAX_SECONDS, inputs, judge, time_limit
+
+pytestmark = pytest.mark.slow
 
 
 def test_damaged_files_are_refused_by_name_or_apply(base: dict[str, Tensor], tmp_path: Path) -> None:

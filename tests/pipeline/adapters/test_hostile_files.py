@@ -239,6 +239,7 @@ def test_reading_stops_when_it_is_told_to(tmp_path: Path, targets: Shapes) -> No
         read_adapter(path, targets, check=check)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_is_refused_by_name_or_harmless(data: st.DataObject, tmp_path: Path, targets: Shapes) -> None:
@@ -264,6 +265,7 @@ NAMES = st.tuples(st.sampled_from(STEMS), st.sampled_from(PARTS)).map("".join)
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 8, 48, 64]), max_size=3)
 
 
+@pytest.mark.slow
 @given(
     shapes=st.dictionaries(NAMES, SHAPES, max_size=6),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.bool]),

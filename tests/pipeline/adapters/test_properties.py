@@ -17,6 +17,8 @@ from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from tests.pipeline.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 
+pytestmark = pytest.mark.slow
+
 BASE = load_file(GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors")
 TARGETS = {name: tuple(tensor.shape) for name, tensor in BASE.items()}
 RECORDED = {

@@ -25,6 +25,7 @@ def strength_of(path: Path) -> float:
         return float(file.metadata()["strength"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_wrong_factor_is_seen(base: dict[str, Tensor], targets: Shapes, name: str, tmp_path: Path) -> None:
     """The comparison above can fail: any tensor that counts, one part in a thousand larger, is noticed."""

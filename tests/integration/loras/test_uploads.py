@@ -1,87 +1,25 @@
-"""Adapters that are listed, inspected, uploaded and deleted through the real client and a real server."""
+"""Adapters that are uploaded, listed, drawn with and deleted through the real client and a real server."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import chromarpc
 from chromarpc import AsyncClient, Client, HealthStatus
 from chromarpc import upload as client_upload
-from chromarpc.cli import app
-from chromarpc.errors import from_status
 from chromarpc.v1 import lora_service_pb2, lora_service_pb2_grpc
 from chromarpc_server.adapters.uploads.registry import UploadRegistry, UploadState
 from chromarpc_server.domain.errors import Draining
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
-from tests.tiny_checkpoint import GOLDENS
-
-RECORDED = GOLDENS / "adapters"
-FORMATS = sorted(path.stem for path in RECORDED.glob("*.safetensors") if ".expected" not in path.name)
-SMALL: dict[str, Any] = {
-    "model": "chroma-mini",
-    "width": 64,
-    "height": 64,
-    "sample_steps": 2,
-    "guidance_scale": 1.0,
-}
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "root"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def library_server(serve: Callable[..., RunningServer], root: Path) -> RunningServer:
-    """A server with an empty adapter root and no uploads, whose `chroma` is the tiny model."""
-    return serve(lora_root=root, alias={"chroma": "chroma-mini"})
-
-
-@pytest.fixture
-def client(library_server: RunningServer) -> Iterator[Client]:
-    with Client(library_server.target, timeout_s=60) as client:
-        yield client
-
-
-@pytest.fixture
-def stub(library_server: RunningServer) -> Iterator[lora_service_pb2_grpc.LoraServiceStub]:
-    with grpc.insecure_channel(library_server.target) as channel:
-        yield lora_service_pb2_grpc.LoraServiceStub(channel)
-
-
-@pytest.fixture
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_upload, "RETRY_DELAYS_S", (0.0, 0.0))
-
-
-def refused(call: Callable[[], object]) -> chromarpc.StatusError:
-    """The error of a bare stub's call, as the client would raise it."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error: Any = caught.value
-    return from_status(error.code(), error.details(), error.trailing_metadata(), target="")
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+from tests.integration.loras.recorded import RECORDED, SMALL, refused, sha256_of
 
 
 def test_the_service_is_healthy(library_server: RunningServer) -> None:
@@ -320,195 +258,6 @@ def test_the_list_comes_in_pages(stub: lora_service_pb2_grpc.LoraServiceStub, cl
     ):
         error = refused(lambda request=request: stub.ListLoras(request))
         assert [violation.field for violation in error.violations] == [field]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_recorded_format_is_inspected(client: Client, root: Path, name: str) -> None:
-    """Norms are compared with the recorded weights: what was really added, block by block."""
-    shutil.copy(RECORDED / f"{name}.safetensors", root)
-    found = client.inspect_lora(f"{name}.safetensors")
-    assert (found.model, found.sha256) == ("chroma-mini", sha256_of(RECORDED / f"{name}.safetensors"))
-    assert found.dtypes == ("F32",)
-    assert found.unmatched_key_count == 0
-    assert found.warnings == ()
-
-    before = load_file(GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors")
-    expected = RECORDED / f"{name}.expected.safetensors"
-    with safe_open(expected, "pt") as file:
-        strength = float(file.metadata()["strength"])
-    squares: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    weights: dict[str, float] = {}
-    for parameter, after in load_file(expected).items():
-        block = re.sub(r"(\.\d+)\..*|\.linear\.weight", r"\1", parameter)
-        added = (after.double() - before[parameter].double()) / strength
-        squares[block] = squares.get(block, 0.0) + float(added.square().sum())
-        weights[block] = weights.get(block, 0.0) + float(before[parameter].double().square().sum())
-        counts[block] = counts.get(block, 0) + int((added.abs().sum(-1) != 0).sum()) * added.shape[-1]
-    assert [block.block for block in found.blocks] == sorted(squares)
-    for block in found.blocks:
-        if block.has_magnitude:
-            assert name == "kohya_dora"
-        else:
-            assert block.norm == pytest.approx(squares[block.block] ** 0.5, rel=1e-4)
-            relative = (squares[block.block] / weights[block.block]) ** 0.5
-            assert block.relative_norm == pytest.approx(relative, rel=1e-3)  # the server's weights are bf16
-            if name != "full_diff":  # whose bias has one dimension
-                assert block.rms == pytest.approx((squares[block.block] / counts[block.block]) ** 0.5, rel=1e-4)
-
-
-def test_an_inspection_tells_ranks_alphas_and_metadata(client: Client, root: Path) -> None:
-    save_file(
-        {
-            "diffusion_model.img_in.lora_A.weight": torch.ones(2, 64, dtype=torch.bfloat16),
-            "diffusion_model.img_in.lora_B.weight": torch.zeros(64, 2, dtype=torch.bfloat16),
-            "diffusion_model.img_in.alpha": torch.tensor(4.0),
-            "text\x1b[31m\nencoder.lora_A.weight": torch.ones(1, 1),
-            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 1),
-        },
-        root / "a.safetensors",
-        {"ss_base_model_version": "flux1\x1b", "name": "x" * 5000},
-    )
-    found = client.inspect_lora("a.safetensors", model="chroma-mini")
-    assert (found.ranks, found.alphas, found.dtypes) == ((2,), (4.0,), ("BF16",))
-    assert (found.matched_key_count, found.unmatched_key_count, found.changed_parameter_count) == (3, 2, 1)
-    assert "text\\x1b[31m\\nencoder.lora_A.weight" in found.unmatched_keys
-    assert [(part.name, part.key_count) for part in found.unsupported] == [("text encoder", 1)]
-    assert len(found.metadata["name"]) == 2000
-    assert [warning.code for warning in found.warnings] == [
-        "LORA_FOR_ANOTHER_MODEL", "LORA_WITHOUT_EFFECT", "LORA_PART_UNSUPPORTED", "LORA_KEYS_UNMATCHED",
-    ]  # fmt: skip
-    assert "flux1\\x1b" in found.warnings[0].message
-    events = client.generate(
-        "a", model="chroma-mini", width=64, height=64, sample_steps=1, loras=["a.safetensors"]
-    )
-    (prepared,) = [event for event in events if isinstance(event, chromarpc.Prepared)]
-    assert [(warning.code, warning.message) for warning in prepared.warnings] == [
-        (warning.code, warning.message) for warning in found.warnings
-    ]
-    assert {warning.field for warning in prepared.warnings} == {"loras.0.path"}
-
-
-def test_an_alpha_that_float16_cannot_hold_is_told(client: Client, root: Path) -> None:
-    tensors = load_file(RECORDED / "aitk_lokr_full.safetensors")
-    alphas = [name for name in tensors if name.endswith(".alpha")]
-    for name in alphas:
-        tensors[name] = torch.tensor(9999999999.0).to(torch.float16)
-    save_file(tensors, root / "a.safetensors")
-    found = client.inspect_lora("a.safetensors")
-    assert [warning.code for warning in found.warnings] == ["LORA_ALPHA_NOT_FINITE"]
-    assert found.alphas == ()
-
-
-def test_a_file_below_the_root_is_named_by_the_hash_that_an_inspection_tells(client: Client, root: Path) -> None:
-    shutil.copy(RECORDED / "aitk.safetensors", root / "hashed.safetensors")
-    sha256 = client.inspect_lora("hashed.safetensors").sha256
-    (listed,) = [lora for lora in client.list_loras() if lora.path == "hashed.safetensors"]
-    assert listed.sha256 == sha256
-    assert client.inspect_lora(f"sha256:{sha256}").sha256 == sha256
-
-
-def test_what_cannot_be_inspected_is_told_as_a_generation_would(client: Client, root: Path) -> None:
-    (root / "garbage.safetensors").write_bytes(b"\0" * 100)
-    tensors = load_file(RECORDED / "aitk.safetensors")
-    save_file({**tensors, next(iter(tensors)): tensors[next(iter(tensors))] * torch.inf}, root / "inf.safetensors")
-    save_file({"a.lora_A.weight": torch.ones(1, 1), "a.lora_B.weight": torch.ones(1, 1)}, root / "b.safetensors")
-    (root.parent / "secret.safetensors").write_bytes((RECORDED / "aitk.safetensors").read_bytes())
-    for path, kind in (
-        ("garbage.safetensors", chromarpc.LoraInvalid),
-        ("inf.safetensors", chromarpc.LoraInvalid),
-        ("b.safetensors", chromarpc.LoraIncompatible),
-        ("nothing.safetensors", chromarpc.LoraNotFound),
-        ("../secret.safetensors", chromarpc.LoraNotFound),
-        (str(root.parent / "secret.safetensors"), chromarpc.LoraNotFound),
-        (f"sha256:{'0' * 64}", chromarpc.LoraNotFound),
-        ("", chromarpc.LoraNotFound),
-    ):
-        with pytest.raises(kind) as caught:
-            client.inspect_lora(path)
-        assert caught.value.violations[0].field == "path", path
-        assert str(root.parent) not in str(caught.value)
-    with pytest.raises(chromarpc.ModelNotFound):
-        client.inspect_lora("b.safetensors", model="nothing")
-
-
-def test_an_inspection_needs_the_models_files(
-    serve: Callable[..., RunningServer], root: Path, tmp_path: Path
-) -> None:
-    shutil.copy(RECORDED / "aitk.safetensors", root)
-    (tmp_path / "empty").mkdir()
-    with (
-        Client(serve(lora_root=root, model_folder={"chroma": tmp_path / "empty"}).target) as client,
-        pytest.raises(chromarpc.WeightsMissing, match="chromarpc-server fetch chroma"),
-    ):
-        client.inspect_lora("aitk.safetensors")
-
-
-class Shell:
-    """Runs the command against one server."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self._server = server
-
-    def __call__(self, *arguments: str) -> Any:
-        result = CliRunner().invoke(app, list(arguments), env={"CHROMARPC_TARGET": self._server.target})
-        assert "Traceback" not in result.stderr
-        return result
-
-
-@pytest.fixture
-def shell(library_server: RunningServer) -> Shell:
-    return Shell(library_server)
-
-
-def test_the_command_uploads_lists_inspects_and_deletes(shell: Shell) -> None:
-    assert shell("lora", "ls").stderr == "the server has no LoRAs\n"
-    path = f"sha256:{sha256_of(RECORDED / 'aitk.safetensors')}"
-    uploaded = shell("lora", "upload", str(RECORDED / "aitk.safetensors"), "--name", "mine")
-    assert (uploaded.exit_code, uploaded.stdout) == (0, f"{path}\n")
-    listed = shell("lora", "ls").stdout
-    assert listed.startswith(path)
-    assert listed.endswith("upload  mine\n")
-    entry = json.loads(shell("lora", "ls", "--json").stdout)["loras"][0]
-    assert (entry["path"], entry["source"], entry["filename"]) == (path, "upload", "mine")
-    inspected = shell("lora", "inspect", path).stdout
-    assert "ai-toolkit LoRA" in inspected
-    assert "double_blocks.0" in inspected
-    assert "█" in inspected
-    assert re.search(r"double_blocks\.0 +\S+ +[\d.]+ %", inspected)
-    blocks = json.loads(shell("lora", "inspect", path, "--json").stdout)["blocks"]
-    assert {"block", "norm", "rms", "has_magnitude", "relative_norm"} == set(blocks[0])
-    assert shell("lora", "rm", path).exit_code == 0
-    again = shell("lora", "rm", path)
-    assert (again.exit_code, again.stderr) == (2, "error: path: the server has no upload with this hash\n")
-    assert shell("lora", "upload", "/no/such/file").exit_code == 2
-
-
-def test_control_characters_are_never_shown_raw(shell: Shell, root: Path, tmp_path: Path) -> None:
-    evil = "evil\x1b[31m\x07\u202e"
-    shutil.copy(RECORDED / "aitk.safetensors", root / f"{evil}.safetensors")
-    save_file(
-        {
-            **load_file(RECORDED / "kohya.safetensors"),
-            f"{evil}.lora_A.weight": torch.ones(1, 1),
-        },
-        tmp_path / "b",
-        {evil: f"{evil}\r\n", "ss_base_model_version": evil},
-    )
-    uploaded = shell("lora", "upload", str(tmp_path / "b"), "--name", evil)
-    outputs = [
-        uploaded,
-        shell("lora", "ls"),
-        shell("lora", "inspect", f"{evil}.safetensors"),
-        shell("lora", "inspect", uploaded.stdout.strip()),
-        shell("lora", "inspect", evil),
-        shell("lora", "rm", evil),
-    ]
-    for output in outputs:
-        text = output.stdout + output.stderr
-        assert not any(character in text for character in "\x1b\x07\u202e\r")
-    assert "evil�[31m��.safetensors" in outputs[1].stdout
-    assert "evil\\x1b" in outputs[3].stdout
 
 
 def test_uploads_lie_in_the_users_data_folder_unless_told_otherwise(

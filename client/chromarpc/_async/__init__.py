@@ -1,0 +1,1 @@
+"""The asyncio client's parts. `tools/unasync.py` writes those of the blocking client from most of them."""
