@@ -1,6 +1,6 @@
 """Pictures, and what is to be said of each, for all who read pictures: the page reads them in TypeScript.
 
-`python tests/client/picture_cases.py` writes `picture_cases.json` anew: the pictures, and what this package says.
+`python -m tests.client.picture_cases` writes `picture_cases.json` anew: the pictures, and what this package says.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from picture_files import (
+from PIL import Image
+
+from chromarpc.cli.explain import _comparison, _explanation
+from chromarpc.pictures.comparison import PixelComparison, compare_facts
+from chromarpc.pictures.files import NoPicture
+from chromarpc.pictures.opened import OpenedPicture, open_picture
+from tests.client.picture_files import (
     A1111,
     COMFYUI,
     COMFYUI_CUSTOM,
     FORGE,
+    HOSTILE,
+    RECORD,
     WORKFLOW,
     chunk,
     comfyui_webp,
@@ -31,13 +39,6 @@ from picture_files import (
     saved,
     with_comment,
 )
-from PIL import Image
-from test_pictures import HOSTILE, RECORD
-
-from chromarpc.cli.explain import _comparison, _explanation
-from chromarpc.pictures.comparison import PixelComparison, compare_facts
-from chromarpc.pictures.files import NoPicture
-from chromarpc.pictures.opened import OpenedPicture, open_picture
 
 FILE: Final = Path(__file__).with_name("picture_cases.json")
 LARGEST_CASE_BYTES: Final = 20_000

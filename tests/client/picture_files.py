@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from chromarpc.pictures import files
 from chromarpc.pictures.facts import PictureFacts
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -207,3 +208,33 @@ def png_of(*chunks: bytes, width: int = 64, height: int = 64) -> bytes:
 def values(facts: PictureFacts | None) -> dict[str, Any]:
     assert facts is not None
     return {name: fact.value for name, fact in facts.facts.items()}
+
+
+def _bomb(kind: bytes) -> bytes:
+    inflated = zlib.compress(b"a" * (files.MAX_TEXT_BYTES + 1), 9)
+    head = b"parameters\0\0" if kind == b"zTXt" else b"parameters\0\x01\0\0\0"
+    return png_of(chunk(kind, head + inflated))
+
+
+HOSTILE: list[tuple[bytes, str]] = [
+    (b"", "is no PNG"),
+    (b"GIF89a", "is no PNG"),
+    (files.PNG_SIGNATURE, "broken"),
+    (files.PNG_SIGNATURE + chunk(b"IEND", b""), "broken"),
+    (files.PNG_SIGNATURE + chunk(b"tEXt", b"a\0b"), "broken"),
+    (png_with({"a": "b"})[:-40], "cut short"),
+    (png_of(struct.pack(">I", 2**31) + b"tEXt"), "cut short"),
+    (_bomb(b"zTXt"), "more than"),
+    (_bomb(b"iTXt"), "more than"),
+    (png_of(*[chunk(b"tEXt", b"%d\0" % n + b"a" * 1_000_000) for n in range(9)]), "more than"),
+    (png_of(chunk(b"zTXt", b"a\0\0no deflate")), "broken"),
+    (png_of(chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 100)[:-6])), "broken"),
+    (saved(pixels(), "JPEG")[:100], "cut short"),
+    (b"\xff\xd8\xff\xe1\x00\x01", "cut short"),
+    (b"\xff\xd8\xff\xd9\x00\x02", "broken"),
+    (b"\xff\xd8\xff", "broken"),
+    (saved(pixels(), "WEBP")[:-9], "cut short"),
+    (b"RIFF\x04\0\0\0WEBP", "broken"),
+    (b"RIFF\xff\xff\xff\xffWEBP", "cut short"),
+]
+"""Files that are no picture, or a hostile one, and what is said of each."""

@@ -1,6 +1,6 @@
 """What the Python client and the page have to agree on about a run folder: inputs, and what Python makes of them.
 
-`python tests/client/replay_cases.py` writes `replay_cases.json`; the page's own tests read it.
+`python -m tests.client.replay_cases` writes `replay_cases.json`; the page's own tests read it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any, Final
 
 import yaml
 from PIL import Image
-from replay_configs import CHANGES, JSON_TEXTS, TEXTS
-from replay_fake_server import OLD_TIME_MS, TIME_MS, Run, safetensors
 
 from chromarpc.events import NoiseDraw
 from chromarpc.replay import facts, similarity
@@ -26,6 +24,8 @@ from chromarpc.replay.config_file import ConfigError, read_config
 from chromarpc.replay.pairing import FACTORIZED_LOKR_SINCE, FLOAT32_DRAW_SINCE, pair
 from chromarpc.replay.run_folder import RunFolder
 from chromarpc.replay.settings import SampleSettings, TrainingRun, effective_size, resolve_run
+from tests.client.replay_configs import CHANGES, JSON_TEXTS, TEXTS
+from tests.client.replay_fake_server import OLD_TIME_MS, TIME_MS, Run, safetensors
 
 FILE: Final = Path(__file__).parent / "replay_cases.json"
 _RUNS: Final = Path(__file__).parent.parent / "goldens" / "preview_runs"

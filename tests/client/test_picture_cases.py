@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import json
 
-from picture_cases import FILE, made, said
+from tests.client.picture_cases import FILE, made, said
 
 
 def test_what_the_page_is_held_to_is_what_this_package_says() -> None:
     cases = json.loads(FILE.read_text(encoding="utf-8"))
     files = {name: base64.b64decode(text) for name, text in cases.pop("files").items()}
-    assert files.keys() == made().keys(), "run: python tests/client/picture_cases.py"
+    assert files.keys() == made().keys(), "run: python -m tests.client.picture_cases"
     found = said(files)
     assert found["pictures"] == cases["pictures"]
     assert found["comparisons"] == cases["comparisons"]

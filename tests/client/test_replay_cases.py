@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import replay_cases
+from tests.client import replay_cases
 
 
 def test_the_cases_that_the_page_is_held_to_are_current() -> None:
@@ -12,4 +12,4 @@ def test_the_cases_that_the_page_is_held_to_are_current() -> None:
     today = json.loads(replay_cases.text())
     assert written.keys() == today.keys()
     for kind in today:
-        assert written[kind] == today[kind], f"{kind}: run python tests/client/replay_cases.py"
+        assert written[kind] == today[kind], f"{kind}: run python -m tests.client.replay_cases"
