@@ -195,7 +195,7 @@ class ServerSettings(BaseSettings):
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
-        description="folder of jobs, their pictures, uploaded and fetched adapters; by default the platform's for "
+        description="folder of jobs, their images, uploaded and fetched adapters; by default the platform's for "
         "this user's data; one server at a time",
     )
     max_upload_bytes: ByteSize = Field(
@@ -233,7 +233,7 @@ class ServerSettings(BaseSettings):
     )
     warm_up: list[ImageSize] = Field(
         default_factory=list,
-        description="WIDTHxHEIGHT of pictures that a GPU is warmed up for while preloading; repeatable; the "
+        description="WIDTHxHEIGHT of images that a GPU is warmed up for while preloading; repeatable; the "
         "model's default size if unset",
     )
     resident_checkpoints: PositiveInt = Field(2, description="checkpoints kept in memory")
@@ -262,7 +262,7 @@ class ServerSettings(BaseSettings):
     )
     tiling: Tiling = Field(
         "auto",
-        description="decode pictures in tiles, which changes pixels a little: on, off, or where memory is short",
+        description="decode images in tiles, which changes pixels a little: on, off, or where memory is short",
     )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="limits on requests")
     store: StoreKind = Field(
@@ -275,14 +275,14 @@ class ServerSettings(BaseSettings):
     )
     picture_record: bool = Field(
         True,
-        description="let pictures carry what they were drawn with; without, none does, whatever it is asked",
+        description="let images carry what they were drawn with; without, none does, whatever it is asked",
     )
     job_keep_s: float = Field(
-        _RETENTION.keep_s, gt=0, description="seconds that an ended job and its pictures can be asked for"
+        _RETENTION.keep_s, gt=0, description="seconds that an ended job and its images can be asked for"
     )
     job_keep_bytes: ByteSize | None = Field(
         None,
-        description="room for ended jobs and their pictures, the oldest go first; by default 10 GiB on disk, "
+        description="room for ended jobs and their images, the oldest go first; by default 10 GiB on disk, "
         "512 MiB in memory",
     )
     job_attempts: PositiveInt = Field(
@@ -342,7 +342,7 @@ class ServerSettings(BaseSettings):
         return JobRetention(keep_s=self.job_keep_s, keep_bytes=keep_bytes)
 
     def picture_records(self) -> PictureRecords:
-        """Whether pictures may carry what they were drawn with."""
+        """Whether images may carry what they were drawn with."""
         if not self.picture_record:
             return PictureRecords.OFF
         keeps_prompts = self.store_prompts or self.store == "memory"

@@ -98,9 +98,9 @@ REFUSALS = [
         ["error: the server is out of room", "Try again in 5 s."],
     ),
     (
-        status(grpc.StatusCode.UNAVAILABLE, "its pictures could not be stored", reason="STORE_UNAVAILABLE"),
+        status(grpc.StatusCode.UNAVAILABLE, "its images could not be stored", reason="STORE_UNAVAILABLE"),
         3,
-        ["error: its pictures could not be stored"],
+        ["error: its images could not be stored"],
     ),
     (
         status(grpc.StatusCode.INTERNAL, "stopped 3 times", reason="ATTEMPTS_EXHAUSTED"),

@@ -1,4 +1,4 @@
-"""What is wrong with an adapter's URL, told by its text alone: before it is stored, told back or fetched."""
+"""What is wrong with an adapter's URL, judged by its text alone: before it is stored, repeated or fetched."""
 
 from __future__ import annotations
 

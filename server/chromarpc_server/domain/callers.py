@@ -13,7 +13,7 @@ class Caller:
     """Whoever makes a call, as the server knows it."""
 
     name: str
-    """Owns the jobs and uploads that it makes; empty where the server tells callers not apart."""
+    """Owns the jobs and uploads that it makes; empty where the server does not distinguish callers."""
     limits: CallerLimits = CallerLimits()
 
 

@@ -1,4 +1,4 @@
-"""Every error a client can be told of, as one tree.
+"""Every error that a client can get, as one tree.
 
 ChromaError
 ├── InvalidParameter        INVALID_PARAMETER    a field is out of range, missing, too large, not for Chroma
@@ -229,7 +229,7 @@ class AttemptsExhausted(RestartError):
 
 
 class LoraChanged(RestartError):
-    """An adapter has other bytes than when the job was admitted, or is gone: the picture would be another one."""
+    """An adapter has other bytes than when the job was admitted, or is gone: the image would be another one."""
 
     reason = "LORA_CHANGED"
 

@@ -145,7 +145,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """A small picture of the predicted image."""
+    """A small image of the predicted image."""
 
     prompt_index: int
     step: int

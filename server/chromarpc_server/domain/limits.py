@@ -39,11 +39,11 @@ class CallerLimits:
 
 @dataclass(frozen=True)
 class JobRetention:
-    """How long jobs that ended, and their pictures, can be asked for."""
+    """How long jobs that ended, and their images, can be asked for."""
 
     keep_s: float = 24 * 3600.0
     keep_bytes: int = 10 * 1024**3
-    """Of pictures and events; the newest job is kept in any case."""
+    """Of images and events; the newest job is kept in any case."""
     keep_jobs: int = 100_000
 
 

@@ -70,13 +70,13 @@ class MemoryPlan:
     master: Literal["device", "host"]
     """The weights that adapters are merged into."""
     tile_autoencoder: bool
-    """Pictures are decoded in tiles, which changes pixels a little."""
+    """Images are decoded in tiles, which changes pixels a little."""
     record_graphs: bool
     """Steps are recorded as CUDA graphs."""
     trainer_text_encoder: Literal["device", "host"] = "host"
     """The preview profiles' own text encoder; one that turns out larger than planned may go to the host, too."""
     estimated_bytes: int = 0
-    """What all of it takes at most, for pictures up to 1024×1024."""
+    """What all of it takes at most, for images up to 1024×1024."""
     usable_bytes: int = 0
     """What it was planned for."""
 

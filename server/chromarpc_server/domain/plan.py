@@ -65,7 +65,7 @@ class PlannedOutput:
     quality: int
     """1 to 100; without meaning for PNG."""
     picture_record: bool = False
-    """Whether each picture carries what it was drawn with; not those of jobs that older versions stored."""
+    """Whether each image carries what it was drawn with; not those of jobs that older versions stored."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PlannedPreview:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the pictures, and how they are delivered."""
+    """Everything that decides the images, and how they are delivered."""
 
     model: str
     """Id that was asked for."""

@@ -61,13 +61,13 @@ def draw_seed() -> int:
 
 
 class PictureRecords(Enum):
-    """Whether pictures may carry what they were drawn with."""
+    """Whether images may carry what they were drawn with."""
 
     WRITTEN = auto()
     OFF = auto()
     """The server writes none."""
     KEPT_OUT = auto()
-    """Pictures are kept where no prompt may be."""
+    """Images are kept where no prompt may be."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Rules:
 
     @property
     def is_preview(self) -> bool:
-        """Whether the trainer's own picture is drawn."""
+        """Whether the trainer's own image is drawn."""
         return self.profile in PREVIEW_PROFILES
 
 
@@ -378,7 +378,7 @@ def _resolve_record(asked: bool | None, default: bool, serving: Serving, found: 
         found.warn(
             WarningCode.PICTURE_RECORD_LEFT_OUT,
             "output.picture_record",
-            f"pictures carry no record: this server {'keeps them and no prompts' if kept_out else 'writes none'}",
+            f"images carry no record: this server {'keeps them and no prompts' if kept_out else 'writes none'}",
         )
     return False
 

@@ -1,6 +1,6 @@
 """What ai-toolkit's training config decides about the samples it draws: names, defaults, and what is not built.
 
-Only the preview profiles, which draw the trainer's own picture, take any of it.
+Only the preview profiles, which draw the trainer's own image, take any of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 PREVIEW_PROFILES = frozenset({"preview-exact", "preview"})
-"""Names of the numerics profiles that draw the trainer's own picture."""
+"""Names of the numerics profiles that draw the trainer's own image."""
 
 TRAINER_QTYPES = (
     "qfloat8",
@@ -67,7 +67,7 @@ class LokrForm(StrEnum):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The config's part in a picture, with nothing left open."""
+    """The config's part in an image, with nothing left open."""
 
     quantize: bool = True
     """`model.quantize`: whether the transformer is quantized."""

@@ -1,4 +1,4 @@
-"""The trainer's config, as a request tells it, with every default filled in."""
+"""The trainer's config, as a request gives it, with every default filled in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def resolve_trainer(asked: TrainerRequest | None, profile: str, found: Findings)
     Args:
         asked: what the request says; None if nothing.
         profile: the request's numerics profile.
-        found: is told of what cannot be honoured, and of what has no effect.
+        found: collects what cannot be honoured, and what has no effect.
     """
     if profile not in PREVIEW_PROFILES:
         if asked is not None:

@@ -66,7 +66,7 @@ DESCRIPTIONS: Final = {
     "output": "How images are encoded; JPEG of quality 95 when left out.",
     "output.format": "File format; PNG where `output` names none.",
     "output.quality": "Of JPEG and WebP; 95 when left out.",
-    "output.picture_record": "Whether the picture carries what it was drawn with; the format decides if left out.",
+    "output.picture_record": "Whether the image carries what it was drawn with; the format decides if left out.",
     "preview": "Previews of unfinished images, for those who watch the job over gRPC.",
     "preview.every_n_steps": "0 sends none.",
     "preview.max_side_px": "Pixels of the longer side; 256 when left out.",

@@ -1,6 +1,6 @@
 """Callers that went away, and may come back before their jobs are ended.
 
-Lives on the event loop. The server cannot tell a caller that cancelled its call from one whose connection was cut;
+Lives on the event loop. A caller that cancelled its call looks like one whose connection was cut;
 a job whose request can be made again under its id therefore waits a while for somebody to come back.
 """
 

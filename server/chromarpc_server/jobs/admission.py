@@ -47,7 +47,7 @@ class Admission:
             adapters: where adapters come from.
             model_files: where models lie.
             registry: knows the jobs that there are.
-            store: keeps a job before its caller is told of it.
+            store: keeps a job before its caller gets an answer.
             backlog: takes admitted jobs.
             attendance: learns of callers that are back, or went away meanwhile.
             tasks: those of the engine.
@@ -87,7 +87,7 @@ class Admission:
             raise
 
     def _caller_left(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
-        """The caller went away before it was told of its job."""
+        """The caller went away before it got an answer."""
         if submitting.cancelled() or submitting.exception() is not None:
             return
         job, existed = submitting.result()

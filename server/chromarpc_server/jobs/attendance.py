@@ -108,7 +108,7 @@ class Attendance:
             await asyncio.shield(self._tasks.start(self._cancel_for_good(job, cause)))
 
     async def _cancel_left(self, job: Job) -> None:
-        with suppress(StoreUnavailable, Draining):  # stopped all the same, and nobody was told anything
+        with suppress(StoreUnavailable, Draining):  # stopped all the same, and nobody waits for an answer
             await self._cancel_for_good(job, not_back("its caller left"))
 
     async def _cancel_for_good(self, job: Job, cause: JobCancelled) -> None:

@@ -152,7 +152,7 @@ class Dispatcher:
         self._on_device_lost()
 
     def _loop_ended(self, loop: asyncio.Task[None]) -> None:
-        """Without it no job would run, and nobody would be told."""
+        """Without it no job would run, and nobody would notice."""
         if not loop.cancelled() and loop.exception() is not None:
             log.critical("dispatcher.ended", exc_info=loop.exception())
             self._fail()

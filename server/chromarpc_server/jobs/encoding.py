@@ -23,7 +23,7 @@ from chromarpc_server.runtime.work import Pixels, RenderedImage, RenderedPreview
 _T = TypeVar("_T")
 
 CHUNK_BYTES = 128 * 1024
-"""What each stream may have on its way at once. A thousand watchers of a picture of 3 MB hold 26 MB; with chunks
+"""What each stream may have on its way at once. A thousand watchers of an image of 3 MB hold 26 MB; with chunks
 of 1 MiB they held 570 MB and it took 2.7 times as long; with chunks of 64 KiB, 1.4 times as long."""
 PNG_COMPRESS_TYPE = zlib.Z_RLE
 """Looks for runs of one byte only, which is what filtered pixels repeat: as small as level 4 of zlib's usual

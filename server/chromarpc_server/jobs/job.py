@@ -23,7 +23,7 @@ class Job:
 
     plan: Plan
     adapter_files: tuple[AdapterFile, ...]
-    """Where each of the plan's adapters lies; never told to the client."""
+    """Where each of the plan's adapters lies; never sent to the client."""
     cancellation: Cancellation
     owner: str = ""
     """Name of the caller whose job it is; nobody else sees it."""
@@ -32,9 +32,9 @@ class Job:
     admitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     position: int = 0
-    """In the queue as last told to the client; 0 once it runs."""
+    """In the queue, as clients were last notified; 0 once it runs."""
     fingerprint: str = ""
-    """Of the request, to tell the same one from another under one request id."""
+    """Of the request: another one under the same request id has another fingerprint."""
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: datetime | None = None
     """When it last began to run."""
@@ -49,9 +49,9 @@ class Job:
     adapter_hashes: tuple[str | None, ...] = ()
     """SHA-256 of each adapter as an earlier process read it."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
-    """Pictures that are being encoded and stored."""
+    """Images that are being encoded and stored."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
-    """Ends it when it has waited too long; a timer that is not needed any more would hold the job's pictures."""
+    """Ends it when it has waited too long; a timer that is not needed any more would hold the job's images."""
     watchers: int = 0
     """Callers that look at it, without holding on to it."""
     absence: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -59,7 +59,7 @@ class Job:
     is_left: bool = False
     """Whether a caller has left it for good, so that nobody is waited for once the others have."""
     cancelled: ChromaError | None = None
-    """Why it is to be stopped whichever process has it, once somebody was or will be told so."""
+    """Why it is to be stopped whichever process has it, once that was or will be acknowledged."""
 
     @property
     def set_key(self) -> SetKey:

@@ -121,7 +121,7 @@ class JobLog:
 
     @property
     def headers(self) -> tuple[ImageHeader, ...]:
-        """What pictures there are so far, in the order of prompts."""
+        """What images there are so far, in the order of prompts."""
         found = (entry.event for entry in self._entries if isinstance(entry.event, ImageHeader))
         return tuple(sorted(found, key=lambda header: header.prompt_index))
 
@@ -167,7 +167,7 @@ class JobLog:
             self._add(self._ending)
 
     def suspend(self, error: ChromaError) -> None:
-        """Tells every follower, once it has read everything, that this process will say no more of the job."""
+        """Ends every follower with `error`, once it has read everything: this process will add no more events."""
         self._suspended = error
         self._wake()
 

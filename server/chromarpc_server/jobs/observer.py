@@ -1,4 +1,4 @@
-"""Looking on at jobs: what measures and traces them is told of everything, and changes nothing."""
+"""Observers of jobs: metrics and traces are notified of everything, and change nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class JobObserver:
-    """Is told on the event loop; must not block. An error of its own is logged and harms no job."""
+    """Is notified on the event loop; must not block. An error of its own is logged and harms no job."""
 
     def __init__(
         self,

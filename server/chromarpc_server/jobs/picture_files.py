@@ -1,4 +1,4 @@
-"""Puts a record into a picture's file: PNG text, or EXIF and XMP in JPEG and WebP; pixels are not touched.
+"""Puts a record into an image's file: PNG text, or EXIF and XMP in JPEG and WebP; pixels are not touched.
 
 EXIF holds the text for people, XMP the record. Layouts: PNG (https://www.w3.org/TR/png-3/#11textinfo), WebP
 (https://developers.google.com/speed/webp/docs/riff_container), JPEG's APP1 segments of EXIF and XMP (XMP
@@ -32,7 +32,7 @@ _XMP_PART_BYTES: Final = 65_000
 
 
 def with_record(data: bytes, image_format: ImageFormat, record: PictureRecord) -> bytes:
-    """The same picture with its record.
+    """The same image with its record.
 
     Args:
         data: as this server's encoder wrote it.
@@ -106,7 +106,7 @@ def _into_webp(data: bytes, record: PictureRecord) -> bytes:
 
 
 def _webp_canvas(data: bytes) -> bytes:
-    """Width and height, each less one and in three bytes, of a file of one lossy picture."""
+    """Width and height, each less one and in three bytes, of a file of one lossy image."""
     if data[12:16] != b"VP8 ":
         raise ValueError("not a lossy WebP")
     sides = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))

@@ -1,4 +1,4 @@
-"""What a picture was drawn with, as its file carries it: all that decided it, nothing of when, where, by whom.
+"""What an image was drawn with, as its file carries it: all that decided it, nothing of when, where, by whom.
 
 Equal requests give equal records, so equal files: no times, job ids, paths or names of this machine, secrets.
 `docs/pictures.md` lists the fields.
@@ -25,16 +25,16 @@ _PLAIN_VALUE: Final = re.compile(r'[^,:"\n\r]*')
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """One picture's record in its two forms."""
+    """One image's record in its two forms."""
 
     text: str = field(repr=False)
-    """ASCII: JSON, of which `request` is a body that draws the picture again."""
+    """ASCII: JSON, of which `request` is a body that draws the image again."""
     parameters: str = field(repr=False)
     """Prompt and settings for people, in the form that image viewers know under `parameters`."""
 
 
 def picture_record(plan: Plan, prompt_index: int, prepared: Prepared, *, device_dtype: str) -> PictureRecord:
-    """The record of one of a plan's pictures.
+    """The record of one of a plan's images.
 
     Args:
         plan: what was run.

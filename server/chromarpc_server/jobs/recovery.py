@@ -124,7 +124,7 @@ class Recovery:
 
 
 def recovered_job(stored: Unfinished, *, picture_records: bool) -> Job:
-    """The job, as it was admitted; without `picture_records` its pictures carry none, whatever was said then."""
+    """The job, as it was admitted; without `picture_records` its images carry none, whatever was planned then."""
     plan = stored.plan
     if plan.output.picture_record and not picture_records:
         plan = replace(plan, output=replace(plan.output, picture_record=False))
@@ -156,7 +156,7 @@ def require_recoverable(stored: Unfinished, max_attempts: int) -> None:
     """Raises what ends a job that this process need not try.
 
     Raises:
-        JobCancelled: its caller was told that it is stopped.
+        JobCancelled: an earlier process acknowledged that it is cancelled.
         AttemptsExhausted: it was begun as often as it may be.
         NotKept: its prompts were not stored.
     """

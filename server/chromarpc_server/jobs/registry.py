@@ -95,7 +95,7 @@ class JobRegistry:
 
         Raises:
             RequestIdReused: another request did, under the same id.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the store cannot be read now.
         """
         if request_id is None:
             return None
@@ -114,7 +114,7 @@ class JobRegistry:
 
         Raises:
             JobNotFound: there is none.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the store cannot be read now.
         """
         async with self.creating(owner, request_id):
             job: AnyJob | None = self._by_request.get((owner, request_id))
@@ -143,7 +143,7 @@ class JobRegistry:
 
         Raises:
             JobNotFound: there is none, or it is somebody else's.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the store cannot be read now.
         """
         job: AnyJob | None = self._jobs.get(job_id)
         job = job or await self._store.ended(owner, job_id)
@@ -155,7 +155,7 @@ class JobRegistry:
         """The owner's jobs, newest admission first, at most `limit`.
 
         Raises:
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the store cannot be read now.
         """
         # Those here first: one that ends meanwhile is then found twice, and never not at all.
         found: dict[str, AnyJob] = {

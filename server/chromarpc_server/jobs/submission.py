@@ -23,4 +23,4 @@ class Submission:
     hf_token: str | None = field(default=None, repr=False)
     """For adapters that are fetched from Hugging Face; forgotten once they are."""
     fingerprint: str = ""
-    """Of the request, to tell the same one from another under one request id."""
+    """Of the request: another one under the same request id has another fingerprint."""

@@ -1,4 +1,4 @@
-"""What Prometheus is told. No label comes from a client: models, profiles, methods and reasons are fixed sets."""
+"""Metrics for Prometheus. No label comes from a client: models, profiles, methods and reasons are fixed sets."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Metrics:
         ).set(1)
 
     def observe_engine(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
-        """Tells the engine's state too, as it is at each look."""
+        """Collects the engine's state too, as it is at each scrape."""
         self.registry.register(_EngineCollector(engine, is_ready))
 
     @property
@@ -231,7 +231,7 @@ class _EngineCollector(Collector):
         )
         yield _gauge("chromarpc_running_jobs", "Jobs on the device", status.running_jobs)
         yield _gauge("chromarpc_stored_jobs", "Jobs that ended and are kept", status.stored.jobs)
-        yield _gauge("chromarpc_stored_bytes", "Of their events and pictures", status.stored.bytes)
+        yield _gauge("chromarpc_stored_bytes", "Of their events and images", status.stored.bytes)
         counters = cache.counters
         events = CounterMetricFamily(
             "chromarpc_prepared_sets",

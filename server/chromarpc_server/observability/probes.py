@@ -1,7 +1,7 @@
 """A port for machines that watch: `/metrics` for Prometheus, `/livez` and `/readyz` for probes that speak HTTP.
 
-Serves in threads of its own, so that a busy event loop is seen and not waited for. It tells no secrets, no prompts
-and no names of callers; whoever reaches it may read it.
+Serves in threads of its own, so that a busy event loop is seen and not waited for. It serves no secrets, no
+prompts and no names of callers; whoever reaches it may read it.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class StatusPort:
                         encode, media_type = choose_encoder(self.headers.get("Accept", ""))
                         self._answer(HTTPStatus.OK, encode(registry), media_type)
                     case "/livez":
-                        self._tell(is_alive())
+                        self._answer_probe(is_alive())
                     case "/readyz":
-                        self._tell(is_ready())
+                        self._answer_probe(is_ready())
                     case _:
                         self._answer(HTTPStatus.NOT_FOUND, b"try /metrics, /livez or /readyz\n")
 
-            def _tell(self, is_so: bool) -> None:
+            def _answer_probe(self, is_so: bool) -> None:
                 if is_so:
                     self._answer(HTTPStatus.OK, b"yes\n")
                 else:

@@ -29,7 +29,7 @@ SPAN_NAMES = {"loading_s": "load", "text_encoding_s": "encode", "denoising_s": "
 class _JobSpan:
     span: Any
     accepted_ns: int
-    is_queue_told: bool = False
+    has_queue_span: bool = False
 
 
 class Tracing:
@@ -106,7 +106,7 @@ class Tracing:
         kept = self._jobs.get(job.id)
         if kept is None:
             return
-        self._tell_queue(job, kept)
+        self._end_queue_span(job, kept)
         if isinstance(event, Completed | Failed | Cancelled):
             del self._jobs[job.id]
             if not isinstance(event, Completed):
@@ -120,15 +120,15 @@ class Tracing:
     def _stage(self, job: Job, done: StageDone) -> None:
         kept = self._jobs.get(job.id)
         if kept is not None and done.stage in SPAN_NAMES:
-            self._tell_queue(job, kept)
+            self._end_queue_span(job, kept)
             attributes = {} if done.prompt_index is None else {"chromarpc.prompt_index": done.prompt_index}
             started_ns = done.ended_ns - round(done.seconds * 1e9)
             self._child(kept, SPAN_NAMES[done.stage], started_ns, done.ended_ns, attributes)
 
-    def _tell_queue(self, job: Job, kept: _JobSpan) -> None:
-        if kept.is_queue_told or job.started_at is None:
+    def _end_queue_span(self, job: Job, kept: _JobSpan) -> None:
+        if kept.has_queue_span or job.started_at is None:
             return
-        kept.is_queue_told = True
+        kept.has_queue_span = True
         waited_ns = round((job.started_at - job.admitted_at) * 1e9)
         self._child(kept, "queue", kept.accepted_ns, kept.accepted_ns + waited_ns, {})
 

@@ -1,4 +1,4 @@
-"""What is told once adapters are read and prompts tokenized: the `prepared` event and its warnings."""
+"""The `prepared` event and its warnings, made once adapters are read and prompts are tokenized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device is asked to do, and what it tells while it does it: values, no tensor, no job."""
+"""What a device is asked to do, and what it reports while it does it: values, no tensor, no job."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Work:
     """Where each of the plan's adapters lies."""
     cancellation: Cancellation
     emit: Emit
-    """Called on the device thread with all that is to be told."""
+    """Called on the device thread with every report."""
 
     @property
     def set_key(self) -> SetKey:

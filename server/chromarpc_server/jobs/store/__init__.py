@@ -1,1 +1,1 @@
-"""What is kept of jobs: rows in SQLite, pictures in files named by their hash; or both in memory."""
+"""What is kept of jobs: rows in SQLite, images in files named by their hash; or both in memory."""

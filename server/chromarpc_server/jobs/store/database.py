@@ -1,6 +1,6 @@
 """Jobs as rows: every statement there is. Used on one thread, the store's.
 
-A row is made before anybody is told of its job, and ends once: `finish` writes an end only where there is none.
+A row is made before its caller gets an answer, and ends once: `finish` writes an end only where there is none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class EndRow:
     headers: str
     events: bytes
     images: Sequence[str]
-    """Hashes of its pictures, each `put` before."""
+    """Hashes of its images, each `put` before."""
     image_bytes: int
 
 
@@ -68,7 +68,7 @@ class StoreSize:
 
 
 class Database:
-    """One SQLite file, or one in memory, and the pictures that its rows name."""
+    """One SQLite file, or one in memory, and the images that its rows name."""
 
     def __init__(
         self,
@@ -78,11 +78,11 @@ class Database:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Opens the file, or makes it, brings its schema up to date and removes pictures that no job names.
+        """Opens the file, or makes it, brings its schema up to date and removes images that no job names.
 
         Args:
             path: of the file; None keeps all in memory.
-            images: the pictures.
+            images: the images.
             retention: how much is kept of jobs that ended.
             clock: seconds since the epoch.
 
@@ -94,7 +94,7 @@ class Database:
         self._retention = retention
         self._clock = clock
         self._pending: Counter[str] = Counter()
-        """Pictures of jobs that have not ended."""
+        """Images of jobs that have not ended."""
         self._size = StoreSize(0, 0)
         with _explained(path):
             self._connection = sqlite3.connect(
@@ -114,7 +114,7 @@ class Database:
     def insert(self, row: NewRow) -> None:
         """A job was admitted."""
         if row.request_id is not None:
-            # A job that is too old to be told of may still have the id.
+            # A job that has expired may still have the id.
             self.sweep()
         columns = list(NewRow.__dataclass_fields__)
         self._run(
@@ -139,7 +139,7 @@ class Database:
         self._run("UPDATE jobs SET plan = json_set(plan, '$.detached', json('true')) WHERE id = ?", (job_id,))
 
     def note_cancelled(self, job_id: str) -> None:
-        """Its caller will be told that it is stopped: no other process may go on with it."""
+        """Its cancellation will be acknowledged: no other process may go on with it."""
         self._run("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
 
     def release_request_id(self, job_id: str) -> None:
@@ -147,7 +147,7 @@ class Database:
         self._run("UPDATE jobs SET request_id = NULL WHERE id = ? AND ended_us IS NOT NULL", (job_id,))
 
     def put_image(self, sha256: str, data: bytes) -> None:
-        """Keeps a picture of a job that has not ended.
+        """Keeps an image of a job that has not ended.
 
         Raises:
             OSError: there is no room.
@@ -189,7 +189,7 @@ class Database:
                 self._let_go(sha256)
             self.sweep()
         except sqlite3.Error as error:
-            # The end is written: nobody may be told otherwise because there is no room to forget others.
+            # The end is written: it stands although there is no room to forget others.
             log.warning("store.not_swept", extra={"error": str(error)})
         return is_first
 
@@ -381,7 +381,7 @@ def _explained(path: Path | None) -> Iterator[None]:
             raise StoreUnusable(
                 f"the job store {path} is damaged ({why}) and was left as it is: restore it from a backup, or "
                 f"save what can be read with `sqlite3 {path} .recover | sqlite3 new.sqlite3` and put that in its "
-                "place, or move it away to begin with an empty one; pictures lie beside it in images/ under "
+                "place, or move it away to begin with an empty one; images lie beside it in images/ under "
                 "their SHA-256"
             ) from None
         raise StoreUnusable(

@@ -1,4 +1,4 @@
-"""Pictures by the hash of their bytes: files in a folder, or in memory."""
+"""Images by the hash of their bytes: files in a folder, or in memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ImageFolder:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise OSError(f"the picture {sha256} is cut short")
+            raise OSError(f"the image {sha256} is cut short")
         return data
 
     def drop(self, sha256: str) -> None:

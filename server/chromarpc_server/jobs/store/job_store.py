@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A job that an earlier process was told to run."""
+    """A job that an earlier process was to run."""
 
     id: str
     owner: str
@@ -54,7 +54,7 @@ class Unfinished:
     was_begun: bool
     """Whether it ever was."""
     is_cancelled: bool
-    """Whether its caller was told that it will be stopped."""
+    """Whether its cancellation was acknowledged."""
 
 
 class JobStore:
@@ -207,7 +207,7 @@ class JobStore:
         await self._ask(self._database.release_request_id, job.id)
 
     async def put_image(self, header: ImageHeader, data: bytes) -> None:
-        """Keeps a picture of a job that runs.
+        """Keeps an image of a job that runs.
 
         Raises:
             StoreUnavailable: it cannot.
@@ -215,7 +215,7 @@ class JobStore:
         await self._ask(self._database.put_image, header.sha256, data)
 
     async def finish(self, job: Job, ending: LoggedEvent) -> bool:
-        """Keeps a job's end, its events and its pictures. Returns False where it had an end already.
+        """Keeps a job's end, its events and its images. Returns False where it had an end already.
 
         Raises:
             StoreUnavailable: it cannot.
@@ -233,7 +233,7 @@ class JobStore:
         kept = tuple(header for header in headers if self._database.has_image(header.sha256))
         lost = {header.prompt_index for header in headers if header not in kept}
         if lost and isinstance(ending.event, Completed):
-            raise StoreUnavailable("its pictures could not be stored")
+            raise StoreUnavailable("its images could not be stored")
         entries = tuple(entry for entry in entries if getattr(entry.event, "prompt_index", -1) not in lost)
         row = EndRow(
             id=job_id,

@@ -1,4 +1,4 @@
-"""Plans and events as JSON, and back. Pictures' bytes are not in it: a stored chunk says where they lie."""
+"""Plans and events as JSON, and back. Images' bytes are not in it: a stored chunk says where they lie."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class KnownAdapter:
 
     @classmethod
     def of(cls, file: AdapterFile, sha256: str | None = None) -> KnownAdapter:
-        """As the file system tells of it."""
+        """What the file system says of the file."""
         return cls(file.size_bytes, file.modified_ns, file.inode, sha256)
 
     def is_still(self, file: AdapterFile) -> bool:
@@ -109,7 +109,7 @@ def read_plan(text: str) -> Plan:
 
 
 def headers_json(headers: Iterable[ImageHeader]) -> str:
-    """What pictures there are."""
+    """What images there are."""
     return _dump(tuple(headers))
 
 

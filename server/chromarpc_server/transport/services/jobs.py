@@ -138,7 +138,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
     async def GetImage(  # noqa: N802
         self, request: job_service_pb2.GetImageRequest, context: Any
     ) -> AsyncIterator[job_service_pb2.GetImageResponse]:
-        """Streams one picture again."""
+        """Streams one image again."""
         job = await self._find(request.job_id)
         index = request.prompt_index
         header = next((header for header in job.log.headers if header.prompt_index == index), None)
