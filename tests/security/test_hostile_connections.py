@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import chromarpc
-from chromarpc_server.transport.access import interceptor as interception
+from chromarpc_server.transport.access import interceptor
 from tests.conftest import RunningServer
 from tests.observability.test_metrics import look, value
 from tests.security.http2 import (
@@ -167,7 +167,7 @@ def test_a_burst_of_resets_leaves_nothing_behind(serve: Serve) -> None:
 
 
 def test_a_request_that_comes_byte_by_byte_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interception, "RECEIVE_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(interceptor, "RECEIVE_TIMEOUT_S", 5.0)
     server = serve(limits={"max_streams_per_caller": 40})
     with connections(server.port, 20) as made:
         for connection in made:
