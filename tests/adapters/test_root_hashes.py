@@ -23,7 +23,7 @@ from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import LoraNotFound
 from chromarpc_server.domain.plan import PlannedLora
-from chromarpc_server.jobs.recovery import find_again
+from chromarpc_server.jobs.recovery import recover_adapters
 from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.pipeline.adapters.reader import MAX_FILE_BYTES
 from tests.adapters.libraries import adapter_bytes, open_library
@@ -274,7 +274,7 @@ async def test_after_a_restart_a_hash_names_what_it_named_before_without_hashing
     monkeypatch.setattr(root_hashes, "require_adapter_file", lambda *_: pytest.fail("it was read"), raising=False)
     monkeypatch.setattr(root_hashes, "_sha256", lambda _: pytest.fail("it was read"), raising=False)
     again = AdapterSources(open_library(root, tmp_path / "data"), None)
-    found = await find_again(stored(hash_path(data), KnownAdapter.of(before)), again)
+    found = await recover_adapters(stored(hash_path(data), KnownAdapter.of(before)), again)
     assert found.files == (before,)
 
 
@@ -284,6 +284,6 @@ async def test_after_a_restart_nothing_is_hashed_for_what_was_fetched(
     (root / "a.safetensors").write_bytes(adapter_bytes())
     sources = AdapterSources(open_library(root, tmp_path / "data"), None)
     known = KnownAdapter(1, 2, 3, "cd" * 32)
-    found = await find_again(stored("https://adapters.example/a", known), sources)
+    found = await recover_adapters(stored("https://adapters.example/a", known), sources)
     assert found.files == (None,)
     assert reads.count == 0

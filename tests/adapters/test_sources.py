@@ -21,7 +21,7 @@ from chromarpc_server.domain.errors import InvalidParameter, LoraContentChanged
 from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.domain.requests import GenerationRequest, LoraRequest, PromptRequest
 from chromarpc_server.domain.resolve import Serving, resolve
-from chromarpc_server.jobs.recovery import find_again
+from chromarpc_server.jobs.recovery import recover_adapters
 from chromarpc_server.jobs.store.job_store import Unfinished
 from tests.adapters.libraries import open_library
 
@@ -128,5 +128,5 @@ def test_an_adapter_that_is_not_found_again_after_a_restart_is_blamed_by_its_own
     )
     fetches_nothing = AdapterSources(library, None)
     with pytest.raises(InvalidParameter) as caught:
-        asyncio.run(find_again(stored, fetches_nothing))
+        asyncio.run(recover_adapters(stored, fetches_nothing))
     assert [violation.field for violation in caught.value.violations] == ["loras.1.path"]

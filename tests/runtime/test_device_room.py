@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from chromarpc_server.engine import device_room
-from chromarpc_server.engine.device_room import FREE_BYTES, DeviceRoom
+from chromarpc_server.runtime import device_room
+from chromarpc_server.runtime.device_room import FREE_BYTES, DeviceRoom
 from safetensors.torch import save_file
 
 from chromarpc_server.domain.limits import Budgets

@@ -81,12 +81,12 @@ class Admission:
             # Stored or not, but never half: the caller may go away meanwhile.
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            submitting.add_done_callback(self._caller_left)
+            submitting.add_done_callback(self._caller_went_away)
             if submitting in self._searching:
                 submitting.cancel()
             raise
 
-    def _caller_left(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
+    def _caller_went_away(self, submitting: asyncio.Task[tuple[AnyJob, bool]]) -> None:
         """The caller went away before it got an answer."""
         if submitting.cancelled() or submitting.exception() is not None:
             return
@@ -98,7 +98,7 @@ class Admission:
         owner, request_id = submission.caller.name, submission.plan.request_id
         async with self._registry.creating(owner, request_id):
             known = await self._registry.existing(owner, request_id, submission.fingerprint)
-            if known is not None and not await self._gives_up_request_id(known):
+            if known is not None and not await self._release_if_abandoned(known):
                 await self._join(known, submission)
                 return known, True
             return await self._admit(submission), False
@@ -119,8 +119,8 @@ class Admission:
                 raise
             known.stop_absence()
 
-    async def _gives_up_request_id(self, known: AnyJob) -> bool:
-        """Whether a job ended only because its caller did not come back; its request id is then free again."""
+    async def _release_if_abandoned(self, known: AnyJob) -> bool:
+        """Releases the request id of a job that ended only because its caller did not come back. Returns whether it did."""
         if not is_abandoned(known):
             return False
         async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs

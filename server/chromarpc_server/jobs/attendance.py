@@ -114,13 +114,13 @@ class Attendance:
     async def _cancel_for_good(self, job: Job, cause: JobCancelled) -> None:
         is_noted = False
         if not job.log.sealed:
-            job.cancelled = job.cancelled or cause
+            job.cancelled_for_good = job.cancelled_for_good or cause
             self._backlog.cancel(job, cause)
         if not job.log.sealed and self._store.is_durable:
             await self._store.note_cancelled(job)
             is_noted = True
-        if job.log.suspended and job.cancelled is not None:
-            self._completion.end_early(job, job.cancelled)
-        await self._completion.seen(job)
+        if job.log.suspended and job.cancelled_for_good is not None:
+            self._completion.end_early(job, job.cancelled_for_good)
+        await self._completion.wait_until_visible(job)
         if not is_noted and self._completion.is_unstored(job):
             raise StoreUnavailable("the job's end cannot be stored now", retry_after_s=RETRY_AFTER_UNSTORED_S)

@@ -30,7 +30,7 @@ from chromarpc_server.runtime.model_cache import SetKey
 
 
 class Backlog:
-    """What has been admitted and has not run, and how long it will wait."""
+    """Jobs that wait, and those that run meanwhile, which the others wait for."""
 
     def __init__(
         self,
@@ -83,8 +83,7 @@ class Backlog:
         self._is_open = False
 
     def leave_to_next_process(self) -> None:
-        """Takes no more jobs, and leaves those that wait to the next process."""
-        self.close()
+        """Leaves the jobs that wait to the next process; `close` comes first."""
         for scheduled in (*self._fetching, *self._queue):
             if scheduled.fetching is not None and not scheduled.fetching.done():
                 scheduled.fetching.cancel()
@@ -94,7 +93,7 @@ class Backlog:
             self._completion.leave_to_next_process(scheduled.job)
 
     def require_room(self, caller: Caller) -> None:
-        """Whether one more job of the caller may wait.
+        """Checks that one more job of the caller may wait.
 
         Raises:
             Draining: no job is taken now.
@@ -203,12 +202,13 @@ class Backlog:
     async def _fetch(self, scheduled: ScheduledJob, hf_token: str | None) -> None:
         """Downloads a job's adapters; then it joins the queue."""
         job = scheduled.job
+        missing = [file is None for file in scheduled.adapters.files]
         try:
             scheduled.adapters = await self._adapters.fetch(
                 job.plan.loras, scheduled.adapters, token=hf_token, emit=job.log.append, owner=job.owner
             )
             job.adapter_files = scheduled.adapters.complete
-            await self._note_fetched(scheduled)
+            await self._note_fetched(scheduled, missing)
         except ChromaError as error:
             self._completion.end_early(job, error)
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
@@ -226,11 +226,20 @@ class Backlog:
         else:
             self._enqueue(scheduled)
 
-    async def _note_fetched(self, scheduled: ScheduledJob) -> None:
-        """What was fetched with a token need not be fetched again after a restart."""
+    async def _note_fetched(self, scheduled: ScheduledJob, missing: Sequence[bool]) -> None:
+        """What was fetched with a token need not be fetched again after a restart.
+
+        Args:
+            scheduled: the job.
+            missing: which of its adapters were fetched now; the others may be known from an earlier process.
+        """
         job = scheduled.job
         fetched = iter(scheduled.adapters.downloads)
-        hashes = [next(fetched).sha256 if lora.is_url else None for lora in job.plan.loras]
+        known = job.adapter_hashes or (None,) * len(missing)
+        hashes = [
+            next(fetched).sha256 if was_missing else sha256
+            for was_missing, sha256 in zip(missing, known, strict=True)
+        ]
         with suppress(StoreUnavailable):
             await self._store.note_adapters(job, known_adapters(job.adapter_files, hashes))
 

@@ -1,4 +1,4 @@
-"""The end of a job: decided once, stored, and then seen by its readers.
+"""The end of a job: decided, stored, and then visible to its readers.
 
 Every other part of the engine ends jobs through here and nowhere else. Lives on the event loop.
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from chromarpc_server.domain.errors import (
     ChromaError,
+    DeviceError,
     Draining,
     InternalError,
     JobCancelled,
@@ -52,7 +53,9 @@ class Completion:
         self._end(job, event, fields)
 
     def end_early(self, job: Job, error: ChromaError) -> None:
-        """Ends a job that failed or was cancelled. The first end stands."""
+        """Ends a job that failed or was cancelled. An end that was decided before stands, but for one that cannot be
+        stored: then the job has failed for that reason.
+        """
         fields: dict[str, object] = {"reason": error.reason}
         if job.cancellation.requested_at is not None:
             fields["freed_after_ms"] = round(1000 * (time.monotonic() - job.cancellation.requested_at), 1)
@@ -66,13 +69,21 @@ class Completion:
         self.end_early(job, unforeseen(job, error))
 
     def leave_to_next_process(self, job: Job) -> None:
-        """Leaves a job that has not run to the next process, or ends it where there is none."""
+        """Leaves a job that waits to the next process, or ends it where there is none."""
         if self._store.is_durable:
             job.log.suspend(stopping())
         else:
             self.end_early(job, stopping())
 
-    async def seen(self, job: Job) -> None:
+    def set_aside(self, job: Job, error: Draining | DeviceError) -> None:
+        """Leaves a job that ran to the next process, unless somebody has cancelled it meanwhile."""
+        if job.cancelled_for_good is not None:
+            self.end_early(job, job.cancelled_for_good)
+            return
+        log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
+        job.log.suspend(error)
+
+    async def wait_until_visible(self, job: Job) -> None:
         """Returns once an end that is decided is stored, and so can be seen."""
         if job.log.sealed and not job.log.closed:
             async for _ in job.log.follow(job.log.last_sequence):
@@ -126,7 +137,7 @@ class Completion:
 
 
 def unforeseen(job: Job, error: Exception) -> InternalError:
-    """The job's failure, with an id that the log has too."""
+    """Logs the exception under a new id, and gives the job's failure, which names the id."""
     error_id = uuid.uuid4().hex[:12]
     log.error(
         "job.internal_error",

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Serves one device; another device would have another one, on the same backlog."""
+    """Serves one device."""
 
     def __init__(
         self,
@@ -113,17 +113,16 @@ class Dispatcher:
         job.stop_expiry()
         job.attempts += 1
         attempt = Attempt(job, self._device.description.dtype)
-        emit = partial(self._recorder.take, attempt)
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
             await self._store.begin(job)
-            work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation, emit)
-            done = await self._device.run(work)
+            work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation)
+            done = await self._device.run(work, partial(self._recorder.take, attempt))
         except ChromaError as error:
             if not isinstance(error, Draining | DeviceError):
                 self._completion.end_early(job, error)
-            elif job.cancelled is not None or not self._store.is_durable:
-                self._completion.end_early(job, job.cancelled or error)
+            elif job.cancelled_for_good is not None or not self._store.is_durable:
+                self._completion.end_early(job, job.cancelled_for_good or error)
             else:
                 await self._set_aside(job, error)
             if isinstance(error, DeviceError):
@@ -139,11 +138,7 @@ class Dispatcher:
         if isinstance(error, Draining):
             with suppress(StoreUnavailable):
                 await self._store.unbegin(job)
-        if job.cancelled is not None:  # meanwhile
-            self._completion.end_early(job, job.cancelled)
-            return
-        log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
-        job.log.suspend(error)
+        self._completion.set_aside(job, error)
 
     def _fail(self) -> None:
         """Nothing can be computed in this process any more."""

@@ -1,4 +1,4 @@
-"""The front door of everything that becomes of jobs: put together here, one device behind it.
+"""The engine: the parts of a job's life, put together for one device.
 
 Lives on the event loop. The device thread, the image encoder and the store are executors of one thread each;
 nothing here waits for them without yielding.
@@ -124,6 +124,7 @@ class Engine:
             on_device_lost=on_device_lost,
         )
         self._housekeeper: asyncio.Task[None] | None = None
+        self._is_started = False
 
     async def start(self) -> DeviceDescription:
         """Opens the device and begins to take jobs, which wait until `begin`.
@@ -134,6 +135,7 @@ class Engine:
         description = await self._device.open()
         self._housekeeper = asyncio.create_task(keep_house(self._completion, self._store), name="housekeeper")
         self._backlog.open()
+        self._is_started = True
         return description
 
     async def recover(self, models: Mapping[str, ModelSpec]) -> int:
@@ -158,8 +160,10 @@ class Engine:
 
     def begin(self) -> None:
         """Begins to run jobs: once everything is preloaded, for a job has the device's thread to itself."""
+        if not self._is_started:
+            raise RuntimeError("begin before start")
         # Callers come back once the server is ready, so their time does not run while models are loaded.
-        for job in self._recovery.jobs_without_caller():
+        for job in self._recovery.take_jobs_without_caller():
             self._attendance.expect_back(job)
         self._dispatcher.start()
 

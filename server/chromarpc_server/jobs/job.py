@@ -58,7 +58,7 @@ class Job:
     """Runs while the caller that it ends with is away and may come back; ends it then."""
     is_left: bool = False
     """Whether a caller has left it for good, so that nobody is waited for once the others have."""
-    cancelled: ChromaError | None = None
+    cancelled_for_good: ChromaError | None = None
     """Why it is to be stopped whichever process has it, once that was or will be acknowledged."""
 
     @property

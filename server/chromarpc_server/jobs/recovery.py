@@ -104,7 +104,7 @@ class Recovery:
                 self._completion.end_unforeseen(job, error)
         return len(unfinished)
 
-    def jobs_without_caller(self) -> list[Job]:
+    def take_jobs_without_caller(self) -> list[Job]:
         """Recovered jobs whose callers may come back; once."""
         found, self._without_caller = self._without_caller, []
         return found

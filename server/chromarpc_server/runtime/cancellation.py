@@ -19,11 +19,6 @@ class Cancellation:
         self.requested_at: float | None = None
 
     @property
-    def requested(self) -> bool:
-        """Whether somebody asked the job to stop."""
-        return self._cause is not None
-
-    @property
     def cause(self) -> ChromaError | None:
         """Why it is to stop, where it is."""
         return self._cause

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 from chromarpc_server.domain.errors import DeviceLost
@@ -21,7 +20,7 @@ from chromarpc_server.pipeline import (
 )
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.runtime.watchdog import Watchdog
-from chromarpc_server.runtime.work import Report, Work, WorkDone
+from chromarpc_server.runtime.work import Emit, Report, Work, WorkDone
 from chromarpc_server.runtime.worker import DeviceWorker
 
 
@@ -67,19 +66,23 @@ class DeviceThread:
         call = partial(self._worker.load, model_id, files, profile, sizes)
         await self._watchdog.guard(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
-    async def run(self, work: Work) -> WorkDone:
-        """Does the work. `work.emit` is called on the event loop, each time before this returns.
+    async def run(self, work: Work, emit: Emit) -> WorkDone:
+        """Does the work.
+
+        Args:
+            work: what to do.
+            emit: called on the event loop with every report, before this returns; after a `DeviceHung` the thread may
+                go on and report more.
 
         Raises:
             ChromaError: what ended it early; a `DeviceError` where the device is lost or hangs.
         """
         loop = asyncio.get_running_loop()
-        listener = work.emit
 
-        def emit(report: Report) -> None:
-            loop.call_soon_threadsafe(listener, report)
+        def hand_over(report: Report) -> None:
+            loop.call_soon_threadsafe(emit, report)
 
-        run = partial(self._worker.run, replace(work, emit=emit))
+        run = partial(self._worker.run, work, hand_over)
         return await self._watchdog.guard(loop.run_in_executor(self._thread, run))
 
     @property

@@ -50,6 +50,7 @@ class StageDone:
 
 Report = Event | RenderedImage | RenderedPreview | StageDone
 Emit = Callable[[Report], None]
+"""Takes what work has to report."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,6 @@ class Work:
     adapter_files: tuple[AdapterFile, ...]
     """Where each of the plan's adapters lies."""
     cancellation: Cancellation
-    emit: Emit
-    """Called on the device thread with every report."""
 
     @property
     def set_key(self) -> SetKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from copy import copy
 
 import grpc
 
@@ -51,7 +52,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             # stops and leaves the job to another process.
             self._engine.detach(job, _why_gone(context))
         if ending is not None:
-            raise ending
+            raise copy(ending)  # other callers of the job get the same error, each with frames of its own
 
 
 def _why_gone(context: Context) -> ChromaError:
