@@ -36,7 +36,8 @@ from chromarpc_server.pipeline import (
 from chromarpc_server.pipeline.adapters.change import Change, Decomposed, LowRank
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.memory import pin
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 

@@ -15,7 +15,8 @@ from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.attention import SDPA, Attention, Spans, select_attention
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.layout import Layout
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, rope_table
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import rope_table
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from tests.tiny_checkpoint import GOLDENS
 

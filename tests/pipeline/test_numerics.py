@@ -15,12 +15,9 @@ from safetensors.torch import load_file
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline
 from chromarpc_server.pipeline.models import text_encoder
-from chromarpc_server.pipeline.models.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    key_attention_mask,
-    rope_table,
-)
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import key_attention_mask, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
 from chromarpc_server.pipeline.weights.quantization import (
     FLOAT8_MAX,

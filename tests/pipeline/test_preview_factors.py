@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.adapters.change import LowRank, RowChange, Rows
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.paths import pair_of

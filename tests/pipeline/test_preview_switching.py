@@ -14,7 +14,8 @@ from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, LokrForm, TrainerSettings
 from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import Text
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.transformer import linear_weights
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.forward import TrainerLinear, make_modulations
 from chromarpc_server.pipeline.trainer.fused import FusedPreview

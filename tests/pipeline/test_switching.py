@@ -17,7 +17,7 @@ from torch import Tensor
 from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
 from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, read_adapter
 from chromarpc_server.pipeline.adapters import reader
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from tests.pipeline.adapters.conftest import Shapes, values
 from tests.tiny_checkpoint import GOLDENS
 

@@ -29,8 +29,9 @@ from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, linear_weights
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer, linear_weights
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile

@@ -24,13 +24,10 @@ from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.forward import Conditioning, FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
-from chromarpc_server.pipeline.models.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    Linear,
-    dense_attention_mask,
-    rope_table,
-)
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.positions import dense_attention_mask, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_rows, quantize_rows

@@ -13,8 +13,8 @@ from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.merged_transformer import PreparedTransformer, prepare_transformer
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors

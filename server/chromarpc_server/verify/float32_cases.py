@@ -14,8 +14,8 @@ from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.merged_transformer import prepare_transformer
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.positions import dense_attention_mask, key_attention_mask, rope_table
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.models.transformer import dense_attention_mask, key_attention_mask, rope_table
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.verify.report import (

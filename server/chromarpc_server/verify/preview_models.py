@@ -14,8 +14,8 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, build_text_encoder
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from chromarpc_server.pipeline.profiles import PREVIEW, PREVIEW_EXACT
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview

@@ -15,7 +15,7 @@ from chromarpc_server.pipeline.device import on_device
 from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.memory_errors import translate_memory_error
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.models.config import ChromaConfig
 
 log = logging.getLogger(__name__)
 

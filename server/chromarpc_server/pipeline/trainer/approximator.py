@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chromarpc_server.pipeline.models.transformer import ChromaTransformer, Linear
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.trainer.forward import APPROXIMATOR, make_modulations
 from chromarpc_server.pipeline.trainer.paths import BesidePath
 from chromarpc_server.pipeline.trainer.quantizers import Bias

@@ -12,7 +12,9 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights, rope_table
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import rope_table
+from chromarpc_server.pipeline.models.transformer import linear_weights
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic

@@ -22,7 +22,9 @@ from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport, packed_velocity
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, Linear
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, in_approximator
