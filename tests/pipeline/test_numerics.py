@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline
+from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, LoadContext, Pipeline
 from chromarpc_server.pipeline.models import text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.positions import key_attention_mask, rope_table
@@ -102,9 +102,7 @@ def test_loading_stops_where_it_is_told_to(tiny_checkpoint: Path) -> None:
             raise JobCancelled("enough")
 
     with pytest.raises(JobCancelled):
-        Checkpoint.load(
-            _files(tiny_checkpoint), device=CPU, dtype=torch.float32, progress=lambda _: None, check=check
-        )
+        Checkpoint.load(_files(tiny_checkpoint), device=CPU, dtype=torch.float32, context=LoadContext(check=check))
     assert calls == 5
 
 

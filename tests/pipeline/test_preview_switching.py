@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, LokrForm, TrainerSettings
-from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
+from chromarpc_server.pipeline import PROFILES, Adapter, LoadContext, read_adapter
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.transformer import linear_weights
@@ -372,12 +372,12 @@ def test_a_switch_that_was_stopped_is_repaired_by_the_next(
     ):
         counted = _Stop(None)
         _build(profile, config, master, adapter_set(first), hold_float8).switch(
-            adapter_set(stopped), check=counted
+            adapter_set(stopped), LoadContext(check=counted)
         )
         for limit in sorted({0, counted.calls // 2, counted.calls - 1} & set(range(counted.calls))):
             model = _build(profile, config, master, adapter_set(first), hold_float8)
             with pytest.raises(JobCancelled):
-                model.switch(adapter_set(stopped), check=_Stop(limit))
+                model.switch(adapter_set(stopped), LoadContext(check=_Stop(limit)))
             model.switch(adapter_set(last))
             cold = _build(profile, config, master, adapter_set(last), hold_float8)
             if isinstance(model, FusedPreview) and isinstance(cold, FusedPreview):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
-from chromarpc_server.pipeline import PROFILES, Adapter, PreparedTransformer, read_adapter
+from chromarpc_server.pipeline import PROFILES, Adapter, LoadContext, PreparedTransformer, read_adapter
 from chromarpc_server.pipeline.adapters import reader
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from tests.pipeline.adapters.conftest import Shapes, values
@@ -98,7 +98,7 @@ def test_any_sequence_of_switches_ends_where_a_cold_build_does(
                 raise JobCancelled("stopped")
 
         try:
-            prepared.switch(_chosen(adapters, chosen), check=check)
+            prepared.switch(_chosen(adapters, chosen), LoadContext(check=check))
         except JobCancelled:
             continue
     last = _chosen(adapters, sequence[-1][0])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, TrainerSettings
-from chromarpc_server.pipeline import CheckpointFiles, LoadProgress
+from chromarpc_server.pipeline import CheckpointFiles, LoadContext, LoadProgress
 from chromarpc_server.pipeline.models.text_encoder import MAX_TOKENS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 
@@ -93,7 +93,7 @@ def test_text_encoders_are_kept_until_somebody_drops_them_and_the_oldest_idle_on
 
 def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
     parts, told = _parts(files), list[LoadProgress]()
-    parts.text_encoder(TrainerSettings(), progress=told.append)
+    parts.text_encoder(TrainerSettings(), LoadContext(progress=told.append))
     stages = [progress.stage for progress in told]
     assert stages == sorted(stages, key=["reading", "quantizing"].index)
     assert set(stages) == {"reading", "quantizing"}
@@ -101,7 +101,7 @@ def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
         last = [progress for progress in told if progress.stage == stage][-1]
         assert last.done_bytes == last.total_bytes
     told.clear()
-    parts.text_encoder(TrainerSettings(), progress=told.append)
+    parts.text_encoder(TrainerSettings(), LoadContext(progress=told.append))
     assert told == []
 
     calls = 0
@@ -113,7 +113,7 @@ def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
             raise JobCancelled("stopped")
 
     with pytest.raises(JobCancelled):
-        parts.text_encoder(TrainerSettings(qtype="qint8"), check=check)
+        parts.text_encoder(TrainerSettings(qtype="qint8"), LoadContext(check=check))
     assert parts.encoder_count == 1
 
 

@@ -11,15 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from chromarpc_server.engine import device_room
-from chromarpc_server.engine.device_room import FREE_BYTES, DeviceRoom
 from safetensors.torch import save_file
 
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import PROFILES, Adapter, CheckpointFiles, LoadProgress, read_adapter
+from chromarpc_server.pipeline import (
+    PROFILES,
+    SILENT,
+    Adapter,
+    CheckpointFiles,
+    LoadContext,
+    LoadProgress,
+    read_adapter,
+)
+from chromarpc_server.runtime import device_room
+from chromarpc_server.runtime.device_room import FREE_BYTES, DeviceRoom
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache, SetKey
-from tests.adapters.conftest import values
+from tests.pipeline.adapters.conftest import values
 
 CPU: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 FLOAT8 = TrainerSettings()
@@ -151,7 +159,7 @@ class _Cache:
         self.told: list[CacheSnapshot] = []
         self.progress: list[LoadProgress] = []
         self.cache = ModelCache(CPU, Budgets(prepared_bytes=prepared_bytes), publish=self.told.append)
-        self.checkpoint = self.cache.checkpoint("mini", files, progress=lambda _: None, check=lambda: None)
+        self.checkpoint = self.cache.checkpoint("mini", files, SILENT)
 
     def use(
         self,
@@ -162,9 +170,7 @@ class _Cache:
         """Has a set in place, and says where it came from."""
         self.progress.clear()
         key = SetKey("mini", profile, tuple((adapter.sha256, m) for adapter, m in adapters), settings)  # type: ignore[misc]
-        _, report = self.cache.pipeline(
-            self.checkpoint, adapters, key, progress=self.progress.append, check=lambda: None
-        )
+        _, report = self.cache.pipeline(self.checkpoint, adapters, key, LoadContext(progress=self.progress.append))
         return report.source.value
 
     @property

@@ -35,6 +35,7 @@ from chromarpc_server.pipeline.models.transformer import ChromaTransformer, line
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, LoadContext
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
@@ -43,9 +44,7 @@ from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
 from chromarpc_server.pipeline.weights.reading import (
-    Check,
     CheckpointFiles,
-    Progress,
     ReadingProgress,
     open_weights,
     read_json,
@@ -100,8 +99,7 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         memory: MemoryChoice | None = None,
-        progress: Progress = lambda _: None,
-        check: Check = lambda: None,
+        context: LoadContext = SILENT,
     ) -> Checkpoint:
         """Reads everything once.
 
@@ -110,8 +108,7 @@ class Checkpoint:
             device: where text encoder and autoencoder are put, and pipelines will run.
             dtype: what to compute in.
             memory: what an operator decides about a GPU's memory.
-            progress: told how far reading is.
-            check: called between tensors; raises to stop.
+            context: reports how far reading is; checked between tensors.
 
         Raises:
             WeightsInvalid: damaged files, or another model.
@@ -130,7 +127,7 @@ class Checkpoint:
             choice = memory or MemoryChoice()
             sizes = _part_sizes(transformer_file, encoder_files, vae_files, dtype)
             plan = plan_memory(usable_memory_bytes(device, choice.device_bytes), sizes, choice)
-        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), progress, check)
+        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
         master, revision = _read_master(reading, transformer_file, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
@@ -153,7 +150,7 @@ class Checkpoint:
             vae.tile_sample_min_size = TILE_PX
             vae.tile_latent_min_size = TILE_PX // sampling.PIXELS_PER_LATENT
             vae.enable_tiling()
-        check()
+        context.check()
         empty = tokenizer("")
         not_fused: list[DeviceFallback] = []
         fused_vae = with_fused_decoder(vae, not_fused.append)
@@ -259,21 +256,18 @@ class Checkpoint:
     def _holds_float8(self) -> bool:
         return self.memory is not None and self.memory.weights == "float8"
 
-    def pipeline(
-        self, prepared: Transformer, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> Pipeline:
+    def pipeline(self, prepared: Transformer, context: LoadContext = SILENT) -> Pipeline:
         """Everything that draws, with a transformer of this checkpoint as it is now.
 
         Args:
             prepared: the transformer.
-            progress: told how far a text encoder is, where one has to be made first.
-            check: called between its tensors; raises to stop.
+            context: reports on a text encoder, where one has to be made first; checked between its tensors.
 
         Raises:
             WeightsInvalid: a text encoder has a row that the trainer's quantizer turns into NaN.
         """
         if not isinstance(prepared, PreparedTransformer):
-            return self._trainer_pipeline(prepared, progress, check)
+            return self._trainer_pipeline(prepared, context)
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
@@ -303,11 +297,9 @@ class Checkpoint:
         """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
         return torch.float32 if settings.dtype == "float32" else self.dtype
 
-    def _trainer_pipeline(
-        self, prepared: FusedPreview | ExactPreview, progress: Progress, check: Check
-    ) -> Pipeline:
+    def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview, context: LoadContext) -> Pipeline:
         settings = prepared.settings
-        encoder = self.trainer_parts.text_encoder(settings, progress=progress, check=check)
+        encoder = self.trainer_parts.text_encoder(settings, context)
         rounding = TORCH_DTYPES[settings.dtype]
         fused = isinstance(prepared, FusedPreview)
         dtype = self._parts_dtype(prepared.profile, settings)

@@ -29,9 +29,9 @@ from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.positions import dense_attention_mask, rope_table
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_rows, quantize_rows
-from chromarpc_server.pipeline.weights.reading import Check, LoadProgress, Progress
 
 AdapterSet = Sequence[tuple[Adapter, float]]
 """Adapters with their multipliers, in the order of application."""
@@ -167,18 +167,15 @@ class PreparedTransformer:
         return 0
 
     @torch.inference_mode()
-    def switch(
-        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> SwitchReport:
+    def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
         """Makes the weights those of the master with `adapters` merged, each on what the ones before it left, then
         quantized as the reference does.
 
-        Stopped by `check` or failing, it leaves a transformer that must not run, and that the next switch repairs.
+        Stopped or failing, it leaves a transformer that must not run, and that the next switch repairs.
 
         Args:
             adapters: in order; none for the bare base.
-            progress: told how many bytes of those to rewrite are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to rewrite are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
@@ -190,7 +187,7 @@ class PreparedTransformer:
         done = 0
         finite: dict[str, Tensor] = {}
         for name, stored in on_device(self._master, stale, self._device):
-            check()
+            context.check()
             weight = stored
             for adapter, multiplier in adapters:
                 weight = adapter.apply(name, weight, multiplier)
@@ -200,7 +197,7 @@ class PreparedTransformer:
             self._write(name, weight)
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
-            progress(LoadProgress(stage, done, total))
+            context.progress(LoadProgress(stage, done, total))
         self._refuse_overflow(finite)
         return SwitchReport(len(stale))
 

@@ -6,10 +6,10 @@ Keyed by what the file system says of a file, not by its name alone: a file that
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.pipeline import Adapter, read_adapter
+from chromarpc_server.pipeline import Adapter, Check, read_adapter
 
 
 class AdapterCache:
@@ -31,7 +31,7 @@ class AdapterCache:
         revision: str,
         targets: Mapping[str, tuple[int, ...]],
         *,
-        check: Callable[[], None],
+        check: Check,
     ) -> Adapter:
         """The adapter, parsed for the checkpoint of this revision.
 

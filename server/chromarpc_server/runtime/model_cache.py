@@ -25,10 +25,11 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
+    Check,
     Checkpoint,
     CheckpointFiles,
     DeviceChoice,
-    LoadProgress,
+    LoadContext,
     Pipeline,
     SwitchReport,
     Transformer,
@@ -38,9 +39,6 @@ from chromarpc_server.pipeline import (
 )
 from chromarpc_server.runtime.adapter_cache import AdapterCache
 from chromarpc_server.runtime.device_room import DeviceRoom
-
-Progress = Callable[[LoadProgress], None]
-Check = Callable[[], None]
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +141,7 @@ class ModelCache:
         self._counters = CacheCounters()
         self._fallbacks: tuple[DeviceFallback, ...] = ()
 
-    def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
+    def checkpoint(self, model_id: str, files: CheckpointFiles, context: LoadContext) -> Checkpoint:
         """The model's checkpoint, loaded if it is not resident.
 
         Raises:
@@ -162,8 +160,7 @@ class ModelCache:
             device=self._device.device,
             dtype=self._device.dtype,
             memory=self._budgets.memory,
-            progress=progress,
-            check=check,
+            context=context,
         )
         self._checkpoints[model_id] = loaded
         seconds = round(time.monotonic() - began, 2)
@@ -193,9 +190,7 @@ class ModelCache:
         checkpoint: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        *,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> tuple[Pipeline, WeightsReport]:
         """The checkpoint with these adapters merged. Good until the next call.
 
@@ -211,11 +206,11 @@ class ModelCache:
             source, switched = WeightsSource.RESIDENT, SwitchReport(0)
             self._counters = replace(self._counters, hits=self._counters.hits + 1)
         else:
-            slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
+            slot, source, switched = self._make(checkpoint, adapters, key, context)
             self._adapters.trim()  # what lies beside weights was made of them
         missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
         self._make_room(missing, checkpoint, key, keep=slot)
-        pipeline = checkpoint.pipeline(slot.transformer, progress=progress, check=check)
+        pipeline = checkpoint.pipeline(slot.transformer, context)
         self._tell()
         report = WeightsReport(
             source=source,
@@ -246,8 +241,7 @@ class ModelCache:
         checkpoint: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> tuple[_Slot, WeightsSource, SwitchReport]:
         alike = [
             slot
@@ -263,7 +257,7 @@ class ModelCache:
         if broken is None and (not alike or self._room.fits_without_idle(needed, checkpoint, key.trainer)):
             fresh = self._allocate(checkpoint, key, needed)
             try:
-                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
+                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, context)
             except Exception as error:
                 if not alike or translate_memory_error(error) is None:
                     raise
@@ -276,19 +270,18 @@ class ModelCache:
         self._make_room(slot.transformer.growth_bytes(adapters), checkpoint, key, keep=slot)
         if slot.key is not None:
             self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
-        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, progress, check)
+        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, context)
 
     def _switch(
         self,
         slot: _Slot,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> SwitchReport:
         built = not slot.transformer.size_bytes
         slot.key = None
-        report = slot.transformer.switch(adapters, progress=progress, check=check)
+        report = slot.transformer.switch(adapters, context)
         slot.key = key
         slot.adapters = tuple((adapter.sha256, multiplier) for adapter, multiplier in adapters if multiplier != 0)
         self._slots.remove(slot)

@@ -21,9 +21,11 @@ from chromarpc_server.domain.events import (
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.pipeline import (
+    SILENT,
     CheckpointFiles,
     DeviceChoice,
     DeviceDescription,
+    LoadContext,
     LoadProgress,
     Pipeline,
     PromptEmbedding,
@@ -96,10 +98,10 @@ class DeviceWorker:
             self._watchdog.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
-        checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
+        checkpoint = self._cache.checkpoint(model_id, files, SILENT)
         trainer = TrainerSettings() if profile in PREVIEW_PROFILES else None
         key = SetKey(model_id, profile, (), trainer)
-        pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
+        pipeline, _ = self._cache.pipeline(checkpoint, (), key, SILENT)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
             synchronize(self._choice.device)
@@ -151,12 +153,10 @@ class DeviceWorker:
         reset_peak_memory(self._choice.device)
         clock = _Clock(emit)
         check()
-        progress = _LoadingEvents(emit)
-        checkpoint = self._cache.checkpoint(plan.served_model, work.model_files, progress=progress, check=check)
+        context = LoadContext(check, _LoadingEvents(emit))
+        checkpoint = self._cache.checkpoint(plan.served_model, work.model_files, context)
         adapters = self._cache.read_adapters(checkpoint, plan.loras, work.adapter_files, check=check)
-        pipeline, weights = self._cache.pipeline(
-            checkpoint, adapters, work.set_key, progress=progress, check=check
-        )
+        pipeline, weights = self._cache.pipeline(checkpoint, adapters, work.set_key, context)
         clock.lap("loading_s")
 
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
@@ -281,11 +281,3 @@ class _Remaining:
         self._done += work
         self._seconds += duration_s
         return self._seconds / self._done * self._left
-
-
-def _ignore(_: LoadProgress) -> None:
-    """Progress that nobody waits for."""
-
-
-def _never() -> None:
-    """A check that never stops anything."""

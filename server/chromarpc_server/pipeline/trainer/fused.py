@@ -26,6 +26,7 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, in_approximator
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
@@ -42,7 +43,6 @@ from chromarpc_server.pipeline.trainer.paths import (
 from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.trainer.sizes import padded_bytes
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
-from chromarpc_server.pipeline.weights.reading import Check, Progress
 
 
 class FusedPreview:
@@ -140,9 +140,7 @@ class FusedPreview:
         return max(0, wanted - sum(layer.beside_bytes for layer in self._layers.values()))
 
     @torch.inference_mode()
-    def switch(
-        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> SwitchReport:
+    def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
         """Makes the weights those that the trainer would sample with, given these adapters.
 
         Only base weights that an adapter is merged into (see `paths.place`) are rewritten; for the others' sake
@@ -150,16 +148,15 @@ class FusedPreview:
 
         Args:
             adapters: in order, with their multipliers.
-            progress: told how many bytes of those to rewrite are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to rewrite are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
         placement = place(adapters, tuple(self._layers), self.settings)
-        written = self._held.rewrite(placement, self._write, progress=progress, check=check)
-        return SwitchReport(written + self._put_beside(placement.beside, check))
+        written = self._held.rewrite(placement, self._write, context)
+        return SwitchReport(written + self._put_beside(placement.beside, context.check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
         """Puts one parameter where it is held."""
