@@ -17,6 +17,7 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.adapters.change import LowRank, RowChange, Rows
 from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.paths import pair_of
@@ -57,7 +58,7 @@ def build(
     def made() -> FusedPreview | ExactPreview:
         profile = PROFILES[request.param]
         if profile.fused:
-            return FusedPreview(config, master, profile, FLOAT32, device=CPU, dtype=torch.float32)
+            return FusedPreview(config, master, profile, FLOAT32, DevicePlacement(CPU, torch.float32))
         return ExactPreview(config, master, profile, FLOAT32, device=CPU)
 
     return made

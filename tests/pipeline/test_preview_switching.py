@@ -16,6 +16,7 @@ from chromarpc_server.pipeline import PROFILES, Adapter, LoadContext, read_adapt
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.transformer import linear_weights
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.forward import TrainerLinear, make_modulations
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
@@ -110,9 +111,7 @@ def fused(master: dict[str, Tensor], config: ChromaConfig) -> Build:
             master,
             PROFILES["preview"],
             settings,
-            device=CPU,
-            dtype=torch.float32,
-            hold_float8=hold_float8,
+            DevicePlacement(CPU, torch.float32, hold_float8=hold_float8),
         )
         if adapters is not None:
             made.switch(adapters)
@@ -206,13 +205,13 @@ def test_modulations_are_the_trainers_own_bits_whatever_is_computed_in(
         for timestep in timesteps.bfloat16().split(1)
     ]
     settings = TrainerSettings(qtype=qtype)
-    model = FusedPreview(config, master, PROFILES["preview"], settings, device=CPU, dtype=dtype)
+    model = FusedPreview(config, master, PROFILES["preview"], settings, DevicePlacement(CPU, dtype))
     model.switch([])
     found = model.modulations(timesteps.to(dtype))
     assert found.dtype == dtype
     assert torch.equal(found.bfloat16(), torch.cat(expected))
     wide = FusedPreview(
-        config, master, PROFILES["preview"], settings, device=CPU, dtype=dtype, modulation_dtype=torch.float32
+        config, master, PROFILES["preview"], settings, DevicePlacement(CPU, dtype), modulation_dtype=torch.float32
     )
     wide.switch([])
     assert rel(found.float(), wide.modulations(timesteps).float()) > 1e-3
@@ -336,7 +335,9 @@ def test_a_row_of_zeros_is_refused_with_its_tensor_named_where_the_trainer_has_n
 
     def build(settings: TrainerSettings) -> FusedPreview | ExactPreview:
         if profile == "preview":
-            return FusedPreview(config, with_zeros, PROFILES[profile], settings, device=CPU, dtype=torch.float32)
+            return FusedPreview(
+                config, with_zeros, PROFILES[profile], settings, DevicePlacement(CPU, torch.float32)
+            )
         return ExactPreview(config, with_zeros, PROFILES[profile], settings, device=CPU)
 
     settings = TrainerSettings(qtype=qtype, dtype="float32")
@@ -392,7 +393,7 @@ def _build(
     if profile == "preview-exact":
         return exact(config, master, adapters, FLOAT32)
     made = FusedPreview(
-        config, master, PROFILES[profile], FLOAT32, device=CPU, dtype=torch.float32, hold_float8=hold_float8
+        config, master, PROFILES[profile], FLOAT32, DevicePlacement(CPU, torch.float32, hold_float8=hold_float8)
     )
     made.switch(adapters)
     return made
@@ -447,5 +448,5 @@ def _empty(
     if profile == "preview-exact":
         return ExactPreview(config, master, PROFILES[profile], settings, device=CPU)
     return FusedPreview(
-        config, master, PROFILES[profile], settings, device=CPU, dtype=torch.float32, hold_float8=hold_float8
+        config, master, PROFILES[profile], settings, DevicePlacement(CPU, torch.float32, hold_float8=hold_float8)
     )

@@ -33,6 +33,7 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer, linear_weights
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, LoadContext
@@ -193,30 +194,17 @@ class Checkpoint:
             trainer: what the trainer's config says, for profiles that draw the trainer's picture; None: its
                 defaults.
         """
-        record_graphs = self.memory is None or self.memory.record_graphs
         if not profile.trainer:
-            return PreparedTransformer(
-                self.config,
-                self.master,
-                profile,
-                device=self.device,
-                dtype=self.dtype,
-                hold_float8=self._holds_float8,
-                record_graphs=record_graphs,
-            )
+            return PreparedTransformer(self.config, self.master, profile, self._placement(self.dtype))
         settings = trainer or TrainerSettings()
         if not profile.fused:
             return ExactPreview(self.config, self.master, profile, settings, device=self.device)
-        return FusedPreview(
-            self.config,
-            self.master,
-            profile,
-            settings,
-            device=self.device,
-            dtype=self._fused_dtype(settings),
-            hold_float8=self._holds_float8,
-            record_graphs=record_graphs,
-        )
+        placement = self._placement(self._fused_dtype(settings))
+        return FusedPreview(self.config, self.master, profile, settings, placement)
+
+    def _placement(self, dtype: torch.dtype) -> DevicePlacement:
+        record_graphs = self.memory is None or self.memory.record_graphs
+        return DevicePlacement(self.device, dtype, self._holds_float8, record_graphs)
 
     def prepared_bytes(
         self, profile: NumericsProfile, trainer: TrainerSettings | None = None, adapters: AdapterSet = ()

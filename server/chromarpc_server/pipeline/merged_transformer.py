@@ -28,6 +28,7 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.positions import dense_attention_mask, rope_table
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import Velocity
@@ -59,12 +60,9 @@ class PreparedTransformer:
         config: ChromaConfig,
         master: Mapping[str, Tensor],
         profile: NumericsProfile,
+        placement: DevicePlacement,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         quantize: bool = True,
-        hold_float8: bool = False,
-        record_graphs: bool = True,
     ) -> None:
         """Allocates nothing; the first `switch` does.
 
@@ -72,12 +70,8 @@ class PreparedTransformer:
             config: sizes.
             master: parameters by name, in the dtype they are stored in, on the device or in host memory.
             profile: what it will be run with.
-            device: where the transformer lies.
-            dtype: what it computes in.
+            placement: where the transformer lies, and what it takes there.
             quantize: whether linear weights go through float8.
-            hold_float8: hold the blocks' weights in float8 even where the profile could do with them dequantized:
-                half the memory, the same bits, a little slower.
-            record_graphs: record steps as CUDA graphs, which keep a step's activations.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -87,11 +81,11 @@ class PreparedTransformer:
         self.settings: TrainerSettings | None = None
         """The trainer's config has no part in it."""
         self._master = master
-        self._device = device
-        self._dtype = dtype
+        self._device = placement.device
+        self._dtype = placement.dtype
         self._quantize = quantize
-        self._record_graphs = record_graphs
-        self._hold_float8 = hold_float8 or profile.needs_float8_weights
+        self._record_graphs = placement.record_graphs
+        self._hold_float8 = placement.hold_float8 or profile.needs_float8_weights
         self._linears = {
             f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
         }
@@ -313,12 +307,11 @@ def prepare_transformer(
     master: Mapping[str, Tensor],
     adapters: AdapterSet,
     profile: NumericsProfile,
+    placement: DevicePlacement,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     quantize: bool,
 ) -> PreparedTransformer:
     """A transformer prepared once, for whoever never switches it; arguments and errors as above."""
-    prepared = PreparedTransformer(config, master, profile, device=device, dtype=dtype, quantize=quantize)
+    prepared = PreparedTransformer(config, master, profile, placement, quantize=quantize)
     prepared.switch(adapters)
     return prepared

@@ -16,6 +16,7 @@ from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, build_text_encoder
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import PREVIEW, PREVIEW_EXACT
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
@@ -96,8 +97,7 @@ class Model:
             self.tensors,
             PREVIEW,
             settings,
-            device=device,
-            dtype=dtype,
+            DevicePlacement(device, dtype),
             modulation_dtype=modulation_dtype,
         )
         model.switch(self.adapters(multiplier))

@@ -25,6 +25,7 @@ from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchRepor
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
@@ -54,11 +55,8 @@ class FusedPreview:
         master: Mapping[str, Tensor],
         profile: NumericsProfile,
         settings: TrainerSettings,
+        placement: DevicePlacement,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
-        hold_float8: bool = False,
-        record_graphs: bool = True,
         modulation_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates nothing; the first `switch` does.
@@ -68,11 +66,8 @@ class FusedPreview:
             master: parameters by name, as they are stored, on the device or in host memory.
             profile: `preview`.
             settings: what the trainer's config says; weights are quantized in the dtype it names.
-            device: where the transformer lies.
-            dtype: what it computes in.
-            hold_float8: hold the blocks' weights in float8 where the quantizer's values are float8: half the
-                memory.
-            record_graphs: record steps as CUDA graphs.
+            placement: where the transformer lies, and what it takes there; weights are held in float8 only where
+                the quantizer's values are float8.
             modulation_dtype: what modulations are computed in, if not in the trainer's dtype.
         """
         with torch.device("meta"):
@@ -81,21 +76,23 @@ class FusedPreview:
         self.config = config
         self.profile = profile
         self.settings = settings
-        self._device = device
-        self._dtype = dtype
+        self._device = placement.device
+        self._dtype = placement.dtype
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]
-        self._hold_float8 = hold_float8
-        self._record_graphs = record_graphs
+        self._hold_float8 = placement.hold_float8
+        self._record_graphs = placement.record_graphs
         self._modulation_dtype = modulation_dtype or self._trainer_dtype
         self._modulations = TrainerApproximator(self.model, self._modulation_dtype)
         self._layers = {
-            f"{name}.weight": Layer(module, module.in_features, device=device, dtype=self._dtype_of(name))
+            f"{name}.weight": Layer(
+                module, module.in_features, device=placement.device, dtype=self._dtype_of(name)
+            )
             for name, module in self.model.named_modules()
             if isinstance(module, Linear)
         }
         self._others: dict[str, Tensor] = {}
         """Parameters that are no linear layers' weights."""
-        self._held = HeldWeights(master, settings, device=device)
+        self._held = HeldWeights(master, settings, device=placement.device)
         self._capacity = 0
         """Ranks that there is room for beside every layer."""
         self._run: GraphedForward | None = None
