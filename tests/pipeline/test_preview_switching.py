@@ -21,7 +21,7 @@ from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.forward import TrainerLinear, make_modulations
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import rank_bucket
-from chromarpc_server.pipeline.trainer.quantizers import quantize_linear
+from chromarpc_server.pipeline.weights.quantizers import quantize_linear
 from tests.pipeline.adapters.conftest import rel, values
 from tests.tiny_checkpoint import GOLDENS
 

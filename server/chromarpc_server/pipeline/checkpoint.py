@@ -42,8 +42,8 @@ from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
-from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
+from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.weights.reading import (
     CheckpointFiles,
     ReadingProgress,

@@ -20,7 +20,7 @@ from chromarpc_server.pipeline.models import autoencoder
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, one_thread, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
-from chromarpc_server.pipeline.trainer.quantizers import QUANTIZERS
+from chromarpc_server.pipeline.weights.quantizers import QUANTIZERS
 from chromarpc_server.verify.preview_layout import Kind, PreviewFolder
 from chromarpc_server.verify.preview_models import (
     Drawing,

@@ -22,7 +22,7 @@ from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import encode_as_trainer
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.verify.report import Outcome, Result, distance
 from chromarpc_server.verify.vectors import Vectors
 

@@ -17,7 +17,7 @@ from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.trainer.forward import APPROXIMATOR, make_modulations
 from chromarpc_server.pipeline.trainer.paths import BesidePath
-from chromarpc_server.pipeline.trainer.quantizers import Bias
+from chromarpc_server.pipeline.weights.quantizers import Bias
 
 
 def in_approximator(name: str) -> bool:

@@ -35,8 +35,8 @@ from chromarpc_server.pipeline.trainer.paths import (
     pair_of,
     place,
 )
-from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes
+from chromarpc_server.pipeline.weights.quantizers import Bias, QuantizedLinear, quantize_linear
 
 
 class ExactPreview:

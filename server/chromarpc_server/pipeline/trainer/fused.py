@@ -41,9 +41,9 @@ from chromarpc_server.pipeline.trainer.paths import (
     pair_of,
     place,
 )
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.trainer.sizes import padded_bytes
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
+from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
 
 
 class FusedPreview:

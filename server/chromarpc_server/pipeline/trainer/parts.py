@@ -22,7 +22,7 @@ from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
-from chromarpc_server.pipeline.trainer.quantizers import (
+from chromarpc_server.pipeline.weights.quantizers import (
     FLOAT8_QTYPES,
     QuantizedLinear,
     quantize_linear,
