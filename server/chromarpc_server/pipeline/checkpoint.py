@@ -7,11 +7,8 @@ draws with one, and nothing on it changes between calls.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -26,7 +23,7 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
-from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory, working_bytes
+from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
@@ -43,6 +40,7 @@ from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
+from chromarpc_server.pipeline.weights.master import read_master
 from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.weights.reading import (
     CheckpointFiles,
@@ -53,7 +51,6 @@ from chromarpc_server.pipeline.weights.reading import (
     shard_paths,
 )
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.weights.staging import tensor_hash_prefix
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -129,7 +126,7 @@ class Checkpoint:
             sizes = _part_sizes(transformer_file, encoder_files, vae_files, dtype)
             plan = plan_memory(usable_memory_bytes(device, choice.device_bytes), sizes, choice)
         reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
-        master, revision = _read_master(reading, transformer_file, device, plan)
+        master, revision = read_master(reading, transformer_file, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
@@ -358,36 +355,3 @@ def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[Safeten
         return None
     size = sum(entry.size_bytes for file in files for entry in file.tensors.values())
     return device if plan.usable_bytes - plan.estimated_bytes > size else None
-
-
-def _read_master(
-    reading: ReadingProgress, file: SafetensorsFile, device: torch.device, plan: MemoryPlan | None
-) -> tuple[dict[str, Tensor], str]:
-    """The transformer's weights where the plan wants them, and their hash, computed meanwhile by other threads."""
-    master: dict[str, Tensor] = {}
-    if plan is not None and plan.master == "device":
-        hashes = {}
-        for name, tensor, digest in reading.read_onto(file, device):
-            master[name], hashes[name] = tensor, digest
-        return master, _join_hashes(hashes)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
-        digests = {}
-        for name, tensor in reading.read(file):
-            digests[name] = pool.submit(_tensor_hash, name, tensor)
-            master[name] = tensor
-        revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
-    if plan is not None and plan.master == "host":
-        master = pin(master, device)
-    return master, revision
-
-
-def _join_hashes(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
-
-
-def _tensor_hash(name: str, tensor: Tensor) -> str:
-    """Hash over name, dtype, shape and values, hexadecimal."""
-    digest = hashlib.sha256(tensor_hash_prefix(name, tensor.dtype, tuple(tensor.shape)))
-    values: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    digest.update(values)
-    return digest.hexdigest()
