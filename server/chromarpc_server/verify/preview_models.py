@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
-from chromarpc_server.pipeline.denoising import denoise_from
+from chromarpc_server.pipeline.denoising import Text, VelocityMaker, denoise_from
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, build_text_encoder
@@ -29,6 +29,8 @@ from chromarpc_server.verify.vectors import Vectors
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
+CPU = torch.device("cpu")
+FLOAT32_REL = 1e-5
 TEXT_TOKENS = 512
 ERROR_RATIO = 1.10
 """`preview` may be this much further from the truth than the trainer's own output is."""
@@ -118,6 +120,48 @@ def draw(model: ExactPreview | FusedPreview, drawing: Drawing, device: torch.dev
         timestep_dtype=rounding,
     )
     return last.latents.cpu()
+
+
+def forward_once(
+    vectors: Vectors,
+    model: Model,
+    run_name: str,
+    number: str,
+    *,
+    exact: bool,
+    dtype: torch.dtype | None = None,
+    rounds: bool = True,
+) -> Tensor:
+    """One recorded case's velocity, on the CPU.
+
+    Args:
+        vectors: `forward`.
+        model: whose.
+        run_name: `QTYPE.DTYPE.MULTIPLIER`.
+        number: of the case.
+        exact: in the `preview-exact` profile, else in `preview`.
+        dtype: to compute in, if another than the trainer's.
+        rounds: whether `preview` rounds what it rounds as the trainer does.
+    """
+    qtype, name, multiplier = run_name.split(".", 2)
+    settings = settings_of(qtype, name)
+    # The recorded adapter is beside the weights whether they are quantized or not.
+    if qtype == "none":
+        settings = settings_of("uint8", name)
+    width = dtype or TORCH_DTYPES[settings.dtype]
+    case = vectors.of(number)
+    if exact:
+        made: VelocityMaker = model.exact(settings, float(multiplier), CPU)
+    else:
+        made = model.fused(settings, float(multiplier), CPU, width, None if rounds else width)
+    text = Text(case["txt"].to(width), case["mask"])
+    rounding = TORCH_DTYPES[settings.dtype]
+    timestep = case["timestep"].to(rounding).to(width) / 1000
+    grid = (int(case["grid"][0]), int(case["grid"][1]))
+    with torch.inference_mode():
+        velocity = made.velocity([text], timestep, grid)
+        found, _ = velocity(case["img"].to(width), 0)
+    return found
 
 
 def padded(embeds: Tensor) -> tuple[Tensor, Tensor]:
