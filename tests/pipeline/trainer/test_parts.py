@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(MAX_TOKENS)[None] % 60
 DIVIDE_BY_ZERO = ("qfloat8", "qfloat8_e5m2")
 """Quanto's float quantizers keep the quotient 0 / 0; an integer has no NaN, and quanto's scale is 0 there."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
