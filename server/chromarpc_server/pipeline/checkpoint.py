@@ -34,6 +34,7 @@ from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, LoadContext
+from chromarpc_server.pipeline.trainer.approximator import held_dtype
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
@@ -208,16 +209,17 @@ class Checkpoint:
     ) -> int:
         """Size of a transformer prepared in this profile, with what of these adapters lies beside its weights."""
         if not profile.trainer:
-            return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
+            return prepared_bytes(self.master, profile, lambda _: self.dtype, hold_float8=self._holds_float8)
         settings = trainer or TrainerSettings()
         dtype = self._parts_dtype(profile, settings)
         float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
-        weights = prepared_bytes(self.master, profile, dtype, hold_float8=float8)
+        dtype_of = partial(held_dtype, dtype=dtype, modulation_dtype=TORCH_DTYPES[settings.dtype])
+        weights = prepared_bytes(self.master, profile, dtype_of, hold_float8=float8)
         linears = self._linears
         if not profile.fused:
             return weights + factor_bytes(adapters, tuple(linears), settings)
         in_float8 = [name for name in linears if float8 and "_blocks." in name]
-        return weights + padded_bytes(adapters, linears, settings, dtype, in_float8=in_float8)
+        return weights + padded_bytes(adapters, linears, settings, dtype_of, in_float8=in_float8)
 
     @cached_property
     def _linears(self) -> Mapping[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ never on what it held before, so a switch gives bit for bit what a cold build gi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -284,12 +284,23 @@ def packed_velocity(run: GraphedForward, conditioning: Conditioning, modulations
 
 
 def prepared_bytes(
-    master: Mapping[str, Tensor], profile: NumericsProfile, dtype: torch.dtype, *, hold_float8: bool
+    master: Mapping[str, Tensor],
+    profile: NumericsProfile,
+    dtype_of: Callable[[str], torch.dtype],
+    *,
+    hold_float8: bool,
 ) -> int:
-    """What a transformer will take, but for its scales (a few thousandths)."""
+    """What a transformer will take, but for its scales (a few thousandths).
+
+    Args:
+        master: its parameters, by name.
+        profile: what it will be run with.
+        dtype_of: what a parameter of this name is held in, where not in float8.
+        hold_float8: whether the blocks' weights are held in float8 where the profile could do without.
+    """
     float8 = hold_float8 or profile.needs_float8_weights
     return sum(
-        tensor.numel() * (1 if float8 and tensor.ndim > 1 and "_blocks." in name else dtype.itemsize)
+        tensor.numel() * (1 if float8 and tensor.ndim > 1 and "_blocks." in name else dtype_of(name).itemsize)
         for name, tensor in master.items()
     )
 

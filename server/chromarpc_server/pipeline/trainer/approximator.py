@@ -25,6 +25,11 @@ def in_approximator(name: str) -> bool:
     return name.startswith(f"{APPROXIMATOR}.")
 
 
+def held_dtype(name: str, dtype: torch.dtype, modulation_dtype: torch.dtype) -> torch.dtype:
+    """What `preview` holds a parameter in: its own dtype, but for what takes part in making the modulations."""
+    return modulation_dtype if in_approximator(name) else dtype
+
+
 class TrainerApproximator:
     """Runs a model's approximator as the trainer does. Holds no weights of its own; switches show at once."""
 

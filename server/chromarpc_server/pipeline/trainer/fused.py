@@ -29,7 +29,7 @@ from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
-from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, in_approximator
+from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, held_dtype, in_approximator
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.held import HeldWeights
@@ -99,7 +99,7 @@ class FusedPreview:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         """What a parameter is held in, by its name."""
-        return self._modulation_dtype if in_approximator(name) else self._dtype
+        return held_dtype(name, self._dtype, self._modulation_dtype)
 
     @property
     def run(self) -> GraphedForward:
@@ -130,7 +130,7 @@ class FusedPreview:
             adapters,
             {name: layer.shape for name, layer in self._layers.items()},
             self.settings,
-            self._dtype,
+            self._dtype_of,
             capacity=self._capacity,
             in_float8=[name for name, layer in self._layers.items() if layer.is_float8],
         )
