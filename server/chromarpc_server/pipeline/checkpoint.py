@@ -1,7 +1,7 @@
 """From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
 
 A `Checkpoint` holds the master weights as they were stored. A `PreparedTransformer` of it has adapters merged,
-before quantization as the reference does; `trainer` has the forms that draw the trainer's picture. A `Pipeline`
+before quantization as the reference does; `trainer` has the forms that draw the trainer's image. A `Pipeline`
 draws with one, and nothing on it changes between calls.
 """
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 TILE_PX = 512
-"""Side of a tile, where pictures are decoded in tiles."""
+"""Side of a tile, where images are decoded in tiles."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Checkpoint:
 
         Args:
             profile: what it will be run with.
-            trainer: what the trainer's config says, for profiles that draw the trainer's picture; None: its
+            trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
         """
         if not profile.trainer:
@@ -309,7 +309,7 @@ class Checkpoint:
     def prepare(
         self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
     ) -> Pipeline:
-        """A pipeline for whoever keeps it: merges adapters and quantizes, once.
+        """A pipeline to keep: merges adapters and quantizes, once.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.

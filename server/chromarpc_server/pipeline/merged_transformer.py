@@ -1,7 +1,7 @@
-"""A transformer with adapters merged, switched from one set of them to another in place.
+"""A transformer's prepared weights: adapters merged, switched from one set of them to another in place.
 
 The master weights stay as they were stored. Every tensor of the transformer remembers what was merged into it, so
-that a switch rewrites only the tensors that differ, in the storage they have: whoever holds the module, compiled
+that a switch rewrites only the tensors that differ, in the storage they have: every holder of the module, compiled
 code included, goes on with the new weights. A tensor's value depends on the master and its own adapters alone,
 never on what it held before, so a switch gives bit for bit what a cold build gives.
 """
@@ -136,7 +136,7 @@ class PreparedTransformer:
 
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
-        """Has a step for prompts of this length and pictures of this size ready, without running it."""
+        """Has a step for prompts of this length and images of this size ready, without running it."""
         modulations = self.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([text.kept for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])
@@ -322,7 +322,7 @@ def prepare_transformer(
     *,
     quantize: bool,
 ) -> PreparedTransformer:
-    """A transformer prepared once, for whoever never switches it; arguments and errors as above."""
+    """A transformer prepared once, for callers that never switch it; arguments and errors as above."""
     prepared = PreparedTransformer(config, master, profile, placement, quantize=quantize)
     prepared.switch(adapters)
     return prepared

@@ -44,7 +44,7 @@ class AdapterCache:
         if found is not None:
             self._held.move_to_end(key)
             return found
-        # Both here and in prepared sets the key stands for the bytes: another version must not come in under it.
+        # Here and for prepared weights the key stands for the bytes: another version must not come in under it.
         adapter = read_adapter(file.path, targets, opener=file.open, check=check)
         file.require_still()
         self._held[key] = adapter

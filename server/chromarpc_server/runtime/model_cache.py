@@ -45,13 +45,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SetKey:
-    """A prepared set as jobs ask for it, before any file was read."""
+    """Prepared weights as jobs ask for them, before any file was read."""
 
     model_id: str
     profile: str
     adapters: tuple[tuple[AdapterFile, float], ...]
     trainer: TrainerSettings | None = None
-    """What the trainer's config decides about the weights, in profiles that draw the trainer's picture."""
+    """What the trainer's config decides about the weights, in profiles that draw the trainer's image."""
 
     @classmethod
     def of(
@@ -69,7 +69,7 @@ class SetKey:
 
 @dataclass(frozen=True)
 class ResidentSet:
-    """One prepared set, as clients are told of it."""
+    """Prepared weights, as they are reported to clients."""
 
     key: SetKey
     adapters: tuple[tuple[str, float], ...]
@@ -96,7 +96,7 @@ class CacheSnapshot:
     """What is resident."""
 
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Model id to bytes, prepared sets and the preview profiles' own parts included."""
+    """Model id to bytes, prepared weights and the preview profiles' own parts included."""
     trainer_parts_bytes: Mapping[str, int] = field(default_factory=dict)
     """Model id to bytes of the preview profiles' own text encoders and autoencoders."""
     sets: tuple[ResidentSet, ...] = ()
@@ -129,7 +129,7 @@ class ModelCache:
     def __init__(
         self, device: DeviceChoice, budgets: Budgets, *, publish: Callable[[CacheSnapshot], None]
     ) -> None:
-        """`publish` is told of every change, on the device thread."""
+        """`publish` is called with every change, on the device thread."""
         self._device = device
         self._budgets = budgets
         self._publish = publish
@@ -167,7 +167,7 @@ class ModelCache:
         log.info("checkpoint.loaded", extra={"model": model_id, "seconds": seconds, "bytes": loaded.size_bytes})
         if loaded.memory is not None:
             log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
-        self._tell()
+        self._publish_snapshot()
         return loaded
 
     def read_adapters(
@@ -211,7 +211,7 @@ class ModelCache:
         missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
         self._make_room(missing, checkpoint, key, keep=slot)
         pipeline = checkpoint.pipeline(slot.transformer, context)
-        self._tell()
+        self._publish_snapshot()
         report = WeightsReport(
             source=source,
             rewritten_tensors=switched.rewritten_tensors,
@@ -222,10 +222,10 @@ class ModelCache:
         )
         return pipeline, report
 
-    def tell_fallbacks(self) -> None:
+    def publish_fallbacks(self) -> None:
         """Publishes what turned out while something ran."""
         if self._found_fallbacks() != self._fallbacks:
-            self._tell()
+            self._publish_snapshot()
 
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
@@ -234,7 +234,7 @@ class ModelCache:
         self._checkpoints.clear()
         self._adapters.clear()
         self._room.free()
-        self._tell()
+        self._publish_snapshot()
 
     def _make(
         self,
@@ -310,11 +310,11 @@ class ModelCache:
         self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]
         self._counters = replace(self._counters, evictions=self._counters.evictions + len(gone))
         self._room.free()
-        self._tell()
+        self._publish_snapshot()
 
     def _found_fallbacks(self) -> tuple[DeviceFallback, ...]:
         if not self._slots:
-            return self._fallbacks  # nothing is there that could tell of a change
+            return self._fallbacks  # nothing is there that could show a change
         found = {
             fallback.without: fallback
             for slot in self._slots
@@ -322,7 +322,7 @@ class ModelCache:
         }
         return tuple(found.values())
 
-    def _tell(self) -> None:
+    def _publish_snapshot(self) -> None:
         parts = {model_id: held.trainer_parts.size_bytes for model_id, held in self._checkpoints.items()}
         resident = {
             model_id: checkpoint.size_bytes + parts[model_id] for model_id, checkpoint in self._checkpoints.items()

@@ -94,7 +94,7 @@ class DeviceWorker:
                 raise
             raise found from None
         finally:
-            self._cache.tell_fallbacks()
+            self._cache.publish_fallbacks()
             self._watchdog.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
@@ -127,7 +127,7 @@ class DeviceWorker:
             log.critical("device.thread_ended", exc_info=error, extra={"job_id": work.id})
             raise DeviceLost("the thread that owns the device was ended") from None
         finally:
-            self._cache.tell_fallbacks()
+            self._cache.publish_fallbacks()
             self._watchdog.idle()
 
     def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:

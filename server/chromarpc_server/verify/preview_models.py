@@ -93,7 +93,7 @@ class Model:
         dtype: torch.dtype,
         modulation_dtype: torch.dtype | None = None,
     ) -> FusedPreview:
-        """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless told otherwise."""
+        """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless another is given."""
         model = FusedPreview(
             self.config,
             self.tensors,

@@ -31,7 +31,7 @@ from chromarpc_server.verify.preview_vectors import PreviewVectors
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors
 
-UNTOLD_REL = 5e-2
+NO_TRUTH_REL = 5e-2
 """Of latents that were recorded without a truth beside them."""
 HEAVY_TOKENS_ON_CPU = 2048
 IMAGE_MAX, ELSEWHERE_IMAGE_MAX = 1.0, 8.0
@@ -125,7 +125,9 @@ class SamplingCases:
                     )
                     self._reporter.add(ratio(f"{case} served", served, recorded, truth))
                 return
-        self._reporter.add(within(f"{case} fused", found, recorded, UNTOLD_REL, "from the recorded: no truth is"))
+        self._reporter.add(
+            within(f"{case} fused", found, recorded, NO_TRUTH_REL, "from the recorded: no truth is")
+        )
 
     def _drawing(self, vectors: Vectors, key: str, run: Mapping[str, object], number: int) -> Drawing:
         resolved = run.get("resolved", run)

@@ -220,7 +220,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _require_bounded(largest: Mapping[str, float]) -> None:
-    """Finite factors whose product is not would turn every picture into noise, or none, without a word."""
+    """Finite factors whose product is not would turn every image into noise, or none, without a word."""
     bad = [name for name, most in largest.items() if not most <= MAX_CHANGE]
     if bad:
         raise LoraInvalid(f"values or alphas so large that their products overflow, for {named(bad)}")

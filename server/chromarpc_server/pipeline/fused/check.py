@@ -32,7 +32,7 @@ def fused_ops(device: torch.device) -> ModuleType:
     """The kernels on a GPU where they compile and are right, else their plain form.
 
     Raises:
-        RuntimeError: the device has too little memory to find out, whoever says so.
+        RuntimeError: the device has too little memory to find out.
     """
     return _form(device).ops
 

@@ -82,7 +82,7 @@ def dense_attention_mask(text_mask: Tensor, image_tokens: int, heads: int) -> Te
 
 
 def key_attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
-    """Shuts off text beyond real + 1 padding token as keys only, which image tokens cannot tell apart.
+    """Shuts off text beyond real + 1 padding token as keys only, which makes no difference to image tokens.
 
     Args:
         text_mask: (B, L), 1 for real tokens; every sample its own.

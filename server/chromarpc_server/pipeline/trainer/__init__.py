@@ -1,4 +1,4 @@
-"""The trainer's own picture: what ai-toolkit computes when it draws samples during training.
+"""The trainer's own image: what ai-toolkit computes when it draws samples during training.
 
 `forward` is the transformer in the trainer's sequence of operations, and `paths` are adapters beside the quantized
 weights; the quantizers that a training config can name are in `weights.quantizers`. `exact` and `fused` are

@@ -1,7 +1,7 @@
 """The modulation vectors of `preview`, made by the trainer's own sequence of operations.
 
 A rounding error in a modulation is the same for every token, so it adds up where those of activations average out:
-in float32 arithmetic the modulations alone would be most of the distance to the trainer's picture. They depend on
+in float32 arithmetic the modulations alone would be most of the distance to the trainer's image. They depend on
 the timestep only, and copying them bit for bit costs next to nothing.
 """
 
@@ -40,7 +40,7 @@ class TrainerApproximator:
         self._biases: dict[str, Bias] = {}
 
     def put_bias(self, weight: str, bias: Bias) -> None:
-        """Tells where the layer with this weight adds its bias."""
+        """Notes where the layer with this weight adds its bias."""
         self._biases[weight.removesuffix(".weight")] = bias
 
     def __call__(self, timesteps: Tensor) -> Tensor:

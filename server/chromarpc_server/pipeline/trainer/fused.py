@@ -243,7 +243,7 @@ class FusedPreview:
 
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
-        """Has a step for prompts of this length and pictures of this size ready, without running it."""
+        """Has a step for prompts of this length and images of this size ready, without running it."""
         modulations = self.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])

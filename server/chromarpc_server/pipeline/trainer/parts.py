@@ -79,7 +79,7 @@ class _KeptEncoder:
 class TrainerParts:
     """A checkpoint's text encoders and autoencoders as the trainer has them, each made when first asked for.
 
-    How many text encoders stay is for whoever owns the memory to say: `drop_idle` is how. Belongs to the thread
+    The owner of the device's memory decides how many text encoders stay, by `drop_idle`. Belongs to the thread
     that owns the device.
     """
 
@@ -161,9 +161,9 @@ class TrainerParts:
             on_host = self.keep_in_host_memory or not self.fits(self._encoder_bytes(settings))
             encoder = self._build(key[0], settings, on_host, context)
             self._encoders[key] = kept = _KeptEncoder(encoder, _device_bytes(encoder, self.device))
-            told = {"qtype": key[0] or "none", "dtype": key[1], "place": "host" if on_host else "device"}
+            fields = {"qtype": key[0] or "none", "dtype": key[1], "place": "host" if on_host else "device"}
             seconds = round(time.monotonic() - began, 2)
-            log.info("trainer.text_encoder", extra={**told, "bytes": kept.size_bytes, "seconds": seconds})
+            log.info("trainer.text_encoder", extra={**fields, "bytes": kept.size_bytes, "seconds": seconds})
         self._encoders.move_to_end(key)
         return self._encoders[key].encoder
 

@@ -341,8 +341,8 @@ def _entry(name: str, described: object) -> TensorEntry:
         raise SafetensorsError(f"its header describes no tensor under {_shown(name)}")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        told = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
-        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{told}")
+        shown = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
+        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{shown}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise SafetensorsError(f"{_shown(name)} has a shape that cannot be")
     if not _naturals(offsets) or len(offsets) != 2:
