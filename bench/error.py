@@ -33,6 +33,7 @@ from chromarpc_server.pipeline import (
     release_memory,
 )
 from chromarpc_server.pipeline.denoising import denoise_from
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.sampling import draw_noise
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
@@ -116,11 +117,13 @@ class Measurement:
         profile, device = PROFILES[name], self._checkpoint.device
         config, master = self._checkpoint.config, self._checkpoint.master
         if not profile.trainer:
-            return PreparedTransformer(config, master, profile, device=device, dtype=dtype, record_graphs=False)
+            return PreparedTransformer(
+                config, master, profile, DevicePlacement(device, dtype, record_graphs=False)
+            )
         settings = TrainerSettings()
         if not profile.fused:
             return ExactPreview(config, master, profile, settings, device=device)
-        return FusedPreview(config, master, profile, settings, device=device, dtype=dtype, record_graphs=False)
+        return FusedPreview(config, master, profile, settings, DevicePlacement(device, dtype, record_graphs=False))
 
 
 def main() -> None:

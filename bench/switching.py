@@ -36,7 +36,9 @@ from chromarpc_server.pipeline import (
 from chromarpc_server.pipeline.adapters.change import Change, Decomposed, LowRank
 from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.memory import pin
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 
@@ -231,11 +233,11 @@ def allocate(
     """A transformer of this case with nothing in it yet."""
     profile = PROFILES[case.profile]
     if not profile.trainer:
-        return PreparedTransformer(config, master, profile, device=device, dtype=dtype)
+        return PreparedTransformer(config, master, profile, DevicePlacement(device, dtype))
     settings = TrainerSettings(quantize=case.quantize)
     if not profile.fused:
         return ExactPreview(config, master, profile, settings, device=device)
-    return FusedPreview(config, master, profile, settings, device=device, dtype=dtype)
+    return FusedPreview(config, master, profile, settings, DevicePlacement(device, dtype))
 
 
 def measure(

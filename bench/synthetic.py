@@ -27,6 +27,7 @@ from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.text_encoder import Tokenizer
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.preview import LatentPreview
+from chromarpc_server.pipeline.progress import SILENT, LoadContext
 
 TOKENIZER = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini" / "tokenizer_2"
 T5_XXL = {
@@ -95,7 +96,7 @@ class SyntheticParts:
         self.size_bytes = 0
         self.tokenizer = Tokenizer(TOKENIZER, as_trainer=True)
 
-    def text_encoder(self, _: TrainerSettings, **__: object) -> text_encoder.RecordedEncoder:
+    def text_encoder(self, _: TrainerSettings, __: LoadContext = SILENT) -> text_encoder.RecordedEncoder:
         return self._encoder
 
     def missing_bytes(self, _: TrainerSettings, __: torch.dtype, ___: torch.dtype) -> int:

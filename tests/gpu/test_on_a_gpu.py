@@ -89,6 +89,7 @@ def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) 
     """And a held-in-float8 transformer gives those of a dequantized one."""
     from bench.switching import MINI, random_adapter, random_master
     from chromarpc_server.pipeline import PROFILES, PreparedTransformer
+    from chromarpc_server.pipeline.placement import DevicePlacement
 
     device = torch.device("cuda", 0)
     master = random_master(MINI, device)
@@ -102,10 +103,7 @@ def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) 
             MINI,
             master,
             PROFILES[profile],
-            device=device,
-            dtype=torch.bfloat16,
-            hold_float8=hold,
-            record_graphs=record,
+            DevicePlacement(device, torch.bfloat16, hold_float8=hold, record_graphs=record),
         )
         found = []
         with torch.inference_mode():
@@ -299,10 +297,11 @@ def test_steps_given_ahead_are_the_same_steps_and_a_stop_leaves_nothing_running(
 def test_shapes_recorded_ahead_give_the_bits_of_those_that_ran_first() -> None:
     from bench.switching import MINI, random_master
     from chromarpc_server.pipeline import PROFILES, PreparedTransformer
+    from chromarpc_server.pipeline.placement import DevicePlacement
 
     device = torch.device("cuda", 0)
     prepared = PreparedTransformer(
-        MINI, random_master(MINI, device), PROFILES["reference"], device=device, dtype=torch.bfloat16
+        MINI, random_master(MINI, device), PROFILES["reference"], DevicePlacement(device, torch.bfloat16)
     )
     prepared.switch([])
     run = prepared.run

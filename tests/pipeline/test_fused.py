@@ -15,7 +15,9 @@ from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.attention import SDPA, Attention, Spans, select_attention
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.layout import Layout
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, rope_table
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import rope_table
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from tests.tiny_checkpoint import GOLDENS
 
@@ -46,7 +48,7 @@ def _prepare(
 ) -> PreparedTransformer:
     stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
     prepared = PreparedTransformer(
-        config, stored, PROFILES[profile], device=CPU, dtype=dtype, hold_float8=hold_float8
+        config, stored, PROFILES[profile], DevicePlacement(CPU, dtype, hold_float8=hold_float8)
     )
     prepared.switch([])
     return prepared

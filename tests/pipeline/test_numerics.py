@@ -13,14 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, Pipeline
+from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, LoadContext, Pipeline
 from chromarpc_server.pipeline.models import text_encoder
-from chromarpc_server.pipeline.models.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    key_attention_mask,
-    rope_table,
-)
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import key_attention_mask, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
 from chromarpc_server.pipeline.weights.quantization import (
     FLOAT8_MAX,
@@ -107,9 +104,7 @@ def test_loading_stops_where_it_is_told_to(tiny_checkpoint: Path) -> None:
             raise JobCancelled("enough")
 
     with pytest.raises(JobCancelled):
-        Checkpoint.load(
-            _files(tiny_checkpoint), device=CPU, dtype=torch.float32, progress=lambda _: None, check=check
-        )
+        Checkpoint.load(_files(tiny_checkpoint), device=CPU, dtype=torch.float32, context=LoadContext(check=check))
     assert calls == 5
 
 

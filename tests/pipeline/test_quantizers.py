@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, UNSUPPORTED_QTYPES
-from chromarpc_server.pipeline.trainer.quantizers import (
+from chromarpc_server.pipeline.weights.quantizers import (
     QUANTIZERS,
     ZEROS_BECOME_NAN,
     Bias,

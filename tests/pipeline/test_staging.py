@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from chromarpc_server.pipeline.checkpoint import _tensor_hash
 from chromarpc_server.pipeline.weights import staging
+from chromarpc_server.pipeline.weights.master import tensor_hash
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
 from chromarpc_server.pipeline.weights.staging import read_onto
 
@@ -40,7 +40,7 @@ def test_pieces_are_what_mapping_gives_hashes_included(path: Path) -> None:
     for name, tensor, digest in staged:
         assert tensor.dtype == mapped[name].dtype
         assert torch.equal(tensor.float(), mapped[name].float())
-        assert digest == _tensor_hash(name, mapped[name])
+        assert digest == tensor_hash(name, mapped[name])
 
 
 def test_a_file_that_changed_since_is_refused(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,15 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from chromarpc_server.runtime import device_room
-from chromarpc_server.runtime.device_room import FREE_BYTES, DeviceRoom
 from safetensors.torch import save_file
 
+from chromarpc_server.domain.errors import JobCancelled
 from chromarpc_server.domain.limits import Budgets
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import PROFILES, Adapter, CheckpointFiles, LoadProgress, read_adapter
+from chromarpc_server.pipeline import (
+    PROFILES,
+    SILENT,
+    Adapter,
+    CheckpointFiles,
+    LoadContext,
+    LoadProgress,
+    read_adapter,
+)
+from chromarpc_server.runtime import device_room
+from chromarpc_server.runtime.device_room import FREE_BYTES, DeviceRoom
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache, SetKey
-from tests.adapters.conftest import values
+from tests.pipeline.adapters.conftest import values
 
 CPU: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 FLOAT8 = TrainerSettings()
@@ -151,7 +161,7 @@ class _Cache:
         self.told: list[CacheSnapshot] = []
         self.progress: list[LoadProgress] = []
         self.cache = ModelCache(CPU, Budgets(prepared_bytes=prepared_bytes), publish=self.told.append)
-        self.checkpoint = self.cache.checkpoint("mini", files, progress=lambda _: None, check=lambda: None)
+        self.checkpoint = self.cache.checkpoint("mini", files, SILENT)
 
     def use(
         self,
@@ -162,9 +172,7 @@ class _Cache:
         """Has a set in place, and says where it came from."""
         self.progress.clear()
         key = SetKey("mini", profile, tuple((adapter.sha256, m) for adapter, m in adapters), settings)  # type: ignore[misc]
-        _, report = self.cache.pipeline(
-            self.checkpoint, adapters, key, progress=self.progress.append, check=lambda: None
-        )
+        _, report = self.cache.pipeline(self.checkpoint, adapters, key, LoadContext(progress=self.progress.append))
         return report.source.value
 
     @property
@@ -313,3 +321,41 @@ def test_a_budget_without_room_for_a_text_encoder_lets_a_set_go_instead(
     assert one.use(INT8) == "built"
     assert [held.key.trainer for held in one.snapshot.sets] == [INT8]
     assert one.snapshot.counters.evictions == 1
+
+
+def test_no_more_sets_leave_than_free_the_memory_that_is_needed(
+    cache: Callable[[int | None], _Cache],
+    adapter: Callable[[_Cache, int, int], Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device memory is free once nobody holds on to what left."""
+    one = cache(2**40)
+    small, other, large = (adapter(one, rank, rank) for rank in (16, 20, 500))
+    one.use(FLOAT8, (small, 1.0))
+    one.use(FLOAT8, (other, 1.0))
+    one.use(None, profile="reference")
+    alive = [weakref.ref(slot.transformer) for slot in one.cache._slots]
+    monkeypatch.setattr(
+        DeviceRoom, "_fits", lambda _room, needed: needed <= 0 or sum(ref() is not None for ref in alive) < 3
+    )
+    monkeypatch.setattr(DeviceRoom, "fits_without_idle", lambda room, needed, *_: room._fits(needed))
+    assert one.use(FLOAT8, (large, 1.0)) == "switched"
+    assert len(one.snapshot.sets) == 2, "one of three has left"
+
+
+def test_a_set_that_left_for_weights_that_were_not_finished_is_not_called_resident(
+    cache: Callable[[int | None], _Cache],
+) -> None:
+    measured = cache(None)
+    measured.use(FLOAT8)
+    one = cache(measured.snapshot.sets[0].size_bytes + measured.snapshot.trainer_parts_bytes["mini"])
+    one.use(FLOAT8)
+    key = one.snapshot.sets[0].key
+
+    def stop() -> None:
+        raise JobCancelled("enough")
+
+    wanted = SetKey("mini", "reference", ())
+    with pytest.raises(JobCancelled):
+        one.cache.pipeline(one.checkpoint, (), wanted, LoadContext(check=stop))
+    assert not one.snapshot.holds(key)

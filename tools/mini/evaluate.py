@@ -45,9 +45,7 @@ def load(folder: Path, device: str) -> Checkpoint:
         preview=folder / "latent_preview.json",
     )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return Checkpoint.load(
-        files, device=torch.device(device), dtype=dtype, progress=lambda _: None, check=lambda: None
-    )
+    return Checkpoint.load(files, device=torch.device(device), dtype=dtype)
 
 
 def prepare(checkpoint: Checkpoint, adapters: list[tuple[Adapter, float]]) -> Pipeline:

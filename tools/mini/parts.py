@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 
 CONTEXT = 128
 SIZES = {

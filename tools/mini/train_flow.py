@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chromarpc_server.pipeline.models.transformer import ChromaTransformer, key_attention_mask, rope_table
+from chromarpc_server.pipeline.models.positions import key_attention_mask, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.sampling import shift_mu
 from tools.mini import parts
 from tools.mini.banks import Bank, batches, build_banks, embed

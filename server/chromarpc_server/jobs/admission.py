@@ -120,7 +120,7 @@ class Admission:
             known.stop_absence()
 
     async def _release_if_abandoned(self, known: AnyJob) -> bool:
-        """Releases the request id of a job that ended only because its caller did not come back. Returns whether it did."""
+        """Releases the request id of a job that ended only because its caller did not come back, and says so."""
         if not is_abandoned(known):
             return False
         async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs

@@ -53,8 +53,8 @@ class Completion:
         self._end(job, event, fields)
 
     def end_early(self, job: Job, error: ChromaError) -> None:
-        """Ends a job that failed or was cancelled. An end that was decided before stands, but for one that cannot be
-        stored: then the job has failed for that reason.
+        """Ends a job that failed or was cancelled. An end that was decided before stands, but for one that cannot
+        be stored: then the job has failed for that reason.
         """
         fields: dict[str, object] = {"reason": error.reason}
         if job.cancellation.requested_at is not None:

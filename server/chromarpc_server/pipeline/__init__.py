@@ -29,12 +29,14 @@ from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, Token
 from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
 from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
+from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
-from chromarpc_server.pipeline.weights.reading import Check, CheckpointFiles, LoadProgress, Progress
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 
 __all__ = [
     "PROFILES",
+    "SILENT",
     "Adapter",
     "AdapterSet",
     "Check",
@@ -43,11 +45,11 @@ __all__ = [
     "DenoiseStep",
     "DeviceChoice",
     "DeviceDescription",
+    "LoadContext",
     "LoadProgress",
     "NumericsProfile",
     "Pipeline",
     "PreparedTransformer",
-    "Progress",
     "PromptEmbedding",
     "SwitchReport",
     "TokenizedPrompt",

@@ -1,17 +1,14 @@
 """From files to a pipeline that draws: load once, prepare for adapters and a profile, then generate.
 
 A `Checkpoint` holds the master weights as they were stored. A `PreparedTransformer` of it has adapters merged,
-before quantization as the reference does; `trainer` has the forms that draw the trainer's picture. A `Pipeline`
+before quantization as the reference does; `trainer` has the forms that draw the trainer's image. A `Pipeline`
 draws with one, and nothing on it changes between calls.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -26,25 +23,28 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
-from chromarpc_server.pipeline.memory import PartSizes, pin, plan_memory, working_bytes
+from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, linear_weights
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer, linear_weights
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, LoadContext
+from chromarpc_server.pipeline.trainer.approximator import held_dtype
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
-from chromarpc_server.pipeline.trainer.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
+from chromarpc_server.pipeline.weights.master import read_master
+from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
 from chromarpc_server.pipeline.weights.reading import (
-    Check,
     CheckpointFiles,
-    Progress,
     ReadingProgress,
     open_weights,
     read_json,
@@ -52,13 +52,12 @@ from chromarpc_server.pipeline.weights.reading import (
     shard_paths,
 )
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.weights.staging import tensor_hash_prefix
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 TILE_PX = 512
-"""Side of a tile, where pictures are decoded in tiles."""
+"""Side of a tile, where images are decoded in tiles."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         memory: MemoryChoice | None = None,
-        progress: Progress = lambda _: None,
-        check: Check = lambda: None,
+        context: LoadContext = SILENT,
     ) -> Checkpoint:
         """Reads everything once.
 
@@ -109,8 +107,7 @@ class Checkpoint:
             device: where text encoder and autoencoder are put, and pipelines will run.
             dtype: what to compute in.
             memory: what an operator decides about a GPU's memory.
-            progress: told how far reading is.
-            check: called between tensors; raises to stop.
+            context: reports how far reading is; checked between tensors.
 
         Raises:
             WeightsInvalid: damaged files, or another model.
@@ -129,8 +126,8 @@ class Checkpoint:
             choice = memory or MemoryChoice()
             sizes = _part_sizes(transformer_file, encoder_files, vae_files, dtype)
             plan = plan_memory(usable_memory_bytes(device, choice.device_bytes), sizes, choice)
-        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), progress, check)
-        master, revision = _read_master(reading, transformer_file, device, plan)
+        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
+        master, revision = read_master(reading, transformer_file, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
@@ -152,7 +149,7 @@ class Checkpoint:
             vae.tile_sample_min_size = TILE_PX
             vae.tile_latent_min_size = TILE_PX // sampling.PIXELS_PER_LATENT
             vae.enable_tiling()
-        check()
+        context.check()
         empty = tokenizer("")
         not_fused: list[DeviceFallback] = []
         fused_vae = with_fused_decoder(vae, not_fused.append)
@@ -192,49 +189,37 @@ class Checkpoint:
 
         Args:
             profile: what it will be run with.
-            trainer: what the trainer's config says, for profiles that draw the trainer's picture; None: its
+            trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
         """
-        record_graphs = self.memory is None or self.memory.record_graphs
         if not profile.trainer:
-            return PreparedTransformer(
-                self.config,
-                self.master,
-                profile,
-                device=self.device,
-                dtype=self.dtype,
-                hold_float8=self._holds_float8,
-                record_graphs=record_graphs,
-            )
+            return PreparedTransformer(self.config, self.master, profile, self._placement(self.dtype))
         settings = trainer or TrainerSettings()
         if not profile.fused:
             return ExactPreview(self.config, self.master, profile, settings, device=self.device)
-        return FusedPreview(
-            self.config,
-            self.master,
-            profile,
-            settings,
-            device=self.device,
-            dtype=self._fused_dtype(settings),
-            hold_float8=self._holds_float8,
-            record_graphs=record_graphs,
-        )
+        placement = self._placement(self._fused_dtype(settings))
+        return FusedPreview(self.config, self.master, profile, settings, placement)
+
+    def _placement(self, dtype: torch.dtype) -> DevicePlacement:
+        record_graphs = self.memory is None or self.memory.record_graphs
+        return DevicePlacement(self.device, dtype, self._holds_float8, record_graphs)
 
     def prepared_bytes(
         self, profile: NumericsProfile, trainer: TrainerSettings | None = None, adapters: AdapterSet = ()
     ) -> int:
         """Size of a transformer prepared in this profile, with what of these adapters lies beside its weights."""
         if not profile.trainer:
-            return prepared_bytes(self.master, profile, self.dtype, hold_float8=self._holds_float8)
+            return prepared_bytes(self.master, profile, lambda _: self.dtype, hold_float8=self._holds_float8)
         settings = trainer or TrainerSettings()
         dtype = self._parts_dtype(profile, settings)
         float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
-        weights = prepared_bytes(self.master, profile, dtype, hold_float8=float8)
+        dtype_of = partial(held_dtype, dtype=dtype, modulation_dtype=TORCH_DTYPES[settings.dtype])
+        weights = prepared_bytes(self.master, profile, dtype_of, hold_float8=float8)
         linears = self._linears
         if not profile.fused:
             return weights + factor_bytes(adapters, tuple(linears), settings)
         in_float8 = [name for name in linears if float8 and "_blocks." in name]
-        return weights + padded_bytes(adapters, linears, settings, dtype, in_float8=in_float8)
+        return weights + padded_bytes(adapters, linears, settings, dtype_of, in_float8=in_float8)
 
     @cached_property
     def _linears(self) -> Mapping[str, tuple[int, ...]]:
@@ -258,21 +243,18 @@ class Checkpoint:
     def _holds_float8(self) -> bool:
         return self.memory is not None and self.memory.weights == "float8"
 
-    def pipeline(
-        self, prepared: Transformer, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> Pipeline:
+    def pipeline(self, prepared: Transformer, context: LoadContext = SILENT) -> Pipeline:
         """Everything that draws, with a transformer of this checkpoint as it is now.
 
         Args:
             prepared: the transformer.
-            progress: told how far a text encoder is, where one has to be made first.
-            check: called between its tensors; raises to stop.
+            context: reports on a text encoder, where one has to be made first; checked between its tensors.
 
         Raises:
             WeightsInvalid: a text encoder has a row that the trainer's quantizer turns into NaN.
         """
         if not isinstance(prepared, PreparedTransformer):
-            return self._trainer_pipeline(prepared, progress, check)
+            return self._trainer_pipeline(prepared, context)
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
@@ -302,11 +284,9 @@ class Checkpoint:
         """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
         return torch.float32 if settings.dtype == "float32" else self.dtype
 
-    def _trainer_pipeline(
-        self, prepared: FusedPreview | ExactPreview, progress: Progress, check: Check
-    ) -> Pipeline:
+    def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview, context: LoadContext) -> Pipeline:
         settings = prepared.settings
-        encoder = self.trainer_parts.text_encoder(settings, progress=progress, check=check)
+        encoder = self.trainer_parts.text_encoder(settings, context)
         rounding = TORCH_DTYPES[settings.dtype]
         fused = isinstance(prepared, FusedPreview)
         dtype = self._parts_dtype(prepared.profile, settings)
@@ -329,7 +309,7 @@ class Checkpoint:
     def prepare(
         self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
     ) -> Pipeline:
-        """A pipeline for whoever keeps it: merges adapters and quantizes, once.
+        """A pipeline to keep: merges adapters and quantizes, once.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
@@ -377,36 +357,3 @@ def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[Safeten
         return None
     size = sum(entry.size_bytes for file in files for entry in file.tensors.values())
     return device if plan.usable_bytes - plan.estimated_bytes > size else None
-
-
-def _read_master(
-    reading: ReadingProgress, file: SafetensorsFile, device: torch.device, plan: MemoryPlan | None
-) -> tuple[dict[str, Tensor], str]:
-    """The transformer's weights where the plan wants them, and their hash, computed meanwhile by other threads."""
-    master: dict[str, Tensor] = {}
-    if plan is not None and plan.master == "device":
-        hashes = {}
-        for name, tensor, digest in reading.read_onto(file, device):
-            master[name], hashes[name] = tensor, digest
-        return master, _join_hashes(hashes)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
-        digests = {}
-        for name, tensor in reading.read(file):
-            digests[name] = pool.submit(_tensor_hash, name, tensor)
-            master[name] = tensor
-        revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
-    if plan is not None and plan.master == "host":
-        master = pin(master, device)
-    return master, revision
-
-
-def _join_hashes(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
-
-
-def _tensor_hash(name: str, tensor: Tensor) -> str:
-    """Hash over name, dtype, shape and values, hexadecimal."""
-    digest = hashlib.sha256(tensor_hash_prefix(name, tensor.dtype, tuple(tensor.shape)))
-    values: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    digest.update(values)
-    return digest.hexdigest()

@@ -62,8 +62,8 @@ def denoise_from(
 ) -> Iterator[DenoiseStep]:
     """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device.
 
-    `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless told
-    otherwise.
+    `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless
+    another is given.
     """
     grid = sampling.token_grid(width, height)
     scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)

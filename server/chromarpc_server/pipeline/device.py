@@ -31,7 +31,7 @@ class DeviceChoice:
 
 @dataclass(frozen=True)
 class DeviceDescription:
-    """A device as clients are told of it."""
+    """A device as it is described to clients."""
 
     id: str
     name: str
@@ -190,7 +190,7 @@ def probe_device(device: torch.device) -> None:
     """
     failure = _failed_sum(device)
     if failure is not None:
-        # The runtime may tell of an earlier failure once more at the next call; a poisoned context fails them all.
+        # The runtime may report an earlier failure once more at the next call; a poisoned context fails them all.
         with suppress(Exception):
             release_memory(device)
         failure = _failed_sum(device)

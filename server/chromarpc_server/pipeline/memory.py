@@ -79,7 +79,7 @@ def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> Me
 
 
 def estimate_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
-    """What an arrangement takes at most, for pictures up to 1024×1024."""
+    """What an arrangement takes at most, for images up to 1024×1024."""
     held = sizes.dequantized if plan.weights == "dequantized" else sizes.float8
     held += sizes.autoencoder + sizes.beside
     held += sizes.text_encoder if plan.text_encoder == "device" else 0
@@ -115,7 +115,7 @@ def _forced(plan: MemoryPlan, choice: MemoryChoice) -> MemoryPlan:
 
 class _LockedMemory(mmap.mmap):
     """Host memory, page-locked for a GPU, that is unlocked before it goes: else the driver would take what lies
-    there next for locked already, and refuse to lock it.
+    there next for locked already, and fail to lock it.
     """
 
     _locked_for: tuple[torch.device, int] | None = None

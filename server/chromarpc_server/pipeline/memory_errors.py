@@ -1,4 +1,4 @@
-"""Too little memory, whoever says so: torch, the driver, Triton, the GPU's libraries, the host's allocators.
+"""Too little memory, as torch, the driver, Triton, the GPU's libraries and the host's allocators report it.
 
 Only a part of it is raised as a class of its own; the rest is known by its words. Words that a library uses for
 other failures as well (cuDNN's "unable to find an engine", cuBLAS's NOT_INITIALIZED) do not count, nor does
@@ -38,7 +38,7 @@ _ON_THE_HOST = re.compile(
 
 
 def translate_memory_error(error: BaseException) -> OutOfMemory | None:
-    """An exception that means too little memory, as the client is told of it; None for any other.
+    """An exception that means too little memory, as it is reported to clients; None for any other.
 
     Also where another exception was raised of it, or while it was handled.
     """

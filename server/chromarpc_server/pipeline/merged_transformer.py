@@ -1,7 +1,7 @@
-"""A transformer with adapters merged, switched from one set of them to another in place.
+"""A transformer's prepared weights: adapters merged, switched from one set of them to another in place.
 
 The master weights stay as they were stored. Every tensor of the transformer remembers what was merged into it, so
-that a switch rewrites only the tensors that differ, in the storage they have: whoever holds the module, compiled
+that a switch rewrites only the tensors that differ, in the storage they have: every holder of the module, compiled
 code included, goes on with the new weights. A tensor's value depends on the master and its own adapters alone,
 never on what it held before, so a switch gives bit for bit what a cold build gives.
 """
@@ -9,7 +9,7 @@ never on what it held before, so a switch gives bit for bit what a cold build gi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,15 @@ from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.forward import Conditioning, FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
-from chromarpc_server.pipeline.models.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    Linear,
-    dense_attention_mask,
-    rope_table,
-)
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.positions import dense_attention_mask, rope_table
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_rows, quantize_rows
-from chromarpc_server.pipeline.weights.reading import Check, LoadProgress, Progress
 
 AdapterSet = Sequence[tuple[Adapter, float]]
 """Adapters with their multipliers, in the order of application."""
@@ -62,12 +60,9 @@ class PreparedTransformer:
         config: ChromaConfig,
         master: Mapping[str, Tensor],
         profile: NumericsProfile,
+        placement: DevicePlacement,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         quantize: bool = True,
-        hold_float8: bool = False,
-        record_graphs: bool = True,
     ) -> None:
         """Allocates nothing; the first `switch` does.
 
@@ -75,12 +70,8 @@ class PreparedTransformer:
             config: sizes.
             master: parameters by name, in the dtype they are stored in, on the device or in host memory.
             profile: what it will be run with.
-            device: where the transformer lies.
-            dtype: what it computes in.
+            placement: where the transformer lies, and what it takes there.
             quantize: whether linear weights go through float8.
-            hold_float8: hold the blocks' weights in float8 even where the profile could do with them dequantized:
-                half the memory, the same bits, a little slower.
-            record_graphs: record steps as CUDA graphs, which keep a step's activations.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -90,11 +81,11 @@ class PreparedTransformer:
         self.settings: TrainerSettings | None = None
         """The trainer's config has no part in it."""
         self._master = master
-        self._device = device
-        self._dtype = dtype
+        self._device = placement.device
+        self._dtype = placement.dtype
         self._quantize = quantize
-        self._record_graphs = record_graphs
-        self._hold_float8 = hold_float8 or profile.needs_float8_weights
+        self._record_graphs = placement.record_graphs
+        self._hold_float8 = placement.hold_float8 or profile.needs_float8_weights
         self._linears = {
             f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
         }
@@ -145,7 +136,7 @@ class PreparedTransformer:
 
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
-        """Has a step for prompts of this length and pictures of this size ready, without running it."""
+        """Has a step for prompts of this length and images of this size ready, without running it."""
         modulations = self.model.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([text.kept for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])
@@ -170,18 +161,15 @@ class PreparedTransformer:
         return 0
 
     @torch.inference_mode()
-    def switch(
-        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> SwitchReport:
+    def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
         """Makes the weights those of the master with `adapters` merged, each on what the ones before it left, then
         quantized as the reference does.
 
-        Stopped by `check` or failing, it leaves a transformer that must not run, and that the next switch repairs.
+        Stopped or failing, it leaves a transformer that must not run, and that the next switch repairs.
 
         Args:
             adapters: in order; none for the bare base.
-            progress: told how many bytes of those to rewrite are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to rewrite are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
@@ -193,7 +181,7 @@ class PreparedTransformer:
         done = 0
         finite: dict[str, Tensor] = {}
         for name, stored in on_device(self._master, stale, self._device):
-            check()
+            context.check()
             weight = stored
             for adapter, multiplier in adapters:
                 weight = adapter.apply(name, weight, multiplier)
@@ -203,7 +191,7 @@ class PreparedTransformer:
             self._write(name, weight)
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
-            progress(LoadProgress(stage, done, total))
+            context.progress(LoadProgress(stage, done, total))
         self._refuse_overflow(finite)
         return SwitchReport(len(stale))
 
@@ -296,12 +284,23 @@ def packed_velocity(run: GraphedForward, conditioning: Conditioning, modulations
 
 
 def prepared_bytes(
-    master: Mapping[str, Tensor], profile: NumericsProfile, dtype: torch.dtype, *, hold_float8: bool
+    master: Mapping[str, Tensor],
+    profile: NumericsProfile,
+    dtype_of: Callable[[str], torch.dtype],
+    *,
+    hold_float8: bool,
 ) -> int:
-    """What a transformer will take, but for its scales (a few thousandths)."""
+    """What a transformer will take, but for its scales (a few thousandths).
+
+    Args:
+        master: its parameters, by name.
+        profile: what it will be run with.
+        dtype_of: what a parameter of this name is held in, where not in float8.
+        hold_float8: whether the blocks' weights are held in float8 where the profile could do without.
+    """
     float8 = hold_float8 or profile.needs_float8_weights
     return sum(
-        tensor.numel() * (1 if float8 and tensor.ndim > 1 and "_blocks." in name else dtype.itemsize)
+        tensor.numel() * (1 if float8 and tensor.ndim > 1 and "_blocks." in name else dtype_of(name).itemsize)
         for name, tensor in master.items()
     )
 
@@ -319,12 +318,11 @@ def prepare_transformer(
     master: Mapping[str, Tensor],
     adapters: AdapterSet,
     profile: NumericsProfile,
+    placement: DevicePlacement,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     quantize: bool,
 ) -> PreparedTransformer:
-    """A transformer prepared once, for whoever never switches it; arguments and errors as above."""
-    prepared = PreparedTransformer(config, master, profile, device=device, dtype=dtype, quantize=quantize)
+    """A transformer prepared once, for callers that never switch it; arguments and errors as above."""
+    prepared = PreparedTransformer(config, master, profile, placement, quantize=quantize)
     prepared.switch(adapters)
     return prepared

@@ -1,7 +1,7 @@
 """When the device gets its steps: each shortly before the one before it is done, so that it never waits.
 
 A GPU computes a step while the host does something else. Waiting for each step before the next one is given leaves
-the GPU idle for as long as the host needs to tell of the step, to draw a preview and to give the next one.
+the GPU idle for as long as the host needs to report the step, to draw a preview and to give the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from chromarpc_server.pipeline.sampling import DenoiseStep
 
 LEAD_S = 0.005
 """How long before a step's expected end the next one is given. A recorded step is given in 1 ms; one that takes
-longer than this to give is not given ahead, for it would be told of that much later and its share of idleness is
+longer than this to give is not given ahead, for it would be reported that much later and its share of idleness is
 small."""
 
 Pause = Callable[[float], None]
@@ -27,7 +27,7 @@ def finished_steps(steps: Iterator[DenoiseStep], device: torch.device, pause: Pa
     """Each step once it is computed.
 
     A step is given to the device only after `pause` has returned, which is at most `LEAD_S` before the one before
-    it is expected to end. So whoever stops the run in `pause` has the device free within one step; what is being
+    it is expected to end. Stopping the run in `pause` frees the device within one step; what is being
     computed then is waited for.
 
     Args:

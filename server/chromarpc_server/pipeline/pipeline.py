@@ -158,7 +158,7 @@ class Pipeline:
         return autoencoder.to_pixels(image)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
-        """A small picture (height, width, 3) uint8 of what a finished step predicts."""
+        """A small image (height, width, 3) uint8 of what a finished step predicts."""
         with beside(self.device) if self.device.type == "cuda" else nullcontext():
             return self.latent_preview.render(sampling.unpack(step.predicted_x0, width, height), max_side)
 

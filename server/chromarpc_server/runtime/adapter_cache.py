@@ -6,10 +6,10 @@ Keyed by what the file system says of a file, not by its name alone: a file that
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.pipeline import Adapter, read_adapter
+from chromarpc_server.pipeline import Adapter, Check, read_adapter
 
 
 class AdapterCache:
@@ -31,7 +31,7 @@ class AdapterCache:
         revision: str,
         targets: Mapping[str, tuple[int, ...]],
         *,
-        check: Callable[[], None],
+        check: Check,
     ) -> Adapter:
         """The adapter, parsed for the checkpoint of this revision.
 
@@ -44,7 +44,7 @@ class AdapterCache:
         if found is not None:
             self._held.move_to_end(key)
             return found
-        # Both here and in prepared sets the key stands for the bytes: another version must not come in under it.
+        # Here and for prepared weights the key stands for the bytes: another version must not come in under it.
         adapter = read_adapter(file.path, targets, opener=file.open, check=check)
         file.require_still()
         self._held[key] = adapter

@@ -34,7 +34,7 @@ Slot = TypeVar("Slot", bound=Resident)
 
 
 class DeviceRoom(Generic[Slot]):
-    """Makes room on the device. Lives on its thread; whose lists these are goes on changing them."""
+    """Makes room on the device. Lives on its thread. The lists stay their owner's, who changes them too."""
 
     def __init__(
         self,

@@ -71,8 +71,8 @@ class DeviceThread:
 
         Args:
             work: what to do.
-            emit: called on the event loop with every report, before this returns; after a `DeviceHung` the thread may
-                go on and report more.
+            emit: called on the event loop with every report, before this returns; after a `DeviceHung` the thread
+                may go on and report more.
 
         Raises:
             ChromaError: what ended it early; a `DeviceError` where the device is lost or hangs.

@@ -25,10 +25,11 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
+    Check,
     Checkpoint,
     CheckpointFiles,
     DeviceChoice,
-    LoadProgress,
+    LoadContext,
     Pipeline,
     SwitchReport,
     Transformer,
@@ -39,21 +40,18 @@ from chromarpc_server.pipeline import (
 from chromarpc_server.runtime.adapter_cache import AdapterCache
 from chromarpc_server.runtime.device_room import DeviceRoom
 
-Progress = Callable[[LoadProgress], None]
-Check = Callable[[], None]
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SetKey:
-    """A prepared set as jobs ask for it, before any file was read."""
+    """Prepared weights as jobs ask for them, before any file was read."""
 
     model_id: str
     profile: str
     adapters: tuple[tuple[AdapterFile, float], ...]
     trainer: TrainerSettings | None = None
-    """What the trainer's config decides about the weights, in profiles that draw the trainer's picture."""
+    """What the trainer's config decides about the weights, in profiles that draw the trainer's image."""
 
     @classmethod
     def of(
@@ -71,7 +69,7 @@ class SetKey:
 
 @dataclass(frozen=True)
 class ResidentSet:
-    """One prepared set, as clients are told of it."""
+    """Prepared weights, as they are reported to clients."""
 
     key: SetKey
     adapters: tuple[tuple[str, float], ...]
@@ -98,7 +96,7 @@ class CacheSnapshot:
     """What is resident."""
 
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Model id to bytes, prepared sets and the preview profiles' own parts included."""
+    """Model id to bytes, prepared weights and the preview profiles' own parts included."""
     trainer_parts_bytes: Mapping[str, int] = field(default_factory=dict)
     """Model id to bytes of the preview profiles' own text encoders and autoencoders."""
     sets: tuple[ResidentSet, ...] = ()
@@ -131,7 +129,7 @@ class ModelCache:
     def __init__(
         self, device: DeviceChoice, budgets: Budgets, *, publish: Callable[[CacheSnapshot], None]
     ) -> None:
-        """`publish` is told of every change, on the device thread."""
+        """`publish` is called with every change, on the device thread."""
         self._device = device
         self._budgets = budgets
         self._publish = publish
@@ -143,7 +141,7 @@ class ModelCache:
         self._counters = CacheCounters()
         self._fallbacks: tuple[DeviceFallback, ...] = ()
 
-    def checkpoint(self, model_id: str, files: CheckpointFiles, *, progress: Progress, check: Check) -> Checkpoint:
+    def checkpoint(self, model_id: str, files: CheckpointFiles, context: LoadContext) -> Checkpoint:
         """The model's checkpoint, loaded if it is not resident.
 
         Raises:
@@ -162,15 +160,14 @@ class ModelCache:
             device=self._device.device,
             dtype=self._device.dtype,
             memory=self._budgets.memory,
-            progress=progress,
-            check=check,
+            context=context,
         )
         self._checkpoints[model_id] = loaded
         seconds = round(time.monotonic() - began, 2)
         log.info("checkpoint.loaded", extra={"model": model_id, "seconds": seconds, "bytes": loaded.size_bytes})
         if loaded.memory is not None:
             log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
-        self._tell()
+        self._publish_snapshot()
         return loaded
 
     def read_adapters(
@@ -193,9 +190,7 @@ class ModelCache:
         checkpoint: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        *,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> tuple[Pipeline, WeightsReport]:
         """The checkpoint with these adapters merged. Good until the next call.
 
@@ -204,19 +199,22 @@ class ModelCache:
             OutOfMemory: the prepared weights do not fit.
         """
         started, evictions = time.monotonic(), self._counters.evictions
-        slot = next((slot for slot in self._slots if slot.key == key), None)
-        if slot is not None:
-            self._slots.remove(slot)
-            self._slots.append(slot)
-            source, switched = WeightsSource.RESIDENT, SwitchReport(0)
-            self._counters = replace(self._counters, hits=self._counters.hits + 1)
-        else:
-            slot, source, switched = self._make(checkpoint, adapters, key, progress, check)
-            self._adapters.trim()  # what lies beside weights was made of them
-        missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
-        self._make_room(missing, checkpoint, key, keep=slot)
-        pipeline = checkpoint.pipeline(slot.transformer, progress=progress, check=check)
-        self._tell()
+        try:
+            slot = next((slot for slot in self._slots if slot.key == key), None)
+            if slot is not None:
+                self._slots.remove(slot)
+                self._slots.append(slot)
+                source, switched = WeightsSource.RESIDENT, SwitchReport(0)
+                self._counters = replace(self._counters, hits=self._counters.hits + 1)
+            else:
+                slot, source, switched = self._make(checkpoint, adapters, key, context)
+                self._adapters.trim()  # what lies beside weights was made of them
+            missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
+            self._make_room(missing, checkpoint, key, keep=slot)
+            pipeline = checkpoint.pipeline(slot.transformer, context)
+        finally:
+            # What left for it is gone, whether it was stopped or not.
+            self._publish_snapshot()
         report = WeightsReport(
             source=source,
             rewritten_tensors=switched.rewritten_tensors,
@@ -227,10 +225,10 @@ class ModelCache:
         )
         return pipeline, report
 
-    def tell_fallbacks(self) -> None:
+    def publish_fallbacks(self) -> None:
         """Publishes what turned out while something ran."""
         if self._found_fallbacks() != self._fallbacks:
-            self._tell()
+            self._publish_snapshot()
 
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
@@ -239,15 +237,14 @@ class ModelCache:
         self._checkpoints.clear()
         self._adapters.clear()
         self._room.free()
-        self._tell()
+        self._publish_snapshot()
 
     def _make(
         self,
         checkpoint: Checkpoint,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> tuple[_Slot, WeightsSource, SwitchReport]:
         alike = [
             slot
@@ -263,7 +260,7 @@ class ModelCache:
         if broken is None and (not alike or self._room.fits_without_idle(needed, checkpoint, key.trainer)):
             fresh = self._allocate(checkpoint, key, needed)
             try:
-                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, progress, check)
+                return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, context)
             except Exception as error:
                 if not alike or translate_memory_error(error) is None:
                     raise
@@ -273,22 +270,23 @@ class ModelCache:
                 forget_frames(error)
                 self._room.free()
         slot = broken or alike[0]
+        # Nothing here may hold on to a transformer that is to leave: its memory would not become free.
+        del alike, broken
         self._make_room(slot.transformer.growth_bytes(adapters), checkpoint, key, keep=slot)
         if slot.key is not None:
             self._counters = replace(self._counters, evictions=self._counters.evictions + 1)
-        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, progress, check)
+        return slot, WeightsSource.SWITCHED, self._switch(slot, adapters, key, context)
 
     def _switch(
         self,
         slot: _Slot,
         adapters: Sequence[tuple[Adapter, float]],
         key: SetKey,
-        progress: Progress,
-        check: Check,
+        context: LoadContext,
     ) -> SwitchReport:
         built = not slot.transformer.size_bytes
         slot.key = None
-        report = slot.transformer.switch(adapters, progress=progress, check=check)
+        report = slot.transformer.switch(adapters, context)
         slot.key = key
         slot.adapters = tuple((adapter.sha256, multiplier) for adapter, multiplier in adapters if multiplier != 0)
         self._slots.remove(slot)
@@ -313,15 +311,16 @@ class ModelCache:
 
     def _evict_checkpoint(self) -> None:
         _, evicted = self._checkpoints.popitem(last=False)
-        gone = [slot for slot in self._slots if slot.checkpoint is evicted]
+        before = len(self._slots)
         self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]
-        self._counters = replace(self._counters, evictions=self._counters.evictions + len(gone))
+        self._counters = replace(self._counters, evictions=self._counters.evictions + before - len(self._slots))
+        del evicted  # so that its memory becomes free
         self._room.free()
-        self._tell()
+        self._publish_snapshot()
 
     def _found_fallbacks(self) -> tuple[DeviceFallback, ...]:
         if not self._slots:
-            return self._fallbacks  # nothing is there that could tell of a change
+            return self._fallbacks  # nothing is there that could show a change
         found = {
             fallback.without: fallback
             for slot in self._slots
@@ -329,7 +328,7 @@ class ModelCache:
         }
         return tuple(found.values())
 
-    def _tell(self) -> None:
+    def _publish_snapshot(self) -> None:
         parts = {model_id: held.trainer_parts.size_bytes for model_id, held in self._checkpoints.items()}
         resident = {
             model_id: checkpoint.size_bytes + parts[model_id] for model_id, checkpoint in self._checkpoints.items()

@@ -21,9 +21,11 @@ from chromarpc_server.domain.events import (
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.pipeline import (
+    SILENT,
     CheckpointFiles,
     DeviceChoice,
     DeviceDescription,
+    LoadContext,
     LoadProgress,
     Pipeline,
     PromptEmbedding,
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Clock:
-    """Seconds by stage, filled in and told as the job goes along."""
+    """Seconds by stage, filled in and reported as the work goes along."""
 
     emit: Emit
     seconds: dict[str, float] = field(default_factory=dict)
@@ -87,36 +89,36 @@ class DeviceWorker:
         except ChromaError:
             raise
         except Exception as error:
-            found = self._sorted(error, {"model": model_id})
+            found = self._classified(error, {"model": model_id})
             if found is error:
                 raise
             raise found from None
         finally:
-            self._cache.tell_fallbacks()
+            self._cache.publish_fallbacks()
             self._watchdog.idle()
 
     def _load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
-        checkpoint = self._cache.checkpoint(model_id, files, progress=_ignore, check=_never)
+        checkpoint = self._cache.checkpoint(model_id, files, SILENT)
         trainer = TrainerSettings() if profile in PREVIEW_PROFILES else None
         key = SetKey(model_id, profile, (), trainer)
-        pipeline, _ = self._cache.pipeline(checkpoint, (), key, progress=_ignore, check=_never)
+        pipeline, _ = self._cache.pipeline(checkpoint, (), key, SILENT)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
             synchronize(self._choice.device)
 
-    def run(self, work: Work) -> WorkDone:
-        """Does it all.
+    def run(self, work: Work, emit: Emit) -> WorkDone:
+        """Does the work; `emit` takes every report.
 
         Raises:
             ChromaError: whatever ended it early, cancellation included.
         """
         try:
-            return self._run(work)
+            return self._run(work, emit)
         except ChromaError as error:
             # A traceback holds the frames that hold the tensors, and the error outlives its run.
             raise error.with_traceback(None) from None
         except Exception as error:
-            found = self._sorted(error, {"job_id": work.id})
+            found = self._classified(error, {"job_id": work.id})
             if found is error:
                 raise
             raise found from None
@@ -125,10 +127,10 @@ class DeviceWorker:
             log.critical("device.thread_ended", exc_info=error, extra={"job_id": work.id})
             raise DeviceLost("the thread that owns the device was ended") from None
         finally:
-            self._cache.tell_fallbacks()
+            self._cache.publish_fallbacks()
             self._watchdog.idle()
 
-    def _sorted(self, error: Exception, told: Mapping[str, str]) -> Exception:
+    def _classified(self, error: Exception, fields: Mapping[str, str]) -> Exception:
         """What an unforeseen exception is, once memory is free again and the device has shown whether it works."""
         out_of_memory = translate_memory_error(error)
         if out_of_memory is not None:
@@ -136,27 +138,25 @@ class DeviceWorker:
             try:
                 self._cache.clear()
             except Exception:  # the probe finds out whether the device still works
-                log.exception("memory.not_freed", extra=told)
+                log.exception("memory.not_freed", extra=fields)
         self._watchdog.other("probing the device")
         try:
             probe_device(self._choice.device)
         except DeviceLost as lost:
-            log.exception("device.lost", exc_info=error, extra={**told, "cause": type(error).__name__})
+            log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
         return out_of_memory or error
 
-    def _run(self, work: Work) -> WorkDone:
-        plan, emit, check = work.plan, work.emit, work.cancellation.check
+    def _run(self, work: Work, emit: Emit) -> WorkDone:
+        plan, check = work.plan, work.cancellation.check
         self._watchdog.other("preparing a job")
         reset_peak_memory(self._choice.device)
         clock = _Clock(emit)
         check()
-        progress = _LoadingEvents(emit)
-        checkpoint = self._cache.checkpoint(plan.served_model, work.model_files, progress=progress, check=check)
+        context = LoadContext(check, _LoadingEvents(emit))
+        checkpoint = self._cache.checkpoint(plan.served_model, work.model_files, context)
         adapters = self._cache.read_adapters(checkpoint, plan.loras, work.adapter_files, check=check)
-        pipeline, weights = self._cache.pipeline(
-            checkpoint, adapters, work.set_key, progress=progress, check=check
-        )
+        pipeline, weights = self._cache.pipeline(checkpoint, adapters, work.set_key, context)
         clock.lap("loading_s")
 
         tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
@@ -196,7 +196,7 @@ class DeviceWorker:
         remaining: _Remaining,
         clock: _Clock,
     ) -> None:
-        plan, emit, cancellation = work.plan, work.emit, work.cancellation
+        plan, emit, cancellation = work.plan, clock.emit, work.cancellation
         prompt = plan.prompts[index]
         ended = time.monotonic()
         latents = None
@@ -212,7 +212,7 @@ class DeviceWorker:
         )
         for done in finished_steps(steps, self._choice.device, cancellation.pause):
             began, ended = ended, time.monotonic()
-            # The next step is being computed while this one is told of.
+            # The next step is being computed while this one is reported.
             self._watchdog.step(ended - began)
             emit(
                 Step(
@@ -255,14 +255,14 @@ class _LoadingEvents:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._stage = ""
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     def __call__(self, progress: LoadProgress) -> None:
         now = time.monotonic()
         finished = progress.done_bytes >= progress.total_bytes
-        if progress.stage == self._stage and not finished and now - self._told_at < self._INTERVAL_S:
+        if progress.stage == self._stage and not finished and now - self._reported_at < self._INTERVAL_S:
             return
-        self._stage, self._told_at = progress.stage, now
+        self._stage, self._reported_at = progress.stage, now
         self._emit(Loading(LoadingStage(progress.stage), progress.done_bytes, progress.total_bytes))
 
 
@@ -281,11 +281,3 @@ class _Remaining:
         self._done += work
         self._seconds += duration_s
         return self._seconds / self._done * self._left
-
-
-def _ignore(_: LoadProgress) -> None:
-    """Progress that nobody waits for."""
-
-
-def _never() -> None:
-    """A check that never stops anything."""

@@ -1,7 +1,7 @@
 """Checks an install against recorded outputs of the reference.
 
 The folder is laid out like tests/goldens, or is one of its folders of bfloat16 vectors or of the trainer's
-picture; subfolders and files may be absent, and whatever is there is read for its sizes, names and counts. A file
+image; subfolders and files may be absent, and whatever is there is read for its sizes, names and counts. A file
 that cannot be used is that case's failure, never a traceback.
 """
 

@@ -13,8 +13,9 @@ from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.merged_transformer import PreparedTransformer, prepare_transformer
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.verify.report import Outcome, Reporter, Result, distance, identical, skipped, within
 from chromarpc_server.verify.vectors import Vectors
@@ -92,7 +93,9 @@ def _prepared(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreparedTransformer:
-    return prepare_transformer(config, weights, (), PROFILES[profile], device=device, dtype=dtype, quantize=True)
+    return prepare_transformer(
+        config, weights, (), PROFILES[profile], DevicePlacement(device, dtype), quantize=True
+    )
 
 
 def _exact(

@@ -14,8 +14,9 @@ from chromarpc_server.pipeline.denoising import denoise_from
 from chromarpc_server.pipeline.fused.decoder import fuse
 from chromarpc_server.pipeline.merged_transformer import prepare_transformer
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
+from chromarpc_server.pipeline.models.positions import dense_attention_mask, key_attention_mask, rope_table
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.models.transformer import dense_attention_mask, key_attention_mask, rope_table
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import PROFILES
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from chromarpc_server.verify.report import (
@@ -68,8 +69,7 @@ def _forward(path: Path, reporter: Reporter) -> None:
         weights.tensors,
         (),
         PROFILES["reference"],
-        device=CPU,
-        dtype=torch.float32,
+        DevicePlacement(CPU, torch.float32),
         quantize=False,
     )
     model = prepared.model
@@ -143,8 +143,7 @@ def _pipeline(path: Path, reporter: Reporter) -> None:
             weights.tensors,
             (),
             profile,
-            device=CPU,
-            dtype=torch.float32,
+            DevicePlacement(CPU, torch.float32),
             quantize=False,
         )
         for number in vectors.cases():

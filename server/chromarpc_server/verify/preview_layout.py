@@ -1,4 +1,4 @@
-"""Where vectors of the trainer's picture lie: folders told apart by what is in them."""
+"""Where vectors of the trainer's image lie: folders are known by what is in them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class PreviewFolder:
-    """A folder of vectors of the trainer's picture."""
+    """A folder of vectors of the trainer's image."""
 
     kind: Kind
     folder: Path

@@ -12,22 +12,25 @@ from torch import Tensor
 
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
-from chromarpc_server.pipeline.denoising import denoise_from
+from chromarpc_server.pipeline.denoising import Text, VelocityMaker, denoise_from
 from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, build_text_encoder
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import PREVIEW, PREVIEW_EXACT
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import encode_as_trainer
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.verify.report import Outcome, Result, distance
 from chromarpc_server.verify.vectors import Vectors
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
+CPU = torch.device("cpu")
+FLOAT32_REL = 1e-5
 TEXT_TOKENS = 512
 ERROR_RATIO = 1.10
 """`preview` may be this much further from the truth than the trainer's own output is."""
@@ -90,14 +93,13 @@ class Model:
         dtype: torch.dtype,
         modulation_dtype: torch.dtype | None = None,
     ) -> FusedPreview:
-        """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless told otherwise."""
+        """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless another is given."""
         model = FusedPreview(
             self.config,
             self.tensors,
             PREVIEW,
             settings,
-            device=device,
-            dtype=dtype,
+            DevicePlacement(device, dtype),
             modulation_dtype=modulation_dtype,
         )
         model.switch(self.adapters(multiplier))
@@ -118,6 +120,48 @@ def draw(model: ExactPreview | FusedPreview, drawing: Drawing, device: torch.dev
         timestep_dtype=rounding,
     )
     return last.latents.cpu()
+
+
+def forward_once(
+    vectors: Vectors,
+    model: Model,
+    run_name: str,
+    number: str,
+    *,
+    exact: bool,
+    dtype: torch.dtype | None = None,
+    rounds: bool = True,
+) -> Tensor:
+    """One recorded case's velocity, on the CPU.
+
+    Args:
+        vectors: `forward`.
+        model: whose.
+        run_name: `QTYPE.DTYPE.MULTIPLIER`.
+        number: of the case.
+        exact: in the `preview-exact` profile, else in `preview`.
+        dtype: to compute in, if another than the trainer's.
+        rounds: whether `preview` rounds what it rounds as the trainer does.
+    """
+    qtype, name, multiplier = run_name.split(".", 2)
+    settings = settings_of(qtype, name)
+    # The recorded adapter is beside the weights whether they are quantized or not.
+    if qtype == "none":
+        settings = settings_of("uint8", name)
+    width = dtype or TORCH_DTYPES[settings.dtype]
+    case = vectors.of(number)
+    if exact:
+        made: VelocityMaker = model.exact(settings, float(multiplier), CPU)
+    else:
+        made = model.fused(settings, float(multiplier), CPU, width, None if rounds else width)
+    text = Text(case["txt"].to(width), case["mask"])
+    rounding = TORCH_DTYPES[settings.dtype]
+    timestep = case["timestep"].to(rounding).to(width) / 1000
+    grid = (int(case["grid"][0]), int(case["grid"][1]))
+    with torch.inference_mode():
+        velocity = made.velocity([text], timestep, grid)
+        found, _ = velocity(case["img"].to(width), 0)
+    return found
 
 
 def padded(embeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,7 @@ def _pixels(source: Path | io.BytesIO) -> npt.NDArray[np.float64]:
 
 
 def _psnr(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Peak signal-to-noise ratio in dB; 99 where the pictures are the same."""
+    """Peak signal-to-noise ratio in dB; 99 where the images are the same."""
     if one.shape != other.shape:
         return 0.0
     error = float(np.mean((one - other) ** 2))

@@ -98,7 +98,7 @@ class Reporter:
             print(result.line(), file=self._out, flush=True)
 
     def guarded(self, case: str, run: Callable[[], object]) -> None:
-        """Runs a case; an exception is its failure, told in one line."""
+        """Runs a case; an exception is its failure, reported in one line."""
         try:
             run()
         except Exception as error:  # noqa: BLE001 - whatever a foreign file provokes is this case's failure

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
+from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import build_text_encoder
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
 from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
 
 if TYPE_CHECKING:

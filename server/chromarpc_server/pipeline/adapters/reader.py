@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from chromarpc_server.pipeline.adapters.keys import SortedKeys, Unsupported, nam
 from chromarpc_server.pipeline.adapters.kinds import dora
 from chromarpc_server.pipeline.adapters.peft_metadata import read_peft_scales
 from chromarpc_server.pipeline.adapters.strength import largest_value
+from chromarpc_server.pipeline.progress import Check, never_stop
 from chromarpc_server.pipeline.weights.safetensors_file import (
     Opener,
     SafetensorsError,
@@ -104,7 +105,7 @@ def read_adapter(
     targets: Mapping[str, Shape],
     *,
     opener: Opener | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Check = never_stop,
 ) -> Adapter:
     """Reads an adapter file that nobody vouches for.
 
@@ -219,7 +220,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _require_bounded(largest: Mapping[str, float]) -> None:
-    """Finite factors whose product is not would turn every picture into noise, or none, without a word."""
+    """Finite factors whose product is not would turn every image into noise, or none, without a word."""
     bad = [name for name, most in largest.items() if not most <= MAX_CHANGE]
     if bad:
         raise LoraInvalid(f"values or alphas so large that their products overflow, for {named(bad)}")

@@ -104,7 +104,7 @@ def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     """FlashAttention-3 where it is installed, runs and agrees with plain attention; else torch's own.
 
     Raises:
-        RuntimeError: the device has too little memory to find out, whoever says so.
+        RuntimeError: the device has too little memory to find out.
     """
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9:
         return SDPA

@@ -15,7 +15,7 @@ from chromarpc_server.pipeline.device import on_device
 from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.memory_errors import translate_memory_error
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.models.config import ChromaConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def fused_ops(device: torch.device) -> ModuleType:
     """The kernels on a GPU where they compile and are right, else their plain form.
 
     Raises:
-        RuntimeError: the device has too little memory to find out, whoever says so.
+        RuntimeError: the device has too little memory to find out.
     """
     return _form(device).ops
 

@@ -1,7 +1,7 @@
 """The autoencoder's decoder without the waste: channels innermost, and one pass where torch takes several.
 
-diffusers' own lays pictures out channel by channel, so that every convolution turns them around twice, and torch
-normalises a group in one program, of which a picture has too few to fill a GPU. The function is the same.
+diffusers' own lays images out channel by channel, so that every convolution turns them around twice, and torch
+normalises a group in one program, of which an image has too few to fill a GPU. The function is the same.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _convolve(x: Tensor, convolution: nn.Conv2d, *, biased: bool = True) -> Tens
 
 
 def with_fused_decoder(
-    model: AutoencoderKL, tell: Callable[[DeviceFallback], object] = lambda _: None
+    model: AutoencoderKL, report: Callable[[DeviceFallback], object] = lambda _: None
 ) -> AutoencoderKL:
     """The same autoencoder, over the same weights, with a `FusedDecoder`.
 
@@ -113,10 +113,10 @@ def with_fused_decoder(
 
     Args:
         model: what to decode with.
-        tell: is told why not, where it should be.
+        report: called with the reason where it should be a gain and is none.
 
     Raises:
-        RuntimeError: the device has too little memory to find out, whoever says so.
+        RuntimeError: the device has too little memory to find out.
     """
     device = model.device
     if fused_ops(device) is plain:
@@ -133,7 +133,7 @@ def with_fused_decoder(
             "decoder.wrong" if isinstance(problem, WrongResult) else "decoder.unusable",
             extra={"error": f"{type(problem).__name__}: {problem}"[:300]},
         )
-        tell(DeviceFallback(Part.DECODER, unusable(problem)))
+        report(DeviceFallback(Part.DECODER, unusable(problem)))
         return model
     return fused
 

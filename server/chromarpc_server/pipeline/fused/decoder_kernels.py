@@ -1,7 +1,7 @@
 """Triton kernels of the fused autoencoder: what lies between its convolutions.
 
 Activations are (1, C, H, W) with channels innermost in memory. Values are read in their dtype, computed in float32
-and rounded once. Signatures and meaning are those of `plain`. A picture's size is never compiled in.
+and rounded once. Signatures and meaning are those of `plain`. An image's size is never compiled in.
 """
 
 from __future__ import annotations

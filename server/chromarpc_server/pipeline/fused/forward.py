@@ -24,14 +24,10 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.fused.attention import Attention, Spans, select_attention
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.layout import Layout
-from chromarpc_server.pipeline.models.transformer import (
-    ChromaConfig,
-    ChromaTransformer,
-    DoubleBlock,
-    Linear,
-    SelfAttention,
-    SingleBlock,
-)
+from chromarpc_server.pipeline.models.blocks import DoubleBlock, SelfAttention, SingleBlock
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 
 TEXT_ROWS_MULTIPLE = 32

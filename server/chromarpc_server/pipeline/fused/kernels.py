@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chromarpc_server.pipeline.fused import decoder_kernels, weight_kernels
 from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
-from chromarpc_server.pipeline.models.transformer import NORM_EPS
+from chromarpc_server.pipeline.models.layers import NORM_EPS
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX
 
 SMALLEST_AMAX = 1e-12

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline.fused.attention import Spans
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, rope_table
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import rope_table
 
 
 @dataclass(frozen=True)

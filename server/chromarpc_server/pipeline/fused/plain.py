@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chromarpc_server.pipeline.models.transformer import NORM_EPS
+from chromarpc_server.pipeline.models.layers import NORM_EPS
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX
 
 SMALLEST_AMAX = 1e-12

@@ -28,8 +28,8 @@ from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.recording import recording
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, reference_float8
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
+from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
 from chromarpc_server.pipeline.weights.reading import (
     ReadingProgress,
     open_weights,

@@ -1,7 +1,7 @@
 """The modulation vectors of `preview`, made by the trainer's own sequence of operations.
 
 A rounding error in a modulation is the same for every token, so it adds up where those of activations average out:
-in float32 arithmetic the modulations alone would be most of the distance to the trainer's picture. They depend on
+in float32 arithmetic the modulations alone would be most of the distance to the trainer's image. They depend on
 the timestep only, and copying them bit for bit costs next to nothing.
 """
 
@@ -13,15 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chromarpc_server.pipeline.models.transformer import ChromaTransformer, Linear
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.trainer.forward import APPROXIMATOR, make_modulations
 from chromarpc_server.pipeline.trainer.paths import BesidePath
-from chromarpc_server.pipeline.trainer.quantizers import Bias
+from chromarpc_server.pipeline.weights.quantizers import Bias
 
 
 def in_approximator(name: str) -> bool:
     """Whether a parameter of this name takes part in making the modulations."""
     return name.startswith(f"{APPROXIMATOR}.")
+
+
+def held_dtype(name: str, dtype: torch.dtype, modulation_dtype: torch.dtype) -> torch.dtype:
+    """What `preview` holds a parameter in: its own dtype, but for what takes part in making the modulations."""
+    return modulation_dtype if in_approximator(name) else dtype
 
 
 class TrainerApproximator:
@@ -34,7 +40,7 @@ class TrainerApproximator:
         self._biases: dict[str, Bias] = {}
 
     def put_bias(self, weight: str, bias: Bias) -> None:
-        """Tells where the layer with this weight adds its bias."""
+        """Notes where the layer with this weight adds its bias."""
         self._biases[weight.removesuffix(".weight")] = bias
 
     def __call__(self, timesteps: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters.change import Kronecker
 from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, linear_weights, rope_table
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.positions import rope_table
+from chromarpc_server.pipeline.models.transformer import linear_weights
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import (
@@ -32,9 +35,8 @@ from chromarpc_server.pipeline.trainer.paths import (
     pair_of,
     place,
 )
-from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes
-from chromarpc_server.pipeline.weights.reading import Check, Progress
+from chromarpc_server.pipeline.weights.quantizers import Bias, QuantizedLinear, quantize_linear
 
 
 class ExactPreview:
@@ -89,15 +91,12 @@ class ExactPreview:
         return self._transformer
 
     @torch.inference_mode()
-    def switch(
-        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> SwitchReport:
+    def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
         """Makes the weights those that the trainer would sample with, given these adapters.
 
         Args:
             adapters: in order, with their multipliers.
-            progress: told how many bytes of those to rewrite are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to rewrite are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
@@ -105,7 +104,7 @@ class ExactPreview:
         """
         self._transformer = None
         placement = place(adapters, sorted(self._linear_names), self.settings)
-        written = self._held.rewrite(placement, self._write, progress=progress, check=check)
+        written = self._held.rewrite(placement, self._write, context)
         beside = {
             name.removesuffix(".weight"): tuple(self._path(placed) for placed in those)
             for name, those in placement.beside.items()

@@ -16,17 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chromarpc_server.pipeline.models.transformer import (
-    NORM_EPS,
-    SLOT_INDEX_FEATURES,
-    TIMESTEP_FEATURES,
-    ChromaConfig,
-    rotate,
-    sinusoids,
-    split_heads,
-)
+from chromarpc_server.pipeline.models.blocks import rotate, split_heads
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import NORM_EPS
+from chromarpc_server.pipeline.models.positions import sinusoids
+from chromarpc_server.pipeline.models.transformer import SLOT_INDEX_FEATURES, TIMESTEP_FEATURES
 from chromarpc_server.pipeline.trainer.paths import Path
-from chromarpc_server.pipeline.trainer.quantizers import Bias, QuantizedLinear
+from chromarpc_server.pipeline.weights.quantizers import Bias, QuantizedLinear
 
 APPROXIMATOR = "distilled_guidance_layer"
 """Name of the module that makes the modulations."""

@@ -22,10 +22,14 @@ from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.fused.forward import FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport, packed_velocity
-from chromarpc_server.pipeline.models.transformer import ChromaConfig, ChromaTransformer, Linear
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.models.layers import Linear
+from chromarpc_server.pipeline.models.transformer import ChromaTransformer
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.profiles import NumericsProfile
+from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
-from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, in_approximator
+from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, held_dtype, in_approximator
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.held import HeldWeights
@@ -37,10 +41,9 @@ from chromarpc_server.pipeline.trainer.paths import (
     pair_of,
     place,
 )
-from chromarpc_server.pipeline.trainer.quantizers import QuantizedLinear, quantize_linear
 from chromarpc_server.pipeline.trainer.sizes import padded_bytes
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
-from chromarpc_server.pipeline.weights.reading import Check, Progress
+from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
 
 
 class FusedPreview:
@@ -52,11 +55,8 @@ class FusedPreview:
         master: Mapping[str, Tensor],
         profile: NumericsProfile,
         settings: TrainerSettings,
+        placement: DevicePlacement,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
-        hold_float8: bool = False,
-        record_graphs: bool = True,
         modulation_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates nothing; the first `switch` does.
@@ -66,11 +66,8 @@ class FusedPreview:
             master: parameters by name, as they are stored, on the device or in host memory.
             profile: `preview`.
             settings: what the trainer's config says; weights are quantized in the dtype it names.
-            device: where the transformer lies.
-            dtype: what it computes in.
-            hold_float8: hold the blocks' weights in float8 where the quantizer's values are float8: half the
-                memory.
-            record_graphs: record steps as CUDA graphs.
+            placement: where the transformer lies, and what it takes there; weights are held in float8 only where
+                the quantizer's values are float8.
             modulation_dtype: what modulations are computed in, if not in the trainer's dtype.
         """
         with torch.device("meta"):
@@ -79,28 +76,30 @@ class FusedPreview:
         self.config = config
         self.profile = profile
         self.settings = settings
-        self._device = device
-        self._dtype = dtype
+        self._device = placement.device
+        self._dtype = placement.dtype
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]
-        self._hold_float8 = hold_float8
-        self._record_graphs = record_graphs
+        self._hold_float8 = placement.hold_float8
+        self._record_graphs = placement.record_graphs
         self._modulation_dtype = modulation_dtype or self._trainer_dtype
         self._modulations = TrainerApproximator(self.model, self._modulation_dtype)
         self._layers = {
-            f"{name}.weight": Layer(module, module.in_features, device=device, dtype=self._dtype_of(name))
+            f"{name}.weight": Layer(
+                module, module.in_features, device=placement.device, dtype=self._dtype_of(name)
+            )
             for name, module in self.model.named_modules()
             if isinstance(module, Linear)
         }
         self._others: dict[str, Tensor] = {}
         """Parameters that are no linear layers' weights."""
-        self._held = HeldWeights(master, settings, device=device)
+        self._held = HeldWeights(master, settings, device=placement.device)
         self._capacity = 0
         """Ranks that there is room for beside every layer."""
         self._run: GraphedForward | None = None
 
     def _dtype_of(self, name: str) -> torch.dtype:
         """What a parameter is held in, by its name."""
-        return self._modulation_dtype if in_approximator(name) else self._dtype
+        return held_dtype(name, self._dtype, self._modulation_dtype)
 
     @property
     def run(self) -> GraphedForward:
@@ -131,16 +130,14 @@ class FusedPreview:
             adapters,
             {name: layer.shape for name, layer in self._layers.items()},
             self.settings,
-            self._dtype,
+            self._dtype_of,
             capacity=self._capacity,
             in_float8=[name for name, layer in self._layers.items() if layer.is_float8],
         )
         return max(0, wanted - sum(layer.beside_bytes for layer in self._layers.values()))
 
     @torch.inference_mode()
-    def switch(
-        self, adapters: AdapterSet, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> SwitchReport:
+    def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
         """Makes the weights those that the trainer would sample with, given these adapters.
 
         Only base weights that an adapter is merged into (see `paths.place`) are rewritten; for the others' sake
@@ -148,16 +145,15 @@ class FusedPreview:
 
         Args:
             adapters: in order, with their multipliers.
-            progress: told how many bytes of those to rewrite are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to rewrite are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
         placement = place(adapters, tuple(self._layers), self.settings)
-        written = self._held.rewrite(placement, self._write, progress=progress, check=check)
-        return SwitchReport(written + self._put_beside(placement.beside, check))
+        written = self._held.rewrite(placement, self._write, context)
+        return SwitchReport(written + self._put_beside(placement.beside, context.check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
         """Puts one parameter where it is held."""
@@ -247,7 +243,7 @@ class FusedPreview:
 
     @torch.inference_mode()
     def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
-        """Has a step for prompts of this length and pictures of this size ready, without running it."""
+        """Has a step for prompts of this length and images of this size ready, without running it."""
         modulations = self.modulations(torch.ones(1, dtype=latents.dtype, device=latents.device))
         conditioning = self.run.fused.condition([self._kept(text) for text in texts], grid)
         self.run.record(latents[0], conditioning, modulations[0])

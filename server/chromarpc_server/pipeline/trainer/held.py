@@ -10,9 +10,9 @@ from torch import Tensor
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.merged_transformer import on_device
+from chromarpc_server.pipeline.progress import LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.paths import Placed, Placement, require_finite_weights
-from chromarpc_server.pipeline.weights.reading import Check, LoadProgress, Progress
 
 Write = Callable[[str, Tensor, Sequence[Placed], Sequence[Placed]], Tensor]
 """Puts a parameter where it is held: name, stored weight, what is merged, what is added once it is quantized.
@@ -39,16 +39,15 @@ class HeldWeights:
         self._merged: dict[str, tuple[tuple[str, float], ...] | None] = dict.fromkeys(master)
         """None where a parameter's contents are unknown."""
 
-    def rewrite(self, placement: Placement, write: Write, *, progress: Progress, check: Check) -> int:
+    def rewrite(self, placement: Placement, write: Write, context: LoadContext) -> int:
         """Writes the parameters into which something else is merged than before. Returns their count.
 
-        Stopped by `check` or failing, it leaves parameters that the next call writes again.
+        Stopped or failing, it leaves parameters that the next call writes again.
 
         Args:
             placement: what to merge and to add.
             write: see `Write`.
-            progress: told how many bytes of those to write are done.
-            check: called between tensors; raises to stop.
+            context: reports how many bytes of those to write are done; checked between tensors.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
@@ -63,13 +62,13 @@ class HeldWeights:
         total, done = sum(self._master[name].nbytes for name in stale), 0
         finite: dict[str, Tensor] = {}
         for name, stored in on_device(self._master, stale, self._device):
-            check()
+            context.check()
             self._merged[name] = None
             written = write(name, stored.to(self._dtype), merged.get(name, ()), added.get(name, ()))
             finite[name] = torch.isfinite(written).all()
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
-            progress(LoadProgress("quantizing" if self._qtype else "merging", done, total))
+            context.progress(LoadProgress("quantizing" if self._qtype else "merging", done, total))
         try:
             require_finite_weights(finite, wanted, self._qtype)
         except ChromaError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline.adapters.change import Kronecker
-from chromarpc_server.pipeline.models.transformer import Linear
+from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.trainer.paths import KroneckerPath, Pair, Placed, kronecker_path
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 

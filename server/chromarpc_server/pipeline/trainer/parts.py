@@ -20,18 +20,16 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
+from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
-from chromarpc_server.pipeline.trainer.quantizers import (
+from chromarpc_server.pipeline.weights.quantizers import (
     FLOAT8_QTYPES,
     QuantizedLinear,
     quantize_linear,
     require_finite,
 )
 from chromarpc_server.pipeline.weights.reading import (
-    Check,
     CheckpointFiles,
-    LoadProgress,
-    Progress,
     ReadingProgress,
     open_weights,
     read_json,
@@ -81,7 +79,7 @@ class _KeptEncoder:
 class TrainerParts:
     """A checkpoint's text encoders and autoencoders as the trainer has them, each made when first asked for.
 
-    How many text encoders stay is for whoever owns the memory to say: `drop_idle` is how. Belongs to the thread
+    The owner of the device's memory decides how many text encoders stay, by `drop_idle`. Belongs to the thread
     that owns the device.
     """
 
@@ -147,15 +145,12 @@ class TrainerParts:
         log.info("trainer.text_encoder_dropped", extra={"qtype": idle[0] or "none", "dtype": idle[1]})
         return True
 
-    def text_encoder(
-        self, settings: TrainerSettings, *, progress: Progress = lambda _: None, check: Check = lambda: None
-    ) -> RecordedEncoder:
+    def text_encoder(self, settings: TrainerSettings, context: LoadContext = SILENT) -> RecordedEncoder:
         """T5 in the trainer's dtype, quantized with the transformer's quantizer where the config quantizes it.
 
         Args:
             settings: what the trainer's config says.
-            progress: told how far reading and quantizing are, where it is not there yet.
-            check: called between tensors; raises to stop.
+            context: reports reading and quantizing, where it is not there yet; checked between tensors.
 
         Raises:
             WeightsInvalid: the files cannot be used, or a weight has a row that the quantizer turns into NaN.
@@ -164,11 +159,11 @@ class TrainerParts:
         if key not in self._encoders:
             began = time.monotonic()
             on_host = self.keep_in_host_memory or not self.fits(self._encoder_bytes(settings))
-            encoder = self._build(key[0], settings, on_host, progress, check)
+            encoder = self._build(key[0], settings, on_host, context)
             self._encoders[key] = kept = _KeptEncoder(encoder, _device_bytes(encoder, self.device))
-            told = {"qtype": key[0] or "none", "dtype": key[1], "place": "host" if on_host else "device"}
+            fields = {"qtype": key[0] or "none", "dtype": key[1], "place": "host" if on_host else "device"}
             seconds = round(time.monotonic() - began, 2)
-            log.info("trainer.text_encoder", extra={**told, "bytes": kept.size_bytes, "seconds": seconds})
+            log.info("trainer.text_encoder", extra={**fields, "bytes": kept.size_bytes, "seconds": seconds})
         self._encoders.move_to_end(key)
         return self._encoders[key].encoder
 
@@ -205,22 +200,22 @@ class TrainerParts:
         return total + embeddings
 
     def _build(
-        self, qtype: str | None, settings: TrainerSettings, on_host: bool, progress: Progress, check: Check
+        self, qtype: str | None, settings: TrainerSettings, on_host: bool, context: LoadContext
     ) -> RecordedEncoder:
         dtype = TORCH_DTYPES[settings.dtype]
         files = text_encoder.open_text_encoder(self.files.text_encoder)
-        reading = ReadingProgress(files, progress, check)
+        reading = ReadingProgress(files, context)
         weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(files, reading).items()}
         total, done = sum(tensor.nbytes for tensor in weights.values()), 0
         finite: dict[str, Tensor] = {}
 
         def quantize(name: str, weight: Tensor) -> QuantizedLinear:
             nonlocal done
-            check()
+            context.check()
             quantized = quantize_linear(weight, qtype)
             finite[name] = torch.isfinite(quantized.weight).all()
             done += weight.nbytes
-            progress(LoadProgress("quantizing", done, total))
+            context.progress(LoadProgress("quantizing", done, total))
             return quantized
 
         model = text_encoder.build_text_encoder(
@@ -236,7 +231,7 @@ class TrainerParts:
         )
         require_finite(finite, qtype)
         if qtype is not None:
-            progress(LoadProgress("quantizing", total, total))
+            context.progress(LoadProgress("quantizing", total, total))
         record = self.record and not on_host
         return RecordedEncoder(model, record=record, run=partial(encode_as_trainer, settings=settings))
 
@@ -248,7 +243,7 @@ class TrainerParts:
             vae_files = tuple(open_weights(path) for path in shard_paths(self.files.vae))
             self._autoencoders[dtype] = autoencoder.build_autoencoder(
                 read_json(self.files.vae / "config.json"),
-                text_encoder.read_all(vae_files, ReadingProgress(vae_files, lambda _: None, lambda: None)),
+                text_encoder.read_all(vae_files, ReadingProgress(vae_files, SILENT)),
                 device=self.device,
                 dtype=dtype,
             )

@@ -16,7 +16,7 @@ from chromarpc_server.domain.errors import LoraIncompatible, first_named
 from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.adapters.change import Additive, Change, Kronecker, LowRank, Rows
-from chromarpc_server.pipeline.trainer.quantizers import require_finite
+from chromarpc_server.pipeline.weights.quantizers import require_finite
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ def padded_bytes(
     adapters: Sequence[tuple[Adapter, float]],
     linears: Mapping[str, tuple[int, ...]],
     settings: TrainerSettings,
-    dtype: torch.dtype,
+    dtype_of: Callable[[str], torch.dtype],
     *,
     capacity: int = 0,
     in_float8: Collection[str] = (),
@@ -34,18 +34,20 @@ def padded_bytes(
         adapters: in order, with their multipliers.
         linears: the linear layers' weights, name to shape (out, in).
         settings: what the trainer's config says.
-        dtype: what is computed in.
+        dtype_of: what the layer with this weight is held in.
         capacity: ranks that there is room for already, which stays.
         in_float8: the weights that are held in float8 as long as nothing is added to them.
     """
     placement = place(adapters, tuple(linears), settings)
     beside = placement.beside
-    widened = sum(math.prod(linears[name]) for name in placement.added if name in in_float8)
+    widened = sum(
+        math.prod(linears[name]) * (dtype_of(name).itemsize - 1) for name in placement.added if name in in_float8
+    )
     bucket = max(capacity, rank_bucket(max((_rank(those) for those in beside.values()), default=0)))
-    room = bucket * sum(sum(shape) for shape in linears.values()) * dtype.itemsize
+    room = bucket * sum(sum(shape) * dtype_of(name).itemsize for name, shape in linears.items())
     pairs = [pair for those in beside.values() for placed in those if (pair := pair_of(placed.change)) is not None]
     ups = sum(pair.up.nbytes for pair in pairs)
-    return room + ups + _kronecker_bytes(beside) + widened * (dtype.itemsize - 1)
+    return room + ups + _kronecker_bytes(beside) + widened
 
 
 def factor_bytes(

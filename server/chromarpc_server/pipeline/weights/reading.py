@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.progress import LoadContext, LoadProgress
 from chromarpc_server.pipeline.weights.safetensors_file import (
     SafetensorsError,
     SafetensorsFile,
@@ -22,21 +23,6 @@ from chromarpc_server.pipeline.weights.safetensors_file import (
 from chromarpc_server.pipeline.weights.staging import read_onto
 
 PAGE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class LoadProgress:
-    """How far a stage of loading is."""
-
-    stage: str
-    """`reading`, `merging` or `quantizing`."""
-    done_bytes: int
-    total_bytes: int
-
-
-Progress = Callable[[LoadProgress], None]
-Check = Callable[[], None]
-"""Called between tensors; raises to stop."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +106,12 @@ def open_weights(path: Path) -> SafetensorsFile:
 
 
 class ReadingProgress:
-    """Counts bytes over several files and tells how far reading is."""
+    """Counts bytes over several files and reports how far reading is."""
 
-    def __init__(self, files: tuple[SafetensorsFile, ...], progress: Progress, check: Check) -> None:
+    def __init__(self, files: tuple[SafetensorsFile, ...], context: LoadContext) -> None:
         self._total = sum(entry.size_bytes for file in files for entry in file.tensors.values())
         self._done = 0
-        self._progress = progress
-        self._check = check
+        self._context = context
 
     def read(self, file: SafetensorsFile) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one of the files.
@@ -142,10 +127,10 @@ class ReadingProgress:
                 try:
                     for (name, tensor), touch in zip(mapped, touched, strict=True):
                         touch.result()
-                        self._check()
+                        self._context.check()
                         yield name, tensor
                         self._done += file.tensors[name].size_bytes
-                        self._progress(LoadProgress("reading", self._done, self._total))
+                        self._context.progress(LoadProgress("reading", self._done, self._total))
                 finally:
                     for touch in touched:
                         touch.cancel()
@@ -160,10 +145,10 @@ class ReadingProgress:
         """
         try:
             for name, tensor, digest in read_onto(file, device):
-                self._check()
+                self._context.check()
                 yield name, tensor, digest
                 self._done += file.tensors[name].size_bytes
-                self._progress(LoadProgress("reading", self._done, self._total))
+                self._context.progress(LoadProgress("reading", self._done, self._total))
         except SafetensorsError as error:
             raise WeightsInvalid(f"{file.path.name}: {error}") from None
 

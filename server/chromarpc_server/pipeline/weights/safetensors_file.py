@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from chromarpc_server.pipeline.progress import Check, never_stop
+
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
@@ -127,9 +129,7 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise SafetensorsError(f"cannot be read: {error}") from None
 
-    def load(
-        self, wanted: Container[str], check: Callable[[], None] = lambda: None
-    ) -> tuple[dict[str, Tensor], str]:
+    def load(self, wanted: Container[str], check: Check = never_stop) -> tuple[dict[str, Tensor], str]:
         """Copies some tensors into memory, and hashes the file; the tensors are what was hashed.
 
         Args:
@@ -188,7 +188,7 @@ class SafetensorsFile:
             raise SafetensorsError("it changed while it was read")
         return begin
 
-    def sha256(self, check: Callable[[], None] = lambda: None) -> str:
+    def sha256(self, check: Check = never_stop) -> str:
         """Hash of the file's bytes, hexadecimal; `check` is called between pieces and may raise."""
         digest = hashlib.sha256()
         with self.path.open("rb") as stream:
@@ -341,8 +341,8 @@ def _entry(name: str, described: object) -> TensorEntry:
         raise SafetensorsError(f"its header describes no tensor under {_shown(name)}")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        told = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
-        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{told}")
+        shown = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
+        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{shown}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise SafetensorsError(f"{_shown(name)} has a shape that cannot be")
     if not _naturals(offsets) or len(offsets) != 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
 from chromarpc_server.domain.trainer import TRAINER_QTYPES, TrainerSettings
-from chromarpc_server.pipeline import CheckpointFiles, LoadProgress
+from chromarpc_server.pipeline import CheckpointFiles, LoadContext, LoadProgress
 from chromarpc_server.pipeline.models.text_encoder import MAX_TOKENS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 
@@ -21,14 +20,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(MAX_TOKENS)[None] % 60
 DIVIDE_BY_ZERO = ("qfloat8", "qfloat8_e5m2")
 """Quanto's float quantizers keep the quotient 0 / 0; an integer has no NaN, and quanto's scale is 0 there."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -93,7 +84,7 @@ def test_text_encoders_are_kept_until_somebody_drops_them_and_the_oldest_idle_on
 
 def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
     parts, told = _parts(files), list[LoadProgress]()
-    parts.text_encoder(TrainerSettings(), progress=told.append)
+    parts.text_encoder(TrainerSettings(), LoadContext(progress=told.append))
     stages = [progress.stage for progress in told]
     assert stages == sorted(stages, key=["reading", "quantizing"].index)
     assert set(stages) == {"reading", "quantizing"}
@@ -101,7 +92,7 @@ def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
         last = [progress for progress in told if progress.stage == stage][-1]
         assert last.done_bytes == last.total_bytes
     told.clear()
-    parts.text_encoder(TrainerSettings(), progress=told.append)
+    parts.text_encoder(TrainerSettings(), LoadContext(progress=told.append))
     assert told == []
 
     calls = 0
@@ -113,7 +104,7 @@ def test_making_one_is_told_and_can_be_stopped(files: CheckpointFiles) -> None:
             raise JobCancelled("stopped")
 
     with pytest.raises(JobCancelled):
-        parts.text_encoder(TrainerSettings(qtype="qint8"), check=check)
+        parts.text_encoder(TrainerSettings(qtype="qint8"), LoadContext(check=check))
     assert parts.encoder_count == 1
 
 

@@ -8,36 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import PROFILES, Adapter, read_adapter
 from chromarpc_server.pipeline.adapters.change import LowRank, RowChange, Rows
-from chromarpc_server.pipeline.models.transformer import ChromaConfig
+from chromarpc_server.pipeline.models.config import ChromaConfig
+from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.paths import pair_of
 from chromarpc_server.runtime.adapter_cache import AdapterCache, AdapterFile
+from tests.pipeline.trainer.models import CPU, FLOAT32
 from tests.tiny_checkpoint import GOLDENS
 
-CPU = torch.device("cpu")
-BASE = GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors"
 SPLIT = GOLDENS / "adapters" / "diffusers_peft.safetensors"
-FLOAT32 = TrainerSettings(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def master() -> dict[str, Tensor]:
-    return load_file(BASE)
-
-
-@pytest.fixture(scope="module")
-def config(master: dict[str, Tensor]) -> ChromaConfig:
-    with safe_open(BASE, "pt") as file:
-        return ChromaConfig.from_shapes({name: tensor.shape for name, tensor in master.items()}, file.metadata())
 
 
 @pytest.fixture
@@ -57,7 +42,7 @@ def build(
     def made() -> FusedPreview | ExactPreview:
         profile = PROFILES[request.param]
         if profile.fused:
-            return FusedPreview(config, master, profile, FLOAT32, device=CPU, dtype=torch.float32)
+            return FusedPreview(config, master, profile, FLOAT32, DevicePlacement(CPU, torch.float32))
         return ExactPreview(config, master, profile, FLOAT32, device=CPU)
 
     return made
