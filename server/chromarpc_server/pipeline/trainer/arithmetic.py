@@ -37,9 +37,15 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def trainer_arithmetic(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
     """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever is set besides."""
+    with one_thread() if device.type == "cpu" else trainer_precision(device, settings):
+        yield
+
+
+@contextmanager
+def trainer_precision(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
+    """The trainer's precision of float32 products on a GPU; nothing on a CPU, where there is one only."""
     if device.type == "cpu":
-        with one_thread():
-            yield
+        yield
         return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

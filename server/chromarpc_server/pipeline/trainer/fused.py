@@ -30,7 +30,7 @@ from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.trainer.approximator import TrainerApproximator, held_dtype, in_approximator
-from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic
+from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, trainer_arithmetic, trainer_precision
 from chromarpc_server.pipeline.trainer.forward import attended_text
 from chromarpc_server.pipeline.trainer.held import HeldWeights
 from chromarpc_server.pipeline.trainer.layer import Layer, rank_bucket
@@ -152,7 +152,8 @@ class FusedPreview:
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
         placement = place(adapters, tuple(self._layers), self.settings)
-        written = self._held.rewrite(placement, self._write, context)
+        with trainer_precision(self._device, self.settings):
+            written = self._held.rewrite(placement, self._write, context)
         return SwitchReport(written + self._put_beside(placement.beside, context.check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
