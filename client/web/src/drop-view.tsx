@@ -3,7 +3,7 @@ import { type Held, held } from "./drops.ts";
 
 const WORDS: Readonly<Record<Exclude<Held, "adapters">, string>> = {
   picture: "Drop the picture to see what it was drawn with",
-  unknown: "Drop the folder of a training run here; an adapter, on “Adapters (LoRA)”",
+  unknown: "Drop the folder of a training run anywhere; an adapter, on “Adapters (LoRA)”",
   several: "One picture or one folder at a time; adapters, on “Adapters (LoRA)”",
 };
 
