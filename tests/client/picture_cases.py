@@ -46,6 +46,7 @@ COMPARED: Final = (
     ("ours.png", "ours.png"),
     ("ours.png", "ours-changed.jpg"),
     ("ours.png", "ours-preview.webp"),
+    ("ours-preview.webp", "ours-preview-bfloat16.webp"),
     ("ours.png", "ours-without-adapter.png"),
     ("ours.png", "ours-odd.png"),
     ("ours.png", "comfyui.png"),
@@ -104,6 +105,11 @@ PREVIEW: Final = changed(
     tiled=True,
     versions={"diffusers": "0.36.0", "Torch": "2", "torch": "2.13.0"},
 )
+SAME_PREVIEW: Final = {
+    **PREVIEW,
+    "request": {**PREVIEW["request"], "trainer": {**PREVIEW["request"]["trainer"], "dtype": "bfloat16"}},
+}
+"""With the other word for its type."""
 ODD: Final = changed(
     request={
         **prompted(prompt="\\ \t\r\u2028 é 猫 😀 \x7f", seed=2**63 - 1, guidance_scale=10**301, sample_steps=20.0),
@@ -178,6 +184,7 @@ def made() -> dict[str, bytes]:
         "ours.png": recorded(RECORD),
         "ours-changed.jpg": recorded(changes, "JPEG"),
         "ours-preview.webp": recorded(PREVIEW, "WEBP", pixels(size=(80, 64))),
+        "ours-preview-bfloat16.webp": recorded(SAME_PREVIEW, "WEBP", pixels(size=(80, 64))),
         "ours-without-adapter.png": recorded(changed(request={"loras": []}, adapters=[])),
         "ours-odd.png": recorded(ODD),
         "ours-old.png": recorded(old),

@@ -16,6 +16,8 @@ SAMPLER: Final = Fact("flowmatch", "Euler steps along the flow", same_as="euler"
 SCHEDULER: Final = Fact("flowmatch", "evenly spaced, shifted by the picture's size")
 GUIDANCE: Final = Fact("classifier-free", "one pass at 1 and below")
 PREVIEW_PROFILES: Final = ("preview", "preview-exact")
+DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+"""The trainer's other words for types."""
 
 
 class Unreadable(Exception):
@@ -70,8 +72,7 @@ def recorded_facts(text: str) -> PictureFacts:
     trainer = request.get("trainer")
     if isinstance(trainer, dict):
         facts |= {
-            f"trainer.{name}": _fact(_short(value, "LOKR_FORM_") if name == "lokr_form" else value)
-            for name, value in list(trainer.items())[:MAX_NAMES]
+            f"trainer.{name}": _trainer_fact(name, value) for name, value in list(trainer.items())[:MAX_NAMES]
         }
     output = request.get("output")
     if isinstance(output, dict):
@@ -149,6 +150,12 @@ def _number(name: str, value: Any) -> Any:
 
 def _short(value: Any, prefix: str) -> Any:
     return value.removeprefix(prefix).lower().replace("_", "-") if isinstance(value, str) else value
+
+
+def _trainer_fact(name: str, value: Any) -> Fact:
+    if name == "dtype" and isinstance(value, str):
+        return Fact(value, same_as=DTYPES.get(value))
+    return _fact(_short(value, "LOKR_FORM_") if name == "lokr_form" else value)
 
 
 def _fact(value: Any, note: str = "") -> Fact:

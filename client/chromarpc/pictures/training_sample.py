@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from chromarpc.pictures.facts import UNKNOWN, Fact, PictureFacts, name_of_file
-from chromarpc.pictures.recorded import GUIDANCE, SAMPLER, SCHEDULER
+from chromarpc.pictures.recorded import DTYPES, GUIDANCE, SAMPLER, SCHEDULER
 from chromarpc.pictures.requests import request_of
 from chromarpc.replay.config_file import ConfigError, read_config
 from chromarpc.replay.pairing import FACTORIZED_LOKR_SINCE, FLOAT32_DRAW_SINCE, Row, pair
@@ -59,7 +59,7 @@ def _facts(run: TrainingRun, row: Row, settings: SampleSettings, sha256: str | N
         if run.base_model
         else UNKNOWN,
         "profile": Fact("preview-exact", "the trainer's own picture"),
-        "dtype": Fact(trainer.dtype, same_as=_DTYPES.get(trainer.dtype)),
+        "dtype": Fact(trainer.dtype, same_as=DTYPES.get(trainer.dtype)),
         "prompt": Fact(settings.prompt),
         "neg": Fact(settings.negative_prompt),
         "width": _side(settings.width, settings.requested_width),
@@ -74,7 +74,7 @@ def _facts(run: TrainingRun, row: Row, settings: SampleSettings, sha256: str | N
         "trainer.quantize": Fact(trainer.quantize),
         "trainer.qtype": Fact(trainer.qtype),
         "trainer.quantize_te": Fact(trainer.quantize_te),
-        "trainer.dtype": Fact(trainer.dtype, same_as=_DTYPES.get(trainer.dtype)),
+        "trainer.dtype": Fact(trainer.dtype, same_as=DTYPES.get(trainer.dtype)),
         "output.format": Fact("jpeg-trainer" if row.file.name.endswith((".jpg", ".jpeg")) else "as its file"),
     }
     said: dict[str, object] = {
@@ -109,9 +109,6 @@ def _facts(run: TrainingRun, row: Row, settings: SampleSettings, sha256: str | N
     if model != base:
         remarks.append(f"the config's base model is taken for {model}")
     return PictureFacts(program=PROGRAM, facts=facts, request=request, remarks=(*remarks, *run.assumptions))
-
-
-_DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def _side(drawn: int, asked: int) -> Fact:

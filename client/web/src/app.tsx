@@ -2,12 +2,14 @@
 import { useEffect, useRef } from "preact/hooks";
 import { CompareView } from "./compare-view.tsx";
 import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
+import { DropView } from "./drop-view.tsx";
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
 import { InspectionDialog } from "./inspection-dialog.tsx";
 import { PictureButton } from "./pictures/picture-button.tsx";
 import { PictureView } from "./pictures/picture-view.tsx";
-import { ReplayEntry, ReplayView } from "./replay/replay-view.tsx";
+import { explained, failure } from "./pictures/state.ts";
+import { ReplayButton, ReplayView } from "./replay/replay-view.tsx";
 import { replaying } from "./replay/replaying.ts";
 import { RunView } from "./run-view.tsx";
 import { comparedIds, runs, selectedId, submissions } from "./runs.ts";
@@ -15,6 +17,7 @@ import { UndoView } from "./undo-view.tsx";
 
 export function App() {
   const run = runs.value.get(selectedId.value);
+  const isExplaining = explained.value !== undefined || failure.value !== undefined;
   const isComparing = comparedIds.value.length === 2;
   const stage = useRef<HTMLElement>(null);
   const asked = submissions.value;
@@ -30,7 +33,10 @@ export function App() {
         <h1>
           <img src="./icon.svg" alt="" width="24" height="24" /> chromarpc
         </h1>
-        <PictureButton />
+        <div class="ways-in">
+          <PictureButton />
+          <ReplayButton />
+        </div>
         <ServerLine />
       </header>
       {serverState.value === "down" && (
@@ -48,13 +54,13 @@ export function App() {
           <UndoView />
           <ReplayView />
           {isComparing ? <CompareView /> : run && <RunView key={run.jobId} run={run} />}
-          {!isComparing && !run && !replaying.value && <Welcome />}
+          {!isComparing && !run && !replaying.value && !isExplaining && <Welcome />}
           <PictureView />
-          {!replaying.value && <ReplayEntry />}
           <HistoryView />
         </section>
       </main>
       <InspectionDialog />
+      <DropView />
     </div>
   );
 }
@@ -97,6 +103,11 @@ function Welcome() {
   return (
     <div class="welcome">
       <p>Write what to draw and press “Draw”. The picture comes into being here, step by step.</p>
+      <p class="hint">
+        To see what a picture was drawn with, drop it anywhere on this page. To redraw the samples of a
+        training run, drop the folder that ai-toolkit left. Files stay in this browser, but for adapters that
+        the server does not have.
+      </p>
     </div>
   );
 }

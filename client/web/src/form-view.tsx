@@ -2,6 +2,7 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { servedModels, serverInfo, serverState } from "./connection.ts";
+import { held } from "./drops.ts";
 import { FleetingButton } from "./fleeting-button.tsx";
 import { change, chosenModel, fieldErrors, form, otherErrors, removePrompt, sharedError } from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
@@ -151,7 +152,7 @@ export function FormView() {
           Random seed
         </label>
       </div>
-      <LoraView />
+      <LoraView isHeldOver={held.value === "adapters"} />
       <details>
         <summary>More</summary>
         <Field name="profile" label="Numerics profile">

@@ -19,29 +19,14 @@ interface Upload {
 /** Uploads under way, and those that failed. */
 const uploads = signal<readonly Upload[]>([]);
 let lastKey = 0;
-const isOverDrop = signal(false);
 
-export function LoraView() {
+export function LoraView({ isHeldOver }: { isHeldOver: boolean }) {
   const chosen = form.value.loras;
   const free = loras.value.filter(
     ({ path }) => !isHidden(path) && !chosen.some((choice) => choice.path === path),
   );
   return (
-    <fieldset
-      class={isOverDrop.value ? "loras over" : "loras"}
-      onDragOver={(event) => {
-        event.preventDefault();
-        isOverDrop.value = true;
-      }}
-      onDragLeave={() => {
-        isOverDrop.value = false;
-      }}
-      onDrop={(event) => {
-        event.preventDefault();
-        isOverDrop.value = false;
-        for (const file of event.dataTransfer?.files ?? []) void send(file);
-      }}
-    >
+    <fieldset class={isHeldOver ? "loras over" : "loras"}>
       <legend>Adapters (LoRA)</legend>
       {chosen.map((choice, index) => (
         <ChosenLora key={choice.path} choice={choice} index={index} />
@@ -79,7 +64,7 @@ export function LoraView() {
             multiple
             aria-label="Upload an adapter"
             onChange={(event) => {
-              for (const file of event.currentTarget.files ?? []) void send(file);
+              for (const file of event.currentTarget.files ?? []) void upload(file);
               event.currentTarget.value = "";
             }}
           />
@@ -204,9 +189,10 @@ function forget({ key }: Upload): void {
   uploads.value = uploads.value.filter((other) => other.key !== key);
 }
 
-async function send(file: File): Promise<void> {
+/** Sends an adapter to the server, and chooses it. */
+export async function upload(file: File): Promise<void> {
   const abort = new AbortController();
-  const upload: Upload = {
+  const own: Upload = {
     key: ++lastKey,
     name: file.name,
     sent: 0,
@@ -214,22 +200,22 @@ async function send(file: File): Promise<void> {
     error: undefined,
     abort,
   };
-  uploads.value = [...uploads.value, upload];
+  uploads.value = [...uploads.value, own];
   try {
     const lora = await client.uploadLora(file, {
       signal: abort.signal,
-      onProgress: (sent) => note({ ...upload, sent }),
+      onProgress: (sent) => note({ ...own, sent }),
     });
     keep(lora.path);
     await refreshLoras();
     const chosen = form.value.loras;
     if (!chosen.some(({ path }) => path === lora.path))
       change({ loras: [...chosen, { path: lora.path, multiplier: 1 }] });
-    forget(upload);
+    forget(own);
   } catch (error) {
     noteFailure(error);
     const message = error instanceof Error ? error.message : String(error);
-    if (abort.signal.aborted) forget(upload);
-    else note({ ...upload, error: message });
+    if (abort.signal.aborted) forget(own);
+    else note({ ...own, error: message });
   }
 }

@@ -2,6 +2,7 @@
 import { render } from "preact";
 import { App } from "./app.tsx";
 import { connect } from "./connection.ts";
+import { listenForDrops } from "./drops.ts";
 import { followHistory } from "./history.ts";
 import { stopUnmeantPresses } from "./presses.ts";
 import "./page.css";
@@ -9,6 +10,7 @@ import "./page.css";
 const root = document.getElementById("app");
 if (root === null) throw new Error("the document has no #app");
 stopUnmeantPresses();
+listenForDrops();
 render(<App />, root);
 connect();
 followHistory();

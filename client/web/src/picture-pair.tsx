@@ -56,6 +56,8 @@ export function PicturePair({ left, right, label }: PairProps) {
       </div>
     );
   }
+  // The edge lies above the slider's thumb.
+  const { aspectRatio: _, ...width } = left.ratio;
   const isSlider = mode.value === "slider";
   return (
     <>
@@ -73,6 +75,7 @@ export function PicturePair({ left, right, label }: PairProps) {
         <input
           type="range"
           class="wide"
+          style={width}
           min="0"
           max="100"
           step="0.5"

@@ -8,8 +8,11 @@ import { png, text } from "./picture-files.mjs";
 import {
   dataFolder,
   draw,
+  drop,
   fill,
+  LORA_ROOT,
   launch,
+  middleOf,
   misfits,
   noBrowser,
   open,
@@ -75,17 +78,6 @@ describe("pictures on the page", { skip: noBrowser }, () => {
     return tab;
   }
 
-  /** Drags a file from outside over the page, as a person does, and lets it go. */
-  async function drop(tab, name, { x = 700, y = 400, hover = async () => {} } = {}) {
-    const session = await tab.context().newCDPSession(tab);
-    const data = { items: [], files: [file(name)], dragOperationsMask: 1 };
-    for (const type of ["dragEnter", "dragOver"])
-      await session.send("Input.dispatchDragEvent", { type, x, y, data });
-    await hover();
-    await session.send("Input.dispatchDragEvent", { type: "drop", x, y, data });
-    await session.detach();
-  }
-
   /** What the panel tells of one fact. */
   async function told(tab, name) {
     const term = panel(tab)
@@ -131,7 +123,7 @@ describe("pictures on the page", { skip: noBrowser }, () => {
       await tab.getByText("Drop the picture to see").waitFor();
       await shot(tab, "dropping");
     };
-    await drop(tab, "ours.png", { x: 200, y: 500, hover });
+    await drop(tab, file("ours.png"), { x: 200, y: 500, hover });
     await panel(tab).getByText("ours.png: PNG, 64×96, drawn by chromarpc").waitFor();
     assert.equal(await tab.getByText("Drop the picture to see").count(), 0);
     assert.equal(await told(tab, "prompt"), PROMPT);
@@ -150,7 +142,7 @@ describe("pictures on the page", { skip: noBrowser }, () => {
     assert.equal((await settings(tab))[0], "something else");
     await panel(tab).getByRole("button", { name: "Compare with the run shown" }).click();
     await panel(tab)
-      .getByText(/pixels: PSNR \d+\.\d\d dB, largest difference \d+ of 255/)
+      .getByText(/pixels: PSNR \d+\.\d\d dB, SSIM 0\.\d{4}, largest difference \d+ of 255/)
       .waitFor();
     assert.deepEqual(await lines(tab), ["guidance_scale: 2.5 → 3.0"]);
     const slider = tab.getByLabel("Where the right picture begins");
@@ -198,7 +190,7 @@ describe("pictures on the page", { skip: noBrowser }, () => {
 
   test("a picture of ComfyUI fills the form as far as it goes, and says what is left", async () => {
     const tab = await opened();
-    await drop(tab, "comfyui.png");
+    await drop(tab, file("comfyui.png"));
     await panel(tab).getByText("comfyui.png: PNG, 64×64, drawn by ComfyUI").waitFor();
     assert.equal(await told(tab, "model_revision"), "unknown");
     assert.match(await told(tab, "scheduler"), /^beta/);
@@ -218,9 +210,9 @@ describe("pictures on the page", { skip: noBrowser }, () => {
 
   test("two pictures that are dropped one after the other are compared", async () => {
     const tab = await opened();
-    await drop(tab, "comfyui.png");
+    await drop(tab, file("comfyui.png"));
     await panel(tab).getByText("drawn by ComfyUI").waitFor();
-    await drop(tab, "a1111.png");
+    await drop(tab, file("a1111.png"));
     await panel(tab).getByText("drawn by AUTOMATIC1111 or Forge v1.10.1").waitFor();
     await panel(tab).getByRole("button", { name: "Compare with comfyui.png" }).click();
     const found = await lines(tab);
@@ -245,7 +237,7 @@ describe("pictures on the page", { skip: noBrowser }, () => {
     graph.lora.inputs.lora_name = url;
     await writeFile(file("url.png"), png(text("tEXt", "prompt", "", JSON.stringify(graph))));
     const tab = await opened();
-    await drop(tab, "url.png");
+    await drop(tab, file("url.png"));
     const take = panel(tab).getByRole("button", { name: "Take its settings" });
     const adapter = tab.getByRole("slider", { name: `Strength of ${url}` });
     await take.click();
@@ -266,14 +258,14 @@ describe("pictures on the page", { skip: noBrowser }, () => {
 
   test("a trainer's sample has no record, and the page says who can tell", async () => {
     const tab = await opened();
-    await drop(tab, "1795648942091__000000250_1.png");
+    await drop(tab, file("1795648942091__000000250_1.png"));
     await panel(tab).getByText("it does not say what it was drawn with").waitFor();
     await panel(tab).getByText("“Redraw a training run” reads it").waitFor();
     assert.equal(await panel(tab).getByRole("button", { name: "Take its settings" }).count(), 0);
     await tab.close();
   });
 
-  test("what is no picture is one line, however large, and folders are left to others", async () => {
+  test("what is no picture is one line, however large", async () => {
     await writeFile(file("notes.png"), "no picture");
     await writeFile(file("adapter.safetensors"), Buffer.alloc(1000));
     const whole = await readFile(file("comfyui.png"));
@@ -283,30 +275,95 @@ describe("pictures on the page", { skip: noBrowser }, () => {
     const large = await openFile(file("large.bin"), "w");
     await large.truncate(300 * 1024 ** 2);
     await large.close();
-    await mkdir(file("run folder"));
     const tab = await opened();
     const said = panel(tab).getByRole("alert");
     for (const [name, sentence] of [
       ["notes.png", "notes.png is no PNG, JPEG or WebP."],
       ["cut.png", "cut.png is a PNG that was cut short."],
-      ["adapter.safetensors", "adapter.safetensors is no PNG, JPEG or WebP."],
+      [
+        "adapter.safetensors",
+        "adapter.safetensors is an adapter. Drop it on the form’s box “Adapters (LoRA)”.",
+      ],
       ["large.bin", "large.bin is no PNG, JPEG or WebP."],
     ]) {
-      await drop(tab, name);
+      await drop(tab, file(name));
       await said.filter({ hasText: sentence }).waitFor();
       assert.equal(await said.textContent(), sentence);
     }
     await shot(tab, "explained-none");
     await tab.getByRole("button", { name: "Close the picture" }).click();
-    await drop(tab, "run folder");
     assert.equal(await panel(tab).count(), 0);
-    await drop(tab, "broken.png");
+    await drop(tab, file("broken.png"));
     await panel(tab).getByText("Its pixels cannot be shown: they are broken.").waitFor();
-    await drop(tab, "a1111.png");
+    await drop(tab, file("a1111.png"));
     await panel(tab).getByRole("button", { name: "Compare with broken.png" }).click();
     await panel(tab)
       .getByText("pixels: cannot be compared: one of them is no picture, or a broken one")
       .waitFor();
+    assert.deepEqual(tab.complaints, []);
+    await tab.close();
+  });
+
+  test("each kind of thing that is dropped goes where it belongs, and nothing opens in the page's place", async () => {
+    await mkdir(file("run folder"));
+    await writeFile(
+      file("new.safetensors"),
+      await readFile(path.join(LORA_ROOT, "hollow_shapes.safetensors")),
+    );
+    await writeFile(file("empty.safetensors"), Buffer.alloc(10));
+    const tab = await opened();
+    const box = tab.getByRole("group", { name: "Adapters (LoRA)" });
+    const onBox = await middleOf(box);
+    const said = panel(tab).getByRole("alert");
+    const files = (...names) => names.map(file);
+    for (const [names, sentence, at] of [
+      [
+        ["comfyui.png", "a1111.png"],
+        "These are 2 files or folders. Drop one picture, or one folder of a training run.",
+      ],
+      [
+        ["comfyui.png", "a1111.png"],
+        "These are 2 files or folders. Drop one picture, or one folder of a training run.",
+        onBox,
+      ],
+      [
+        ["run folder", "new.safetensors", "comfyui.png"],
+        "These are 3 files or folders. Drop one picture, or one folder of a training run.",
+        onBox,
+      ],
+      [
+        ["new.safetensors", "empty.safetensors"],
+        "These are 2 adapters. Drop them on the form’s box “Adapters (LoRA)”.",
+      ],
+    ]) {
+      const hover = async () => {
+        if (at === undefined) await tab.getByText("One picture or one folder at a time").waitFor();
+      };
+      await drop(tab, files(...names), { ...at, hover });
+      await said.filter({ hasText: sentence }).waitFor();
+      assert.equal(await tab.locator(".drop-over").count(), 0);
+      await tab.getByRole("button", { name: "Close the picture" }).click();
+    }
+    assert.equal(await tab.locator(".replay").count(), 0);
+    // A picture is one wherever it is dropped.
+    await drop(tab, file("comfyui.png"), onBox);
+    await panel(tab).getByText("drawn by ComfyUI").waitFor();
+    // A line about something else does not take it away.
+    await drop(tab, files("a1111.png", "cut.png"));
+    await said.filter({ hasText: "These are 2 files" }).waitFor();
+    assert.equal(await panel(tab).getByText("drawn by ComfyUI").count(), 1);
+    const hover = async () => {
+      assert.match(await box.getAttribute("class"), /over/);
+      assert.equal(await tab.locator(".drop-over").count(), 0);
+    };
+    await drop(tab, files("new.safetensors", "empty.safetensors"), { ...(await middleOf(box)), hover });
+    await box.getByRole("slider").waitFor();
+    await box.getByRole("alert").filter({ hasText: "empty.safetensors: " }).waitFor();
+    assert.doesNotMatch(await box.getAttribute("class"), /over/);
+    await drop(tab, file("run folder"), await middleOf(box));
+    await tab.locator(".replay .error", { hasText: "this is no run folder" }).waitFor();
+    assert.equal(await box.getByRole("alert").count(), 1);
+    assert.equal(tab.url(), stack.url);
     assert.deepEqual(tab.complaints, []);
     await tab.close();
   });

@@ -126,7 +126,7 @@ describe("the page", { skip: noBrowser }, () => {
   test("an uploaded adapter changes the picture; both are compared", async () => {
     const tab = await open(browser, stack.url);
     const file = await readFile(path.join(LORA_ROOT, "hollow_shapes.safetensors"));
-    await fill(tab, { Prompt: "a hlw large red circle in the middle on a white background" });
+    await fill(tab, { Prompt: "a hlw large red circle in the middle on a white background", Steps: "10" });
     await tab.getByLabel("Random seed").uncheck();
     await fill(tab, { Seed: "7" });
     await draw(tab);

@@ -26,7 +26,7 @@ describe("what the page and the Python client have to agree on", () => {
       "replay/run-folder.ts",
       "replay/pairing.ts",
       "replay/calibration.ts",
-      "replay/similarity.ts",
+      "pixels/similarity.ts",
       "replay/facts.ts",
     );
   });

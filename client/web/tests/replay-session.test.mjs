@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { before, describe, test } from "node:test";
+import { png } from "./picture-files.mjs";
 import { load } from "./source.mjs";
 
 const TIME_MS = 1_795_648_911_717;
@@ -63,7 +64,7 @@ describe("a replay on the page", () => {
       "replay/run-folder.ts",
       "replay/drawing.ts",
       "replay/serving.ts",
-      "replay/picture-file.ts",
+      "pixels/picture-file.ts",
       "replay/config-file.ts",
       "replay/config-limits.ts",
     );
@@ -447,7 +448,7 @@ describe("what a picture file says of itself", () => {
   let page;
   const ends = [];
   before(async () => {
-    page = await load({ after: (end) => ends.push(end) }, "replay/picture-file.ts");
+    page = await load({ after: (end) => ends.push(end) }, "pixels/picture-file.ts");
   });
   test.after(async () => {
     for (const end of ends) await end();
@@ -471,8 +472,14 @@ describe("what a picture file says of itself", () => {
     assert.deepEqual(page.pictureHead(webp), { mediaType: "image/webp", width: 320, height: 192 });
   });
 
+  test("what follows a PNG is not the picture's", () => {
+    const head = { mediaType: "image/png", width: 64, height: 64 };
+    assert.deepEqual(page.pictureHead(Buffer.concat([png(), Buffer.alloc(100)])), head);
+  });
+
   for (const [what, data] of [
     ["nothing", Buffer.alloc(0)],
+    ["a PNG that is cut off", png().subarray(0, -12)],
     ["a text", Buffer.from("<svg xmlns='http://www.w3.org/2000/svg'/>")],
     ["a JPEG that is cut off", jpeg(64, 64, "ffda0002 11")],
     ["a JPEG that ends in its head", jpeg(64, 64).subarray(0, 9)],

@@ -7,8 +7,10 @@ import { configText, drawTrainers, writeRun, writeSample } from "./run-folder.mj
 import {
   dataFolder,
   draw,
+  drop,
   fill,
   launch,
+  middleOf,
   misfits,
   noBrowser,
   open,
@@ -35,17 +37,7 @@ describe("a training run on the page", { skip: noBrowser }, () => {
 
   async function choose(tab, folder) {
     await tab.locator(".dot").waitFor();
-    await tab.getByLabel("Choose a run folder").setInputFiles(folder);
-  }
-
-  /** Drops a folder on the page, as the browser itself would tell of it. */
-  async function drop(tab, folder, below = tab.locator("header")) {
-    await tab.locator(".dot").waitFor();
-    const { x, y } = await below.boundingBox();
-    const session = await tab.context().newCDPSession(tab);
-    const data = { items: [], files: [folder], dragOperationsMask: 1 };
-    for (const type of ["dragEnter", "dragOver", "drop"])
-      await session.send("Input.dispatchDragEvent", { type, x: x + 9, y: y + 9, data });
+    await tab.getByLabel("Redraw a training run").setInputFiles(folder);
   }
 
   test("the grid fills, says how near it is, and a pair opens in full size", async () => {
@@ -103,7 +95,49 @@ describe("a training run on the page", { skip: noBrowser }, () => {
     assert.deepEqual(await misfits(tab, 320), []);
     await shot(tab, "replay-320");
     await replay.getByRole("button", { name: "Close replay" }).click();
-    await tab.getByLabel("Choose a run folder").waitFor();
+    await replay.waitFor({ state: "detached" });
+    assert.deepEqual(tab.complaints, []);
+    await tab.close();
+  });
+
+  test("a dropped picture is compared with our picture of a sample", async () => {
+    const folder = path.join(place, "compared");
+    const sample = { neg: "", width: 64, height: 64, seed: 42, sample_steps: 2, guidance_scale: 4 };
+    await mkdir(folder, { recursive: true });
+    await writeFile(path.join(folder, "config.yaml"), configText("compared", { ...sample, prompts: ["a"] }));
+    const settings = { prompt: "a", width: 64, height: 64, seed: 42, sample_steps: 2, guidance_scale: 4 };
+    await writeSample(folder, 0, 0, await drawTrainers(stack.url, settings));
+    const other = path.join(place, "other.png");
+    await writeFile(
+      other,
+      await drawTrainers(stack.url, { ...settings, guidance_scale: 3, format: "IMAGE_FORMAT_PNG" }),
+    );
+    const tab = await open(browser, stack.url);
+    await choose(tab, folder);
+    const card = tab.locator('.pair-card[data-key="0 0"]').getByRole("button");
+    const dialog = tab.getByRole("dialog", { name: "Step 0, sample 0" });
+    const panel = tab.getByRole("article", { name: "Explained picture" });
+    const lines = panel.getByRole("list", { name: "What differs" }).getByRole("listitem");
+    await tab.locator(".verdict").waitFor();
+    await card.click();
+    await dialog.getByText("Drop a picture here to see what differs").waitFor();
+    await drop(tab, other, await middleOf(dialog));
+    await panel.getByText("other.png → step 0, sample 0, redrawn").waitFor();
+    await panel.getByText(/pixels: PSNR \d+\.\d\d dB, SSIM 0\.\d{4}, largest difference/).waitFor();
+    await dialog.waitFor({ state: "detached" });
+    const found = await lines.allInnerTexts();
+    assert.ok(found.includes("guidance_scale: 3.0 → 4.0"), found.join("\n"));
+    assert.ok(!found.some((line) => /^(seed|prompt|width|model|sample_steps)/.test(line)), found.join("\n"));
+    await shot(tab, "replay-compared");
+    await panel.getByRole("button", { name: "Close the comparison" }).click();
+    await panel.getByRole("button", { name: "Compare with step 0, sample 0, redrawn" }).click();
+    await lines.filter({ hasText: "guidance_scale" }).waitFor();
+    await panel.getByRole("button", { name: "Close the comparison" }).click();
+    await card.click();
+    await dialog.getByRole("button", { name: "Compare ours with other.png" }).click();
+    await lines.filter({ hasText: "guidance_scale" }).waitFor();
+    assert.equal(await dialog.count(), 0);
+    assert.equal(await panel.evaluate((element) => element === document.activeElement), true);
     assert.deepEqual(tab.complaints, []);
     await tab.close();
   });
@@ -112,6 +146,7 @@ describe("a training run on the page", { skip: noBrowser }, () => {
     const tab = await open(browser, stack.url);
     const folder = path.join(place, "no run");
     await mkdir(folder, { recursive: true });
+    await tab.locator(".dot").waitFor();
     await drop(tab, folder);
     const error = tab.locator(".replay .error");
     await error.waitFor();
@@ -122,7 +157,7 @@ describe("a training run on the page", { skip: noBrowser }, () => {
     const config = configText("other", { prompts: ["a"] }).replace("arch: chroma", "arch: '<b>flux'");
     await writeFile(path.join(folder, "config.yaml"), config);
     // What takes adapters leaves a folder alone.
-    await drop(tab, folder, tab.locator("fieldset.loras"));
+    await drop(tab, folder, await middleOf(tab.locator("fieldset.loras")));
     await error.filter({ hasText: "flux" }).waitFor();
     assert.equal(await tab.locator("fieldset.loras").getAttribute("class"), "loras");
     assert.equal(await tab.locator("fieldset.loras .error").count(), 0);

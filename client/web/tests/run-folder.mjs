@@ -31,14 +31,17 @@ export async function writeSample(folder, step, index, data) {
   await writeFile(path.join(folder, "samples", `${TIME_MS + step}__${number}_${index}.jpg`), data);
 }
 
-/** Has a server draw one picture, by its HTTP API; the trainer's own JPEG. */
-export async function drawTrainers(url, { profile = "preview-exact", adapter, ...prompt }) {
+/** Has a server draw one picture, by its HTTP API; the trainer's own JPEG unless another format is named. */
+export async function drawTrainers(
+  url,
+  { profile = "preview-exact", adapter, format = "IMAGE_FORMAT_JPEG_TRAINER", ...prompt },
+) {
   const body = {
     model: "chroma-mini",
     profile,
     prompts: [prompt],
     loras: adapter === undefined ? [] : [{ path: adapter, network_multiplier: 1 }],
-    output: { format: "IMAGE_FORMAT_JPEG_TRAINER" },
+    output: { format },
     trainer: { quantize: true },
   };
   const headers = { "content-type": "application/json" };

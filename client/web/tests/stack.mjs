@@ -161,6 +161,27 @@ export async function fill(tab, values) {
     await tab.getByLabel(label, { exact: true }).fill(value);
 }
 
+/**
+ * Drags files or folders from outside over the page, as a person does, and lets them go.
+ *
+ * @param hover called while they are held there.
+ */
+export async function drop(tab, paths, { x = 700, y = 400, hover = async () => {} } = {}) {
+  const session = await tab.context().newCDPSession(tab);
+  const data = { items: [], files: [paths].flat(), dragOperationsMask: 1 };
+  for (const type of ["dragEnter", "dragOver"])
+    await session.send("Input.dispatchDragEvent", { type, x, y, data });
+  await hover();
+  await session.send("Input.dispatchDragEvent", { type: "drop", x, y, data });
+  await session.detach();
+}
+
+/** A point within an element, to drop something on. */
+export async function middleOf(element) {
+  const { x, y, width, height } = await element.boundingBox();
+  return { x: x + width / 2, y: y + height / 2 };
+}
+
 /** Presses the button that draws. */
 export async function draw(tab) {
   await tab.getByRole("button", { name: /^Draw/ }).click();

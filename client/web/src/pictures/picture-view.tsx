@@ -1,6 +1,7 @@
 /** A picture from anywhere: what it was drawn with, into the form with it, or beside another. */
 import { useEffect, useRef, useState } from "preact/hooks";
 import { FleetingButton, stage } from "../fleeting-button.tsx";
+import { drawnOf, latestKey, shownSamples } from "../replay/replaying.ts";
 import { runs, selectedId, submissions } from "../runs.ts";
 import { ComparisonView } from "./comparison-view.tsx";
 import { getFact, isOurs, namesOf, type PictureFacts, shown } from "./facts.ts";
@@ -9,6 +10,7 @@ import { isWhole } from "./pixels.ts";
 import { urlsIn } from "./settings.ts";
 import {
   close,
+  compareWith,
   compareWithPrevious,
   compareWithRun,
   comparison,
@@ -42,7 +44,7 @@ export function PictureView() {
   return (
     <article ref={element} class="run explained" aria-label="Explained picture" tabIndex={-1}>
       <div class="head">
-        <h2>{one ? headOf(one) : "A picture"}</h2>
+        <h2>{one ? headOf(one) : "Nothing was opened"}</h2>
         <FleetingButton heir={stage} aria-label="Close the picture" onClick={close}>
           Close
         </FleetingButton>
@@ -110,6 +112,8 @@ function Actions({ one }: { one: ShownPicture }) {
   const [index, setIndex] = useState(0);
   const drawn = (run?.pictures ?? []).flatMap(({ image }, number) => (image === undefined ? [] : [number]));
   const chosen = drawn.includes(index) ? index : drawn[0];
+  const sample = drawnOf(latestKey.value);
+  const hasSamples = shownSamples.value.some(({ result }) => result.drawn !== undefined);
   const { request } = one.picture.facts;
   const urls = request === undefined ? [] : urlsIn(request);
   const take = (withUrls: boolean): void => {
@@ -141,12 +145,20 @@ function Actions({ one }: { one: ShownPicture }) {
             </select>
           </label>
         )}
+        {sample !== undefined && (
+          <button type="button" onClick={() => void compareWith(sample)}>
+            Compare with {sample.name}
+          </button>
+        )}
         {previous.value !== undefined && (
           <button type="button" onClick={compareWithPrevious}>
             Compare with {printable(previous.value.picture.name)}
           </button>
         )}
       </div>
+      {sample === undefined && hasSamples && (
+        <p class="hint">To compare it with a sample of the training run above, open that sample.</p>
+      )}
       {isAsking && <UrlQuestion urls={urls} take={take} />}
     </>
   );

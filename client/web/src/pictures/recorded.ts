@@ -13,6 +13,12 @@ const PLACED: Readonly<Record<string, string>> = {
   merged: "merged into the weights",
   beside: "computed beside the weights",
 };
+/** The trainer's other words for types. */
+const DTYPES: ReadonlyMap<string, string> = new Map([
+  ["bf16", "bfloat16"],
+  ["fp32", "float32"],
+  ["float", "float32"],
+]);
 const NOTHING: JsonObject = new Map();
 
 /** A record that is none; a sentence for people. */
@@ -49,7 +55,7 @@ export function recordedFacts(text: string): PictureFacts {
   const sorted = [...versions].sort(([one], [other]) => compareTexts(one, other)).slice(0, MAX_NAMES);
   for (const [name, value] of sorted) facts.set(`versions.${name}`, known(value));
   for (const [name, value] of [...objectOr(request.get("trainer"))].slice(0, MAX_NAMES)) {
-    facts.set(`trainer.${name}`, known(name === "lokr_form" ? short(value, "LOKR_FORM_") : value));
+    facts.set(`trainer.${name}`, trainerFact(name, value));
   }
   const output = request.get("output");
   if (isObject(output)) {
@@ -151,6 +157,11 @@ function scaled(name: string, value: Json | undefined): Json | undefined {
 function short(value: Json | undefined, prefix: string): Json | undefined {
   if (typeof value !== "string") return value;
   return (value.startsWith(prefix) ? value.slice(prefix.length) : value).toLowerCase().replaceAll("_", "-");
+}
+
+function trainerFact(name: string, value: Json): Fact {
+  if (name === "dtype" && typeof value === "string") return fact(value, "", DTYPES.get(value));
+  return known(name === "lokr_form" ? short(value, "LOKR_FORM_") : value);
 }
 
 function known(value: Json | undefined, note = ""): Fact {

@@ -1,6 +1,6 @@
 /** The picture that is explained, and what it is compared with. Its bytes stay in the browser. */
 import { signal } from "@preact/signals";
-import { repeatRequest } from "chromarpc/web";
+import { type Plan, type Prepared, repeatRequest } from "chromarpc/web";
 import { loras, servedModels, serverInfo } from "../connection.ts";
 import { change, chosenModel, form, showNoError } from "../form.ts";
 import type { Run } from "../runs.ts";
@@ -41,8 +41,8 @@ export const untaken = signal<readonly string[] | undefined>(undefined);
 export const openings = signal(0);
 let newest = 0;
 
-/** Reads a file and explains it; what is no picture gives one line. */
-export async function explain(file: File): Promise<void> {
+/** Reads a file and explains it; what is no picture gives one line. Says whether it is one. */
+export async function explain(file: File): Promise<boolean> {
   const number = ++newest;
   let said: string | undefined;
   let picture: OpenedPicture | undefined;
@@ -51,9 +51,22 @@ export async function explain(file: File): Promise<void> {
   } catch (error) {
     said = error instanceof NoPicture ? error.message : "cannot be read";
   }
-  if (number !== newest) return; // another file came meanwhile
+  if (number !== newest) return false; // another file came meanwhile
   failure.value = said === undefined ? undefined : `${file.name} ${said}.`;
   if (picture !== undefined) show(picture);
+  openings.value += 1;
+  return picture !== undefined;
+}
+
+/** Brings the picture, or what it is compared with, before the eye. */
+export function bringIntoSight(): void {
+  openings.value += 1;
+}
+
+/** Says why nothing is explained, where a picture would be; one that is shown stays. */
+export function refuse(sentence: string): void {
+  newest += 1;
+  failure.value = sentence;
   openings.value += 1;
 }
 
@@ -105,20 +118,35 @@ export function compareWithPrevious(): void {
   if (previous.value !== undefined && explained.value !== undefined) compare(previous.value, explained.value);
 }
 
-/** The picture beside one of a run. */
-export async function compareWithRun(run: Run, index: number): Promise<void> {
-  const image = run.pictures[index]?.image;
-  const first = explained.value;
-  if (image === undefined || first === undefined) return;
-  const name = `run ${run.jobId.slice(0, 8)}, picture ${index + 1}`;
-  const picture = await openPicture(name, new Uint8Array(image.data));
-  if (explained.value !== first) return;
-  compare(first, shown(picture.facts.program === "" ? withPlan(picture, run, index) : picture));
+/** A picture that was drawn for this page, and what the server told of it. */
+export interface DrawnHere {
+  readonly name: string;
+  readonly data: Uint8Array<ArrayBuffer>;
+  /** Of the prompt within the plan. */
+  readonly index: number;
+  readonly plan: Plan | undefined;
+  readonly prepared: Prepared | undefined;
 }
 
-/** A run's picture without a record, with what the server told of the run. */
-function withPlan(picture: OpenedPicture, run: Run, index: number): OpenedPicture {
-  const { plan, prepared } = run;
+/** The picture beside one of a run. */
+export async function compareWithRun({ jobId, pictures, plan, prepared }: Run, index: number): Promise<void> {
+  const image = pictures[index]?.image;
+  if (image === undefined) return;
+  const name = `run ${jobId.slice(0, 8)}, picture ${index + 1}`;
+  await compareWith({ name, data: new Uint8Array(image.data), index, plan, prepared });
+}
+
+/** The picture beside one that was drawn here. */
+export async function compareWith(drawn: DrawnHere): Promise<void> {
+  const first = explained.value;
+  if (first === undefined) return;
+  const picture = await openPicture(drawn.name, drawn.data);
+  if (explained.value !== first) return;
+  compare(first, shown(picture.facts.program === "" ? withPlan(picture, drawn) : picture));
+}
+
+/** A picture without a record, with what the server told while it drew. */
+function withPlan(picture: OpenedPicture, { plan, prepared, index }: DrawnHere): OpenedPicture {
   if (plan === undefined) return picture;
   const record = {
     request: repeatRequest(plan, index),

@@ -1,9 +1,9 @@
 /** The curve of similarity over the steps of the training: each sample a point, the median of each step a line. */
 import { useEffect, useRef, useState } from "preact/hooks";
+import { SAME_DB } from "../pixels/similarity.ts";
 import { type CurvePoint, nearness } from "./facts.ts";
 import type { Result } from "./session.ts";
 import { keyOf } from "./session.ts";
-import { SAME_DB } from "./similarity.ts";
 
 const HEIGHT = 220;
 const [LEFT, RIGHT, TOP, BOTTOM] = [48, 12, 34, 30];

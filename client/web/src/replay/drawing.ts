@@ -14,6 +14,8 @@ import {
   type GenerationEvent,
   type ImageFormat,
   type NoiseDraw,
+  type Plan,
+  type Prepared,
   ProtocolError,
   QueueFull,
   QuotaExceeded,
@@ -67,9 +69,8 @@ export interface Drawn {
   readonly data: Uint8Array<ArrayBuffer>;
   readonly mediaType: string;
   readonly warnings: readonly string[];
-  readonly modelRevision: string;
-  readonly device: string;
-  readonly versions: Readonly<Record<string, string>>;
+  readonly plan: Plan;
+  readonly prepared: Prepared | undefined;
 }
 
 /** A picture, or why there is none: a sentence for people. */
@@ -173,14 +174,13 @@ export class Artist {
       if (jobId !== undefined && !signal.aborted) void this.#client.deleteJob(jobId).catch(() => undefined);
     }
     if (image === undefined) throw new ProtocolError("the server drew no picture");
-    const { data, mediaType, prepared, warnings } = image;
+    const { data, mediaType, plan, prepared, warnings } = image;
     return {
       data,
       mediaType,
       warnings: [...new Set(warnings.map(({ message }) => message))],
-      modelRevision: prepared?.modelRevision ?? "",
-      device: prepared?.device ?? "",
-      versions: prepared?.versions ?? {},
+      plan,
+      prepared,
     };
   }
 

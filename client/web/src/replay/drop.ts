@@ -1,42 +1,5 @@
-/** Folders that are dropped on the page; everything else that is dropped is somebody else's. */
+/** A folder that is dropped on the page, as the browser lets it be read. */
 import { MAX_ENTRIES, type Opener, RunFolder, SAMPLES, Unreadable } from "./run-folder.ts";
-
-/**
- * Listens for folders, anywhere on the page.
- *
- * @param take told of each that is dropped.
- * @param onHover told whether something that may be a folder is held over the page.
- */
-export function listenForFolders(
-  take: (folder: Promise<RunFolder>) => void,
-  onHover: (isOver: boolean) => void,
-): void {
-  document.addEventListener("dragover", (event) => {
-    // What it is, a browser says only when it is dropped: until then, anything but a picture may be a folder.
-    const items = [...(event.dataTransfer?.items ?? [])];
-    if (!items.some(({ kind, type }) => kind === "file" && !type.startsWith("image/"))) return;
-    event.preventDefault();
-    onHover(true);
-  });
-  document.addEventListener("dragleave", (event) => {
-    if (event.relatedTarget === null) onHover(false);
-  });
-  document.addEventListener(
-    "drop",
-    (event) => {
-      onHover(false);
-      const entries = [...(event.dataTransfer?.items ?? [])].map((item) => item.webkitGetAsEntry?.() ?? null);
-      const folder = entries.find((entry) => entry?.isDirectory);
-      if (!folder) return;
-      event.preventDefault();
-      event.stopPropagation();
-      // Whatever is below takes files and would wait for them to leave.
-      event.target?.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
-      take(folderOf(folder as FileSystemDirectoryEntry));
-    },
-    { capture: true },
-  );
-}
 
 /**
  * A dropped folder, listed.

@@ -1,6 +1,7 @@
 /** What a replay came to, in words: the same sentences as the Python client's report. */
+
+import { SAME_DB } from "../pixels/similarity.ts";
 import type { Result } from "./session.ts";
-import { SAME_DB } from "./similarity.ts";
 
 /** From here on hardly anybody sees a difference. */
 const EYE_DB = 40;

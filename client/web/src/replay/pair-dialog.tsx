@@ -1,8 +1,11 @@
 /** One sample and its redrawing in full size: a slider between them, side by side, or their difference. */
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
+import { held } from "../drops.ts";
+import { bringIntoSight, compareWith, explained } from "../pictures/state.ts";
+import { printable } from "../pictures/texts.ts";
 import { nearness } from "./facts.ts";
-import { openedKey, replaying, shownSamples } from "./replaying.ts";
+import { drawnOf, openedKey, replaying, shownSamples } from "./replaying.ts";
 import { keyOf } from "./session.ts";
 
 type Mode = "slider" | "side by side" | "difference";
@@ -33,7 +36,7 @@ export function PairDialog({ openedKey: key }: { openedKey: string }) {
   return (
     <dialog
       ref={dialog}
-      class="pair-dialog"
+      class={held.value === "picture" ? "pair-dialog over" : "pair-dialog"}
       aria-label={name}
       onClose={() => {
         openedKey.value = undefined;
@@ -142,6 +145,7 @@ export function PairDialog({ openedKey: key }: { openedKey: string }) {
           />
         </label>
       )}
+      <Beside sampleKey={key} />
       <dl>
         {similarity && (
           <>
@@ -182,6 +186,31 @@ export function PairDialog({ openedKey: key }: { openedKey: string }) {
         </p>
       ))}
     </dialog>
+  );
+}
+
+/** The way to a third picture: why does another program's differ from this sample? */
+function Beside({ sampleKey }: { sampleKey: string }) {
+  const one = explained.value;
+  return (
+    <div class="row tight">
+      {one !== undefined && (
+        <button
+          type="button"
+          onClick={async () => {
+            const sample = drawnOf(sampleKey);
+            openedKey.value = undefined;
+            if (sample !== undefined) await compareWith(sample);
+            bringIntoSight();
+          }}
+        >
+          Compare ours with {printable(one.picture.name)}
+        </button>
+      )}
+      <p class="hint">
+        Drop {one === undefined ? "a" : "another"} picture here to see what differs between it and ours.
+      </p>
+    </div>
   );
 }
 

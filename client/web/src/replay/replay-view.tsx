@@ -1,4 +1,4 @@
-/** A training run, redrawn: where its folder is given, and the grid of pairs that fills. */
+/** A training run, redrawn: the button that takes its folder, and the grid of pairs that fills. */
 import { useEffect, useRef } from "preact/hooks";
 import { FleetingButton, stage } from "../fleeting-button.tsx";
 import { CurveView } from "./curve-view.tsx";
@@ -8,7 +8,6 @@ import {
   begin,
   close,
   goOn,
-  isFolderOver,
   nameOf,
   openedKey,
   progress,
@@ -23,31 +22,18 @@ import { chosenFolder } from "./run-folder.ts";
 import { keyOf, MIN_PSNR_DB } from "./session.ts";
 
 /** Where a folder is given. */
-export function ReplayEntry() {
-  return (
-    <section
-      class={isFolderOver.value ? "panel replay-entry over" : "panel replay-entry"}
-      aria-label="Replay"
-    >
-      <h2>Redraw a training run</h2>
-      <p class="hint">
-        Choose the folder that ai-toolkit left (config, samples, adapters), or drop it anywhere on this page:
-        every sample is drawn again and shown beside the trainer's. Files stay in this browser, but for
-        adapters that the server does not have.
-      </p>
-      <FolderButton />
-    </section>
-  );
+export function ReplayButton() {
+  return <FolderButton text="Redraw a training run …" label="Redraw a training run" />;
 }
 
-function FolderButton() {
+function FolderButton({ text, label }: { text: string; label: string }) {
   return (
-    <label class="button">
-      Choose a run folder …
+    <label class="button quiet">
+      {text}
       <input
         type="file"
         class="visually-hidden"
-        aria-label="Choose a run folder"
+        aria-label={label}
         // @ts-expect-error Not in the standard, and in every browser.
         webkitdirectory
         onChange={(event) => {
@@ -109,7 +95,9 @@ function Head({ now }: { now: Replaying }) {
               Cancel replay
             </FleetingButton>
           )}
-          {now.phase === "unusable" && <FolderButton />}
+          {now.phase === "unusable" && (
+            <FolderButton text="Choose another folder …" label="Choose another folder" />
+          )}
           {!isWorking && (
             <FleetingButton heir={stage} class="quiet" onClick={close}>
               Close replay
@@ -223,8 +211,8 @@ function Resolved({ now: { run, server, assumptions, ignored } }: { now: Replayi
     ["Noise draw", draws.join(", ")],
     ["LoKr", forms.join(", ")],
     ["Drawn with", server ? `${server.model}, profile ${server.profile}, chromarpc ${server.version}` : ""],
-    ["Device", drawn?.device || server?.device || ""],
-    ["Weights", drawn?.modelRevision.slice(0, 16) ?? ""],
+    ["Device", drawn?.prepared?.device || server?.device || ""],
+    ["Weights", drawn?.prepared?.modelRevision.slice(0, 16) ?? ""],
     ["Not replaced", run.unresolved.map((name) => `\${${name}}`).join(", ")],
   ];
   return (
@@ -266,6 +254,7 @@ function Grid({ now: { samples } }: { now: Replaying }) {
   }
   return (
     <>
+      {steps.size > 0 && <p class="hint">In each pair: the trainer's picture left, ours right.</p>}
       {[...steps].map(([step, keys]) => (
         <section key={step} class="replay-step" aria-label={`Step ${step}`}>
           <StepTitle step={step} />

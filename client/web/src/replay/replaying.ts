@@ -1,12 +1,12 @@
 /** The replay that this page shows: its folder, how far it is, and the pictures by sample. */
-import { computed, type Signal, signal } from "@preact/signals";
+import { computed, effect, type Signal, signal } from "@preact/signals";
 import type { GenerationEvent } from "chromarpc/web";
 import { client, noteFailure, whenLeaving } from "../connection.ts";
+import type { DrawnHere } from "../pictures/state.ts";
+import { decode } from "../pixels/decoding.ts";
 import { duration } from "../words.ts";
 import { oneLine } from "./config-limits.ts";
-import { decode } from "./decoding.ts";
 import { type Drawing, type Drawn, Interrupted } from "./drawing.ts";
-import { listenForFolders } from "./drop.ts";
 import type { Row } from "./pairing.ts";
 import type { Ignored, RunFolder } from "./run-folder.ts";
 import { ModelWanted, type Server, Unusable } from "./serving.ts";
@@ -55,10 +55,10 @@ const NO_PROGRESS: Progress = { line: "", done: 0, total: 0, drawing: new Map() 
 
 export const replaying = signal<Replaying | undefined>(undefined);
 export const progress = signal<Progress>(NO_PROGRESS);
-/** Whether something that may be a folder is held over the page. */
-export const isFolderOver = signal(false);
 /** The pair that is open in full size. */
 export const openedKey = signal<string | undefined>(undefined);
+/** The one that was opened last. */
+export const latestKey = signal<string | undefined>(undefined);
 /** How often a folder was given: the view is brought into sight each time. */
 export const starts = signal(0);
 
@@ -72,12 +72,9 @@ let kept: Kept = { pictures: new Map() };
 let abort = new AbortController();
 
 whenLeaving(stop);
-listenForFolders(
-  (dropped) => void begin(dropped),
-  (isOver) => {
-    isFolderOver.value = isOver;
-  },
-);
+effect(() => {
+  if (openedKey.value !== undefined) latestKey.value = openedKey.value;
+});
 
 /** Redraws a folder; one that is being redrawn is stopped. */
 export async function begin(given: RunFolder | Promise<RunFolder>): Promise<void> {
@@ -117,8 +114,17 @@ export function close(): void {
   replaying.value = undefined;
   progress.value = NO_PROGRESS;
   openedKey.value = undefined;
+  latestKey.value = undefined;
   folder = undefined;
   kept = { pictures: new Map() };
+}
+
+/** Our picture of a sample, to compare others with; undefined where there is none. */
+export function drawnOf(key: string | undefined): DrawnHere | undefined {
+  const result = key === undefined ? undefined : replaying.value?.samples.get(key)?.value.result;
+  if (result?.drawn === undefined) return undefined;
+  const { data, plan, prepared } = result.drawn;
+  return { name: `${nameOf(result.row.file)}, redrawn`, data, index: 0, plan, prepared };
 }
 
 function newReplay(name: string, options: Options): Replaying {

@@ -1,5 +1,7 @@
 /** One replay from the folder to the results: resolves, calibrates, draws, compares. Knows no page. */
 import type { BaseClient, GenerationEvent, LokrForm, NoiseDraw } from "chromarpc/web";
+import { NoPicture } from "../pixels/picture-file.ts";
+import { compare, type Pixels, type Similarity } from "../pixels/similarity.ts";
 import {
   type Calibration,
   DRAWS,
@@ -27,11 +29,9 @@ import {
   pair,
   type Row,
 } from "./pairing.ts";
-import { NoPicture } from "./picture-file.ts";
 import { MAX_PICTURE_BYTES, type RunFolder, Unreadable } from "./run-folder.ts";
 import { choose, type Server, Unusable } from "./serving.ts";
 import { requestSeed, resolveRun, type TrainingRun } from "./settings.ts";
-import { compare, type Pixels, type Similarity } from "./similarity.ts";
 
 export const IN_FLIGHT = 4;
 export const MIN_PSNR_DB = 30;

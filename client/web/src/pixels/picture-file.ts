@@ -1,8 +1,8 @@
-/** Picture files as a trainer writes them: what they are and how large, before anything is decoded. */
+/** Picture files: what they are and how large, before anything is decoded. */
 
 export const MAX_PIXELS = 4096 * 4096;
 
-/** Bytes that are no picture that a trainer writes; a sentence for people. */
+/** Bytes that are no JPEG, PNG or WebP; a sentence for people. */
 export class NoPicture extends Error {}
 
 /** What a picture file says of itself. */
@@ -60,8 +60,10 @@ function endsAfter(view: DataView, start: number): boolean {
 function pngHead(view: DataView): PictureHead | undefined {
   if (view.byteLength < 33 || view.getUint32(0) !== 0x89504e47 || view.getUint32(4) !== 0x0d0a1a0a)
     return undefined;
-  // Its last chunk is IEND, with its checksum.
-  if (view.getUint32(view.byteLength - 8) !== 0x49454e44) return undefined;
+  // Its last chunk is IEND, with its checksum; whatever follows is not the picture's.
+  let end = view.byteLength - 8;
+  while (end > 0 && view.getUint32(end) !== 0x49454e44) end--;
+  if (end <= 0) return undefined;
   return { mediaType: "image/png", width: view.getUint32(16), height: view.getUint32(20) };
 }
 

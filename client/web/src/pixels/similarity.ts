@@ -1,4 +1,4 @@
-/** How alike two pictures are, from their pixels. The same numbers as the Python client's `replay/similarity.py`. */
+/** How alike two pictures are, from their pixels. The same numbers as the Python client's. */
 
 /** PSNR of equal pixels, which have none. */
 export const SAME_DB = 100;
