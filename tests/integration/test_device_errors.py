@@ -16,9 +16,9 @@ from chromarpc_server.adapters import inspection as adapter_inspection
 from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.app import App
 from chromarpc_server.domain.errors import DeviceLost, OutOfMemory
-from chromarpc_server.jobs import engine
+from chromarpc_server.jobs import encoding
 from chromarpc_server.pipeline import Checkpoint, CheckpointFiles, pipeline, probe_device
-from chromarpc_server.runtime import worker
+from chromarpc_server.runtime import device_thread, worker
 from chromarpc_server.settings import ServerSettings
 from tests.conftest import RunningServer
 
@@ -67,7 +67,7 @@ def test_a_device_too_full_to_start_is_told_in_a_sentence(
     if at == "preload":
         monkeypatch.setattr(Checkpoint, "load", full)
     else:
-        monkeypatch.setattr(engine, "describe_device", full)
+        monkeypatch.setattr(device_thread, "describe_device", full)
     settings = ServerSettings(
         port=0,
         device="cpu",
@@ -87,7 +87,7 @@ def test_a_host_too_full_to_encode_a_picture_is_told_as_such(
         raise MemoryError
 
     with chromarpc.Client(server.target) as client:
-        monkeypatch.setattr(engine, "encode_image", full)
+        monkeypatch.setattr(encoding, "encode_image", full)
         with pytest.raises(chromarpc.StatusError) as caught:
             client.generate_images("a", **SMALL)
         assert caught.value.reason == "OUT_OF_MEMORY"
