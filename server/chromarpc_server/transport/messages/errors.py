@@ -1,7 +1,8 @@
 """Errors as the wire has them: a call's status with `google.rpc` details, and a job's `Failed`.
 
-The only module that translates errors; the codes are those of `domain/error_table.py`. Handlers raise errors, and
-the interceptor ends their calls.
+The one translation to gRPC; the codes are those of `domain/error_table.py`, which `http_errors.py` reads for the
+reference's HTTP API. Handlers raise errors, and the interceptor ends their calls; `Check` of health, whose answer
+to an unknown service is gRPC's own, ends its call itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_DETAILS_BYTES = 4096
 MAX_MESSAGE_BYTES = 1000
 """Of a status's message, as gRPC writes it: percent-encoded."""
 MIN_TEXT = 20
-"""Characters that every text keeps; at `MAX_TEXT`, twenty descriptions fit once they are shortened."""
+"""Texts are not cut below about half of so many characters."""
 
 CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
     entry.kind: grpc.StatusCode[entry.status] for entry in ENTRIES
@@ -62,8 +63,8 @@ def _listed(violations: tuple[FieldViolation, ...]) -> list[FieldViolation]:
 def rich_status(error: ChromaError) -> status_pb2.Status:
     """The error as `google.rpc.Status`: ErrorInfo always; BadRequest, QuotaFailure, RetryInfo where they apply.
 
-    Its size stays under `MAX_DETAILS_BYTES`: violations are dropped from the end until it does, and then texts are
-    cut.
+    To stay under `MAX_DETAILS_BYTES`, violations are dropped from the end, and then texts are cut, as far as
+    `MIN_TEXT` allows.
     """
     violations, limit = _listed(error.violations), MAX_TEXT
     while True:
