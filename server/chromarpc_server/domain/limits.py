@@ -130,7 +130,7 @@ class Budgets:
 
     max_checkpoints: int = 2
     prepared_bytes: int | None = None
-    """Of prepared sets together, one always allowed; None leaves it to the device's memory."""
+    """Of prepared weights together, one always allowed; None leaves it to the device's memory."""
     adapter_bytes: int = 2 * 1024**3
     """Of parsed adapters in host memory."""
     memory: MemoryChoice = MemoryChoice()

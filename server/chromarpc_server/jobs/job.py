@@ -63,7 +63,7 @@ class Job:
 
     @property
     def set_key(self) -> SetKey:
-        """The prepared set it needs."""
+        """The prepared weights it needs."""
         return set_key(self.plan, self.adapter_files)
 
     def stop_expiry(self) -> None:

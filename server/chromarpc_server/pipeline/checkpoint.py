@@ -236,7 +236,7 @@ class Checkpoint:
         )
 
     def _parts_dtype(self, profile: NumericsProfile, settings: TrainerSettings) -> torch.dtype:
-        """What a profile that draws the trainer's picture computes in."""
+        """What a profile that draws the trainer's image computes in."""
         return self._fused_dtype(settings) if profile.fused else TORCH_DTYPES[settings.dtype]
 
     @property

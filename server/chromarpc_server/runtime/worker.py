@@ -78,7 +78,7 @@ class DeviceWorker:
 
     def load(self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]]) -> None:
         """Makes a model resident before any request asks for it, and on a GPU compiles, plans and records what
-        pictures of these sizes (width, height) need.
+        images of these sizes (width, height) need.
 
         Raises:
             ChromaError: it cannot be loaded.
@@ -237,7 +237,7 @@ class DeviceWorker:
                 )
             latents = done.latents
         cancellation.check()
-        self._watchdog.other("decoding a picture")
+        self._watchdog.other("decoding an image")
         clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
