@@ -11,6 +11,8 @@ import pytest
 
 from bench import error, mismatch, speed, switching
 
+pytestmark = pytest.mark.slow
+
 
 def result(bench: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
     """What a bench writes when it is started with these options."""

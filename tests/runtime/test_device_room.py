@@ -31,6 +31,8 @@ from chromarpc_server.runtime.device_room import FREE_BYTES, DeviceRoom
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache, SetKey
 from tests.pipeline.adapters.conftest import values
 
+pytestmark = pytest.mark.slow
+
 CPU: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 FLOAT8 = TrainerSettings()
 INT8 = TrainerSettings(qtype="qint8")
