@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.domain.error_table import BY_REASON
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, InternalError, QuotaViolation
 from chromarpc_server.domain.events import (
     Accepted,
@@ -208,7 +209,8 @@ def _error_record(error: ChromaError) -> dict[str, Any]:
 
 def _read_error(record: Mapping[str, Any]) -> ChromaError:
     quota = record["quota"]
-    kind = _kinds().get(record["reason"], InternalError)
+    entry = BY_REASON.get(record["reason"])
+    kind = InternalError if entry is None else entry.kind
     return kind(
         record["message"],
         violations=[FieldViolation(*violation) for violation in record["violations"]],
@@ -216,14 +218,3 @@ def _read_error(record: Mapping[str, Any]) -> ChromaError:
         retry_after_s=record["retry_after_s"],
         quota=None if quota is None else QuotaViolation(*quota),
     )
-
-
-def _kinds() -> dict[str, type[ChromaError]]:
-    found: dict[str, type[ChromaError]] = {}
-    kinds = [ChromaError]
-    while kinds:
-        kind = kinds.pop()
-        kinds.extend(kind.__subclasses__())
-        if not kind.__subclasses__():
-            found[kind.reason] = kind
-    return found
