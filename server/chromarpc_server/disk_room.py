@@ -59,7 +59,7 @@ class DiskRoom:
         if free - needed_bytes < self._reserve_bytes:
             raise DiskFull(
                 f"the server's disk has {free >> 20} MiB free, too little for {what} beside the "
-                f"{self._reserve_bytes >> 20} MiB that it keeps in reserve: delete jobs or uploads that are needed "
+                f"{self._reserve_bytes >> 20} MiB that it keeps in reserve: delete jobs or uploads that you need "
                 "no longer, or ask its operator for room",
                 retry_after_s=RETRY_AFTER_S,
                 metadata={"free_bytes": str(free), "reserve_bytes": str(self._reserve_bytes)},

@@ -145,9 +145,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     to do: report the `error_id`.
     """
     ERROR_REASON_IMAGE_DAMAGED: _ErrorReason.ValueType  # 33
-    """DATA_LOSS. The stored image is gone, or holds other bytes than were stored, and is not sent as if it were
-    good. What to do: call `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals
-    this one.
+    """DATA_LOSS. The stored image is gone, or holds other bytes than were stored; it is not sent. What to do: call
+    `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this one.
     """
     ERROR_REASON_JOB_DAMAGED: _ErrorReason.ValueType  # 34
     """DATA_LOSS. What is stored of this job cannot be read; other jobs are not concerned. What to do: send the
@@ -295,9 +294,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 32
 to do: report the `error_id`.
 """
 ERROR_REASON_IMAGE_DAMAGED: ErrorReason.ValueType  # 33
-"""DATA_LOSS. The stored image is gone, or holds other bytes than were stored, and is not sent as if it were
-good. What to do: call `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals
-this one.
+"""DATA_LOSS. The stored image is gone, or holds other bytes than were stored; it is not sent. What to do: call
+`RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this one.
 """
 ERROR_REASON_JOB_DAMAGED: ErrorReason.ValueType  # 34
 """DATA_LOSS. What is stored of this job cannot be read; other jobs are not concerned. What to do: send the

@@ -266,7 +266,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         33, errors.ImageDamaged, "DATA_LOSS", 500, Retry.NO,
-        when="The stored image is gone, or holds other bytes than were stored, and is not sent as if it were good.",
+        when="The stored image is gone, or holds other bytes than were stored; it is not sent.",
         caller="Call `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this "
         "one.",
         operator="Look for `store.image_damaged` in the log; run `chromarpc-server store check`; change the disk.",

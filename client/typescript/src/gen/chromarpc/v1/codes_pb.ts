@@ -281,9 +281,8 @@ export enum ErrorReason {
   INTERNAL = 32,
 
   /**
-   * DATA_LOSS. The stored image is gone, or holds other bytes than were stored, and is not sent as if it were
-   * good. What to do: call `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals
-   * this one.
+   * DATA_LOSS. The stored image is gone, or holds other bytes than were stored; it is not sent. What to do: call
+   * `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this one.
    *
    * @generated from enum value: ERROR_REASON_IMAGE_DAMAGED = 33;
    */
