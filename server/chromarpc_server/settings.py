@@ -115,6 +115,13 @@ class LimitSettings(BaseModel):
     max_upload_bytes_per_caller: ByteSize = Field(
         ByteSize(_CALLER.max_upload_bytes), description="bytes of one caller's uploaded adapters together"
     )
+    max_calls_per_minute_per_caller: PositiveInt = Field(
+        _CALLER.max_calls_per_minute, description="calls begun in a minute by one caller"
+    )
+    max_calls_per_minute_per_peer: PositiveInt = Field(
+        _LIMITS.max_calls_per_minute_per_peer,
+        description="calls begun in a minute from one address, which may be that of a proxy",
+    )
     max_connections: PositiveInt = Field(4096, description="connections at once")
 
     def limits(self) -> Limits:
@@ -128,6 +135,7 @@ class LimitSettings(BaseModel):
             max_queued_jobs=self.max_queued_jobs_per_caller,
             max_pixel_steps=self.max_pixel_steps,
             max_upload_bytes=self.max_upload_bytes_per_caller,
+            max_calls_per_minute=self.max_calls_per_minute_per_caller,
         )
 
 
@@ -321,6 +329,11 @@ class ServerSettings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
+    audit_log: Path | None = Field(
+        None,
+        description="file that cancels, deletions, inspections, reads of images and refused calls are written to, "
+        "as JSON lines; opened again at SIGHUP; the ordinary log if unset",
+    )
 
     def wanted_ports(self) -> list[WantedPort]:
         """What will be bound."""
