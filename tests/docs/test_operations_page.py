@@ -10,10 +10,11 @@ from prometheus_client import CollectorRegistry
 
 from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.jobs.engine import EngineStatus
+from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.pipeline import DeviceDescription
 from chromarpc_server.runtime.model_cache import CacheSnapshot
-from chromarpc_server.settings import LimitSettings, ServerSettings
+from chromarpc_server.settings import ServerSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROWS = re.findall(r"^\| `([^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)

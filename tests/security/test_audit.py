@@ -86,7 +86,7 @@ def test_each_call_that_matters_has_its_line_and_no_other(
         ("audit.image_read", "alice", "OK", job),
         ("audit.image_read", "alice", "OK", request),
         ("audit.cancel", "alice", "OK", request),
-        ("audit.inspect", "alice", "INVALID_ARGUMENT", {"adapter": "https://127.0.0.1:1/a.safetensors"}),
+        ("audit.inspect", "alice", "INVALID_ARGUMENT", {"host": "127.0.0.1"}),
         ("audit.inspect", "alice", "NOT_FOUND", {"sha256": "0" * 64}),
         ("audit.delete", "alice", "NOT_FOUND", {"sha256": "f" * 64}),
         ("audit.cancel", "alice", "OK", job),
@@ -99,7 +99,7 @@ def test_each_call_that_matters_has_its_line_and_no_other(
     assert not [record for record in caplog.records if record.name == audit.AUDIT_LOGGER]
 
 
-_IDS = ("job_id", "request_id", "sha256", "adapter")
+_IDS = ("job_id", "request_id", "sha256", "host", "path")
 
 
 def test_a_stranger_is_counted_and_its_token_is_not_written(

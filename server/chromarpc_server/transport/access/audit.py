@@ -1,13 +1,14 @@
 """The audit log: who cancelled, deleted, inspected and read what, and who was refused.
 
 A line for each call that does one of these, when it has ended, with its outcome. Of what callers send it holds ids
-and hashes alone: an adapter's URL is cut before its query, and neither prompts nor tokens are ever read.
+and hashes, the host of a URL, and the path of an adapter that was there: nothing that could be a secret.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,10 +32,10 @@ log = logging.getLogger(AUDIT_LOGGER)
 REFUSALS_EVERY_S = 10.0
 MAX_REFUSAL_LINES = 32
 """In that time; further peers are counted together."""
-MAX_NAME = 300
-"""Characters of what a caller names something by."""
 
 _Ids = dict[str, str]
+_ID: Final = re.compile("[0-9a-fA-F-]{1,64}")
+_HOST: Final = re.compile("[a-z0-9.:_-]{1,253}")
 _ACCESS_QUOTAS: Final = frozenset({bad_tokens.QUOTA, rates.QUOTA, quotas.QUOTA})
 
 
@@ -61,16 +62,17 @@ EVENTS: Final[dict[Audited, str]] = {
 
 def _job(request: Any) -> _Ids:
     """A job by its id, or by that of its request."""
-    job_id = getattr(request, "job_id", "")
-    return {"job_id": _cut(job_id)} if job_id else {"request_id": _cut(getattr(request, "request_id", ""))}
+    if request.job_id:
+        return {"job_id": _id(request.job_id)}
+    return {"request_id": _id(getattr(request, "request_id", ""))}
 
 
 def _adapter(request: Any) -> _Ids:
-    """An adapter by its hash, its path below the adapter root, or its URL as far as that holds no secret."""
+    """An adapter by its hash, by the host of its URL, or by its path, which is kept if the call succeeds."""
     path: str = request.path
     if path.startswith("sha256:"):
-        return {"sha256": _cut(path.removeprefix("sha256:"))}
-    return {"adapter": _cut(_without_query(path))}
+        return {"sha256": _id(path.removeprefix("sha256:"))}
+    return {"host": _host(path)} if is_url(path) else {"path": path}
 
 
 def _watched(request: Any) -> _Ids | None:
@@ -80,12 +82,12 @@ def _watched(request: Any) -> _Ids | None:
 
 def _returned_to(request: Any) -> _Ids | None:
     """A request under an id may find the job that it made before, and be given its images again."""
-    return {"request_id": _cut(request.request_id)} if request.HasField("request_id") else None
+    return {"request_id": _id(request.request_id)} if request.HasField("request_id") else None
 
 
 def _of_http(request: Any) -> _Ids:
     """The HTTP API calls a job's id that of its request."""
-    return {"job_id": _cut(request.request_id)}
+    return {"job_id": _id(request.request_id)}
 
 
 METHODS: Final[dict[str, tuple[Audited, Callable[[Any], _Ids | None]]]] = {
@@ -131,8 +133,11 @@ class CallAudit:
             if refused is not None:
                 self._refusals.add(call, refused)
             elif kind is not None and ids is not None:
-                ended = {"peer": call.context.peer(), "outcome": outcome(call, ended_by).name}
-                log.info(EVENTS[kind], extra={"caller": current_caller().name, **ids, **ended})
+                ended = outcome(call, ended_by).name
+                if ended != "OK":
+                    ids.pop("path", None)
+                who = {"caller": current_caller().name, "peer": call.context.peer()}
+                log.info(EVENTS[kind], extra={**who, **ids, "outcome": ended})
             del ended_by
 
 
@@ -191,16 +196,15 @@ def _refusal(error: BaseException | None) -> ChromaError | None:
     return None
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
+def _id(text: str) -> str:
+    """An id or hash; what is none may be anything, and is not repeated."""
+    return text if _ID.fullmatch(text) else "malformed"
 
 
-def _without_query(path: str) -> str:
-    """A path; of a URL its host and path alone: what comes before may be a password, and what after it a token."""
-    if not is_url(path):
-        return path
+def _host(url: str) -> str:
+    """Where a URL leads; what else it has may be a password or a token."""
     try:
-        parts = urlsplit(path)
+        host = urlsplit(url).hostname or ""
     except ValueError:
-        return "a URL"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        host = ""
+    return host if _HOST.fullmatch(host) else "malformed"
