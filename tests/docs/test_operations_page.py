@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.engine import EngineStatus
 from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.observability.metrics import Metrics
@@ -25,6 +26,9 @@ class IdleEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(0, 0, CacheSnapshot(resident_bytes={"chroma": 1}))
+
+    def store_facts(self) -> StoreFacts:
+        return StoreFacts(free_bytes=1)
 
     def memory_used_bytes(self) -> int:
         return 1

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from chromarpc_server.adapters.damage import damaged_adapters
 from chromarpc_server.domain.events import (
     Cancelled,
     Completed,
@@ -25,6 +26,7 @@ from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.jobs.observer import JobObserver
+from chromarpc_server.observability.store_metrics import StoreCollector
 from chromarpc_server.transport.access.interceptor import Call
 from chromarpc_server.transport.access.outcomes import outcome
 
@@ -135,8 +137,9 @@ class Metrics:
         ).set(1)
 
     def observe_engine(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
-        """Collects the engine's state too, as it is at each scrape."""
+        """Collects the engine's state and its store's too, as they are at each scrape."""
         self.registry.register(_EngineCollector(engine, is_ready))
+        self.registry.register(StoreCollector(engine.store_facts, damaged_adapters))
 
     @property
     def observer(self) -> JobObserver:
