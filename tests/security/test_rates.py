@@ -43,7 +43,7 @@ def taken(buckets: TokenBuckets, key: str, per_minute: int) -> int:
     return count
 
 
-@pytest.mark.parametrize(("per_minute", "at_once"), [(12_000, 1200), (60, 10), (7, 7), (1, 1), (0, 0)])
+@pytest.mark.parametrize(("per_minute", "at_once"), [(12_000, 2400), (60, 12), (7, 7), (1, 1), (0, 0)])
 def test_a_bucket_gives_a_burst_and_then_its_rate(per_minute: int, at_once: int) -> None:
     clock = Clock()
     buckets = TokenBuckets(clock=clock)

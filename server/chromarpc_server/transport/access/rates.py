@@ -16,8 +16,8 @@ from chromarpc_server.transport.access.peers import peer_address
 QUOTA = "max_calls_per_minute"
 MAX_BUCKETS = 16_384
 """Callers or peers that are remembered; the one that was quiet for the longest is forgotten first."""
-BURST_PART = 10
-"""A burst is this part of a minute's calls."""
+BURST_PART = 5
+"""A burst is this part of a minute's calls: enough for all streams that a caller may have, after a restart."""
 MIN_BURST = 10
 """Calls of a burst where a minute has so many."""
 
