@@ -118,6 +118,7 @@ def test_an_adapter_that_is_not_found_again_after_a_restart_is_blamed_by_its_own
         plan=resolve(request, Serving()),
         fingerprint="",
         created_us=0,
+        admitted_kept_us=0,
         has_prompts=True,
         needs_token=False,
         is_cancelled=False,
