@@ -98,7 +98,7 @@ def test_a_download_of_other_content_ends_the_job_and_is_let_go(library: Adapter
         return await sources.fetch(loras, await sources.find(loras), token=None, emit=lambda _: None)
 
     fetched = asyncio.run(fetch(SHA256))
-    assert fetched.complete == (AdapterFile.of(downloads.file, ""),)
+    assert fetched.complete == (AdapterFile.of(downloads.file, "", sha256=SHA256),)
     fetched.release()
     with pytest.raises(LoraContentChanged) as caught:
         asyncio.run(fetch(OTHER))
@@ -118,6 +118,7 @@ def test_an_adapter_that_is_not_found_again_after_a_restart_is_blamed_by_its_own
         plan=resolve(request, Serving()),
         fingerprint="",
         created_us=0,
+        admitted_kept_us=0,
         has_prompts=True,
         needs_token=False,
         is_cancelled=False,

@@ -103,7 +103,7 @@ def test_an_adapter_is_fetched_told_of_and_kept(serve_urls: Serve, host: Host, t
         again = _ask(client, f"sha256:{sha256}")
         (prepared,) = [event for event in again if isinstance(event, chromarpc.Prepared)]
         assert prepared.weights.source == chromarpc.WeightsSource.RESIDENT
-    assert {path.name for path in (tmp_path / "data" / "downloads").iterdir()} == {
+    assert {path.name for path in (tmp_path / "data" / "downloads").glob("*.*")} == {
         f"{sha256}.safetensors",
         f"{sha256}.json",
     }
@@ -173,7 +173,8 @@ def test_a_slow_download_holds_nobody_up_and_ends_with_its_caller(
         host.release.set()
         assert client.generate_images("after", **SMALL)
     assert server.stop() == 0
-    assert list((tmp_path / "data" / "downloads").iterdir()) == []
+    assert list((tmp_path / "data" / "downloads").glob("unfinished/*")) == []
+    assert list((tmp_path / "data" / "downloads").glob("*.*")) == []
 
 
 def test_a_job_that_is_cancelled_right_after_its_download_lets_the_file_go(

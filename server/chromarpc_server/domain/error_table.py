@@ -127,7 +127,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
         11, errors.UploadsFull, "RESOURCE_EXHAUSTED", 429, Retry.IF_ADVISED,
         when="The server has as many bytes of uploads, or as many unfinished uploads, as it keeps.",
         caller="Delete uploads, or wait.",
-        operator="Raise `--max-uploads-bytes`, or free disk space.",
+        operator="Raise `--max-uploads-bytes`.",
         more="operations.md#how-much",
     ),
     ErrorEntry(
