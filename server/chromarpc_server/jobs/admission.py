@@ -147,7 +147,7 @@ class Admission:
             found.complete,
             Cancellation(submission.deadline_at),
             owner=caller.name,
-            fingerprint=submission.fingerprint,
+            fingerprint=submission.fingerprint.current,
         )
         with self._backlog.entering(caller):
             await self._store.insert(

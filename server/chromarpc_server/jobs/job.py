@@ -34,7 +34,7 @@ class Job:
     position: int = 0
     """In the queue, as clients were last notified; 0 once it runs."""
     fingerprint: str = ""
-    """Of the request: another one under the same request id has another fingerprint."""
+    """Of the request, as it is stored; see `Fingerprint`."""
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: datetime | None = None
     """When it last began to run."""
