@@ -47,7 +47,7 @@ class Job:
     overtaken: int = 0
     """How many jobs ran first although it was this one's turn, because their weights were resident."""
     adapter_hashes: tuple[str | None, ...] = ()
-    """SHA-256 of each adapter as an earlier process read it."""
+    """SHA-256 of each adapter as it was read before: by an earlier process, or for the job that is redrawn."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     """Images that are being encoded and stored."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)

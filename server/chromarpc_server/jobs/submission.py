@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.jobs.store.job_store import StoredRequest
 
 FINGERPRINT_PREFIX = "2:"
 """Of the fingerprints that are made now. Those of versions up to 0.1.0 have none."""
@@ -41,3 +42,5 @@ class Submission:
     """When the caller stops waiting, as `time.monotonic()` gives it; None if it never does."""
     hf_token: str | None = field(default=None, repr=False)
     """For adapters that are fetched from Hugging Face; forgotten once they are."""
+    redrawn: StoredRequest | None = None
+    """What an earlier job was asked for, if that is drawn again: with the adapters that it had, or not at all."""

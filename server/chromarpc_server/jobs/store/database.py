@@ -357,7 +357,7 @@ class Database:
 
 _ENDED = (
     "SELECT id, owner, request_id, fingerprint, created_us, plan, attempts, started_us, ended_us, state, "
-    "done_steps, ending, headers FROM jobs WHERE ended_us > ?"
+    "done_steps, ending, headers, has_prompts, needs_token, adapters FROM jobs WHERE ended_us > ?"
 )
 
 

@@ -37,17 +37,26 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class StoredRequest:
+    """What a job was asked for, and what it takes to draw the same again."""
+
+    owner: str
+    plan: Plan
+    has_prompts: bool
+    """Whether the plan says what to draw."""
+    needs_token: bool
+    """Whether one of its URLs was given with a token, which is not stored."""
+    adapters: tuple[KnownAdapter | None, ...]
+    """What is known of each; None for one that was not fetched."""
+
+
+@dataclass(frozen=True)
+class Unfinished(StoredRequest):
     """A job that an earlier process was to run."""
 
     id: str
-    owner: str
-    plan: Plan
     fingerprint: str
     created_us: int
-    has_prompts: bool
-    needs_token: bool
-    adapters: tuple[KnownAdapter | None, ...]
     starts: int
     """Processes that took it over, this one included."""
     attempts: int
@@ -275,6 +284,23 @@ class JobStore:
         """
         row = await self._ask(self._database.ended_by_request, owner, request_id)
         return None if row is None else self._restore(row)
+
+    async def request_of(self, owner: str, job_id: str) -> StoredRequest | None:
+        """What one of the owner's jobs that ended was asked for.
+
+        Raises:
+            StoreUnavailable: it cannot be read.
+        """
+        row = await self._ask(self._database.ended, owner, job_id)
+        if row is None:
+            return None
+        return StoredRequest(
+            owner=row["owner"],
+            plan=records.read_plan(row["plan"]),
+            has_prompts=bool(row["has_prompts"]),
+            needs_token=bool(row["needs_token"]),
+            adapters=records.read_adapters(row["adapters"]),
+        )
 
     async def page(
         self,
