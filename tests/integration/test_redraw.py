@@ -89,6 +89,9 @@ def test_a_job_is_drawn_again_with_the_seeds_that_were_drawn(client: chromarpc.C
     once_more = _redrawn(client, after)
     pictures = [client.get_image_bytes(after.job_id, index) for index in range(2)]
     assert len({before.job_id, after.job_id, once_more.job_id}) == 3
+    assert uuid.UUID(after.request_id), (
+        "the client draws one, so that an answer that was lost can be asked for again"
+    )
     assert len(set(_hashes(before))) == 2
     assert _hashes(before) == _hashes(after) == _hashes(once_more)
     assert [hashlib.sha256(data).hexdigest() for data in pictures] == _hashes(before)
