@@ -17,7 +17,8 @@ from chromarpc_server.jobs.housekeeping import HOUSEKEEPING_S
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.recovery import plan_for_now
 from chromarpc_server.jobs.registry import JobRegistry
-from chromarpc_server.jobs.store.job_store import JobStore, StoredRequest
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.stored_jobs import StoredRequest
 from chromarpc_server.jobs.submission import FINGERPRINT_PREFIX, Fingerprint, Submission
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import Plan
-from chromarpc_server.jobs.store.job_store import StoredRequest
+from chromarpc_server.jobs.store.stored_jobs import StoredRequest
 
 FINGERPRINT_PREFIX = "2:"
 """Of the fingerprints that are made now. Those of versions up to 0.1.0 have none."""
