@@ -251,3 +251,31 @@ def test_quotas_are_those_of_any_job(serve: Serve) -> None:
             client.redraw_job(before.job_id)
         for job in (waiting, running):
             client.cancel_job(job.job_id)
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit", "gone"])
+def test_a_damaged_picture_is_whole_again_once_its_job_is_drawn_again(
+    serve: Serve, tmp_path: Path, harm: str
+) -> None:
+    with chromarpc.Client(serve(data_dir=tmp_path / "store").target) as client:
+        before = _drawn(client, seed=-1)
+        (sha256,) = _hashes(before)
+        good = client.get_image_bytes(before.job_id)
+        _harm(tmp_path / "store" / "jobs" / "images" / sha256[:2] / sha256, harm)
+        with pytest.raises(chromarpc.ImageDamaged) as caught:
+            client.get_image_bytes(before.job_id)
+        assert caught.value.metadata["job_id"] == before.job_id
+        assert _hashes(_redrawn(client, before)) == [sha256]
+        assert client.get_image_bytes(before.job_id) == good
+        assert isinstance(list(client.watch_job(before.job_id))[-1], chromarpc.Completed)
+
+
+def _harm(file: Path, harm: str) -> None:
+    """As a disk does, which changes no time."""
+    if harm == "gone":
+        file.unlink()
+        return
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
