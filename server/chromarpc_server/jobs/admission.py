@@ -10,7 +10,7 @@ from typing import Any
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
 from chromarpc_server.domain.callers import Caller
-from chromarpc_server.domain.errors import JobCancelled, QuotaExceeded, StoreUnavailable
+from chromarpc_server.domain.errors import JobCancelled, QuotaExceeded, StoreError
 from chromarpc_server.domain.events import Accepted
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.absences import is_abandoned
@@ -118,7 +118,7 @@ class Admission:
             known.plan = replace(before, detached=True)
             try:
                 await self._store.note_detached(known)
-            except StoreUnavailable:
+            except StoreError:
                 known.plan = before
                 raise
             known.stop_absence()

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chromarpc_server.adapters.sources import AdapterSources
-from chromarpc_server.domain.errors import ChromaError, StoreUnavailable
+from chromarpc_server.domain.errors import ChromaError, StoreError
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.resolve import Serving
@@ -233,7 +233,7 @@ class Engine:
         if self._housekeeper is not None:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
-        with suppress(StoreUnavailable):
+        with suppress(StoreError):
             await self._completion.store_unstored()
         await self._tasks.join()  # jobs that were cancelled in the last moment
         await self._store.close()

@@ -100,6 +100,7 @@ class DamagedJob:
 
     id: str
     owner: str
+    request_id: str | None
     created: datetime
     error: JobDamaged
 

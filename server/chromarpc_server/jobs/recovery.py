@@ -19,7 +19,7 @@ from chromarpc_server.domain.errors import (
     LoraNotFound,
     ModelNotFound,
     NotKept,
-    StoreUnavailable,
+    StoreError,
 )
 from chromarpc_server.domain.events import Accepted, Restarted
 from chromarpc_server.domain.models import ModelSpec
@@ -128,7 +128,7 @@ class Recovery:
     ) -> None:
         while True:
             await asyncio.sleep(ROOM_EVERY_S)
-            with suppress(StoreUnavailable):
+            with suppress(StoreError):
                 await self._store.count_start()
                 break
         log.info("store.room_again", extra={"resumed_jobs": len(jobs)})

@@ -310,6 +310,9 @@ class JobStore:
             JobDamaged: it cannot be read.
             StoreUnavailable, StoreDamaged: the store cannot be read.
         """
+        for job in self._unreadable.values():
+            if (job.owner, job.request_id) == (owner, request_id):
+                raise job.error
         row = await self._thread.ask(self._database.ended_by_request, owner, request_id)
         return None if row is None else self._ended(row)
 

@@ -134,8 +134,9 @@ def ended_job(
 def damaged_job(row: AnyRow, error: JobDamaged) -> DamagedJob:
     """What a list says of a job that cannot be read."""
     if isinstance(row, LostRow):
-        return DamagedJob(row.id, row.owner, records.from_microseconds(row.created_us), error)
-    return DamagedJob(str(row["id"]), str(row["owner"]), records.from_microseconds(row["created_us"]), error)
+        return DamagedJob(row.id, row.owner, None, records.from_microseconds(row.created_us), error)
+    created = records.from_microseconds(row["created_us"])
+    return DamagedJob(row["id"], row["owner"], row["request_id"], created, error)
 
 
 def read_events(job_id: str, events: bytes, check: str | None, accepted: Accepted) -> tuple[StoredEvent, ...]:
