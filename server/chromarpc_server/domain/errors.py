@@ -264,7 +264,7 @@ class LoraDamaged(StoredDamage):
 
 
 class RestartError(ChromaError):
-    """A job that was accepted before the server was restarted cannot be run by it now."""
+    """A job cannot be run as it was accepted: after a restart, or where it is to be drawn again."""
 
 
 class AttemptsExhausted(RestartError):

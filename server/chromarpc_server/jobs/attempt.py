@@ -118,7 +118,7 @@ class AttemptRecorder:
         changed = changed_adapter(job, report.adapters)
         if changed is not None:
             job.cancellation.cancel(changed)
-        elif report.adapters and self._store.is_durable:
+        elif report.adapters:
             self._tasks.start(self._note_hashes(job, [adapter.sha256 for adapter in report.adapters]))
 
     async def _note_hashes(self, job: Job, hashes: Sequence[str]) -> None:
@@ -162,11 +162,11 @@ def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:
 
 
 def changed_adapter(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:
-    """What is wrong with the adapters that were read, where a job that ran before had others."""
+    """What is wrong with the adapters that were read, where the job had others before."""
     for index, (report, sha256) in enumerate(zip(reports, job.adapter_hashes, strict=False)):
         if sha256 is not None and report.sha256 != sha256:
             return LoraChanged(
-                "the adapter has other bytes than before the server was restarted",
+                "the adapter has other bytes than when it was read before",
                 field=f"loras.{index}.path",
                 metadata={"sha256_before": sha256, "sha256_now": report.sha256},
             )

@@ -15,6 +15,7 @@ from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import ChromaError, StoreError
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.admission import Admission
 from chromarpc_server.jobs.attempt import AttemptRecorder
@@ -28,6 +29,7 @@ from chromarpc_server.jobs.housekeeping import keep_house
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.recovery import Recovery, RecoveryRules
+from chromarpc_server.jobs.redraw import Redraw, Redrawing
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.rows import StoreSize
@@ -117,6 +119,7 @@ class Engine:
         self._admission = Admission(
             adapters, model_files, self.jobs, store, self._backlog, self._attendance, self._tasks
         )
+        self._redrawing = Redrawing(self.jobs, store, self._admission)
         self._recovery = Recovery(
             adapters,
             model_files,
@@ -203,6 +206,10 @@ class Engine:
     async def submit(self, submission: Submission) -> tuple[AnyJob, bool]:
         """See `Admission.submit`."""
         return await self._admission.submit(submission)
+
+    async def redraw(self, redraw: Redraw, serving: Serving) -> tuple[AnyJob, bool]:
+        """See `Redrawing.redraw`."""
+        return await self._redrawing.redraw(redraw, serving)
 
     def attach(self, job: AnyJob) -> None:
         """See `Attendance.attach`."""
