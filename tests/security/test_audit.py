@@ -72,6 +72,7 @@ def test_each_call_that_matters_has_its_line_and_no_other(
         with pytest.raises(chromarpc.LoraNotFound):
             alice.delete_lora(f"sha256:{'f' * 64}")
         alice.cancel_job(job_id)
+        alice.redraw_job(job_id)
         alice.delete_job(job_id)
     with chromarpc.Client(server.target, token=TOKENS["bob"]) as bob, pytest.raises(chromarpc.JobNotFound):
         bob.get_image_bytes(job_id)
@@ -90,6 +91,7 @@ def test_each_call_that_matters_has_its_line_and_no_other(
         ("audit.inspect", "alice", "NOT_FOUND", {"sha256": "0" * 64}),
         ("audit.delete", "alice", "NOT_FOUND", {"sha256": "f" * 64}),
         ("audit.cancel", "alice", "OK", job),
+        ("audit.redraw", "alice", "OK", job),
         ("audit.delete", "alice", "OK", job),
         ("audit.image_read", "bob", "NOT_FOUND", job),
     ]
