@@ -115,7 +115,10 @@ def test_a_certificate_that_is_no_longer_named_ends_its_streams(
 
 
 class Context:
-    """A call's context, of which nothing is asked."""
+    """A call's context, of which nothing else is asked."""
+
+    def peer(self) -> str:
+        return "unix:"
 
 
 async def test_a_call_that_is_ended_while_it_sends_ends_after_the_message() -> None:

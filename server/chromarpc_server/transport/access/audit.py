@@ -136,7 +136,7 @@ class CallAudit:
                 ended = outcome(call, ended_by).name
                 if ended != "OK":
                     ids.pop("path", None)
-                who = {"caller": current_caller().name, "peer": call.context.peer()}
+                who = {"caller": current_caller().name, "peer": call.peer}
                 log.info(EVENTS[kind], extra={**who, **ids, "outcome": ended})
             del ended_by
 
@@ -161,7 +161,7 @@ class _Refusals:
     def add(self, call: Call, error: ChromaError) -> None:
         """Counts one."""
         quota = "" if error.quota is None else error.quota.quota
-        peer = peer_address(call.context.peer())
+        peer = peer_address(call.peer)
         refusal = _Refusal(current_caller().name, peer, code_of(error).name, quota)
         if refusal not in self._counts and len(self._counts) >= MAX_REFUSAL_LINES:
             refusal = replace(refusal, caller="", peer="others")

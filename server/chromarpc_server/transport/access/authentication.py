@@ -81,7 +81,7 @@ class Authentication:
     def _known(self, call: Call, caller: Caller | None) -> Caller:
         if caller is None:
             self._log_failure(call)
-            self._bad_tokens.failed(peer_address(call.context.peer()))
+            self._bad_tokens.failed(peer_address(call.peer))
             raise Unauthenticated(_MESSAGE)
         return caller
 
@@ -109,7 +109,7 @@ class Authentication:
         self._unlogged += 1
         now = time.monotonic()
         if self._logged_at is None or now - self._logged_at >= LOG_FAILURES_EVERY_S:
-            fields = {"method": call.method, "peer": call.context.peer(), "refused": self._unlogged}
+            fields = {"method": call.method, "peer": call.peer, "refused": self._unlogged}
             log.warning("rpc.unauthenticated", extra=fields)
             self._logged_at, self._unlogged = now, 0
 

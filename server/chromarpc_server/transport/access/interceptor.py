@@ -41,11 +41,16 @@ class Call:
     """`grpc.aio.ServicerContext`."""
     streams: bool
     """Whether the answer is a stream."""
+    peer: str = field(init=False)
+    """Where it comes from, asked for once: when the caller is gone, gRPC's context has nothing left to look at."""
     on_request: Callable[[Any], None] | None = None
     """Called with the request once it is parsed; set by a middleware that needs to know it."""
     _task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task, repr=False)
     _is_sending: bool = False
     _early_end: ChromaError | None = None
+
+    def __post_init__(self) -> None:
+        self.peer = self.context.peer()
 
     @property
     def service(self) -> str:

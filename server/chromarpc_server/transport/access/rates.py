@@ -86,7 +86,7 @@ class CallRates:
             QuotaExceeded: the caller, or the peer, began as many in the last minute as it may.
         """
         if call.service not in OPEN_SERVICES:
-            caller, peer = current_caller(), peer_address(call.context.peer())
+            caller, peer = current_caller(), peer_address(call.peer)
             per_caller = caller.limits.max_calls_per_minute
             _require(self._of_callers.wait_s(caller.name, per_caller), "caller", per_caller, "you make")
             _require(self._of_peers.wait_s(peer, self._per_peer), "peer", self._per_peer, "your address makes")
