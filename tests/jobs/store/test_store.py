@@ -11,10 +11,11 @@ import pytest
 
 from chromarpc_server.domain.errors import Draining
 from chromarpc_server.domain.limits import JobRetention
-from chromarpc_server.jobs.store.database import Database, EndRow, NewRow, StoreUnusable
+from chromarpc_server.jobs.store.database import Database, EndRow, NewRow
 from chromarpc_server.jobs.store.images import ImageFolder
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.schema import MIGRATIONS
+from chromarpc_server.jobs.store.unusable import StoreUnusable
 
 HASHES = [f"{digit}" * 64 for digit in "abcdef"]
 DAY_US = 24 * 3600 * 10**6

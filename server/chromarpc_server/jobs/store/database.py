@@ -18,14 +18,11 @@ from typing import Any
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.jobs.store.images import Images
 from chromarpc_server.jobs.store.schema import MIGRATIONS
+from chromarpc_server.jobs.store.unusable import StoreUnusable
 
 log = logging.getLogger(__name__)
 
 FILE = "jobs.sqlite3"
-
-
-class StoreUnusable(ValueError):
-    """The database cannot be opened; the message says which file, why, and what to do."""
 
 
 @dataclass(frozen=True)

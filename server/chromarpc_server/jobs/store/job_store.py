@@ -21,9 +21,10 @@ from chromarpc_server.jobs.encoding import CHUNK_BYTES
 from chromarpc_server.jobs.job import AnyJob, EndedJob, Job
 from chromarpc_server.jobs.log import EndedLog, LoggedEvent, StoredEvent
 from chromarpc_server.jobs.store import records
-from chromarpc_server.jobs.store.database import FILE, Database, EndRow, NewRow, StoreSize, StoreUnusable
+from chromarpc_server.jobs.store.database import FILE, Database, EndRow, NewRow, StoreSize
 from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images
 from chromarpc_server.jobs.store.records import KnownAdapter
+from chromarpc_server.jobs.store.unusable import StoreUnusable
 
 log = logging.getLogger(__name__)
 
