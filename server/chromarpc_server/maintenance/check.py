@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from chromarpc_server.maintenance import rows
 from chromarpc_server.maintenance.contents import Content, contents_of
-from chromarpc_server.maintenance.files import damage_of, listed
+from chromarpc_server.maintenance.files import damage_of
+from chromarpc_server.maintenance.kept import listed
 from chromarpc_server.maintenance.layout import DataFolder
 from chromarpc_server.maintenance.report import Report
 

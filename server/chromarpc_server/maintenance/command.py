@@ -17,10 +17,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from chromarpc_server.domain.callers import NOBODY
 from chromarpc_server.jobs.store.unusable import StoreUnusable
 from chromarpc_server.maintenance.backup import backup
 from chromarpc_server.maintenance.check import check
+from chromarpc_server.maintenance.forget import forget
 from chromarpc_server.maintenance.layout import DataFolder
+from chromarpc_server.maintenance.repair import repair
 from chromarpc_server.maintenance.report import CannotBeDone, Report
 from chromarpc_server.maintenance.restore import restore
 from chromarpc_server.platform_folders import default_data_dir
@@ -87,6 +90,10 @@ def _run_tool(options: argparse.Namespace, folder: DataFolder, report: Report) -
             backup(folder, options.target, report, with_downloads=not options.without_downloads)
         case "restore":
             restore(folder, options.source, report, replaces=options.replace, is_partial=options.partial)
+        case "repair":
+            repair(folder, report)
+        case "forget":
+            forget(folder, options.caller, report)
 
 
 def _verdict(command: str, report: Report) -> str:
@@ -156,5 +163,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     putting.add_argument(
         "--partial", action="store_true", help="leave out files of the backup that are damaged rather than refuse"
+    )
+    tool("repair", "Makes a damaged store one that a server starts with; the server must be stopped.")
+    wiping = tool("forget", "Wipes what is kept of one caller; the server must be stopped.")
+    whose = wiping.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--caller", metavar="NAME", help="as the callers file has it, or certificate:NAME")
+    whose.add_argument(
+        "--nobody",
+        dest="caller",
+        action="store_const",
+        const=NOBODY.name,
+        help="the one caller of a server without a callers file",
     )
     return parser

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OWNER_ATTRIBUTE = "user.chromarpc.owner"
-"""Extended attribute of an image's file: the caller whose job it was put for, in UTF-8."""
+"""Extended attribute of an image's file: names of the callers it was drawn for, one a line."""
 _BLOCK_BYTES = 1024**2
 
 
@@ -25,12 +25,12 @@ class ListedFile:
 
     name: str
     size_bytes: int
-    owner: str | None = None
-    """None where it is not known."""
+    owners: tuple[str, ...] | None = None
+    """Callers' names; None where they are not known."""
 
     def __str__(self) -> str:
-        owner = "its owner is not known" if self.owner is None else f"of the caller {self.owner!r}"
-        return f"{self.name}: {self.size_bytes} bytes, {owner}"
+        owners = "its owner is not known" if self.owners is None else f"of {', '.join(map(repr, self.owners))}"
+        return f"{self.name}: {self.size_bytes} bytes, {owners}"
 
 
 def sha256_of(path: Path) -> str:
@@ -107,21 +107,21 @@ def _copy_attributes(source: Path, target: Path) -> None:
                     os.setxattr(target, name, os.getxattr(source, name))
 
 
-def owner_of(path: Path) -> str | None:
-    """The caller that an image's file was put for; None where nobody noted it."""
-    if not hasattr(os, "getxattr"):
-        return None
+def owners_noted(path: Path) -> frozenset[str] | None:
+    """The callers that an image was drawn for; None where nothing says so."""
     try:
-        return os.getxattr(path, OWNER_ATTRIBUTE).decode()
-    except (OSError, UnicodeDecodeError):
+        return frozenset(os.getxattr(path, OWNER_ATTRIBUTE).decode().split("\n"))
+    except (OSError, AttributeError, UnicodeDecodeError):
         return None
 
 
-def set_owner(path: Path, owner: str) -> None:
-    """Notes the caller, where the file system takes it."""
-    if hasattr(os, "setxattr"):
-        with suppress(OSError):
-            os.setxattr(path, OWNER_ATTRIBUTE, owner.encode())
+def set_owners(path: Path, owners: frozenset[str]) -> None:
+    """Notes the callers anew.
+
+    Raises:
+        OSError: the file system does not take it.
+    """
+    os.setxattr(path, OWNER_ATTRIBUTE, "\n".join(sorted(owners)).encode())
 
 
 def make_private(folder: Path) -> None:
@@ -162,15 +162,6 @@ def files_below(folder: Path) -> Iterator[Path]:
         folders.sort()
         for name in sorted(names):
             yield Path(root, name)
-
-
-def listed(folder: Path) -> list[ListedFile]:
-    """What lies below a folder."""
-    found = []
-    for path in files_below(folder):
-        with suppress(OSError):
-            found.append(ListedFile(path.relative_to(folder).as_posix(), path.lstat().st_size, owner_of(path)))
-    return found
 
 
 def sync_file(path: Path) -> None:

@@ -14,6 +14,8 @@ from chromarpc_server.maintenance.report import CannotBeDone
 
 HASH = re.compile(r"[0-9a-f]{64}")
 LOST_AND_FOUND = "lost+found"
+REPLACED = "replaced-"
+"""Begin of the names of stores in quarantine that others took the place of."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from chromarpc_server.maintenance.files import (
     sync_folder,
     sync_tree,
 )
-from chromarpc_server.maintenance.layout import HASH, DataFolder
+from chromarpc_server.maintenance.layout import HASH, REPLACED, DataFolder
 from chromarpc_server.maintenance.manifest import read_manifest
 from chromarpc_server.maintenance.report import CannotBeDone, Report
 
@@ -137,7 +137,7 @@ def _move_present_away(folder: DataFolder, report: Report) -> None:
     present = folder.present()
     if not present:
         return
-    named = datetime.now(UTC).strftime("replaced-%Y%m%dT%H%M%SZ")
+    named = datetime.now(UTC).strftime(f"{REPLACED}%Y%m%dT%H%M%SZ")
     for path in present:
         below = path.parent.relative_to(folder.root)
         move_aside(path, folder.quarantine / named / below)

@@ -50,6 +50,16 @@ def is_locked(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def opened_to_write(path: Path) -> sqlite3.Connection:
+    """Opens a database that no server has; what is deleted in it is overwritten."""
+    connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
 def _explained(path: Path, error: sqlite3.Error) -> Exception:
     if is_locked(error):
         return CannotBeDone(f"{path} is locked by another process: stop that one, or run this again later")
@@ -178,3 +188,11 @@ def jobs_naming(connection: sqlite3.Connection, sha256: str) -> list[str]:
         sqlite3.DatabaseError: the list of them is damaged.
     """
     return [job for (job,) in connection.execute("SELECT job FROM images WHERE sha256 = ?", (sha256,))]
+
+
+def intended_images(connection: sqlite3.Connection) -> set[str]:
+    """Images that may lie in the folder although no job names them; none in earlier schemas."""
+    try:
+        return {sha256 for (sha256,) in connection.execute("SELECT sha256 FROM image_intents")}
+    except sqlite3.OperationalError:
+        return set()
