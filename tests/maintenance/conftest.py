@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import chromarpc
 from chromarpc_server.__main__ import main
 from chromarpc_server.adapters.content_store import ContentStore
 from chromarpc_server.adapters.stored_lora import LoraSource
+from chromarpc_server.jobs.store.rows import plan_check
 from chromarpc_server.maintenance.layout import DataFolder
 from tests.conftest import start_server
 from tests.faults.processes import until_step
@@ -116,6 +118,17 @@ def store(filled: Filled, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
         return left.value.code, json.loads(printed)
 
     return run
+
+
+def copy_job(database: sqlite3.Connection, job_id: str, **changes: Any) -> None:
+    """Makes another row of a job that did not end, as a server would have written it."""
+    database.row_factory = sqlite3.Row
+    row = dict(database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
+    del row["number"]
+    row |= {"request_id": None, **changes}
+    row["plan_check"] = plan_check(row)
+    marks = ", ".join("?" * len(row))
+    database.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))  # noqa: S608
 
 
 def flip_bit(path: Path, where: float = 0.5) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import chromarpc
+from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE
 from chromarpc_server.jobs.store.lock import StoreLock
-from chromarpc_server.maintenance.files import OWNER_ATTRIBUTE
 from tests.conftest import RunningServer
-from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SECRET, SHARED, TOKENS, Filled, sha256_of
+from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SECRET, SHARED, TOKENS, Filled, copy_job, sha256_of
 
 Store = Callable[..., tuple[int, dict[str, Any]]]
 Serve = Callable[..., RunningServer]
@@ -121,11 +121,13 @@ def test_a_store_that_another_took_the_place_of_is_wiped_too(store: Store, fille
 
 def test_the_one_caller_of_a_server_without_a_callers_file(store: Store, filled: Filled, serve: Serve) -> None:
     with closing(sqlite3.connect(filled.folder.database, isolation_level=None)) as database:
-        database.execute("UPDATE jobs SET owner = '' WHERE owner = ?", (ALICE,))
+        for number in range(2):
+            copy_job(database, filled.waiting[ALICE], id=f"copy{number}", owner="")
     code, told = store("forget", "--caller", "")
-    assert (code, told["counts"]["removed: jobs"]) == (0, 3)
-    assert store("forget", "--nobody")[0] == 0
-    assert SECRET.encode() not in _bytes_below(filled.root)
+    assert (code, told["counts"]["removed: jobs"]) == (0, 2)
+    code, told = store("forget", "--nobody")
+    assert (code, told["counts"]["removed: jobs"]) == (0, 0)
+    assert SECRET.encode() in _bytes_below(filled.root)  # alice's own
     assert (filled.folder.loras / f"{sha256_of(OWN)}.safetensors").exists()
 
 

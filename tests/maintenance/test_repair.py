@@ -18,7 +18,7 @@ from chromarpc_server.jobs.store.schema import MIGRATIONS
 from chromarpc_server.maintenance import repair as module
 from chromarpc_server.maintenance.salvage import salvage
 from tests.conftest import RunningServer
-from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SHARED, TOKENS, Filled, flip_bit, sha256_of
+from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SHARED, TOKENS, Filled, copy_job, flip_bit, sha256_of
 
 Store = Callable[..., tuple[int, dict[str, Any]]]
 Serve = Callable[..., RunningServer]
@@ -138,12 +138,9 @@ def test_every_other_row_is_saved_where_pages_are_damaged(filled: Filled, tmp_pa
     path, many = tmp_path / "jobs.sqlite3", 2000
     shutil.copy(filled.folder.database, path)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        columns = [column[1] for column in database.execute("PRAGMA table_info(jobs)")]
-        copied = ", ".join(name for name in columns if name not in ("number", "id", "request_id"))
         database.execute("BEGIN")
         for number in range(many):
-            statement = f"INSERT INTO jobs (id, {copied}) SELECT ?, {copied} FROM jobs WHERE id = ?"  # noqa: S608
-            database.execute(statement, (f"copy{number}", filled.waiting[ALICE]))
+            copy_job(database, filled.waiting[ALICE], id=f"copy{number}")
         database.execute("COMMIT")
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     pages = path.stat().st_size // 4096
@@ -222,10 +219,7 @@ def test_what_the_write_ahead_log_has_is_saved_too(store: Store, filled: Filled,
     with closing(sqlite3.connect(database, isolation_level=None)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("PRAGMA wal_autocheckpoint = 0")
-        columns = [column[1] for column in writer.execute("PRAGMA table_info(jobs)")]
-        copied = ", ".join(name for name in columns if name not in ("number", "id", "request_id"))
-        statement = f"INSERT INTO jobs (id, {copied}) SELECT 'in-the-log', {copied} FROM jobs WHERE id = ?"  # noqa: S608
-        writer.execute(statement, (filled.waiting[ALICE],))
+        copy_job(writer, filled.waiting[ALICE], id="in-the-log")
         for suffix in ("", "-wal"):
             shutil.copy(f"{database}{suffix}", tmp_path / f"crashed{suffix}")
     for suffix in ("", "-wal"):

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from chromarpc_server.maintenance import rows
+from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
 from chromarpc_server.maintenance.contents import contents_of
 from chromarpc_server.maintenance.files import (
@@ -23,7 +24,6 @@ from chromarpc_server.maintenance.files import (
     make_private,
     sha256_of,
     sync_file,
-    sync_folder,
     sync_tree,
 )
 from chromarpc_server.maintenance.layout import DataFolder
@@ -106,8 +106,8 @@ class _Backup:
         source, target = self._source.database, self._target.database
         lost: dict[Path, str] = {}
         try:
-            with rows.reading(source) as live:
-                schema = rows.require_known_schema(live, source)
+            with databases.opened_to_read(source) as live:
+                schema = databases.require_known_schema(live, source)
                 for number in range(_SNAPSHOTS):
                     _snapshot(live, target)
                     if not schema:
@@ -124,7 +124,7 @@ class _Backup:
             ) from None
         for path, why in lost.items():
             self._leave_out(path, why)
-        with rows.reading(target) as copy:
+        with databases.opened_to_read(target) as copy:
             self._judge(copy)
         sync_file(target)
         return schema, sha256_of(target)
@@ -137,7 +137,7 @@ class _Backup:
         """
         lost: dict[Path, str] = {}
         changed: set[str] = set()
-        for sha256, jobs in rows.named_images(copy).items():
+        for sha256, jobs in databases.named_images(copy).items():
             source, target = self._source.image(sha256), self._target.image(sha256)
             if target.exists():
                 continue
@@ -145,7 +145,7 @@ class _Backup:
             try:
                 copy_whole(source, target, sha256)
             except (Damaged, FileNotFoundError) as error:
-                if rows.jobs_naming(live, sha256):
+                if databases.jobs_naming(live, sha256):
                     lost[source] = _why(error)
                 else:
                     changed.update(jobs)
@@ -153,12 +153,12 @@ class _Backup:
 
     def _drop_deleted(self, live: sqlite3.Connection, copy: sqlite3.Connection, changed: set[str]) -> None:
         """Takes from the copy what was deleted while it was made, and images that nothing in it names any more."""
-        kept = rows.job_ids(live).keys() - changed
-        deleted = [(number,) for job, number in rows.job_ids(copy).items() if job not in kept]
+        kept = databases.job_ids(live).keys() - changed
+        deleted = [(number,) for job, number in databases.job_ids(copy).items() if job not in kept]
         copy.execute("BEGIN")
         copy.executemany("DELETE FROM jobs WHERE number = ?", deleted)
         copy.execute("COMMIT")
-        named = rows.named_images(copy)
+        named = databases.named_images(copy)
         for path in self._target.image_files():
             if path.name not in named:
                 path.unlink()
@@ -166,14 +166,16 @@ class _Backup:
 
     def _judge(self, copy: sqlite3.Connection) -> None:
         """Says what the copy took over that is damaged."""
-        if found := rows.damages(copy):
+        if found := databases.damages(copy):
             advice = f"stop the server and run {repair_command(self._source)}, then back up again"
             why = f"the database is damaged ({'; '.join(found)}), and so is its copy"
             self._report.add(self._source.name_of(self._source.database), why, advice)
-        if rows.require_known_schema(copy, self._target.database):
-            for number in rows.numbers(copy):
-                found_row, why_not = rows.judged(copy, number)
+        if databases.require_known_schema(copy, self._target.database):
+            for number in databases.numbers(copy):
+                found_row, why_not = databases.judged(copy, number)
                 self._report.count("jobs")
+                if why_not is None and found_row is not None:
+                    why_not = databases.why_events_unreadable(found_row)
                 if why_not is not None:
                     name = f"the job in row {number}" if found_row is None else f"job {found_row['id']}"
                     self._report.add(name, f"{why_not}, in the backup neither", _SEE_CHECK)
@@ -244,9 +246,9 @@ def verify(backup_folder: DataFolder, manifest: Manifest, report: Report) -> Non
         path = backup_folder.database
         if why := damage_of(path, manifest.database_sha256):
             raise CannotBeDone(f"{path} of the backup is damaged ({why}): take another backup")
-        with rows.reading(path) as connection:
-            if rows.require_known_schema(connection, path):
-                for sha256 in rows.named_images(connection):
+        with databases.opened_to_read(path) as connection:
+            if databases.require_known_schema(connection, path):
+                for sha256 in databases.named_images(connection):
                     _verify_file(backup_folder, backup_folder.image(sha256), sha256, expected, report)
     for folder in (backup_folder.loras, backup_folder.downloads):
         for content in contents_of(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 
-from chromarpc_server.maintenance import rows
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.contents import Content, contents_of
 from chromarpc_server.maintenance.files import damage_of
 from chromarpc_server.maintenance.kept import listed
@@ -25,7 +25,7 @@ def check(folder: DataFolder, report: Report) -> None:
     folder.require_store()
     if folder.database.exists():
         try:
-            with rows.reading(folder.database) as connection:
+            with databases.opened_to_read(folder.database) as connection:
                 _check_database(connection, folder, report)
         except sqlite3.DatabaseError as error:
             _tell_damaged_database(report, folder, [str(error)])
@@ -50,8 +50,8 @@ def _tell_damaged_database(report: Report, folder: DataFolder, why: list[str]) -
 
 
 def _check_database(connection: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
-    version = rows.require_known_schema(connection, folder.database)
-    if damages := rows.damages(connection):
+    version = databases.require_known_schema(connection, folder.database)
+    if damages := databases.damages(connection):
         _tell_damaged_database(report, folder, damages)
     if not version:
         return  # a server was stopped before it made the tables
@@ -62,31 +62,34 @@ def _check_database(connection: sqlite3.Connection, folder: DataFolder, report: 
 def _check_rows(connection: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
     report.count("jobs that ended", 0)
     report.count("jobs that wait or run", 0)
-    for number in rows.numbers(connection):
-        found, why = rows.judged(connection, number)
+    for number in databases.numbers(connection):
+        found, why = databases.judged(connection, number)
         if why is not None:
-            found, why = rows.judged(connection, number)
+            found, why = databases.judged(connection, number)
         if why is not None:
             name = f"the job in row {number}" if found is None else f"job {found['id']}"
             advice = f"stop the server and run {repair_command(folder)}, which puts it into quarantine"
             report.add(name, why, advice)
         elif found is not None:
             report.count("jobs that wait or run" if found["ended_us"] is None else "jobs that ended")
+            if why_not := databases.why_events_unreadable(found):
+                advice = "the job and its images are served all the same; delete it, or restore a backup"
+                report.add(f"job {found['id']}", why_not, advice)
 
 
 def _check_images(connection: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
-    named = rows.named_images(connection)
+    named = databases.named_images(connection)
     report.count("images", len(named))
     for sha256 in named:
         why = damage_of(folder.image(sha256), sha256)
         if why is None:
             continue
         # Deleted, or drawn again, meanwhile?
-        jobs = rows.jobs_naming(connection, sha256)
+        jobs = databases.jobs_naming(connection, sha256)
         why = damage_of(folder.image(sha256), sha256) if jobs else None
         if why is not None:
             report.add(folder.name_of(folder.image(sha256)), why, _image_advice(folder, sha256, jobs))
-    unnamed = [path for path in folder.image_files() if not rows.jobs_naming(connection, path.name)]
+    unnamed = [path for path in folder.image_files() if not databases.jobs_naming(connection, path.name)]
     report.count("images that no job names, of jobs that run or of a cut process", len(unnamed))
 
 

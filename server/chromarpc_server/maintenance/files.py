@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-OWNER_ATTRIBUTE = "user.chromarpc.owner"
-"""Extended attribute of an image's file: names of the callers it was drawn for, one a line."""
+from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE, sync_folder
+
 _BLOCK_BYTES = 1024**2
 
 
@@ -107,14 +107,6 @@ def _copy_attributes(source: Path, target: Path) -> None:
                     os.setxattr(target, name, os.getxattr(source, name))
 
 
-def owners_noted(path: Path) -> frozenset[str] | None:
-    """The callers that an image was drawn for; None where nothing says so."""
-    try:
-        return frozenset(os.getxattr(path, OWNER_ATTRIBUTE).decode().split("\n"))
-    except (OSError, AttributeError, UnicodeDecodeError):
-        return None
-
-
 def set_owners(path: Path, owners: frozenset[str]) -> None:
     """Notes the callers anew.
 
@@ -172,16 +164,6 @@ def sync_file(path: Path) -> None:
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:

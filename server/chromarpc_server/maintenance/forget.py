@@ -10,11 +10,12 @@ from pathlib import Path
 
 from chromarpc_server.adapters.content_store import ContentStore
 from chromarpc_server.adapters.stored_lora import LoraSource
+from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
-from chromarpc_server.maintenance import rows
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
 from chromarpc_server.maintenance.contents import contents_of
-from chromarpc_server.maintenance.files import files_below, make_private, sync_file, sync_folder
+from chromarpc_server.maintenance.files import files_below, make_private, sync_file
 from chromarpc_server.maintenance.kept import disown_kept, is_note, owners_kept, remove_kept
 from chromarpc_server.maintenance.layout import REPLACED, DataFolder
 from chromarpc_server.maintenance.report import CannotBeDone, Report
@@ -92,14 +93,14 @@ def _is_replaced(folder: DataFolder, path: Path) -> bool:
 
 def _wipe_rows(path: Path, name: str, report: Report) -> Collection[str]:
     """Deletes the caller's jobs. Returns the images that others' jobs name."""
-    with closing(rows.opened_to_write(path)) as database:
-        if not rows.require_known_schema(database, path):
+    with closing(databases.opened_to_write(path)) as database:
+        if not databases.require_known_schema(database, path):
             return ()
-        if found := rows.damages(database):
+        if found := databases.damages(database):
             raise sqlite3.DatabaseError(found[0])
         report.count("removed: jobs", database.execute("DELETE FROM jobs WHERE owner = ?", (name,)).rowcount)
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return rows.named_images(database).keys()
+        return databases.named_images(database).keys()
 
 
 def _write_anew(folder: DataFolder, report: Report) -> None:
@@ -114,7 +115,7 @@ def _write_anew(folder: DataFolder, report: Report) -> None:
     part = database.with_name(f"{database.name}.part")
     part.unlink(missing_ok=True)
     part.touch(mode=0o600)
-    with closing(rows.opened_to_write(database)) as connection:
+    with closing(databases.opened_to_write(database)) as connection:
         connection.execute("VACUUM INTO ?", (str(part),))
     sync_file(part)
     # The last connection has written everything into the file; a log of its own the new one must not find.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from chromarpc_server.adapters.names import SUFFIX
 from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_owners, owners_of
+from chromarpc_server.jobs.store.images import owners_noted
 from chromarpc_server.maintenance.contents import Content
-from chromarpc_server.maintenance.files import ListedFile, files_below, owners_noted, set_owners
+from chromarpc_server.maintenance.files import ListedFile, files_below, set_owners
 
 ROWS = "rows"
 """Folder of jobs whose rows could not be read, a JSON file for each."""

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chromarpc_server.jobs.store.database import FILE
+from chromarpc_server.jobs.store.images import LOST_AND_FOUND
 from chromarpc_server.jobs.store.lock import LOCK_FILE
+from chromarpc_server.jobs.store.sqlite_file import FILE
 from chromarpc_server.maintenance.report import CannotBeDone
 
 HASH = re.compile(r"[0-9a-f]{64}")
-LOST_AND_FOUND = "lost+found"
 REPLACED = "replaced-"
 """Begin of the names of stores in quarantine that others took the place of."""
 

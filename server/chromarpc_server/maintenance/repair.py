@@ -13,10 +13,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
-from chromarpc_server.maintenance import rows
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.contents import contents_of
-from chromarpc_server.maintenance.files import damage_of, make_private, move_aside, sync_file, sync_folder
+from chromarpc_server.maintenance.files import damage_of, make_private, move_aside, sync_file
 from chromarpc_server.maintenance.kept import ROWS
 from chromarpc_server.maintenance.layout import DataFolder
 from chromarpc_server.maintenance.report import Report
@@ -43,8 +44,8 @@ def repair(folder: DataFolder, report: Report) -> None:
         _clear_half_done(folder, report)
         if folder.database.exists():
             _repair_database(folder, report)
-            with closing(rows.opened_to_write(folder.database)) as database:
-                if rows.require_known_schema(database, folder.database):
+            with closing(databases.opened_to_write(folder.database)) as database:
+                if databases.require_known_schema(database, folder.database):
                     _repair_rows(database, folder, report)
                     _repair_images(database, folder, report)
         _repair_contents(folder, report)
@@ -94,13 +95,13 @@ def _repair_database(folder: DataFolder, report: Report) -> None:
 
 def _is_damaged(path: Path) -> bool:
     try:
-        with rows.reading(path) as connection:
-            version = rows.require_known_schema(connection, path)
-            if rows.damages(connection):
+        with databases.opened_to_read(path) as connection:
+            version = databases.require_known_schema(connection, path)
+            if databases.damages(connection):
                 return True
             if version:
                 connection.execute("SELECT COUNT(*) FROM jobs").fetchone()
-                rows.named_images(connection)
+                databases.named_images(connection)
             return False
     except sqlite3.DatabaseError:
         return True
@@ -127,9 +128,12 @@ def _keep_damaged(folder: DataFolder) -> Path:
 
 def _repair_rows(database: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
     """Moves rows that cannot be read out of the database, each to a file of its own."""
-    for number in rows.numbers(database):
-        found, why = rows.judged(database, number)
+    for number in databases.numbers(database):
+        found, why = databases.judged(database, number)
         if found is None or why is None:
+            continue
+        if databases.is_newer(found):
+            report.done.append(f"left: {why}: run that version, or delete the job")
             continue
         kept = folder.quarantine / "jobs" / ROWS
         make_private(kept)
@@ -144,7 +148,7 @@ def _repair_rows(database: sqlite3.Connection, folder: DataFolder, report: Repor
 
 
 def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
-    named = rows.named_images(database)
+    named = databases.named_images(database)
     for sha256, jobs in named.items():
         path, lost = folder.image(sha256), folder.lost_and_found / sha256
         why = damage_of(path, sha256)
@@ -163,7 +167,7 @@ def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Rep
             report.done.append(
                 f"left: {folder.name_of(path)} is gone; draw it again with RedrawJob: {', '.join(jobs)}"
             )
-    kept = named.keys() | rows.intended_images(database)
+    kept = named.keys() | databases.intended_images(database)
     unnamed = [path for path in folder.image_files() if path.name not in kept]
     for path in unnamed:
         make_private(folder.lost_and_found)

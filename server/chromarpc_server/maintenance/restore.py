@@ -12,8 +12,9 @@ from pathlib import Path
 from chromarpc_server.adapters.names import hash_in
 from chromarpc_server.adapters.owners import NOTE_SUFFIX
 from chromarpc_server.jobs.store import records
+from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
-from chromarpc_server.maintenance import rows
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.backup import verify
 from chromarpc_server.maintenance.contents import contents_of
 from chromarpc_server.maintenance.files import (
@@ -23,7 +24,6 @@ from chromarpc_server.maintenance.files import (
     make_private,
     move_aside,
     sync_file,
-    sync_folder,
     sync_tree,
 )
 from chromarpc_server.maintenance.layout import HASH, REPLACED, DataFolder
@@ -114,11 +114,11 @@ def _know_adapters_by_hash(staged: DataFolder) -> int:
     here = {content.sha256 for folder in (staged.loras, staged.downloads) for content in contents_of(folder)}
     with closing(sqlite3.connect(staged.database, isolation_level=None)) as database:
         database.row_factory = sqlite3.Row
-        if not rows.require_known_schema(database, staged.database):
+        if not databases.require_known_schema(database, staged.database):
             return 0
-        all_numbers = rows.numbers(database)
+        all_numbers = databases.numbers(database)
         for number in all_numbers:
-            row, why = rows.judged(database, number)
+            row, why = databases.judged(database, number)
             if row is None or why is not None or row["ended_us"] is not None:
                 continue
             loras = records.read_plan(row["plan"]).loras

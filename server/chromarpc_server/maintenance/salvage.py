@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chromarpc_server.jobs.store.schema import MIGRATIONS
-from chromarpc_server.maintenance import rows
+from chromarpc_server.maintenance import databases
 
 _PAGE_BYTES = 4096
 """SQLite's default, and so of every store."""
@@ -105,7 +105,7 @@ def _connected(path: Path) -> sqlite3.Connection:
 def _has_jobs(path: Path) -> bool:
     with closing(_connected(path)) as database:
         try:
-            return _schema_of(database) > 0 and bool(rows.numbers(database))
+            return _schema_of(database) > 0 and bool(databases.numbers(database))
         except sqlite3.DatabaseError:
             return False
 
@@ -137,8 +137,8 @@ def _replace_first_page(path: Path, version: int, *, whole_page: bool) -> None:
 
 def _copy_jobs(damaged: sqlite3.Connection, saved: sqlite3.Connection) -> Salvaged:
     jobs = unreadable = 0
-    for number in rows.numbers(damaged):
-        found, why = rows.judged(damaged, number)
+    for number in databases.numbers(damaged):
+        found, why = databases.judged(damaged, number)
         if found is None or why is not None:
             unreadable += 1
             continue
@@ -152,6 +152,6 @@ def _copy_jobs(damaged: sqlite3.Connection, saved: sqlite3.Connection) -> Salvag
         jobs += 1
         saved.executemany(
             "INSERT OR IGNORE INTO images VALUES (?, ?)",
-            [(found["id"], sha256) for sha256 in rows.images_of(found)],
+            [(found["id"], sha256) for sha256 in databases.images_of(found)],
         )
     return Salvaged(jobs, unreadable)

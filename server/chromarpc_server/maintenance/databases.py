@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from chromarpc_server.domain.errors import JobDamaged
 from chromarpc_server.domain.events import Accepted
-from chromarpc_server.jobs.store import records
+from chromarpc_server.jobs.store import records, rows
 from chromarpc_server.jobs.store.schema import MIGRATIONS
+from chromarpc_server.jobs.store.sqlite_file import is_damage
 from chromarpc_server.maintenance.report import CannotBeDone
 
 PATIENCE_S = 10.0
@@ -21,7 +23,7 @@ _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionErro
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
+def opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
     """Opens a database to read it; changes nothing in it, whatever another process left in its WAL.
 
     Raises:
@@ -63,9 +65,8 @@ def opened_to_write(path: Path) -> sqlite3.Connection:
 def _explained(path: Path, error: sqlite3.Error) -> Exception:
     if is_locked(error):
         return CannotBeDone(f"{path} is locked by another process: stop that one, or run this again later")
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
-        return error  # the last one: a table is missing
+    if is_damage(error) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
+        return error  # the latter: a table is missing
     return CannotBeDone(f"{path} cannot be read ({error}): see to its folder, then run this again")
 
 
@@ -133,7 +134,7 @@ def row(connection: sqlite3.Connection, number: int) -> sqlite3.Row | None:
 
 
 def judged(connection: sqlite3.Connection, number: int) -> tuple[sqlite3.Row | None, str | None]:
-    """A job's row as far as it can be read, and why a server could not read it; neither where it is gone."""
+    """A job's row as far as it can be read, and what keeps a server from reading it; neither where it is gone."""
     try:
         found = row(connection, number)
     except sqlite3.DatabaseError as error:
@@ -144,10 +145,12 @@ def judged(connection: sqlite3.Connection, number: int) -> tuple[sqlite3.Row | N
 
 
 def why_unreadable(found: sqlite3.Row) -> str | None:
-    """What keeps a server from reading a row; None where nothing does. Quotes nothing of it."""
+    """What keeps a server from reading a job; None where nothing does. Quotes nothing of it."""
     what = "plan"
     try:
-        accepted = Accepted(found["id"], records.read_plan(found["plan"]))
+        if _has_checks(found):
+            rows.require_readable(found)
+        records.read_plan(found["plan"])
         what = "list of adapters"
         records.read_adapters(found["adapters"])
         if found["ended_us"] is not None:
@@ -155,11 +158,34 @@ def why_unreadable(found: sqlite3.Row) -> str | None:
             records.read_ending(found["ending"])
             what = "list of images"
             records.read_headers(found["headers"])
-            what = "list of events"
-            records.unpack_events(found["events"], accepted)
+    except JobDamaged as error:
+        return error.message
     except _UNREADABLE:
         return f"its {what} cannot be read"
     return None
+
+
+def why_events_unreadable(found: sqlite3.Row) -> str | None:
+    """What keeps a server from telling the events of a job that it can read; None where nothing does."""
+    if found["ended_us"] is None:
+        return None
+    try:
+        if _has_checks(found):
+            rows.require_events(found["id"], found["events"], found["events_check"])
+        records.unpack_events(found["events"], Accepted(found["id"], records.read_plan(found["plan"])))
+    except (JobDamaged, *_UNREADABLE):
+        return "its events cannot be read"
+    return None
+
+
+def _has_checks(found: sqlite3.Row) -> bool:
+    """Rows of earlier schemas have none."""
+    return "format" in found.keys()  # noqa: SIM118 - iterated, a row gives its values
+
+
+def is_newer(found: sqlite3.Row) -> bool:
+    """Whether a row is in a format that only a newer version reads."""
+    return _has_checks(found) and found["format"] not in rows.READABLE
 
 
 def images_of(found: sqlite3.Row) -> list[str]:
@@ -192,7 +218,6 @@ def jobs_naming(connection: sqlite3.Connection, sha256: str) -> list[str]:
 
 def intended_images(connection: sqlite3.Connection) -> set[str]:
     """Images that may lie in the folder although no job names them; none in earlier schemas."""
-    try:
-        return {sha256 for (sha256,) in connection.execute("SELECT sha256 FROM image_intents")}
-    except sqlite3.OperationalError:
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'image_intents'").fetchone() is None:
         return set()
+    return {sha256 for (sha256,) in connection.execute("SELECT sha256 FROM image_intents")}
