@@ -16,7 +16,18 @@ import chromarpc
 from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE
 from chromarpc_server.jobs.store.lock import StoreLock
 from tests.conftest import RunningServer
-from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SECRET, SHARED, TOKENS, Filled, copy_job, sha256_of
+from tests.maintenance.conftest import (
+    ALICE,
+    BOB,
+    FETCHED,
+    OWN,
+    SECRET,
+    SHARED,
+    TOKENS,
+    Filled,
+    copy_job,
+    sha256_of,
+)
 
 Store = Callable[..., tuple[int, dict[str, Any]]]
 Serve = Callable[..., RunningServer]

@@ -18,7 +18,18 @@ from chromarpc_server.jobs.store.schema import MIGRATIONS
 from chromarpc_server.maintenance import repair as module
 from chromarpc_server.maintenance.salvage import salvage
 from tests.conftest import RunningServer
-from tests.maintenance.conftest import ALICE, BOB, FETCHED, OWN, SHARED, TOKENS, Filled, copy_job, flip_bit, sha256_of
+from tests.maintenance.conftest import (
+    ALICE,
+    BOB,
+    FETCHED,
+    OWN,
+    SHARED,
+    TOKENS,
+    Filled,
+    copy_job,
+    flip_bit,
+    sha256_of,
+)
 
 Store = Callable[..., tuple[int, dict[str, Any]]]
 Serve = Callable[..., RunningServer]
