@@ -1,4 +1,4 @@
-"""Which files a start removes: those that were meant to go. All others are kept, and put back where they belong."""
+"""Which files a start removes: those meant to go. All others are kept, and put back where they belong."""
 
 from __future__ import annotations
 
