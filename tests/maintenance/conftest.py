@@ -93,7 +93,8 @@ def _filled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     downloads = ContentStore(made.folder.downloads, LoraSource.DOWNLOAD)
     part = made.folder.downloads / "fetched"
     shutil.copy(FETCHED, part)
-    downloads.add(part, sha256_of(FETCHED), FETCHED.stat().st_size, ALICE, "")
+    downloads.add(part, sha256_of(FETCHED), ALICE, "")
+    downloads.unfinished.close()
     return made
 
 

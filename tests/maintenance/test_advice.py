@@ -110,6 +110,15 @@ def test_every_command_that_the_table_of_errors_names_runs(
         assert "all is well" in capsys.readouterr().out
 
 
+def test_a_folder_with_a_space_is_quoted(store: Store, filled: Filled, tiny_checkpoint: Path) -> None:
+    root = filled.root.with_name("my data")
+    filled.root.rename(root)
+    filled.root = root
+    _cut(filled.folder.database)
+    for text in (_refusal(filled, tiny_checkpoint), store("check")[1]["problems"][0]["advice"]):
+        assert _run(_commands(text)[0]) == 0
+
+
 def test_what_check_advises_is_run_as_written(
     store: Store, filled: Filled, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,19 @@ def test_a_backup_has_everything_and_is_for_its_user_alone(store: Store, filled:
     assert "is there already" in told["error"]
 
 
+def test_a_backup_s_folder_may_be_there_and_empty(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved").mkdir()
+    monkeypatch.chdir(tmp_path / "saved")
+    assert store("backup", ".")[0] == 0
+    assert (tmp_path / "saved" / "manifest.json").exists()
+    (tmp_path / "other.part").mkdir()
+    code, told = store("backup", tmp_path / "other")
+    assert code == 1
+    assert "remove it if that one was killed" in told["error"]
+
+
 def test_downloads_can_be_left_out(store: Store, tmp_path: Path) -> None:
     assert store("backup", tmp_path / "saved", "--without-downloads")[0] == 0
     assert list((tmp_path / "saved" / "downloads").iterdir()) == []

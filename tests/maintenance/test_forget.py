@@ -99,7 +99,7 @@ def test_no_byte_of_a_caller_is_left_and_others_keep_theirs(store: Store, filled
     assert sorted(path.name for path in folder.loras.iterdir()) == [
         f"{sha256_of(SHARED)}{suffix}" for suffix in (".json", ".safetensors")
     ]
-    assert list(folder.downloads.iterdir()) == []
+    assert not list(folder.downloads.glob("*.*"))
     assert store("check")[0] == 0
     again = store("forget", "--caller", ALICE)[1]["counts"]
     assert set(again.values()) == {0}

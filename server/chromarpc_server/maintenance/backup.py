@@ -44,6 +44,7 @@ def backup(folder: DataFolder, target: Path, report: Report, *, with_downloads: 
         OSError: there is no room.
     """
     folder.require_store()
+    target = target.absolute()
     part = _make_part(target)
     try:
         _Backup(folder, DataFolder(part), report).write(with_downloads=with_downloads)
@@ -58,6 +59,8 @@ def backup(folder: DataFolder, target: Path, report: Report, *, with_downloads: 
 def _make_part(target: Path) -> Path:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CannotBeDone(f"{target} is there already: name a folder that does not exist, or is empty")
+    if target.is_mount():
+        raise CannotBeDone(f"{target} is a disk's own folder, which cannot be made at once: name a folder in it")
     part = target.with_name(f"{target.name}.part")
     try:
         make_private(part.parent)

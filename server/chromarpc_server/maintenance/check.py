@@ -5,6 +5,7 @@ What a server changes meanwhile is no problem: whatever looks wrong is looked at
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 from collections.abc import Callable
 
@@ -41,7 +42,7 @@ def check(folder: DataFolder, report: Report) -> None:
 
 def repair_command(folder: DataFolder) -> str:
     """As it is to be typed."""
-    return f"`chromarpc-server store repair --data-dir {folder.root}`"
+    return f"`chromarpc-server store repair --data-dir {shlex.quote(str(folder.root))}`"
 
 
 def _tell_damaged_database(report: Report, folder: DataFolder, why: list[str]) -> None:
@@ -103,7 +104,7 @@ def _image_advice(folder: DataFolder, sha256: str, jobs: list[str]) -> str:
 def _check_contents(folder: DataFolder, report: Report) -> None:
     for path, what, advice in (
         (folder.loras, "uploads", "upload the same file again"),
-        (folder.downloads, "downloads", "remove it, and it is fetched again"),
+        (folder.downloads, "downloads", "the next job with its URL fetches it again"),
     ):
         report.count(what, 0)
         for content in contents_of(path):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chromarpc_server.adapters.content_store import entries_of
+from chromarpc_server.adapters.content_store import ContentStore, entries_of
 from chromarpc_server.adapters.names import SUFFIX
-from chromarpc_server.adapters.owners import NOTE_SUFFIX
+from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_of, parse_note
+from chromarpc_server.adapters.process_folder import ProcessFolder
+from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.maintenance.files import damage_of
-from chromarpc_server.maintenance.layout import HASH
+from chromarpc_server.maintenance.layout import HASH, DataFolder
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Content:
     @property
     def note(self) -> Path:
         """Need not exist."""
-        return self.file.with_suffix(NOTE_SUFFIX)
+        return note_of(self.file)
 
     def damage(self) -> str | None:
         """Why the file is not what its name promises; None where it is."""
@@ -38,16 +39,14 @@ class Content:
     def note_damage(self) -> str | None:
         """Why the owners cannot be read; None where they can, or where there is no note."""
         try:
-            noted = json.loads(self.note.read_bytes())
+            parse_note(self.note.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             return f"the note of its owners cannot be read ({error.strerror})"
-        except (ValueError, RecursionError):
+        except ValueError:
             return "the note of its owners is damaged"
-        # A note of the first version names a file and no owner.
-        is_whole = isinstance(noted, dict) and isinstance(noted.get("owners", {}), dict)
-        return None if is_whole else "the note of its owners is damaged"
+        return None
 
 
 def contents_of(folder: Path) -> Iterator[Content]:
@@ -59,3 +58,14 @@ def contents_of(folder: Path) -> Iterator[Content]:
     }
     for stem in sorted(stems):
         yield Content(folder / f"{stem}{SUFFIX}")
+
+
+def remove_half_written(folder: DataFolder) -> int:
+    """Removes what cut writes left, but for that of processes that live. Returns how many files."""
+    found = folder.half_written()
+    ProcessFolder(folder.uploads).remove_abandoned()
+    ContentStore(folder.downloads, LoraSource.DOWNLOAD).unfinished.remove_abandoned()
+    for path in found:
+        if path.parent in (folder.loras, folder.downloads) or path.is_relative_to(folder.images):
+            path.unlink(missing_ok=True)
+    return sum(not path.exists() for path in found)

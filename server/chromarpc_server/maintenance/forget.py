@@ -14,7 +14,7 @@ from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
-from chromarpc_server.maintenance.contents import contents_of
+from chromarpc_server.maintenance.contents import contents_of, remove_half_written
 from chromarpc_server.maintenance.files import files_below, make_private, sync_file
 from chromarpc_server.maintenance.kept import disown_kept, is_note, owners_kept, remove_kept
 from chromarpc_server.maintenance.layout import REPLACED, DataFolder
@@ -77,11 +77,10 @@ def _wipe(folder: DataFolder, name: str, report: Report, *, is_kept: bool = Fals
     for path in folder.image_files():
         if name in (owners_kept(path) or ()):
             disown_kept(path, name)  # another caller's job names it
-    for area, source in ((folder.loras, LoraSource.UPLOAD), (folder.downloads, LoraSource.DOWNLOAD)):
-        _wipe_contents(area, source, name, report)
-    for path in folder.half_written():
-        # Nobody can go on with what an earlier process began to receive, and nothing says whose it was.
-        path.unlink()
+    _wipe_contents(ContentStore(folder.loras, LoraSource.UPLOAD, folder.uploads), "uploads", name, report)
+    _wipe_contents(ContentStore(folder.downloads, LoraSource.DOWNLOAD), "downloads", name, report)
+    # Nobody can go on with what an earlier process began to receive, and nothing says whose it was.
+    remove_half_written(folder)
     _wipe_files(files_below(folder.lost_and_found), name, report, "lost+found")
     quarantined = (path for path in files_below(folder.quarantine) if not _is_replaced(folder, path))
     _wipe_files(quarantined, name, report, "quarantine")
@@ -134,19 +133,20 @@ def _wipe_files(paths: Iterable[Path], name: str, report: Report, what: str) -> 
         if owners is None or owners <= {name}:
             remove_kept(path)
             report.count(f"removed: {what}")
-            report.count(_UNKNOWN, int(owners is None))
+            report.count(_UNKNOWN, int(not owners))
         elif name in owners:
             disown_kept(path, name)
 
 
-def _wipe_contents(area: Path, source: LoraSource, name: str, report: Report) -> None:
-    store, what = ContentStore(area, source), f"{source}s"
+def _wipe_contents(store: ContentStore, what: str, name: str, report: Report) -> None:
     for content in contents_of(store.folder):
         if content.note_damage() is None and content.file.exists():
             report.count(f"removed: {what}", int(store.remove_owner(content.sha256, name)))
         else:
             # It is nobody's until its bytes are sent again, and the note may have the caller's name.
             was_there = content.file.exists()
-            store.remove(content.sha256)
+            store.remove_file(content.sha256)
+            store.drop_notes([content.sha256])
             report.count(f"removed: {what}", int(was_there))
             report.count(_UNKNOWN, int(was_there))
+    store.unfinished.close()

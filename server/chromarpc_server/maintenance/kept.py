@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from chromarpc_server.adapters.durable import write_file
 from chromarpc_server.adapters.names import SUFFIX
-from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_owners, owners_of
+from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_text, owners_of
 from chromarpc_server.jobs.store.images import owners_noted
 from chromarpc_server.maintenance.contents import Content
 from chromarpc_server.maintenance.files import ListedFile, files_below, set_owners
@@ -59,7 +61,10 @@ def disown_kept(path: Path, name: str) -> None:
         OSError: the folder cannot be written.
     """
     if path.suffix == SUFFIX:
-        note_owners(path, {owner: label for owner, label in owners_of(path).items() if owner != name})
+        note = Content(path).note
+        part = note.with_name(f"{secrets.token_hex(8)}.part")
+        write_file(part, note_text({owner: label for owner, label in owners_of(path).items() if owner != name}))
+        part.replace(note)
     else:
         set_owners(path, (owners_noted(path) or frozenset()) - {name})
 

@@ -17,6 +17,9 @@ HASH = re.compile(r"[0-9a-f]{64}")
 REPLACED = "replaced-"
 """Begin of the names of stores in quarantine that others took the place of."""
 
+_HALF_WRITTEN = (".part", ".note")
+"""Ends of the names of files that are written before they get their name."""
+
 
 @dataclass(frozen=True)
 class DataFolder:
@@ -76,9 +79,9 @@ class DataFolder:
 
     def half_written(self) -> list[Path]:
         """What writes left that were cut; beside a running server, some of them are under way."""
-        found = [*self.images.glob("??/*.part"), *self.loras.glob("*.note"), *self.downloads.glob("*.note")]
-        found += [*self.loras.glob("*.part"), *self.downloads.glob("*.part"), *self.uploads.glob("*.part")]
-        return sorted(found)
+        patterns = {self.images: "??/*", self.loras: "*", self.downloads: "**/*", self.uploads: "**/*"}
+        found = (path for area, pattern in patterns.items() for path in area.glob(pattern))
+        return sorted(path for path in found if path.suffix in _HALF_WRITTEN)
 
     def name_of(self, path: Path) -> str:
         """A path as people are told of it: below the data folder."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
-from chromarpc_server.maintenance.contents import contents_of
+from chromarpc_server.maintenance.contents import contents_of, remove_half_written
 from chromarpc_server.maintenance.files import damage_of, make_private, move_aside, sync_file
 from chromarpc_server.maintenance.kept import ROWS
 from chromarpc_server.maintenance.layout import DataFolder
@@ -55,13 +55,11 @@ def repair(folder: DataFolder, report: Report) -> None:
 
 def _clear_half_done(folder: DataFolder, report: Report) -> None:
     """Removes what cut writes left: nobody was told that it is kept."""
-    half_written = folder.half_written()
-    for path in half_written:
-        path.unlink()
+    half_written = remove_half_written(folder)
     for path in (*folder.jobs.glob("*.part"), *folder.root.glob("restore.part")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if half_written:
-        report.done.append(f"removed {len(half_written)} half-written files")
+        report.done.append(f"removed {half_written} half-written files")
 
 
 def _repair_database(folder: DataFolder, report: Report) -> None:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
-from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from chromarpc_server.adapters.names import hash_in
 from chromarpc_server.adapters.owners import NOTE_SUFFIX
-from chromarpc_server.jobs.store import records
 from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
-from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.backup import verify
-from chromarpc_server.maintenance.contents import contents_of
 from chromarpc_server.maintenance.files import (
     Damaged,
     copy_whole,
     files_below,
     make_private,
     move_aside,
-    sync_file,
     sync_tree,
 )
 from chromarpc_server.maintenance.layout import HASH, REPLACED, DataFolder
@@ -101,36 +93,7 @@ def _stage(backup: DataFolder, staged: DataFolder, report: Report) -> None:
             report.count(what, int(path.suffix != NOTE_SUFFIX))
     if backup.database.exists():
         copy_whole(backup.database, staged.database)
-        report.count("jobs", _know_adapters_by_hash(staged))
-        sync_file(staged.database)
     sync_tree(staged.root)
-
-
-def _know_adapters_by_hash(staged: DataFolder) -> int:
-    """Lets unfinished jobs know their uploads by the hash in their name alone. Returns how many jobs there are.
-
-    A job that waits for the device remembers the inode of its adapter's file, and a restored file has another.
-    """
-    here = {content.sha256 for folder in (staged.loras, staged.downloads) for content in contents_of(folder)}
-    with closing(sqlite3.connect(staged.database, isolation_level=None)) as database:
-        database.row_factory = sqlite3.Row
-        if not databases.require_known_schema(database, staged.database):
-            return 0
-        all_numbers = databases.numbers(database)
-        for number in all_numbers:
-            row, why = databases.judged(database, number)
-            if row is None or why is not None or row["ended_us"] is not None:
-                continue
-            loras = records.read_plan(row["plan"]).loras
-            known = [
-                replace(one, sha256=sha256)
-                if one is not None and one.sha256 is None and (sha256 := hash_in(lora.path)) in here
-                else one
-                for lora, one in zip(loras, records.read_adapters(row["adapters"]), strict=True)
-            ]
-            update = "UPDATE jobs SET adapters = ? WHERE number = ?"
-            database.execute(update, (records.adapters_json(known), number))
-        return len(all_numbers)
 
 
 def _move_present_away(folder: DataFolder, report: Report) -> None:
