@@ -1,4 +1,4 @@
-"""`chromarpc-server`: serve (the default), web, verify, fetch, token.
+"""`chromarpc-server`: serve (the default), web, verify, fetch, token, store.
 
 The light install has this command too, so whatever is not Python's own is imported where it is needed.
 """
@@ -60,8 +60,10 @@ def _run(arguments: list[str]) -> int:
             return _fetch(rest)
         case "token":
             return _token(rest)
+        case "store":
+            return _store(rest)
         case _:
-            known = "serve, web, verify, fetch or token"
+            known = "serve, web, verify, fetch, token or store"
             print(f"chromarpc-server: no such command: {command}; try {known}", file=sys.stderr)
             return EXIT_USAGE
 
@@ -211,6 +213,17 @@ def _token(arguments: list[str]) -> int:
     print(entry, file=sys.stderr, flush=True)
     print(token)
     return 0
+
+
+def _store(arguments: list[str]) -> int:
+    extras.require(extras.STORE)
+    from chromarpc_server.maintenance.command import run  # noqa: PLC0415 - an extra
+
+    config, arguments = _take_config(arguments)
+    if config is not None and not config.is_file():
+        print(f"chromarpc-server store: --config {config}: no such file", file=sys.stderr)
+        return EXIT_USAGE
+    return run(arguments, config, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ SERVER = (
 VERIFY = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 FETCH = ("huggingface_hub", *VERIFY)
 TOKEN = ("pydantic",)
+STORE = (*SETTINGS, "filelock")
 
 
 class NotInstalled(Exception):

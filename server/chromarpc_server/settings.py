@@ -93,6 +93,7 @@ class ServerSettings(BaseSettings):
       chromarpc-server fetch chroma                       download the weights of Chroma1-Base
       chromarpc-server verify DIR                         check this install against recorded vectors
       chromarpc-server token NAME                         make a token, and the entry that lets it in
+      chromarpc-server store check                        look after what is kept: also backup, restore, repair
       chromarpc-server --config server.toml               read settings from a file
       chromarpc-server --version                          print the version
 

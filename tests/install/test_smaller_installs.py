@@ -23,6 +23,7 @@ SERVER = 'pip install "chromarpc[server]"'
         (("fetch", "chroma"), SERVER),
         (("verify", "tests/goldens"), SERVER),
         (("token", "studio"), SERVER),
+        (("store", "check"), SERVER),
     ],
 )
 def test_the_light_install_says_what_to_install(arguments: tuple[str, ...], command: str) -> None:
@@ -44,6 +45,7 @@ def test_the_light_install_says_what_to_install(arguments: tuple[str, ...], comm
         (("fetch", "chroma"), ["huggingface_hub"], "huggingface_hub is not installed"),
         (("verify", "tests/goldens"), ["safetensors"], "safetensors is not installed"),
         (("--port", "0"), ["pydantic_settings"], "pydantic_settings is not installed"),
+        (("store", "check"), ["filelock"], "filelock is not installed"),
         # What a package of ours needs in turn.
         (("token", "x"), ["pydantic_core"], "pydantic_core is not installed"),
     ],

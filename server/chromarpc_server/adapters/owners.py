@@ -54,10 +54,22 @@ def read_owners(file: Path) -> dict[str, str]:
             raise
         data = b""
     try:
-        return _parse(json.loads(data))
-    except (ValueError, RecursionError):
+        return parse_note(data)
+    except ValueError:
         report_damage(file.stem, "owners")
         return {}
+
+
+def parse_note(data: bytes) -> dict[str, str]:
+    """The owners that a note names.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return _parse(json.loads(data))
+    except RecursionError:
+        raise ValueError("this is no note of owners") from None
 
 
 def note_text(owners: Mapping[str, str]) -> str:

@@ -19,7 +19,8 @@ FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 FORMAT: Final = 2
 """Of plans, events and endings as `records` writes them. 1 was written without checksums, and reads the same."""
-_READABLE: Final = frozenset({1, 2})
+READABLE: Final = frozenset({1, 2})
+"""Formats that this version knows."""
 _PLAN: Final = ("id", "owner", "fingerprint", "created_us", "plan", "has_prompts", "needs_token")
 _END: Final = ("id", "ended_us", "state", "done_steps", "ending", "headers")
 
@@ -106,7 +107,7 @@ def require_readable(row: Row) -> None:
     Raises:
         JobDamaged: it was written in a format that this version does not know, or is damaged.
     """
-    if row["format"] not in _READABLE:
+    if row["format"] not in READABLE:
         raise damaged(row["id"], f"it is stored in format {row['format']}, of a newer chromarpc")
     if row["plan_check"] is not None and row["plan_check"] != plan_check(row):
         raise damaged(row["id"], "its plan is damaged")

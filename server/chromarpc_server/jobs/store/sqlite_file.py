@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -176,7 +177,7 @@ def explained(path: Path | None, *, whatever: bool = False) -> Iterator[None]:
     except sqlite3.Error as error:
         if is_out_of_room(error) and not whatever:
             raise
-        data_dir = None if path is None else path.parent.parent
+        data_dir = "" if path is None else shlex.quote(str(path.parent.parent))
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StoreInUse(

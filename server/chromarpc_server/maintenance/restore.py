@@ -1,0 +1,122 @@
+"""A backup becomes the store: verified, copied beside its place, and moved there in one go."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+from chromarpc_server.adapters.owners import NOTE_SUFFIX
+from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.jobs.store.lock import StoreLock
+from chromarpc_server.maintenance.backup import verify
+from chromarpc_server.maintenance.files import (
+    Damaged,
+    copy_whole,
+    files_below,
+    make_private,
+    move_aside,
+    sync_tree,
+)
+from chromarpc_server.maintenance.layout import HASH, REPLACED, DataFolder
+from chromarpc_server.maintenance.manifest import read_manifest
+from chromarpc_server.maintenance.report import CannotBeDone, Report
+
+STAGING = "restore.part"
+"""Below the data folder: what is to be moved to its place."""
+
+
+def restore(
+    folder: DataFolder, source: Path, report: Report, *, replaces: bool = False, is_partial: bool = False
+) -> None:
+    """Puts a backup into a data folder that has no store.
+
+    Args:
+        folder: need not exist.
+        source: what a backup made.
+        report: gets what is damaged.
+        replaces: moves the store that is there to quarantine.
+        is_partial: leaves out damaged files of the backup.
+
+    Raises:
+        CannotBeDone: the backup is damaged, or there is a store; nothing was changed.
+        StoreInUse: a server runs.
+        OSError: there is no room; nothing was changed.
+    """
+    manifest = read_manifest(source)
+    backup = DataFolder(source)
+    folder.require_ours()
+    verify(backup, manifest, report)
+    if report.problems and not is_partial:
+        report.done.append("nothing was restored: with --partial what is damaged is left out")
+        return
+    make_private(folder.jobs)
+    lock = StoreLock(folder.jobs)
+    lock.acquire()
+    try:
+        if folder.has_store() and not replaces:
+            raise CannotBeDone(
+                f"{folder.root} has a store already: give another --data-dir, or --replace to move that one to "
+                "quarantine/"
+            )
+        staged = DataFolder(folder.root / STAGING)
+        try:
+            _stage(backup, staged, report)
+        except BaseException:
+            shutil.rmtree(staged.root, ignore_errors=True)
+            raise
+        _move_present_away(folder, report)
+        _move_into_place(staged, folder)
+    finally:
+        lock.release()
+    report.done.append(f"the backup of {manifest.ended} is in {folder.root}: start the server")
+
+
+def _stage(backup: DataFolder, staged: DataFolder, report: Report) -> None:
+    """Copies what is whole; every byte is verified once more while it is copied."""
+    shutil.rmtree(staged.root, ignore_errors=True)
+    for folder in (staged.images, staged.loras, staged.downloads):
+        make_private(folder)
+    damaged = {problem.subject for problem in report.problems}
+    for area, what in ((backup.images, "images"), (backup.loras, "adapters"), (backup.downloads, "adapters")):
+        report.count(what, 0)
+        for path in files_below(area):
+            name = backup.name_of(path)
+            if name in damaged or not HASH.fullmatch(path.stem):
+                continue
+            target = staged.root / name
+            make_private(target.parent)
+            try:
+                copy_whole(path, target, None if path.suffix == NOTE_SUFFIX else path.stem)
+            except Damaged as error:
+                raise CannotBeDone(f"{path} of the backup was damaged while it was copied ({error})") from None
+            report.count(what, int(path.suffix != NOTE_SUFFIX))
+    if backup.database.exists():
+        copy_whole(backup.database, staged.database)
+    sync_tree(staged.root)
+
+
+def _move_present_away(folder: DataFolder, report: Report) -> None:
+    present = folder.present()
+    if not present:
+        return
+    named = datetime.now(UTC).strftime(f"{REPLACED}%Y%m%dT%H%M%SZ")
+    for path in present:
+        below = path.parent.relative_to(folder.root)
+        move_aside(path, folder.quarantine / named / below)
+    if folder.has_store():
+        raise AssertionError("the store that was there is still there")
+    report.done.append(f"the store that was there is in {folder.quarantine / named}")
+
+
+def _move_into_place(staged: DataFolder, folder: DataFolder) -> None:
+    """The database comes last: cut before that, nothing names the images, and a start keeps them all the same."""
+    moves = [(staged.loras, folder.loras), (staged.downloads, folder.downloads), (staged.images, folder.images)]
+    for source, target in [*moves, (staged.database, folder.database)]:
+        if source.exists():
+            if target.is_dir():
+                target.rmdir()
+            source.rename(target)
+    sync_folder(folder.jobs)
+    sync_folder(folder.root)
+    shutil.rmtree(staged.root)
