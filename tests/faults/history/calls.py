@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -21,7 +21,7 @@ from chromarpc.v1 import (
 from tests.faults.history.adapters import Adapter
 from tests.faults.history.memory import Memory
 from tests.faults.history.messages import EventReader, job_view, outcome, seen_image
-from tests.faults.history.recorded import Asked, Call, JobView, Outcome, Recorder, SeenEvent, SeenImage
+from tests.faults.history.recorded import Asked, JobView, Outcome, Recorder, SeenEvent, SeenImage
 
 UNARY_TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 120.0
@@ -110,10 +110,11 @@ class Calls:
             answer.views = (self._view(message.job),)
         return answer.outcome
 
-    def list_pages(self, page_size: int, pages: int, states: Mapping[Any, str] = _ANY_STATE) -> None:
-        """`ListJobs`, a call for each page."""
+    def list_pages(self, page_size: int, pages: int, states: Mapping[Any, str] = _ANY_STATE) -> Outcome:
+        """`ListJobs`, a call for each page; returns how the last one ended."""
         token, before = "", None
-        for _ in range(pages):
+        while True:
+            pages -= 1
             asked = Asked(before=before, states=tuple(states.values()))
             with self._recorded("ListJobs", asked) as answer:
                 request = job_service_pb2.ListJobsRequest(
@@ -122,8 +123,8 @@ class Calls:
                 message = self._ask(self._jobs.ListJobs, request)
                 answer.views = tuple(self._view(job) for job in message.jobs)
                 answer.is_last_page = not message.next_page_token
-            if not answer.outcome.is_ok or answer.is_last_page or not answer.views:
-                return
+            if not pages or not answer.outcome.is_ok or answer.is_last_page or not answer.views:
+                return answer.outcome
             token, before = message.next_page_token, answer.views[-1].place
 
     def cancel(self, asked: Asked) -> Outcome:
@@ -226,30 +227,14 @@ class Calls:
     @contextmanager
     def _recorded(self, method: str, asked: Asked) -> Iterator[_Answer]:
         """Records the call that is made inside, whatever it raises."""
-        number, begun_s, answer = self._recorder.next_number(), time.monotonic(), _Answer()
+        begun, answer = self._recorder.begin(self.client, self.owner, method, asked), _Answer()
         try:
             yield answer
         except grpc.RpcError as error:
             answer.outcome = outcome(error, self._target, is_cut=False)
-        self._recorder.call(
-            Call(
-                number=number,
-                client=self.client,
-                owner=self.owner,
-                method=method,
-                begun_s=begun_s,
-                ended_s=time.monotonic(),
-                asked=asked,
-                outcome=answer.outcome,
-                job_id=answer.job_id,
-                existed=answer.existed,
-                views=answer.views,
-                events=answer.events,
-                images=answer.images,
-                plan=answer.plan,
-                is_last_page=answer.is_last_page,
-            )
-        )
+        finally:
+            told = {name: value for name, value in vars(answer).items() if name != "is_cut"}
+            self._recorder.end(replace(begun, ended_s=time.monotonic(), **told))
 
 
 def _until_cut(call: Any, cut_after: int | None, answer: _Answer) -> Iterator[Any]:

@@ -10,9 +10,10 @@ from tests.faults.history.calls import Calls
 from tests.faults.history.choices import DETACH, OWNERS, Intent
 from tests.faults.history.memory import KnownJob, Memory
 from tests.faults.history.messages import STATES, generate_request, what
-from tests.faults.history.recorded import Asked
+from tests.faults.history.recorded import Asked, Outcome
 
-AFTER_REFUSAL_S = 0.1
+NOTHING = Outcome()
+AFTER_REFUSAL_S = 0.3
 """How long a client waits that nobody answered."""
 
 
@@ -32,22 +33,22 @@ class RandomClient:
             for intent in self._intents:
                 if self._stop.wait(intent.pause_s):
                     return
-                self._do(intent)
+                if self._do(intent).status == "UNAVAILABLE":
+                    self._stop.wait(AFTER_REFUSAL_S)
         finally:
             self._calls.close()
 
-    def _do(self, intent: Intent) -> None:
+    def _do(self, intent: Intent) -> Outcome:
         match intent.method:
             case "CreateJob" | "Generate":
-                self._make(intent)
+                return self._make(intent)
             case "ListJobs":
-                self._list(intent)
+                return self._list(intent)
             case "UploadLora" | "DeleteLora":
-                self._adapter(intent)
+                return self._adapter(intent)
             case _:
                 job = self._memory.choose(self._owner(intent), intent.pick)
-                if job is not None:
-                    self._about(intent, job)
+                return NOTHING if job is None else self._about(intent, job)
 
     def _owner(self, intent: Intent) -> str:
         """Whose job it is about."""
@@ -55,7 +56,7 @@ class RandomClient:
         others = [owner for owner in OWNERS if owner != own]
         return others[intent.variant % len(others)] if intent.is_foreign else own
 
-    def _make(self, intent: Intent) -> None:
+    def _make(self, intent: Intent) -> Outcome:
         owner = self._owner(intent) if not intent.request_id else self._calls.owner
         drawing = intent.drawing
         adapter = adapters_of(owner)[drawing.seed % COUNT].sha256 if drawing.has_adapter else ""
@@ -70,28 +71,24 @@ class RandomClient:
             adapter=adapter,
         )
         if intent.method == "CreateJob":
-            outcome = self._calls.create(request, asked)
-        else:
-            outcome = self._calls.generate(request, asked, intent.cut_after)
-        if outcome.status == "UNAVAILABLE":
-            self._stop.wait(AFTER_REFUSAL_S)
+            return self._calls.create(request, asked)
+        return self._calls.generate(request, asked, intent.cut_after)
 
-    def _list(self, intent: Intent) -> None:
+    def _list(self, intent: Intent) -> Outcome:
         states = {}
         if intent.variant == 0:
             number = list(STATES)[int(intent.pick * len(STATES))]
             states = {number: STATES[number]}
-        self._calls.list_pages((3, 20, 100, 1000)[intent.variant], 1 + intent.variant % 3, states)
+        return self._calls.list_pages((3, 20, 100, 1000)[intent.variant], 1 + intent.variant % 3, states)
 
-    def _adapter(self, intent: Intent) -> None:
+    def _adapter(self, intent: Intent) -> Outcome:
         owner = self._owner(intent) if intent.method == "DeleteLora" else self._calls.owner
         adapter = adapters_of(owner)[intent.drawing.seed % COUNT]
         if intent.method == "UploadLora":
-            self._calls.upload(adapter)
-        else:
-            self._calls.delete_lora(adapter.sha256)
+            return self._calls.upload(adapter)
+        return self._calls.delete_lora(adapter.sha256)
 
-    def _about(self, intent: Intent, job: KnownJob) -> None:
+    def _about(self, intent: Intent, job: KnownJob) -> Outcome:
         match intent.method:
             case "WatchJob":
                 asked = Asked(
@@ -99,12 +96,12 @@ class RandomClient:
                     after_sequence=int(job.last_sequence * intent.part),
                     omits_image_bytes=intent.variant == 0,
                 )
-                self._calls.watch(asked, intent.cut_after)
+                return self._calls.watch(asked, intent.cut_after)
             case "GetJob":
-                self._calls.get(job.job_id)
+                return self._calls.get(job.job_id)
             case "CancelJob":
                 by_request = intent.variant == 1 and job.request_id
-                self._calls.cancel(
+                return self._calls.cancel(
                     Asked(
                         job_id="" if by_request else job.job_id,
                         request_id=job.request_id if by_request else "",
@@ -112,7 +109,7 @@ class RandomClient:
                     )
                 )
             case "DeleteJob":
-                self._calls.delete(job.job_id)
-            case "GetImage":
+                return self._calls.delete(job.job_id)
+            case _:
                 offset = int(job.image_bytes * intent.part)
-                self._calls.get_image(Asked(job_id=job.job_id, offset_bytes=offset), intent.cut_after)
+                return self._calls.get_image(Asked(job_id=job.job_id, offset_bytes=offset), intent.cut_after)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TMPFS_BYTES = 256 * 1024**2
+RESERVE_BYTES = 16 * 1024**2
+"""What the server is to keep free on it."""
 
 
 class Disk:

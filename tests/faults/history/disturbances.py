@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from tests.faults.history import flips
 from tests.faults.history.choices import PlannedFault
+from tests.faults.history.clock import BACK_S, FORWARD_S, WallClock
 from tests.faults.history.disk import Disk
 from tests.faults.history.recorded import Fault
 from tests.faults.history.server_life import ServerLife
@@ -28,10 +31,11 @@ class _Happened:
 class Disturbances:
     """Disturbs one server."""
 
-    def __init__(self, life: ServerLife, disk: Disk) -> None:
-        """`disk`: the one that the server writes to."""
+    def __init__(self, life: ServerLife, disk: Disk, clock: WallClock | None) -> None:
+        """`disk`: the one that the server writes to; `clock`: the server's, if it can be set."""
         self._life = life
         self._disk = disk
+        self._clock = clock
         self._by_kind: Mapping[str, Callable[[PlannedFault], _Happened]] = {
             "kill": self._kill,
             "kill_in_start": self._kill_in_start,
@@ -40,6 +44,10 @@ class Disturbances:
             "double_term": self._double_term,
             "stop": self._stop,
             "full": self._full,
+            "flip_image": lambda planned: self._flip(planned, flips.stored_images),
+            "flip_upload": lambda planned: self._flip(planned, flips.stored_uploads),
+            "clock_forward": lambda _: self._step(FORWARD_S),
+            "clock_back": lambda _: self._step(BACK_S),
         }
 
     def happen(self, planned: PlannedFault) -> Fault:
@@ -103,3 +111,12 @@ class Disturbances:
         with self._disk.full(self._life.process.pid):
             time.sleep(planned.hold_s)
         return _Happened(has_ended=False, detail=f"for {planned.hold_s:.1f} s, by {self._disk.how}")
+
+    def _flip(self, planned: PlannedFault, files: Callable[[Path], Sequence[Path]]) -> _Happened:
+        damaged = flips.flip(files(self._life.data_dir), planned.pick)
+        return _Happened(has_ended=False, damaged=damaged, detail=damaged or "nothing was there to be damaged")
+
+    def _step(self, seconds: int) -> _Happened:
+        assert self._clock is not None
+        self._clock.step(seconds)
+        return _Happened(has_ended=False, detail=f"by {seconds / 3600:+g} h")

@@ -93,7 +93,7 @@ class Index:
         by_request: dict[tuple[str, str], list[JobRecord]] = defaultdict(list)
         for record in self.jobs.values():
             for call in record.shown:
-                if call.method in MAKING and call.job_id == record.job_id:
+                if call.method in MAKING and record.job_id in (call.job_id, call.outcome.told_job):
                     record.request_id = record.request_id or call.asked.request_id
             if record.request_id:
                 by_request[record.owner, record.request_id].append(record)

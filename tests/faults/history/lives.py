@@ -47,7 +47,7 @@ def _one_ending(record: JobRecord) -> Iterator[Problem]:
         for call in record.streams()
         if call.end_state
     }
-    views = {view.whole: (call, view) for call, view in record.views() if view.is_ended}
+    views = {view.ending: (call, view) for call, view in record.views() if view.is_ended}
     plain = {(state, sequence): call.number for (state, sequence, _), call in events.items()}
     plain |= {(view.state, view.last_sequence): call.number for call, view in views.values()}
     if len(events) > 1 or len(views) > 1 or len(plain) > 1:

@@ -58,9 +58,14 @@ def generate_request(
 
 def job_view(job: job_service_pb2.Job) -> JobView:
     """A job as an answer told it."""
-    whole = job_service_pb2.Job()
-    whole.CopyFrom(job)
-    whole.ClearField("expire_time")
+    ending = job_service_pb2.Job(
+        state=job.state,
+        end_time=job.end_time,
+        last_sequence=job.last_sequence,
+        done_steps=job.done_steps,
+        images=job.images,
+        failure=job.failure,
+    )
     return JobView(
         job_id=job.job_id,
         request_id=job.request_id,
@@ -70,7 +75,7 @@ def job_view(job: job_service_pb2.Job) -> JobView:
         plan=plan_hash(job.plan),
         images=tuple(image.sha256 for image in job.images),
         reason=job.failure.reason,
-        whole=_hash(whole.SerializeToString(deterministic=True)),
+        ending=_hash(ending.SerializeToString(deterministic=True)),
     )
 
 

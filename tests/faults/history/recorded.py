@@ -7,8 +7,9 @@ other began, and otherwise the two may have happened in either order.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED})
@@ -83,8 +84,8 @@ class JobView:
     images: tuple[str, ...]
     reason: str
     """Why it failed."""
-    whole: str
-    """A hash of all that was told, but for when it expires."""
+    ending: str
+    """Of a job that ended: a hash of how."""
 
     @property
     def is_ended(self) -> bool:
@@ -213,22 +214,28 @@ class Recorder:
         self._calls: list[Call] = []
         self._faults: list[Fault] = []
         self._number = 0
+        self._open: dict[int, Call] = {}
         self._data: dict[bytes, bytes] = {}
 
-    def next_number(self) -> int:
-        """Of a call that begins."""
+    def begin(self, client: str, owner: str, method: str, asked: Asked) -> Call:
+        """A call begins. Until it ends it counts as one whose outcome is not known."""
         with self._lock:
             self._number += 1
-            return self._number
+            now_s = time.monotonic()
+            unknown = Outcome("UNKNOWN", is_cut=True)
+            call = Call(self._number, client, owner, method, now_s, now_s, asked, unknown)
+            self._open[call.number] = call
+            return call
 
     def one_of(self, data: bytes) -> bytes:
         """The same bytes, kept once."""
         with self._lock:
             return self._data.setdefault(data, data)
 
-    def call(self, call: Call) -> None:
-        """A call ended."""
+    def end(self, call: Call) -> None:
+        """A call ended, and this came of it."""
         with self._lock:
+            del self._open[call.number]
             self._calls.append(call)
 
     def fault(self, fault: Fault) -> None:
@@ -239,5 +246,7 @@ class Recorder:
     def history(self, *, max_attempts: int, is_settled: bool = False) -> History:
         """Everything so far, calls in the order in which they began."""
         with self._lock:
-            calls = tuple(sorted(self._calls, key=lambda call: call.number))
-            return History(calls, tuple(self._faults), max_attempts, is_settled)
+            now_s = time.monotonic()
+            calls = self._calls + [replace(call, ended_s=now_s) for call in self._open.values()]
+            calls.sort(key=lambda call: call.number)
+            return History(tuple(calls), tuple(self._faults), max_attempts, is_settled)

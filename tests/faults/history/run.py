@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from chromarpc_server.transport.access.callers_file import entry_text
 from tests.faults.history.calls import Calls
 from tests.faults.history.choices import CLIENTS, DEFAULT_FAULTS, OWNERS, intents, planned_faults
 from tests.faults.history.clients import RandomClient
-from tests.faults.history.disk import disk
+from tests.faults.history.clock import LIBRARIES, WallClock
+from tests.faults.history.disk import RESERVE_BYTES, disk
 from tests.faults.history.disturbances import Disturbances
 from tests.faults.history.index import Index
 from tests.faults.history.judge import judge, operations
 from tests.faults.history.memory import Memory
+from tests.faults.history.planted import MODULE, PLANTS, VARIABLE
 from tests.faults.history.problem import Problem
 from tests.faults.history.recorded import MAKING, Asked, History, Recorder
 from tests.faults.history.server_life import ServerLife
@@ -41,8 +43,23 @@ class Plan:
     faults: Sequence[str] = DEFAULT_FAULTS
     module: str = SERVER
     """What is run as the server."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the server, beside this process's."""
     ends_at_first: bool = False
     """Whether the run is over once there is a problem."""
+
+
+def plan_of_plant(name: str, seconds: float, *, seed: int | None = None) -> Plan:
+    """A run that ends once it has found a fault that was planted; `seed`: another one than the plant's own."""
+    plant = PLANTS[name]
+    return Plan(
+        plant.seed if seed is None else seed,
+        seconds,
+        plant.faults,
+        module=MODULE,
+        environment={VARIABLE: name},
+        ends_at_first=True,
+    )
 
 
 @dataclass
@@ -81,27 +98,40 @@ def run(plan: Plan, folder: Path) -> Report:
     callers = folder / "callers.toml"
     callers.write_text("".join(entry_text(owner, token) for owner, token in tokens.items()))
     flags = ["--callers", str(callers), "--job-attempts", str(JOB_ATTEMPTS), "--reattach-s", "2"]
+    flags += ["--disk-reserve", str(RESERVE_BYTES)]
+    skipped = {}
+    clock = None
+    if "clock" in plan.faults and LIBRARIES:
+        clock = WallClock(folder / "clock")
+    elif "clock" in plan.faults:
+        skipped["clock"] = "libfaketime is not installed: apt-get install faketime"
+    environment = {**plan.environment, **(clock.environment() if clock else {})}
     with disk(folder / "disk") as data_disk:
-        life = ServerLife(checkpoint, data_disk.folder / "data", flags, module=plan.module)
+        data_dir = data_disk.folder / "data"
+        life = ServerLife(checkpoint, data_dir, flags, module=plan.module, environment=environment)
         try:
             life.start()
             if not life.await_ready():
+                life.close()
                 raise AssertionError(f"the server did not start: {''.join(life.logs)}")
 
             def calls(client: str) -> Calls:
                 token = tokens[client.rpartition("-")[0]]
                 return Calls(client, token, life.target, recorder, memory)
 
-            disturbances = Disturbances(life, data_disk)
+            disturbances = Disturbances(life, data_disk, clock)
+            kinds = [kind for kind in plan.faults if kind not in skipped]
             with _clients(plan, calls, memory):
-                found = _disturb(plan, disturbances, recorder)
+                found = _disturb(plan, kinds, disturbances, recorder)
             if not found:
                 _settle(disturbances, recorder, memory, calls)
         finally:
             life.close()
     (folder / "server.log").write_text("\n".join(life.logs))
     history = recorder.history(max_attempts=JOB_ATTEMPTS, is_settled=not found)
-    return report(plan, history, judge(history), starts=life.starts, disk_filled_by=data_disk.how)
+    counted = report(plan, history, judge(history), starts=life.starts)
+    filled_by = data_disk.how if "full" in counted.faults else ""
+    return replace(counted, skipped=skipped, disk_filled_by=filled_by)
 
 
 @contextmanager
@@ -121,10 +151,10 @@ def _clients(plan: Plan, calls: Any, memory: Memory) -> Iterator[None]:
         client.result()
 
 
-def _disturb(plan: Plan, disturbances: Disturbances, recorder: Recorder) -> bool:
+def _disturb(plan: Plan, kinds: Sequence[str], disturbances: Disturbances, recorder: Recorder) -> bool:
     """Lets faults happen for as long as the run is to last. Returns whether it ended at a problem."""
     end_s = time.monotonic() + plan.seconds
-    for planned in planned_faults(plan.seed, plan.faults):
+    for planned in planned_faults(plan.seed, kinds):
         if _pass(plan, min(end_s, time.monotonic() + planned.after_s), recorder):
             return True
         if time.monotonic() >= end_s:
@@ -185,9 +215,7 @@ def _look_again(calls: Calls, jobs: list[str], lists: bool) -> None:
     calls.close()
 
 
-def report(
-    plan: Plan, history: History, problems: Sequence[Problem], *, starts: int, disk_filled_by: str
-) -> Report:
+def report(plan: Plan, history: History, problems: Sequence[Problem], *, starts: int) -> Report:
     """Everything counted."""
     made, ended = set(), {}
     for call in history.calls:
@@ -209,7 +237,6 @@ def report(
         calls=dict(sorted(Counter(call.method for call in history.calls).items())),
         outcomes=dict(outcomes.most_common()),
         faults=dict(sorted(Counter(fault.kind for fault in history.faults).items())),
-        disk_filled_by=disk_filled_by if any(fault.kind == "full" for fault in history.faults) else "",
         restarts=starts - 1,
         lost=counted["lost"],
         doubled=counted["doubled"],

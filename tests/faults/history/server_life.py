@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.faults.processes import ServerProcess
 
-READY_TIMEOUT_S = 90.0
+READY_TIMEOUT_S = 180.0
 GRACE_S = 2.0
 EXIT_TIMEOUT_S = 60.0
 """A process that was asked to end and has not ended by then hangs."""
@@ -39,14 +40,25 @@ def free_port() -> int:
 class ServerLife:
     """Starts processes of one server, one after the other, and ends them."""
 
-    def __init__(self, checkpoint: Path, data_dir: Path, flags: Sequence[str], *, module: str) -> None:
-        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it."""
+    def __init__(
+        self,
+        checkpoint: Path,
+        data_dir: Path,
+        flags: Sequence[str],
+        *,
+        module: str,
+        environment: Mapping[str, str],
+    ) -> None:
+        """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `environment`: of its
+        processes, beside this one's.
+        """
         self._checkpoint = checkpoint
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self._port = free_port()
         self._flags = ["--port", str(self._port), "--threads", "1", "--preload", "chroma-mini"]
         self._flags += ["--grace-s", f"{GRACE_S:g}", *flags]
         self._module = module
+        self._environment = environment
         self.target = f"127.0.0.1:{self._port}"
         self.starts = 0
         self.logs: list[str] = []
@@ -62,9 +74,14 @@ class ServerLife:
     def start(self) -> None:
         """Starts a process, and does not wait for it."""
         self.starts += 1
-        self._server = ServerProcess(
-            self._checkpoint, self._data_dir, *self._flags, module=self._module, awaits_serving=False
-        )
+        with _in_environment(self._environment):
+            self._server = ServerProcess(
+                self._checkpoint,
+                self.data_dir,
+                *self._flags,
+                module=self._module,
+                awaits_serving=False,
+            )
 
     def await_ready(self, timeout_s: float = READY_TIMEOUT_S) -> bool:
         """Returns whether the server took requests in time."""
@@ -104,3 +121,18 @@ class ServerLife:
             self._server.close()
             self.logs.append(self._server.log)
             self._server = None
+
+
+@contextlib.contextmanager
+def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started inside have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
