@@ -86,6 +86,16 @@ class Play:
     """Whether something lies there before the first one."""
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A play as it was played."""
+
+    play: str
+    begin: Tree
+    """What lay there before."""
+    operations: tuple[Operation, ...]
+
+
 PLAYS = (Play("day", ("first", "second"), is_prepared=True), Play("fresh", ("fresh",), is_prepared=False))
 
 
@@ -96,6 +106,7 @@ class Explorer:
         self._folder = folder
         self._library = recorder.build(folder)
         self._seed = seed
+        self._counted: set[Cut] = set()
         self._judged: set[tuple[int, int, str]] = set()
         self._loop = asyncio.new_event_loop()
         self.report = Report()
@@ -105,28 +116,31 @@ class Explorer:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
-    def explore(self, play: Play, variants: int, starts: int) -> None:
-        """Cuts a play everywhere.
-
-        Args:
-            play: which.
-            variants: power cuts that keep a part by chance, for each point and rule for names.
-            starts: at so many points, spread evenly, the start that follows is recorded and cut everywhere too.
-        """
-        begin, operations = self._record(play)
-        self.report.points += len(operations) + 1
-        chosen = {round((index + 0.5) * len(operations) / starts) for index in range(starts)}
-        for cut, tree, promises, before in self._cuts(play.name, operations, begin, variants):
-            self._judge(cut, tree, promises, before)
-            if cut.point in chosen and cut.variant == 0 and cut.names is not Names.JOURNAL:
-                self._cut_start(cut, tree, promises)
-
-    def _record(self, play: Play) -> tuple[Tree, list[Operation]]:
+    def record(self, play: Play) -> Recording:
+        """Plays it once."""
         data = self._empty("data")
         if play.is_prepared:
             prepare(data)
         begin = _tree_of(data)
-        return begin, self._recorded(data, play.acts)
+        recording = Recording(play.name, begin, tuple(self._recorded(data, play.acts)))
+        self.report.points += len(recording.operations) + 1
+        return recording
+
+    def cut(self, recording: Recording, *, every: int = 1, variants: int = 0, starts: int = 0) -> None:
+        """Cuts a recording.
+
+        Args:
+            recording: of a play.
+            every: after every so many operations.
+            variants: power cuts that keep a part by chance, at each of these points and for each rule for names.
+            starts: at so many points, spread evenly, the start that follows is recorded and cut everywhere too.
+        """
+        count = len(recording.operations)
+        started = {round((index + 0.5) * count / starts) for index in range(starts)}
+        for cut, tree, promises, before in _cuts(recording, every, variants, self._seed):
+            self._judge(cut, tree, promises, before)
+            if cut.point in started and cut.variant == 0 and cut.names is not Names.JOURNAL:
+                self._cut_start(cut, tree, promises)
 
     def _recorded(self, data: Path, acts: Sequence[str]) -> list[Operation]:
         trace = self._folder / "trace"
@@ -135,41 +149,20 @@ class Explorer:
             recorder.record(self._library, data, trace, SCENARIO, str(data), act)
         return list(recorder.operations(trace, data))
 
-    def _cuts(
-        self, play: str, operations: Sequence[Operation], begin: Tree, variants: int
-    ) -> Iterator[tuple[Cut, Tree, Promises, str]]:
-        disks = {names: Disk(names, begin) for names in Names}
-        promises, marks, before = Promises(), b"", "the beginning"
-        for point in range(len(operations) + 1):
-            if point:
-                operation = operations[point - 1]
-                before = str(operation)
-                if operation.path == ACKNOWLEDGED:
-                    *lines, marks = (marks + operation.data).split(b"\n")
-                    for line in lines:
-                        promises.take(json.loads(line))
-                else:
-                    for disk in disks.values():
-                        disk.apply(operation)
-            yield Cut(play, point, PROCESS), disks[Names.POSIX].after_process_cut(), promises, before
-            for names, disk in disks.items():
-                for variant in range(variants + 1):
-                    chance = Random(f"{self._seed} {point} {variant}") if variant else None
-                    yield Cut(play, point, POWER, names, variant), disk.after_power_cut(chance), promises, before
-
     def _cut_start(self, cut: Cut, tree: Tree, promises: Promises) -> None:
         """Cuts the start after a cut, too."""
         data = self._empty("data")
         tree.write(data)
-        operations = self._recorded(data, ["start"])
-        for second, left, _, before in self._cuts(cut.play, operations, tree, variants=1):
+        recording = Recording(cut.play, tree, tuple(self._recorded(data, ["start"])))
+        for second, left, _, before in _cuts(recording, 1, 1, self._seed):
             of_start = Cut(cut.play, cut.point, second.what, second.names, second.variant, second.point)
             self.report.cuts_of_starts += 1
             self._judge(of_start, left, promises, before)
 
     def _judge(self, cut: Cut, tree: Tree, promises: Promises, before: str) -> None:
         report = self.report
-        if cut.of_start is None:
+        if cut not in self._counted and cut.of_start is None:
+            self._counted.add(cut)
             report.process_cuts += cut.what == PROCESS
             report.power_cuts += cut.what == POWER
             report.variants += cut.variant > 0
@@ -188,6 +181,31 @@ class Explorer:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
+
+
+def _cuts(
+    recording: Recording, every: int, variants: int, seed: int
+) -> Iterator[tuple[Cut, Tree, Promises, str]]:
+    """Every cut, what it leaves, what was acknowledged before, and the last operation before it."""
+    play, operations = recording.play, recording.operations
+    disks = {names: Disk(names, recording.begin) for names in Names}
+    promises, before = Promises(), "the beginning"
+    for point in range(len(operations) + 1):
+        if point:
+            operation = operations[point - 1]
+            before = str(operation)
+            if operation.path != ACKNOWLEDGED:
+                for disk in disks.values():
+                    disk.apply(operation)
+            elif operation.data:
+                promises.take(json.loads(operation.data))
+        if point % every:
+            continue
+        yield Cut(play, point, PROCESS), disks[Names.POSIX].after_process_cut(), promises, before
+        for names, disk in disks.items():
+            for variant in range(variants + 1):
+                chance = Random(f"{seed} {point} {variant}") if variant else None
+                yield Cut(play, point, POWER, names, variant), disk.after_power_cut(chance), promises, before
 
 
 def _tree_of(folder: Path) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import shutil
 import sqlite3
@@ -75,10 +76,9 @@ async def judge(folder: Path, promises: Promises, beside: Path) -> Verdict:
 async def _judge_parts(parts: Parts, promises: Promises, verdict: Verdict) -> None:
     unfinished = {job.id: job for job in await parts.store.take_over()}
     for promise in promises.jobs.values():
-        ended = await parts.store.ended(promise.owner, promise.id)
-        for other in (*OWNERS, *STRANGERS):
-            if other != promise.owner:
-                verdict.require(await parts.store.ended(other, promise.id) is None, "foreign job", promise.name)
+        callers = (promise.owner, *({*OWNERS, *STRANGERS} - {promise.owner}))
+        ended, *others = await asyncio.gather(*(parts.store.ended(caller, promise.id) for caller in callers))
+        verdict.require(not any(others), "foreign job", promise.name)
         _judge_job(promise, unfinished.get(promise.id), ended, verdict)
         if ended is not None:
             await _judge_ended(promise, ended, parts, verdict)
