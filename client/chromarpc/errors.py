@@ -27,6 +27,7 @@ ChromarpcError
 │   │   ├── QueueFull            QUEUE_FULL                             `retry_after_s` says when to retry
 │   │   ├── QuotaExceeded        QUOTA_EXCEEDED                         `metadata` names the quota and the limit
 │   │   ├── UploadsFull          UPLOADS_FULL                           the server keeps no more uploads
+│   │   ├── DiskFull             DISK_FULL                              the server's disk; delete what you can
 │   │   └── OutOfMemory          OUT_OF_MEMORY                          trying the same again will not help
 │   ├── ServerUnavailable        UNAVAILABLE                            nobody listens, or it broke off
 │   │   ├── Draining             DRAINING                               the server is starting or stopping
@@ -38,7 +39,12 @@ ChromarpcError
 │   └── ServerError              INTERNAL, UNKNOWN and all other codes  an error id, if any, is in `metadata`
 │       ├── AttemptsExhausted    ATTEMPTS_EXHAUSTED                     stopped each time it ran the job
 │       ├── DeviceHung           DEVICE_HUNG                            the device does not answer; it restarts
-│       └── DeviceLost           DEVICE_LOST                            the device is gone; it restarts
+│       ├── DeviceLost           DEVICE_LOST                            the device is gone; it restarts
+│       └── DataLoss             DATA_LOSS                              what was stored is damaged
+│           ├── ImageDamaged     IMAGE_DAMAGED                          `redraw_job` draws it again
+│           ├── JobDamaged       JOB_DAMAGED                            this job's record cannot be read
+│           ├── LoraDamaged      LORA_DAMAGED                           uploading the file again heals it
+│           └── StoreDamaged     STORE_DAMAGED                          the operator has to repair the store
 └── ProtocolError                the stream broke its contract: bytes missing or changed, no last event
 
 A request that cannot even be sent (a width of 2**40) raises `InvalidRequest` too, before anything is sent.
@@ -216,6 +222,10 @@ class UploadsFull(ResourceExhausted):
     """The server keeps no more uploads: delete some, or try again once unfinished ones are over."""
 
 
+class DiskFull(ResourceExhausted):
+    """The server's disk has no room for anything new; what it has can be read, and deleted."""
+
+
 class OutOfMemory(ResourceExhausted):
     """The server's device had too little memory for this job."""
 
@@ -264,6 +274,26 @@ class DeviceLost(ServerError):
     """The server's device cannot be used any more; the server restarts."""
 
 
+class DataLoss(ServerError):
+    """What the server stored is not there as it was stored; asking again does not help."""
+
+
+class ImageDamaged(DataLoss):
+    """A stored image is gone or damaged: `redraw_job` draws it again."""
+
+
+class JobDamaged(DataLoss):
+    """What is stored of the job cannot be read."""
+
+
+class LoraDamaged(DataLoss):
+    """A stored adapter is damaged: uploading the same file again heals it."""
+
+
+class StoreDamaged(DataLoss):
+    """The server's database is damaged; its operator has to repair it."""
+
+
 CODE_ERRORS: Final[Mapping[grpc.StatusCode, type[StatusError]]] = {
     grpc.StatusCode.OK: ServerError,  # an error that claims to be none
     grpc.StatusCode.CANCELLED: Cancelled,
@@ -281,7 +311,7 @@ CODE_ERRORS: Final[Mapping[grpc.StatusCode, type[StatusError]]] = {
     grpc.StatusCode.INTERNAL: ServerError,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
-    grpc.StatusCode.DATA_LOSS: ServerError,
+    grpc.StatusCode.DATA_LOSS: DataLoss,
 }
 """What each status code becomes."""
 
@@ -308,6 +338,7 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "QUEUE_FULL": QueueFull,
     "QUOTA_EXCEEDED": QuotaExceeded,
     "OUT_OF_MEMORY": OutOfMemory,
+    "DISK_FULL": DiskFull,
     "DRAINING": Draining,
     "STORE_UNAVAILABLE": StoreUnavailable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
@@ -317,6 +348,10 @@ REASON_ERRORS: Final[Mapping[str, type[StatusError]]] = {
     "ATTEMPTS_EXHAUSTED": AttemptsExhausted,
     "DEVICE_HUNG": DeviceHung,
     "DEVICE_LOST": DeviceLost,
+    "IMAGE_DAMAGED": ImageDamaged,
+    "JOB_DAMAGED": JobDamaged,
+    "LORA_DAMAGED": LoraDamaged,
+    "STORE_DAMAGED": StoreDamaged,
     "INTERNAL": ServerError,
 }
 """What a reason narrows it to, where the status code agrees: all that the server gives."""

@@ -116,7 +116,12 @@ class App:
             DeviceThread(choice, settings.budgets(), settings.device_timeouts()),
             model_files=model_files,
             adapters=adapters,
-            store=await JobStore.open(folder, retention, keeps_prompts=settings.store_prompts),
+            store=await JobStore.open(
+                folder,
+                retention,
+                keeps_prompts=settings.store_prompts,
+                reserve_bytes=settings.disk_reserve,
+            ),
             rules=EngineRules(
                 max_queued_jobs=serving.limits.max_queued_jobs,
                 retention=retention,

@@ -14,6 +14,7 @@ SERVER = (
     *SETTINGS,
     "cryptography",
     "diffusers",
+    "filelock",
     "grpc_reflection",
     "httpcore2",
     "httpx2",

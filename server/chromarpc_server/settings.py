@@ -285,6 +285,11 @@ class ServerSettings(BaseSettings):
         description="room for ended jobs and their images, the oldest go first; by default 10 GiB on disk, "
         "512 MiB in memory",
     )
+    disk_reserve: ByteSize = Field(
+        ByteSize(256 * 1024**2),
+        description="room on the data folder's disk that is kept for jobs already taken: with less, no new job or "
+        "upload is; 0 keeps none",
+    )
     job_attempts: PositiveInt = Field(
         _RESTARTS.max_attempts,
         description="how often a job is begun when the server dies or is killed while it runs",

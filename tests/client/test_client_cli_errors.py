@@ -149,7 +149,8 @@ def test_no_reason_of_the_server_is_told_as_something_else(shell: Shell) -> None
         assert (result.exit_code == 1) == (kind.reason in INTERNAL_REASONS), kind.reason
 
 
-INTERNAL_REASONS = {"INTERNAL", "DEVICE_LOST", "DEVICE_HUNG", "ATTEMPTS_EXHAUSTED"}
+DAMAGE = {"IMAGE_DAMAGED", "JOB_DAMAGED", "LORA_DAMAGED", "STORE_DAMAGED"}
+INTERNAL_REASONS = {"INTERNAL", "DEVICE_LOST", "DEVICE_HUNG", "ATTEMPTS_EXHAUSTED"} | DAMAGE
 """Those whose exit code is 1, as an internal error of the server."""
 
 

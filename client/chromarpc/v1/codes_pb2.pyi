@@ -144,6 +144,27 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What
     to do: report the `error_id`.
     """
+    ERROR_REASON_IMAGE_DAMAGED: _ErrorReason.ValueType  # 33
+    """DATA_LOSS. The stored image is gone, or holds other bytes than were stored; it is not sent. What to do: call
+    `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this one.
+    """
+    ERROR_REASON_JOB_DAMAGED: _ErrorReason.ValueType  # 34
+    """DATA_LOSS. What is stored of this job cannot be read; other jobs are not concerned. What to do: send the
+    request again under a new `request_id`.
+    """
+    ERROR_REASON_LORA_DAMAGED: _ErrorReason.ValueType  # 35
+    """DATA_LOSS. The stored adapter no longer holds the bytes that its hash stands for; nothing is drawn with it.
+    What to do: upload the same file again, which heals it.
+    """
+    ERROR_REASON_STORE_DAMAGED: _ErrorReason.ValueType  # 36
+    """DATA_LOSS. The server's database is damaged where it had to be read; asking again does not help. What to do:
+    report it to the operator.
+    """
+    ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 37
+    """RESOURCE_EXHAUSTED. The server's disk has less room left than it keeps in reserve: it takes no new jobs and no
+    uploads. What it has can be read, and deleted. What to do: delete jobs and uploads that you need no longer, or
+    try again after `RetryInfo`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. `google.rpc.ErrorInfo.reason` and `Failed.reason` are these names without
@@ -271,6 +292,27 @@ come back after the restart: the job is kept and run again.
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 32
 """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What
 to do: report the `error_id`.
+"""
+ERROR_REASON_IMAGE_DAMAGED: ErrorReason.ValueType  # 33
+"""DATA_LOSS. The stored image is gone, or holds other bytes than were stored; it is not sent. What to do: call
+`RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this one.
+"""
+ERROR_REASON_JOB_DAMAGED: ErrorReason.ValueType  # 34
+"""DATA_LOSS. What is stored of this job cannot be read; other jobs are not concerned. What to do: send the
+request again under a new `request_id`.
+"""
+ERROR_REASON_LORA_DAMAGED: ErrorReason.ValueType  # 35
+"""DATA_LOSS. The stored adapter no longer holds the bytes that its hash stands for; nothing is drawn with it.
+What to do: upload the same file again, which heals it.
+"""
+ERROR_REASON_STORE_DAMAGED: ErrorReason.ValueType  # 36
+"""DATA_LOSS. The server's database is damaged where it had to be read; asking again does not help. What to do:
+report it to the operator.
+"""
+ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 37
+"""RESOURCE_EXHAUSTED. The server's disk has less room left than it keeps in reserve: it takes no new jobs and no
+uploads. What it has can be read, and deleted. What to do: delete jobs and uploads that you need no longer, or
+try again after `RetryInfo`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -28,6 +28,7 @@
  *     │   │   ├── QueueFull         QUEUE_FULL                           `retryAfterMs` says when to retry
  *     │   │   ├── UploadsFull       UPLOADS_FULL
  *     │   │   ├── QuotaExceeded     QUOTA_EXCEEDED                       `metadata` names the quota
+ *     │   │   ├── DiskFull          DISK_FULL                            the server's; delete what you can
  *     │   │   └── OutOfMemory       OUT_OF_MEMORY
  *     │   ├── ServerUnavailable     UNAVAILABLE                          nobody listens, or it broke off
  *     │   │   ├── Draining          DRAINING
@@ -39,7 +40,12 @@
  *     │   └── ServerError           INTERNAL, UNKNOWN and all other codes
  *     │       ├── AttemptsExhausted ATTEMPTS_EXHAUSTED
  *     │       ├── DeviceHung        DEVICE_HUNG
- *     │       └── DeviceLost        DEVICE_LOST
+ *     │       ├── DeviceLost        DEVICE_LOST
+ *     │       └── DataLoss          DATA_LOSS                            what was stored is damaged
+ *     │           ├── ImageDamaged  IMAGE_DAMAGED                        `redrawJob` draws it again
+ *     │           ├── JobDamaged    JOB_DAMAGED
+ *     │           ├── LoraDamaged   LORA_DAMAGED                         uploading the file again heals it
+ *     │           └── StoreDamaged  STORE_DAMAGED
  *     └── ProtocolError             the stream broke its contract: bytes missing or changed, no last event
  *
  * A request that cannot even be sent (a width of 2**40) throws `InvalidRequest` too, before anything is sent.
@@ -153,6 +159,8 @@ export class QueueFull extends ResourceExhausted {}
 export class UploadsFull extends ResourceExhausted {}
 /** The caller has as much as it may have; `metadata` names the quota and its limit. */
 export class QuotaExceeded extends ResourceExhausted {}
+/** The server's disk has no room for anything new; what it has can be read, and deleted. */
+export class DiskFull extends ResourceExhausted {}
 /** The server's device had too little memory for this job. */
 export class OutOfMemory extends ResourceExhausted {}
 /** Nobody answers at the target, or the connection broke. */
@@ -177,6 +185,16 @@ export class AttemptsExhausted extends ServerError {}
 export class DeviceHung extends ServerError {}
 /** The server's device cannot be used any more; the server restarts. */
 export class DeviceLost extends ServerError {}
+/** What the server stored is not there as it was stored; asking again does not help. */
+export class DataLoss extends ServerError {}
+/** A stored image is gone or damaged: `redrawJob` draws it again. */
+export class ImageDamaged extends DataLoss {}
+/** What is stored of the job cannot be read. */
+export class JobDamaged extends DataLoss {}
+/** A stored adapter is damaged: uploading the same file again heals it. */
+export class LoraDamaged extends DataLoss {}
+/** The server's database is damaged; its operator has to repair it. */
+export class StoreDamaged extends DataLoss {}
 
 type StatusErrorClass = new (message: string, details: StatusDetails) => StatusError;
 
@@ -196,7 +214,7 @@ const BY_CODE: Readonly<Record<Code, StatusErrorClass>> = {
   [Code.Unimplemented]: ServerError,
   [Code.Internal]: ServerError,
   [Code.Unavailable]: ServerUnavailable,
-  [Code.DataLoss]: ServerError,
+  [Code.DataLoss]: DataLoss,
 };
 
 /** What a reason narrows it to, where the status code agrees: all that the contract has. */
@@ -224,6 +242,7 @@ const BY_REASON: Readonly<Record<Exclude<keyof typeof ErrorReason, "UNSPECIFIED"
   QUEUE_FULL: QueueFull,
   UPLOADS_FULL: UploadsFull,
   OUT_OF_MEMORY: OutOfMemory,
+  DISK_FULL: DiskFull,
   DRAINING: Draining,
   STORE_UNAVAILABLE: StoreUnavailable,
   CANCELLED: Cancelled,
@@ -232,6 +251,10 @@ const BY_REASON: Readonly<Record<Exclude<keyof typeof ErrorReason, "UNSPECIFIED"
   ATTEMPTS_EXHAUSTED: AttemptsExhausted,
   DEVICE_HUNG: DeviceHung,
   DEVICE_LOST: DeviceLost,
+  IMAGE_DAMAGED: ImageDamaged,
+  JOB_DAMAGED: JobDamaged,
+  LORA_DAMAGED: LoraDamaged,
+  STORE_DAMAGED: StoreDamaged,
   INTERNAL: ServerError,
 };
 

@@ -264,6 +264,43 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
         caller="Report the `error_id`.",
         operator="Look the `error_id` up in the log.",
     ),
+    ErrorEntry(
+        33, errors.ImageDamaged, "DATA_LOSS", 500, Retry.NO,
+        when="The stored image is gone, or holds other bytes than were stored; it is not sent.",
+        caller="Call `RedrawJob`: plan, seeds and adapters are kept, so the image is the same, and it heals this "
+        "one.",
+        operator="Look for `store.image_damaged` in the log; run `chromarpc-server store check`; change the disk.",
+        more="operations.md#the-job-store",
+    ),
+    ErrorEntry(
+        34, errors.JobDamaged, "DATA_LOSS", 500, Retry.NO,
+        when="What is stored of this job cannot be read; other jobs are not concerned.",
+        caller="Send the request again under a new `request_id`.",
+        operator="Look for `store.row_unreadable` in the log; run `chromarpc-server store check`.",
+        more="operations.md#the-job-store",
+    ),
+    ErrorEntry(
+        35, errors.LoraDamaged, "DATA_LOSS", 500, Retry.NO,
+        when="The stored adapter no longer holds the bytes that its hash stands for; nothing is drawn with it.",
+        caller="Upload the same file again, which heals it.",
+        operator="Look for `adapter.damaged` in the log; run `chromarpc-server store check`; replace the disk.",
+        more="operations.md#the-job-store",
+    ),
+    ErrorEntry(
+        36, errors.StoreDamaged, "DATA_LOSS", 500, Retry.NO,
+        when="The server's database is damaged where it had to be read; asking again does not help.",
+        caller="Report it to the operator.",
+        operator="Stop the server and run `chromarpc-server store repair`, or restore a backup.",
+        more="operations.md#the-job-store",
+    ),
+    ErrorEntry(
+        37, errors.DiskFull, "RESOURCE_EXHAUSTED", 429, Retry.YES,
+        when="The server's disk has less room left than it keeps in reserve: it takes no new jobs and no uploads. "
+        "What it has can be read, and deleted.",
+        caller="Delete jobs and uploads that you need no longer, or try again after `RetryInfo`.",
+        operator="Free space on the disk of `--data-dir`; lower `--job-keep-s` or `--job-keep-bytes`.",
+        more="operations.md#the-job-store",
+    ),
 )
 """Every error, by number."""
 # fmt: on

@@ -18,6 +18,12 @@ ChromaError
 ├── JobNotEnded             JOB_NOT_ENDED        the job waits or runs
 ├── RequestIdReused         REQUEST_ID_REUSED    another request was made under this request id
 ├── StoreUnavailable        STORE_UNAVAILABLE    the job, or what came of it, cannot be stored
+├── DiskFull                DISK_FULL            the disk has less room than it keeps in reserve
+├── StoredDamage
+│   ├── ImageDamaged        IMAGE_DAMAGED        a stored image is gone, or has other bytes
+│   ├── JobDamaged          JOB_DAMAGED          what is stored of a job cannot be read
+│   ├── LoraDamaged         LORA_DAMAGED         a stored adapter has other bytes than its hash says
+│   └── StoreDamaged        STORE_DAMAGED        the database itself is damaged
 ├── RestartError
 │   ├── AttemptsExhausted   ATTEMPTS_EXHAUSTED   the server was stopped each time it ran the job
 │   ├── LoraChanged         LORA_CHANGED         an adapter is not what it was before the restart
@@ -216,6 +222,40 @@ class StoreUnavailable(ChromaError):
     """The store cannot take the job, or what came of it: a full disk, or one that fails."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class DiskFull(ChromaError):
+    """The server's disk has less room left than it keeps in reserve, so it takes nothing new."""
+
+    reason = "DISK_FULL"
+
+
+class StoredDamage(ChromaError):
+    """What was stored is not there as it was stored: asking again gives the same answer."""
+
+
+class ImageDamaged(StoredDamage):
+    """An image's file is gone, cut short or unreadable, or holds other bytes than were stored."""
+
+    reason = "IMAGE_DAMAGED"
+
+
+class JobDamaged(StoredDamage):
+    """What is stored of a job cannot be read."""
+
+    reason = "JOB_DAMAGED"
+
+
+class LoraDamaged(StoredDamage):
+    """An uploaded or downloaded adapter's file no longer holds the bytes that its hash stands for."""
+
+    reason = "LORA_DAMAGED"
+
+
+class StoreDamaged(StoredDamage):
+    """The database itself is damaged."""
+
+    reason = "STORE_DAMAGED"
 
 
 class RestartError(ChromaError):

@@ -15,6 +15,7 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.absences import is_abandoned
 from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
+from chromarpc_server.jobs.estimates import stored_bytes
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.queue import ScheduledJob
 from chromarpc_server.jobs.registry import JobRegistry
@@ -74,7 +75,7 @@ class Admission:
             InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
             QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
-            QueueFull, Draining, StoreUnavailable: no job is taken now.
+            QueueFull, Draining, DiskFull, StoreUnavailable: no job is taken now.
         """
         submitting = self._tasks.start(self._submit(submission))
         try:
@@ -134,6 +135,8 @@ class Admission:
         plan, caller = submission.plan, submission.caller
         _require_size(plan, caller)
         self._backlog.require_room(caller)
+        taken = sum(stored_bytes(job.plan) for job in self._registry.unfinished())
+        await self._store.require_room(taken + stored_bytes(plan))
         searching = asyncio.current_task()
         self._searching.add(searching)
         try:

@@ -148,7 +148,7 @@ class AttemptRecorder:
         for chunk in split_chunks(report.prompt_index, data):
             job.log.append(chunk)
         try:
-            await self._store.put_image(header, data)
+            await self._store.put_image(job, header, data)
         except StoreUnavailable as error:
             attempt.unstored = error
 

@@ -25,6 +25,11 @@ from chromarpc_server.runtime.work import Work
 log = logging.getLogger(__name__)
 
 
+POLL_S = 0.2
+ROOM_EVERY_POLLS = 10
+"""A store that has no room is tried again every 2 s; whether the job is stopped, every 0.2 s."""
+
+
 class Dispatcher:
     """Serves one device."""
 
@@ -115,7 +120,7 @@ class Dispatcher:
         attempt = Attempt(job, self._device.description.dtype)
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
-            await self._store.begin(job)
+            await self._begin(job)
             work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation)
             done = await self._device.run(work, partial(self._recorder.take, attempt))
         except ChromaError as error:
@@ -132,6 +137,18 @@ class Dispatcher:
         else:
             # The next job starts while this one's last image is still being encoded.
             self._tasks.start(self._recorder.finish(attempt, done))
+
+    async def _begin(self, job: Job) -> None:
+        """Counts the attempt; on a full disk once there is room, unless the job is stopped meanwhile."""
+        while True:
+            try:
+                return await self._store.begin(job)
+            except StoreUnavailable:
+                if not self._store.is_durable:
+                    raise
+            for _ in range(ROOM_EVERY_POLLS):
+                job.cancellation.check()
+                await asyncio.sleep(POLL_S)
 
     async def _set_aside(self, job: Job, error: Draining | DeviceError) -> None:
         """Leaves a job that ran to the next process."""

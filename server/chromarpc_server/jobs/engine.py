@@ -15,6 +15,7 @@ from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.domain.errors import ChromaError, StoreUnavailable
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.admission import Admission
 from chromarpc_server.jobs.attempt import AttemptRecorder
 from chromarpc_server.jobs.attendance import Attendance
@@ -28,8 +29,8 @@ from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.recovery import Recovery, RecoveryRules
 from chromarpc_server.jobs.registry import JobRegistry
-from chromarpc_server.jobs.store.database import StoreSize
 from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.rows import StoreSize
 from chromarpc_server.jobs.submission import Submission
 from chromarpc_server.jobs.tasks import Tasks
 from chromarpc_server.pipeline import DeviceDescription
@@ -178,6 +179,10 @@ class Engine:
             self._backlog.waiting_jobs, self._backlog.running_jobs, self._device.snapshot, self._store.size
         )
 
+    def store_facts(self) -> StoreFacts:
+        """What is known of the store and its disk now; answers at once, on any thread."""
+        return self._store.facts()
+
     def memory_used_bytes(self) -> int:
         """What the process holds of the device's memory now, of the host's on a CPU."""
         return self._device.memory_used_bytes()
@@ -214,6 +219,7 @@ class Engine:
         self._backlog.close()
         self._adapters.stop_hashing()
         self._backlog.leave_to_next_process()
+        await self._recovery.stop()
         await self._dispatcher.finish_running(grace_s)
         await self._tasks.join()
         await self._dispatcher.stop()

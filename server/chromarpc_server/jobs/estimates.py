@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from chromarpc_server.domain.plan import Plan
+
 
 class StepTimes:
     """Seconds for each pixel × step, by (model, profile), as a moving average."""
@@ -22,3 +24,12 @@ class StepTimes:
         """Seconds that `pixel_steps` will probably take; None while nothing was measured."""
         rate = self._seconds.get((model, profile))
         return None if rate is None else rate * pixel_steps
+
+
+def stored_bytes(plan: Plan) -> int:
+    """What a job may take on the disk, at most: its images as if nothing in them could be compressed, its events
+    and its plan.
+    """
+    pixels = sum(prompt.width * prompt.height for prompt in plan.prompts)
+    text = sum(len(prompt.prompt) + len(prompt.neg) for prompt in plan.prompts)
+    return 3 * pixels + 8 * text + 64 * 1024 * len(plan.prompts) + 256 * 1024

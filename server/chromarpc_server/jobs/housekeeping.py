@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from chromarpc_server.domain.errors import StoreUnavailable
+from chromarpc_server.domain.errors import StoreDamaged, StoreUnavailable
 from chromarpc_server.jobs.completion import Completion
 from chromarpc_server.jobs.store.job_store import JobStore
 
@@ -15,13 +15,13 @@ HOUSEKEEPING_S = 30.0
 
 
 async def keep_house(completion: Completion, store: JobStore) -> None:
-    """Stores ends that could not be stored, and forgets what need not be kept longer; never returns."""
+    """Stores ends that could not be stored, and has the store tended; never returns."""
     while True:
         await asyncio.sleep(HOUSEKEEPING_S)
         try:
             await completion.store_unstored()
-            await store.sweep()
-        except StoreUnavailable:
+            await store.tend()
+        except (StoreUnavailable, StoreDamaged):
             pass  # logged already; there is a next time
         except Exception:
             log.exception("housekeeping.failed")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, JobDamaged
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.log import EndedLog, JobLog
 from chromarpc_server.runtime.cancellation import Cancellation
@@ -92,6 +92,16 @@ class EndedJob:
     started: datetime | None
     attempts: int
     done_steps: int
+
+
+@dataclass(frozen=True)
+class DamagedJob:
+    """A stored job of which nothing but this can be read."""
+
+    id: str
+    owner: str
+    created: datetime
+    error: JobDamaged
 
 
 AnyJob = Job | EndedJob

@@ -59,6 +59,10 @@ class LoggedEvent:
         return made
 
 
+StoredImage = Callable[[int, int], Awaitable[bytes]]
+"""Reads a part of an image that was found good: its offset and size, in bytes."""
+
+
 @dataclass(frozen=True)
 class StoredEvent:
     """The same, out of the store."""
@@ -325,14 +329,14 @@ class EndedLog:
         headers: tuple[ImageHeader, ...],
         *,
         load: Callable[[], Awaitable[tuple[StoredEvent, ...]]],
-        read: Callable[[ImageHeader, int, int], Awaitable[bytes]],
+        open_image: Callable[[ImageHeader], Awaitable[StoredImage]],
         chunk_bytes: int,
     ) -> None:
-        """`load` gets all events; `read` a part of an image: its offset and size, in bytes."""
+        """`load` gets all events; `open_image` looks at all of an image before any of it is read."""
         self.ending = ending
         self.headers = headers
         self._load = load
-        self._read = read
+        self._open_image = open_image
         self._chunk_bytes = chunk_bytes
 
     @property
@@ -351,8 +355,10 @@ class EndedLog:
 
         Raises:
             JobNotFound: the job was deleted meanwhile.
+            ImageDamaged, JobDamaged: an image, or the events, are not what was stored.
         """
         headers = {header.prompt_index: header for header in self.headers}
+        opened: dict[int, StoredImage] = {}
         for entry in await self._load():
             event = entry.event
             if entry.sequence <= after_sequence:
@@ -360,8 +366,11 @@ class EndedLog:
             if isinstance(event, StoredChunk):
                 if omit_image_bytes:
                     continue
-                data = await self._read(headers[event.prompt_index], event.offset_bytes, event.size_bytes)
-                event = ImageChunk(event.prompt_index, event.offset_bytes, data)
+                index = event.prompt_index
+                if index not in opened:
+                    opened[index] = await self._open_image(headers[index])
+                data = await opened[index](event.offset_bytes, event.size_bytes)
+                event = ImageChunk(index, event.offset_bytes, data)
             yield LoggedEvent(entry.sequence, entry.time, event)
 
     async def image_chunks(self, prompt_index: int, offset_bytes: int = 0) -> AsyncIterator[ImageChunk]:
@@ -369,11 +378,13 @@ class EndedLog:
 
         Raises:
             JobNotFound: the job was deleted meanwhile.
+            ImageDamaged: the image is not what was stored; said before the first byte wherever that can be known.
         """
         header = next(header for header in self.headers if header.prompt_index == prompt_index)
+        read = await self._open_image(header)
         for offset in range(offset_bytes, header.size_bytes, self._chunk_bytes):
             size = min(self._chunk_bytes, header.size_bytes - offset)
-            yield ImageChunk(prompt_index, offset, await self._read(header, offset, size))
+            yield ImageChunk(prompt_index, offset, await read(offset, size))
 
     def has_image(self, header: ImageHeader) -> bool:
         """Whether its bytes are kept."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from chromarpc_server.adapters.root_hashes import WAIT_S
 from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
@@ -19,6 +19,7 @@ from chromarpc_server.domain.errors import (
     LoraNotFound,
     ModelNotFound,
     NotKept,
+    StoreUnavailable,
 )
 from chromarpc_server.domain.events import Accepted, Restarted
 from chromarpc_server.domain.models import ModelSpec
@@ -28,12 +29,15 @@ from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.queue import ScheduledJob
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store import records
-from chromarpc_server.jobs.store.job_store import JobStore, Unfinished
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.stored_jobs import Unfinished
 from chromarpc_server.runtime.cancellation import Cancellation
 from chromarpc_server.runtime.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
 
+ROOM_EVERY_S = 2.0
+"""How often a store on a full disk is tried again."""
 SEQUENCES_A_START = 2**20
 """Events of one job in one process are fewer, so that no number comes twice."""
 
@@ -80,6 +84,9 @@ class Recovery:
         self._completion = completion
         self._rules = rules
         self._without_caller: list[Job] = []
+        self._waiting: asyncio.Task[None] | None = None
+        """For room to count this process; jobs may not run before, as their events would get numbers twice."""
+        self._parked: list[Job] = []
 
     async def recover(self, models: Mapping[str, ModelSpec]) -> int:
         """Takes over every job that has not ended. Returns how many.
@@ -90,11 +97,46 @@ class Recovery:
         Raises:
             StoreUnavailable: they cannot be read.
         """
-        unfinished = await self._store.take_over()
+        unfinished, is_counted = await self._store.take_over()
+        jobs = []
         for stored in unfinished:
-            job = recovered_job(stored, picture_records=self._rules.picture_records)
+            job = recovered_job(
+                stored, picture_records=self._rules.picture_records, age_s=self._store.age_s(stored)
+            )
             self._registry.add(job)
-            begin_log(job, stored.starts)
+            job.log.append(Accepted(job.id, job.plan))
+            jobs.append((job, stored))
+        if is_counted:
+            await self._resume(jobs, models)
+        elif jobs:
+            log.warning("store.full", extra={"doing": "resume jobs", "waiting_jobs": len(jobs)})
+            self._parked = [job for job, _ in jobs]
+            self._waiting = asyncio.create_task(self._resume_when_there_is_room(jobs, models), name="recovery")
+        return len(unfinished)
+
+    async def stop(self) -> None:
+        """Leaves jobs that wait for room to the next process."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.gather(self._waiting, return_exceptions=True)
+        for job in self._parked:
+            self._completion.leave_to_next_process(job)
+
+    async def _resume_when_there_is_room(
+        self, jobs: Sequence[tuple[Job, Unfinished]], models: Mapping[str, ModelSpec]
+    ) -> None:
+        while True:
+            await asyncio.sleep(ROOM_EVERY_S)
+            with suppress(StoreUnavailable):
+                await self._store.count_start()
+                break
+        log.info("store.room_again", extra={"resumed_jobs": len(jobs)})
+        self._parked = []
+        await self._resume([(job, replace(stored, starts=stored.starts + 1)) for job, stored in jobs], models)
+
+    async def _resume(self, jobs: Sequence[tuple[Job, Unfinished]], models: Mapping[str, ModelSpec]) -> None:
+        for job, stored in jobs:
+            go_on(job, stored.starts)
             log.info("job.resumed", extra={"job_id": job.id, "caller": job.owner, "attempts_before": job.attempts})
             try:
                 await self._schedule(job, stored, models)
@@ -102,7 +144,6 @@ class Recovery:
                 self._completion.end_early(job, error)
             except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
                 self._completion.end_unforeseen(job, error)
-        return len(unfinished)
 
     def take_jobs_without_caller(self) -> list[Job]:
         """Recovered jobs whose callers may come back; once."""
@@ -110,6 +151,8 @@ class Recovery:
         return found
 
     async def _schedule(self, job: Job, stored: Unfinished, models: Mapping[str, ModelSpec]) -> None:
+        if job.cancelled_for_good is not None:  # while it waited for room
+            raise job.cancelled_for_good
         require_recoverable(stored, self._rules.max_attempts)
         spec = models.get(job.plan.served_model)
         if spec is None:
@@ -123,13 +166,13 @@ class Recovery:
         self._backlog.schedule(ScheduledJob(job, model_files, found), may_expire=not stored.was_begun)
 
 
-def recovered_job(stored: Unfinished, *, picture_records: bool) -> Job:
-    """The job, as it was admitted; without `picture_records` its images carry none, whatever was planned then."""
+def recovered_job(stored: Unfinished, *, picture_records: bool, age_s: float) -> Job:
+    """The job, as it was admitted `age_s` ago; without `picture_records` its images carry none, whatever was
+    planned then.
+    """
     plan = stored.plan
     if plan.output.picture_record and not picture_records:
         plan = replace(plan, output=replace(plan.output, picture_record=False))
-    created = records.from_microseconds(stored.created_us)
-    age_s = max(0.0, (datetime.now(UTC) - created).total_seconds())
     return Job(
         plan=plan,
         adapter_files=(),
@@ -138,15 +181,14 @@ def recovered_job(stored: Unfinished, *, picture_records: bool) -> Job:
         id=stored.id,
         admitted_at=time.monotonic() - age_s,
         fingerprint=stored.fingerprint,
-        created=created,
+        created=records.from_microseconds(stored.created_us),
         attempts=stored.attempts,
         adapter_hashes=tuple(None if known is None else known.sha256 for known in stored.adapters),
     )
 
 
-def begin_log(job: Job, starts: int) -> None:
-    """Begins a recovered job's log: watchers have read what earlier processes wrote into it."""
-    job.log.append(Accepted(job.id, job.plan))
+def go_on(job: Job, starts: int) -> None:
+    """Goes on with a recovered job's log: watchers have read what earlier processes wrote into it."""
     job.log.skip_to(starts * SEQUENCES_A_START)
     if job.attempts:
         job.log.append(Restarted(job.attempts + 1))

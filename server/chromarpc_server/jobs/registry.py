@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 
-from chromarpc_server.domain.errors import JobNotEnded, JobNotFound, RequestIdReused
+from chromarpc_server.domain.errors import JobDamaged, JobNotEnded, JobNotFound, RequestIdReused
 from chromarpc_server.domain.events import Cancelled, Completed, Failed
 from chromarpc_server.domain.limits import JobRetention
-from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.jobs.job import AnyJob, DamagedJob, Job
 from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.store import records
-from chromarpc_server.jobs.store.job_store import CANCELLED, FAILED, SUCCEEDED, JobStore
+from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED
 
 QUEUED, RUNNING = "queued", "running"
 _ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED})
@@ -50,14 +51,16 @@ class Selection:
 
     def takes(self, job: Job) -> bool:
         """Whether it is one of them."""
-        return (
-            (self.before is None or place(job) < self.before)
-            and (self.since is None or job.created >= self.since)
-            and (self.states is None or state_of(job) in self.states)
+        return self.takes_place(place(job)) and (self.states is None or state_of(job) in self.states)
+
+    def takes_place(self, at: tuple[int, str]) -> bool:
+        """Whether a job that was admitted then is one of them, whatever its state."""
+        return (self.before is None or at < self.before) and (
+            self.since is None or at[0] >= records.microseconds(self.since)
         )
 
 
-def place(job: AnyJob) -> tuple[int, str]:
+def place(job: AnyJob | DamagedJob) -> tuple[int, str]:
     """Where it is among all jobs, by admission."""
     return records.microseconds(job.created), job.id
 
@@ -123,6 +126,10 @@ class JobRegistry:
             raise JobNotFound("no job was made under this id, or it was deleted", field="request_id")
         return job
 
+    def unfinished(self) -> Collection[Job]:
+        """Everybody's jobs that have not ended."""
+        return self._jobs.values()
+
     def add(self, job: Job) -> None:
         """Enters a job that the store has, before its first event."""
         for observer in self._observers:
@@ -143,7 +150,8 @@ class JobRegistry:
 
         Raises:
             JobNotFound: there is none, or it is somebody else's.
-            StoreUnavailable: the store cannot be read now.
+            JobDamaged: what is stored of it cannot be read.
+            StoreUnavailable, StoreDamaged: the store cannot be read.
         """
         job: AnyJob | None = self._jobs.get(job_id)
         job = job or await self._store.ended(owner, job_id)
@@ -151,15 +159,22 @@ class JobRegistry:
             raise JobNotFound("there is no such job, or it was deleted", field="job_id")
         return job
 
-    async def page(self, owner: str, limit: int, selection: Selection) -> list[AnyJob]:
-        """The owner's jobs, newest admission first, at most `limit`.
+    async def page(self, owner: str, limit: int, selection: Selection) -> list[AnyJob | DamagedJob]:
+        """The owner's jobs, newest admission first, at most `limit`; those that cannot be read are among them.
 
         Raises:
-            StoreUnavailable: the store cannot be read now.
+            StoreUnavailable, StoreDamaged: the store cannot be read.
         """
         # Those here first: one that ends meanwhile is then found twice, and never not at all.
-        found: dict[str, AnyJob] = {
+        found: dict[str, AnyJob | DamagedJob] = {
             job.id: job for job in self._jobs.values() if job.owner == owner and selection.takes(job)
+        }
+        found |= {
+            job.id: job
+            for job in self._store.unreadable_jobs()
+            if job.owner == owner
+            and selection.takes_place(place(job))
+            and (selection.states is None or FAILED in selection.states)
         }
         ended = None if selection.states is None else sorted(_ENDED & set(selection.states))
         if ended is None or ended:
@@ -180,10 +195,13 @@ class JobRegistry:
         Raises:
             JobNotFound: there is none.
             JobNotEnded: it waits or runs.
-            StoreUnavailable: it cannot be forgotten now.
+            StoreUnavailable, StoreDamaged: it cannot be forgotten.
         """
-        job = await self.get(owner, job_id)
-        if not job.log.closed:
+        try:
+            job: AnyJob | None = await self.get(owner, job_id)
+        except JobDamaged:  # its owner's, and gone with all that is left of it
+            job = None
+        if job is not None and not job.log.closed:
             raise JobNotEnded("the job has not ended; cancel it first", field="job_id")
         if not await self._store.delete(job_id):
             raise JobNotFound("there is no such job, or it was deleted", field="job_id")

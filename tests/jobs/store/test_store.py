@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from chromarpc_server.domain.errors import Draining
+from chromarpc_server.domain.errors import Draining, JobDamaged
 from chromarpc_server.domain.limits import JobRetention
-from chromarpc_server.jobs.store.database import Database, EndRow, NewRow, StoreUnusable
-from chromarpc_server.jobs.store.images import ImageFolder
+from chromarpc_server.jobs.job import DamagedJob
+from chromarpc_server.jobs.store.database import Database
+from chromarpc_server.jobs.store.images import DamagedImage, ImageFolder
 from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.kept_time import KeptTime
+from chromarpc_server.jobs.store.rows import EndRow, NewRow
 from chromarpc_server.jobs.store.schema import MIGRATIONS
+from chromarpc_server.jobs.store.unusable import StoreUnusable
 
-HASHES = [f"{digit}" * 64 for digit in "abcdef"]
+CONTENTS = [bytes([digit]) * 100 for digit in b"abcdef"]
+HASHES = [hashlib.sha256(content).hexdigest() for content in CONTENTS]
 DAY_US = 24 * 3600 * 10**6
 
 
@@ -33,11 +39,15 @@ class Kept:
             self.folder / "jobs.sqlite3",
             ImageFolder(self.folder / "images"),
             self.retention,
-            clock=lambda: self.now,
+            make_time=self.time,
         )
 
+    def time(self, kept_s: float | None) -> KeptTime:
+        """Both clocks go together."""
+        return KeptTime(kept_s, wall=lambda: self.now, monotonic=lambda: self.now)
+
     def images(self) -> set[str]:
-        return {path.name for path in (self.folder / "images").glob("*/*")}
+        return {path.name for path in (self.folder / "images").glob("[0-9a-f][0-9a-f]/*")}
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def _end(number: int, kept: Kept, *images: str, size: int = 100) -> EndRow:
 def _finish(database: Database, kept: Kept, number: int, *images: str) -> None:
     database.insert(_row(number))
     for sha256 in images:
-        database.put_image(sha256, b"x" * 100)
+        database.put_image(sha256, CONTENTS[HASHES.index(sha256)], "me")
     assert database.finish(_end(number, kept, *images))
     kept.now += 1
 
@@ -89,10 +99,10 @@ def test_what_did_not_end_is_taken_over_in_order(kept: Kept) -> None:
     first.finish(_end(2, kept))
     first.close()
     second = kept.open()
-    taken = second.take_over()
+    taken, _ = second.take_over()
     assert [(row["id"], row["attempts"], row["starts"]) for row in taken] == [("job3", 0, 1), ("job1", 1, 1)]
     second.unbegin("job1")
-    assert [row["attempts"] for row in second.take_over()] == [0, 0]
+    assert [row["attempts"] for row in second.take_over()[0]] == [0, 0]
     second.close()
 
 
@@ -109,7 +119,7 @@ def test_a_cancel_is_kept_and_a_request_id_is_given_up_by_a_job_that_ended(kept:
         first.insert(_row(4, request_id="r1"))  # its job has not ended
     first.close()
     second = kept.open()
-    assert [(row["id"], row["cancelled"]) for row in second.take_over()] == [("job1", 1), ("job3", 0)]
+    assert [(row["id"], row["cancelled"]) for row in second.take_over()[0]] == [("job1", 1), ("job3", 0)]
     second.close()
 
 
@@ -118,7 +128,7 @@ def test_a_picture_goes_with_the_last_job_that_names_it(database: Database, kept
     _finish(database, kept, 2, HASHES[0])
     assert database.delete("job1")
     assert kept.images() == {HASHES[0]}
-    database.put_image(HASHES[0], b"x" * 100)  # of a job that still runs
+    database.put_image(HASHES[0], CONTENTS[0], "me")  # of a job that still runs
     assert database.delete("job2")
     assert kept.images() == {HASHES[0]}
     database.insert(_row(3))
@@ -157,9 +167,9 @@ def test_the_newest_job_stays_however_large_it_is(database: Database, kept: Kept
 def test_what_an_interrupted_write_left_is_removed(kept: Kept) -> None:
     database = kept.open()
     _finish(database, kept, 1, HASHES[0])
-    database.put_image(HASHES[1], b"of a job that never ended")
+    database.put_image(HASHES[1], CONTENTS[1], "me")
     database.close()
-    (kept.folder / "images" / "aa" / "1234.part").write_bytes(b"half")
+    (kept.folder / "images" / HASHES[0][:2] / "1234.part").write_bytes(b"half")
     kept.open().close()
     assert kept.images() == {HASHES[0]}
 
@@ -203,7 +213,7 @@ def test_a_damaged_database_is_left_alone_and_named(kept: Kept) -> None:
     whole = path.read_bytes()
     for damaged in (b"no database at all" * 500, whole[:8192] + b"\xff" * 8192 + whole[16384:]):
         path.write_bytes(damaged)
-        with pytest.raises(StoreUnusable, match=r"jobs\.sqlite3 is damaged .*\.recover"):
+        with pytest.raises(StoreUnusable, match=r"jobs\.sqlite3 is damaged .*store repair"):
             kept.open()
         assert path.read_bytes() == damaged
 
@@ -217,10 +227,12 @@ def test_a_newer_schema_is_left_alone_and_named(kept: Kept) -> None:
         kept.open()
 
 
-def test_two_servers_do_not_share_a_store(database: Database, kept: Kept) -> None:
-    database.insert(_row(1))
+async def test_two_servers_do_not_share_a_store(kept: Kept) -> None:
+    first = await JobStore.open(kept.folder, kept.retention)
     with pytest.raises(StoreUnusable, match="in use by another process"):
-        kept.open()
+        await JobStore.open(kept.folder, kept.retention)
+    await first.close()
+    await (await JobStore.open(kept.folder, kept.retention)).close()
 
 
 def test_a_first_version_database_is_still_read(kept: Kept) -> None:
@@ -231,7 +243,7 @@ def test_a_first_version_database_is_still_read(kept: Kept) -> None:
         connection.executescript(recorded)
     connection.close()
     database = kept.open()
-    (left,) = database.take_over()
+    (left,), _ = database.take_over()
     assert (left["id"], left["owner"], left["attempts"]) == ("job1", "me", 1)
     assert not left["cancelled"]
     ended = database.page("me", 9, before=None, since_us=None, states=None)
@@ -246,7 +258,7 @@ def test_an_end_that_is_written_stays_so_although_others_cannot_be_forgotten(
         raise sqlite3.OperationalError("database or disk is full")
 
     database.insert(_row(1))
-    database.put_image(HASHES[0], b"x" * 100)
+    database.put_image(HASHES[0], CONTENTS[0], "me")
     monkeypatch.setattr(database, "sweep", full)
     assert database.finish(_end(1, kept, HASHES[0]))
     assert kept.images() == {HASHES[0]}
@@ -258,16 +270,25 @@ def test_the_request_id_of_a_job_that_is_too_old_makes_another(database: Databas
     kept.now += 3600
     assert database.ended_by_request("me", "r") is None
     database.insert(_row(2, request_id="r"))
-    assert [row["id"] for row in database.take_over()] == ["job2"]
+    assert [row["id"] for row in database.take_over()[0]] == ["job2"]
 
 
-def test_a_picture_that_is_cut_short_is_no_picture(kept: Kept) -> None:
+def test_an_image_that_is_damaged_is_not_read_and_is_healed_by_the_same_content(kept: Kept) -> None:
     images = ImageFolder(kept.folder / "images")
-    images.put(HASHES[0], b"x" * 100)
-    assert images.read(HASHES[0], 90, 10) == b"x" * 10
-    (kept.folder / "images" / "aa" / HASHES[0]).write_bytes(b"x" * 95)
-    with pytest.raises(OSError, match="cut short"):
-        images.read(HASHES[0], 90, 10)
+    data = bytes(range(256)) * 2000
+    sha256 = hashlib.sha256(data).hexdigest()
+    images.put(sha256, data, "me")
+    checked = images.check(sha256)
+    assert images.read(checked, 200_000, 100_000) == data[200_000:300_000]
+    (path,) = (kept.folder / "images").glob("*/*")
+    for damaged in (data[:-1], data[:250_000] + b"?" + data[250_001:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedImage):
+            images.check(sha256)
+        with pytest.raises(DamagedImage):  # also where it was good a moment ago
+            images.read(checked, len(data) - 300_000, 300_000)
+    images.put(sha256, data, "me")
+    assert images.check(sha256) == checked
 
 
 async def test_a_store_that_is_closed_says_that_the_server_stops(kept: Kept) -> None:
@@ -278,14 +299,26 @@ async def test_a_store_that_is_closed_says_that_the_server_stops(kept: Kept) -> 
     assert told.value.retry_after_s is not None
 
 
-async def test_a_job_that_cannot_be_read_is_named_and_its_words_are_not(kept: Kept) -> None:
+async def test_a_job_that_cannot_be_read_is_its_own_trouble(kept: Kept) -> None:
     first = Database(kept.folder / "jobs.sqlite3", ImageFolder(kept.folder / "images"), kept.retention)
-    first.insert(_row(1, plan='{"prompts": "planted words"}'))
+    for number in (1, 2):
+        first.insert(_row(number, plan='{"prompts": "planted words"}'))
+    first.finish(_end(2, kept))
     first.close()
-    store = await JobStore.open(kept.folder, kept.retention)
-    with pytest.raises(StoreUnusable, match=r"job job1 .* cannot be read.*backup") as told:
-        await store.take_over()
-    assert "planted" not in str(told.value)
+    store = await JobStore.open(kept.folder, JobRetention(keep_s=1e10))
+    assert await store.take_over() == ([], True)
+    for job_id in ("job1", "job2"):
+        with pytest.raises(JobDamaged) as told:
+            await store.ended("me", job_id)
+        assert "planted" not in told.value.message
+        assert await store.ended("you", job_id) is None
+    listed = await store.page("me", 9, before=None, since_us=None, states=None)
+    assert [(job.id, type(job)) for job in listed] == [("job2", DamagedJob)]
+    assert [job.id for job in store.unreadable_jobs()] == ["job1"]
+    assert store.facts().damaged["row"] >= 3
+    for job_id in ("job1", "job2"):
+        assert await store.delete(job_id)
+        assert await store.ended("me", job_id) is None
     await store.close()
 
 

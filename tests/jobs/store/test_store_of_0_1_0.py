@@ -77,7 +77,7 @@ async def test_a_job_that_ended_early_says_why(folder: Path, name: str) -> None:
 async def test_jobs_that_did_not_end_are_taken_over(folder: Path) -> None:
     store = await JobStore.open(folder, FOR_EVER)
     try:
-        left = await store.take_over()
+        left, _ = await store.take_over()
     finally:
         await store.close()
     assert [(job.id, job.was_begun, job.is_cancelled) for job in left] == [

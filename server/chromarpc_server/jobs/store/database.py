@@ -7,64 +7,31 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chromarpc_server.domain.limits import JobRetention
+from chromarpc_server.jobs.store import rows
+from chromarpc_server.jobs.store.ballast import Ballast
 from chromarpc_server.jobs.store.images import Images
-from chromarpc_server.jobs.store.schema import MIGRATIONS
+from chromarpc_server.jobs.store.kept_time import KeptTime
+from chromarpc_server.jobs.store.named_images import NamedImages
+from chromarpc_server.jobs.store.rows import FAILED, AnyRow, EndRow, LostRow, NewRow, StoreSize
+from chromarpc_server.jobs.store.sqlite_file import (
+    empty_log,
+    explained,
+    is_damage,
+    is_out_of_room,
+    log_bytes,
+    open_with_ballast,
+    transaction,
+)
 
 log = logging.getLogger(__name__)
 
-FILE = "jobs.sqlite3"
-
-
-class StoreUnusable(ValueError):
-    """The database cannot be opened; the message says which file, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class NewRow:
-    """A job at its admission."""
-
-    id: str
-    owner: str
-    request_id: str | None
-    fingerprint: str
-    created_us: int
-    plan: str
-    has_prompts: bool
-    needs_token: bool
-    adapters: str
-
-
-@dataclass(frozen=True)
-class EndRow:
-    """What becomes of it."""
-
-    id: str
-    ended_us: int
-    state: str
-    done_steps: int
-    ending: str
-    headers: str
-    events: bytes
-    images: Sequence[str]
-    """Hashes of its images, each `put` before."""
-    image_bytes: int
-
-
-@dataclass(frozen=True)
-class StoreSize:
-    """How much is kept of jobs that ended."""
-
-    jobs: int
-    bytes: int
+_T = TypeVar("_T")
 
 
 class Database:
@@ -76,59 +43,69 @@ class Database:
         images: Images,
         retention: JobRetention,
         *,
-        clock: Callable[[], float] = time.time,
+        make_time: Callable[[float | None], KeptTime] = KeptTime,
     ) -> None:
-        """Opens the file, or makes it, brings its schema up to date and removes images that no job names.
+        """Opens the file, or makes it, brings its schema up to date, and sets aside images that no job names.
 
         Args:
             path: of the file; None keeps all in memory.
             images: the images.
             retention: how much is kept of jobs that ended.
-            clock: seconds since the epoch.
+            make_time: the store's time, from the latest one that the store knows of, in seconds.
 
         Raises:
             StoreUnusable: the file is damaged, in use, or from a newer version. It is left as it is.
         """
         self._path = path
-        self._images = images
         self._retention = retention
-        self._clock = clock
-        self._pending: Counter[str] = Counter()
-        """Images of jobs that have not ended."""
         self._size = StoreSize(0, 0)
-        with _explained(path):
-            self._connection = sqlite3.connect(
-                ":memory:" if path is None else path, timeout=0, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._set_up()
-            except BaseException:
-                self._connection.close()
-                raise
+        self._ballast = None if path is None else Ballast(path.parent)
+        self._connection = open_with_ballast(path, self._ballast)
+        try:
+            with explained(path):
+                self._images = NamedImages(self._connection, images)
+                self.time = make_time(self._latest_s())
+                self._size = self._measure()
+                self._start()
+        except BaseException:
+            self._connection.close()
+            raise
 
     @property
     def size(self) -> StoreSize:
         """How much is kept."""
         return self._size
 
+    @property
+    def log_bytes(self) -> int:
+        """Size of SQLite's write-ahead log."""
+        return log_bytes(self._path)
+
     def insert(self, row: NewRow) -> None:
         """A job was admitted."""
         if row.request_id is not None:
             # A job that has expired may still have the id.
             self.sweep()
-        columns = list(NewRow.__dataclass_fields__)
+        values = {
+            **asdict(row),
+            "format": rows.FORMAT,
+            "plan_check": rows.plan_check(asdict(row)),
+            "admitted_kept_us": self.time.now_us(),
+        }
         self._run(
-            f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",  # noqa: S608 - names of ours
-            [getattr(row, column) for column in columns],
+            f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",  # noqa: S608 - names of ours
+            list(values.values()),
         )
 
     def begin(self, job_id: str, started_us: int) -> None:
         """It is about to run."""
-        self._run("UPDATE jobs SET attempts = attempts + 1, started_us = ? WHERE id = ?", (started_us, job_id))
+        statement = "UPDATE jobs SET attempts = attempts + 1, started_us = ? WHERE id = ?"
+        self._with_ballast(lambda: self._run(statement, (started_us, job_id)))
 
     def unbegin(self, job_id: str) -> None:
         """It was stopped in good order before its end, which counts as no attempt."""
-        self._run("UPDATE jobs SET attempts = attempts - 1 WHERE id = ?", (job_id,))
+        statement = "UPDATE jobs SET attempts = attempts - 1 WHERE id = ?"
+        self._with_ballast(lambda: self._run(statement, (job_id,)))
 
     def note_adapters(self, job_id: str, adapters: str) -> None:
         """More is known of its adapters."""
@@ -136,81 +113,110 @@ class Database:
 
     def note_detached(self, job_id: str) -> None:
         """It goes on without its callers."""
-        self._run("UPDATE jobs SET plan = json_set(plan, '$.detached', json('true')) WHERE id = ?", (job_id,))
+        self._run("UPDATE jobs SET detached = 1 WHERE id = ?", (job_id,))
 
     def note_cancelled(self, job_id: str) -> None:
         """Its cancellation will be acknowledged: no other process may go on with it."""
-        self._run("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
+        statement = "UPDATE jobs SET cancelled = 1 WHERE id = ?"
+        self._with_ballast(lambda: self._run(statement, (job_id,)))
 
     def release_request_id(self, job_id: str) -> None:
         """Lets another job have the request id of one that ended."""
         self._run("UPDATE jobs SET request_id = NULL WHERE id = ? AND ended_us IS NOT NULL", (job_id,))
 
-    def put_image(self, sha256: str, data: bytes) -> None:
+    def put_image(self, sha256: str, data: bytes, owner: str) -> None:
         """Keeps an image of a job that has not ended.
 
         Raises:
             OSError: there is no room.
         """
-        self._images.put(sha256, data)
-        self._pending[sha256] += 1
+        self._images.put(sha256, data, owner)
 
     def has_image(self, sha256: str) -> bool:
         """Whether it was put for a job that has not ended."""
-        return self._pending[sha256] > 0
+        return self._images.is_pending(sha256)
+
+    def names_image(self, job_id: str, sha256: str) -> bool:
+        """Whether a job that ended is there, and has the image."""
+        return self._images.is_named_by(job_id, sha256)
 
     def finish(self, row: EndRow) -> bool:
         """Writes a job's end. Returns False, and changes nothing, where it has one already or is gone."""
-        size = row.image_bytes + len(row.events)
-        with self._transaction():
-            cursor = self._connection.execute(
-                "UPDATE jobs SET ended_us = ?, state = ?, done_steps = ?, ending = ?, headers = ?, events = ?, "
-                "bytes = ? WHERE id = ? AND ended_us IS NULL",
-                (
-                    row.ended_us,
-                    row.state,
-                    row.done_steps,
-                    row.ending,
-                    row.headers,
-                    row.events,
-                    size,
-                    row.id,
-                ),
-            )
-            is_first = cursor.rowcount == 1
-            if is_first:
-                self._connection.executemany(
-                    "INSERT OR IGNORE INTO images VALUES (?, ?)", [(row.id, sha256) for sha256 in row.images]
-                )
+        is_first = self._with_ballast(lambda: self._end(row))
         if is_first:
+            size = row.image_bytes + len(row.events)
             self._size = StoreSize(self._size.jobs + 1, self._size.bytes + size)
+        self._images.let_go(row.images)
         try:
-            for sha256 in row.images:
-                self._let_go(sha256)
+            if not is_first:
+                self._images.drop_unnamed(row.images)
             self.sweep()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             # The end is written: it stands although there is no room to forget others.
             log.warning("store.not_swept", extra={"error": str(error)})
         return is_first
 
-    def take_over(self) -> list[sqlite3.Row]:
-        """The jobs that did not end, in the order of admission; this process is counted for each."""
-        with self._transaction():
-            self._connection.execute("UPDATE jobs SET starts = starts + 1 WHERE ended_us IS NULL")
-            return self._connection.execute("SELECT * FROM jobs WHERE ended_us IS NULL ORDER BY number").fetchall()
+    def _end(self, row: EndRow) -> bool:
+        values = {
+            "ended_us": row.ended_us,
+            "ended_kept_us": self.time.now_us(),
+            "state": row.state,
+            "done_steps": row.done_steps,
+            "ending": row.ending,
+            "headers": row.headers,
+            "events": row.events,
+            "bytes": row.image_bytes + len(row.events),
+            "format": rows.FORMAT,
+            "end_check": rows.end_check(asdict(row)),
+            "events_check": rows.events_check(row.events),
+        }
+        with transaction(self._connection):
+            cursor = self._connection.execute(
+                f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in values)} "  # noqa: S608 - names of ours
+                "WHERE id = ? AND ended_us IS NULL",
+                [*values.values(), row.id],
+            )
+            is_first = cursor.rowcount == 1
+            if is_first:
+                self._images.name(row.id, row.images)
+        return is_first
 
-    def ended(self, owner: str, job_id: str) -> sqlite3.Row | None:
+    def take_over(self) -> tuple[list[sqlite3.Row], bool]:
+        """The jobs that did not end, in the order of admission, and whether this process is counted for each:
+        where there is no room for that it is not, and they may not run before `count_start`.
+        """
+        query = "SELECT * FROM jobs WHERE ended_us IS NULL ORDER BY number"
+        is_counted = True
+        try:
+            self.count_start()
+        except sqlite3.Error as error:
+            if not is_out_of_room(error):
+                raise
+            is_counted = False
+        return self._connection.execute(query).fetchall(), is_counted
+
+    def count_start(self) -> None:
+        """Counts this process for each job that did not end."""
+        statement = "UPDATE jobs SET starts = starts + 1 WHERE ended_us IS NULL"
+        self._with_ballast(lambda: self._run(statement, ()))
+
+    def ended(self, owner: str, job_id: str) -> AnyRow | None:
         """A job that ended."""
-        return self._one(f"{_ENDED} AND owner = ? AND id = ?", (self._oldest_us(), owner, job_id))
+        try:
+            return self._one(f"{_ENDED} AND owner = ? AND id = ?", (self._oldest_us(), owner, job_id))
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            return next((row for row in self._lost(owner) if row.id == job_id), None)
 
     def ended_by_request(self, owner: str, request_id: str) -> sqlite3.Row | None:
         """The one that was made under a request id."""
         return self._one(f"{_ENDED} AND owner = ? AND request_id = ?", (self._oldest_us(), owner, request_id))
 
-    def events(self, job_id: str) -> bytes | None:
-        """Those of a job that ended."""
-        row = self._one("SELECT events FROM jobs WHERE id = ? AND ended_us IS NOT NULL", (job_id,))
-        return None if row is None else row["events"]
+    def events(self, job_id: str) -> tuple[bytes, str | None] | None:
+        """Those of a job that ended, and their checksum."""
+        row = self._one("SELECT events, events_check FROM jobs WHERE id = ? AND ended_us IS NOT NULL", (job_id,))
+        return None if row is None else (row["events"], row["events_check"])
 
     def page(
         self,
@@ -220,7 +226,7 @@ class Database:
         before: tuple[int, str] | None,
         since_us: int | None,
         states: Sequence[str] | None,
-    ) -> list[sqlite3.Row]:
+    ) -> list[AnyRow]:
         """Jobs that ended, newest admission first.
 
         Args:
@@ -228,116 +234,167 @@ class Database:
             limit: at most so many.
             before: only those admitted before this time and id.
             since_us: only those admitted at or after this time.
-            states: only those that ended so.
+            states: only those that ended so; one that cannot be read counts as failed.
         """
-        query, values = f"{_ENDED} AND owner = ?", [self._oldest_us(), owner]
-        parts: list[Any] = values
+        narrowed, values = "", []
         if before is not None:
-            query += " AND (created_us, id) < (?, ?)"
-            parts += before
+            narrowed += " AND (created_us, id) < (?, ?)"
+            values += list(before)
         if since_us is not None:
-            query += " AND created_us >= ?"
-            parts.append(since_us)
+            narrowed += " AND created_us >= ?"
+            values.append(since_us)
+        query, parts = f"{_ENDED} AND owner = ?{narrowed}", [self._oldest_us(), owner, *values]
         if states is not None:
             query += f" AND state IN ({', '.join('?' * len(states))})"
             parts += states
-        query += " ORDER BY created_us DESC, id DESC LIMIT ?"
-        return self._connection.execute(query, [*parts, limit]).fetchall()
+        try:
+            query += " ORDER BY created_us DESC, id DESC LIMIT ?"
+            return list(self._connection.execute(query, [*parts, limit]))
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+        return self._page_by_row(owner, limit, narrowed, values, states)
 
-    def delete(self, job_id: str) -> bool:
-        """Forgets a job that ended. Returns whether there was one."""
-        return self._forget([job_id]) == 1
+    def delete(self, job_id: str, *, although_not_ended: bool = False) -> bool:
+        """Forgets a job that ended; `although_not_ended`: or one that cannot be run, as nothing can read it.
+        Returns whether there was one.
+        """
+        if although_not_ended:
+            self._run("UPDATE jobs SET ended_us = 0, state = '' WHERE id = ? AND ended_us IS NULL", (job_id,))
+            self._size = self._measure()
+        is_gone = self._forget([job_id]) == 1
+        empty_log(self._connection)
+        return is_gone
 
     def sweep(self) -> None:
         """Forgets what is too old, and then the oldest of what is too much, but never the newest."""
         keep = self._retention
+        has_forgotten = False
         while True:
             excess = self._size.jobs > keep.keep_jobs or (
                 self._size.bytes > keep.keep_bytes and self._size.jobs > 1
             )
-            condition = "ended_us IS NOT NULL" if excess else f"ended_us <= {self._oldest_us()}"
-            rows = self._connection.execute(
-                f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_us LIMIT ?",  # noqa: S608 - ours
+            condition = "ended_us IS NOT NULL" if excess else f"ended_kept_us <= {self._oldest_us()}"
+            found = self._connection.execute(
+                f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_kept_us LIMIT ?",  # noqa: S608 - ours
                 (1 if excess else 100,),
             ).fetchall()
-            if not rows:
-                return
-            self._forget([row["id"] for row in rows])
+            if not found:
+                break
+            self._forget([row["id"] for row in found])
+            has_forgotten = True
+        if has_forgotten:
+            empty_log(self._connection)
+
+    def tend(self) -> None:
+        """What is due every half minute: looks at the clock, sweeps, empties the log, and holds the ballast."""
+        self.time.advance()
+        self.sweep()
+        kept = "INSERT INTO facts VALUES ('kept_us', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        self._run(kept, (self.time.now_us(),))
+        empty_log(self._connection)
+        if self._ballast is not None:
+            self._ballast.make()
 
     def close(self) -> None:
         """Writes everything into the one file."""
-        with suppress(sqlite3.Error):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        empty_log(self._connection)
         self._connection.close()
 
-    def _set_up(self) -> None:
-        self._connection.row_factory = sqlite3.Row
-        execute = self._connection.execute
-        execute("PRAGMA locking_mode = EXCLUSIVE")
-        version = execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StoreUnusable(
-                f"the job store {self._path} was written by a newer chromarpc (schema {version}, this one knows "
-                f"{len(MIGRATIONS)}): run that version, or give this one another --data-dir"
-            )
-        execute("PRAGMA journal_mode = WAL")
-        execute("PRAGMA synchronous = FULL")
-        execute("PRAGMA foreign_keys = ON")
-        # What a deleted job said is overwritten, rather than left in free pages; only some builds do so unasked.
-        execute("PRAGMA secure_delete = ON")
-        if version:
-            damage = execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
-                raise sqlite3.DatabaseError(damage)
-        for number in range(version, len(MIGRATIONS)):
-            with self._transaction():
-                for statement in MIGRATIONS[number].split(";\n"):
-                    execute(statement)
-                execute(f"PRAGMA user_version = {number + 1}")
-        # A lock for good from here on; reading alone would take none.
-        execute("BEGIN IMMEDIATE")
-        execute("COMMIT")
-        self._size = self._measure()
-        named = {row[0] for row in execute("SELECT DISTINCT sha256 FROM images")}
-        for sha256 in self._images.hashes():
-            if sha256 not in named:
-                self._images.drop(sha256)
-        self.sweep()
+    def _start(self) -> None:
+        try:
+            # Whether it can be written is found out now rather than by the first job.
+            self._with_ballast(lambda: self._run("UPDATE facts SET value = value WHERE name = 'written_by'", ()))
+            self._images.tidy_up()
+            self.sweep()
+            if self._ballast is not None:
+                self._ballast.make()
+        except (sqlite3.Error, OSError) as error:
+            if not is_out_of_room(error):
+                raise
+            log.warning("store.full", extra={"doing": "start"})
+
+    def _latest_s(self) -> float | None:
+        query = (
+            "SELECT MAX(t) FROM (SELECT value AS t FROM facts WHERE name = 'kept_us' "
+            "UNION ALL SELECT MAX(admitted_kept_us) FROM jobs UNION ALL SELECT MAX(ended_kept_us) FROM jobs)"
+        )
+        latest = self._connection.execute(query).fetchone()[0]
+        return None if latest is None else latest / 1e6
 
     def _measure(self) -> StoreSize:
         query = "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM jobs WHERE ended_us IS NOT NULL"
         return StoreSize(*self._connection.execute(query).fetchone())
 
     def _oldest_us(self) -> int:
-        return round((self._clock() - self._retention.keep_s) * 1e6)
+        return round((self.time.now_s() - self._retention.keep_s) * 1e6)
 
     def _forget(self, job_ids: Sequence[str]) -> int:
+        """Deletes rows that ended, whatever they hold, and then the images that are nobody's any more."""
+        try:
+            images, sizes = self._with_ballast(lambda: self._delete_rows(job_ids))
+        except sqlite3.Error as error:
+            if not is_out_of_room(error):
+                raise
+            # There is room in what is to be deleted: first the images, and then their rows, one by one.
+            self._images.drop_only_of(job_ids)
+            images, sizes = [], []
+            for job_id in job_ids:
+                more_images, more_sizes = self._delete_rows([job_id])
+                images += more_images
+                sizes += more_sizes
+        self._size = StoreSize(self._size.jobs - len(sizes), self._size.bytes - sum(sizes))
+        self._images.drop_unnamed(images)
+        return len(sizes)
+
+    def _delete_rows(self, job_ids: Sequence[str]) -> tuple[list[str], list[int]]:
         marks = ", ".join("?" * len(job_ids))
-        with self._transaction():
-            images = self._connection.execute(
-                f"SELECT DISTINCT sha256 FROM images WHERE job IN ({marks})",  # noqa: S608 - ours
-                job_ids,
-            ).fetchall()
+        with transaction(self._connection):
+            images = self._images.of(job_ids)
+            self._images.intend_to_drop(images)
             gone = self._connection.execute(
                 f"DELETE FROM jobs WHERE id IN ({marks}) AND ended_us IS NOT NULL RETURNING bytes",  # noqa: S608
-                job_ids,
+                list(job_ids),
             ).fetchall()
-        self._size = StoreSize(self._size.jobs - len(gone), self._size.bytes - sum(row["bytes"] for row in gone))
-        for row in images:
-            self._drop_unnamed(row["sha256"])
-        return len(gone)
+        return images, [row["bytes"] for row in gone]
 
-    def _let_go(self, sha256: str) -> None:
-        self._pending[sha256] -= 1
-        if self._pending[sha256] <= 0:
-            del self._pending[sha256]
-        self._drop_unnamed(sha256)
+    def _with_ballast(self, work: Callable[[], _T]) -> _T:
+        """Does what has to succeed on a full disk too, if need be in the room that was held for it."""
+        try:
+            return work()
+        except sqlite3.Error as error:
+            if self._ballast is None or not is_out_of_room(error) or not self._ballast.give_up():
+                raise
+        log.warning("store.full", extra={"doing": "give up the ballast"})
+        empty_log(self._connection)
+        return work()
 
-    def _drop_unnamed(self, sha256: str) -> None:
-        query = "SELECT 1 FROM images WHERE sha256 = ? LIMIT 1"
-        if self._pending[sha256] <= 0 and self._connection.execute(query, (sha256,)).fetchone() is None:
-            del self._pending[sha256]
-            self._images.drop(sha256)
+    def _page_by_row(
+        self, owner: str, limit: int, narrowed: str, values: Sequence[Any], states: Sequence[str] | None
+    ) -> list[AnyRow]:
+        """A page of a damaged database: each row by itself, so that one costs the list no other."""
+        found: list[AnyRow] = []
+        for lost in self._lost(owner, narrowed, values):
+            try:
+                row = self._one(f"{_ENDED} AND id = ?", (self._oldest_us(), lost.id))
+                if row is not None and (states is None or row["state"] in states):
+                    found.append(row)
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                if states is None or FAILED in states:
+                    found.append(lost)
+            if len(found) >= limit:
+                break
+        return found
+
+    def _lost(self, owner: str, narrowed: str = "", values: Sequence[Any] = ()) -> list[LostRow]:
+        """The owner's jobs by what the index of owners says, newest first; touches no row."""
+        query = (
+            f"SELECT id, owner, created_us FROM jobs INDEXED BY jobs_by_owner WHERE owner = ?{narrowed} "  # noqa: S608
+            "ORDER BY created_us DESC, id DESC"
+        )
+        return [LostRow(*row) for row in self._connection.execute(query, [owner, *values])]
 
     def _one(self, query: str, values: Sequence[Any]) -> sqlite3.Row | None:
         found: sqlite3.Row | None = self._connection.execute(query, values).fetchone()
@@ -346,45 +403,9 @@ class Database:
     def _run(self, statement: str, values: Sequence[Any]) -> None:
         self._connection.execute(statement, values)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            with suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
-            raise
-
 
 _ENDED = (
-    "SELECT id, owner, request_id, fingerprint, created_us, plan, attempts, started_us, ended_us, state, "
-    "done_steps, ending, headers FROM jobs WHERE ended_us > ?"
+    "SELECT id, owner, request_id, fingerprint, created_us, plan, has_prompts, needs_token, adapters, attempts, "
+    "started_us, ended_us, state, done_steps, ending, headers, format, plan_check, end_check, detached "
+    "FROM jobs WHERE ended_us IS NOT NULL AND ended_kept_us > ?"
 )
-
-
-@contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    """Why a file cannot be opened, and what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise StoreUnusable(
-                f"the job store {path} is in use by another process: stop that one, or give this server another "
-                "--data-dir or --store memory"
-            ) from None
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            why = " ".join(str(error).split())
-            raise StoreUnusable(
-                f"the job store {path} is damaged ({why}) and was left as it is: restore it from a backup, or "
-                f"save what can be read with `sqlite3 {path} .recover | sqlite3 new.sqlite3` and put that in its "
-                "place, or move it away to begin with an empty one; images lie beside it in images/ under "
-                "their SHA-256"
-            ) from None
-        raise StoreUnusable(
-            f"the job store {path} cannot be used ({error}): see that the folder can be written and the disk has "
-            "room, or give this server another --data-dir or --store memory"
-        ) from None

@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
-_HASH = re.compile(r"[0-9a-f]{64}")
+LOST_AND_FOUND: Final = "lost+found"
+"""Folder of files that no job names, below that of images."""
+OWNER_ATTRIBUTE: Final = "user.chromarpc.owner"
+"""Extended attribute of an image's file: names of the callers it was drawn for, one a line."""
+BLOCK_BYTES: Final = 128 * 1024
+"""Checked, and read, at once."""
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_NO_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+"""What file systems answer that sync no folders."""
+
+
+class DamagedImage(Exception):
+    """An image's file is not there, cannot be read, or holds other bytes than its name says."""
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image whose bytes were found to have its hash, and the hash of each block of them.
+
+    A block is checked again as it is read, so that no byte is handed out that was not.
+    """
+
+    sha256: str
+    size_bytes: int
+    block_hashes: tuple[bytes, ...]
 
 
 class Images(Protocol):
     """Bytes by their SHA-256. Hashes are the server's own, never a client's text."""
 
-    def put(self, sha256: str, data: bytes) -> None:
-        """Keeps the bytes; does nothing where it has them.
+    def put(self, sha256: str, data: bytes, owner: str) -> None:
+        """Keeps the bytes; where it has them, makes sure that they are good.
 
         Raises:
             OSError: it cannot.
         """
 
-    def read(self, sha256: str, offset: int, size: int) -> bytes:
-        """A part of them.
+    def check(self, sha256: str) -> CheckedImage:
+        """Reads all of an image.
 
         Raises:
-            OSError: they are not kept.
+            DamagedImage: it is not there, or not good.
         """
 
-    def drop(self, sha256: str) -> None:
-        """Forgets them."""
+    def read(self, image: CheckedImage, offset: int, size: int) -> bytes:
+        """A part of an image that was checked.
+
+        Raises:
+            DamagedImage: it is not there, or not good any more.
+        """
+
+    def drop(self, hashes: list[str]) -> None:
+        """Forgets images for good."""
 
     def hashes(self) -> Iterator[str]:
         """All that are kept."""
+
+    def set_aside(self, sha256: str) -> None:
+        """Moves one that no job names where no start and no sweep removes it."""
+
+    def put_back(self, sha256: str) -> bool:
+        """Moves one back that was set aside and is good. Returns whether there was one."""
+
+    def lost(self) -> tuple[int, int]:
+        """How many are set aside, and their bytes."""
 
 
 class ImageFolder:
@@ -47,19 +90,28 @@ class ImageFolder:
             OSError: it cannot.
         """
         self._folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lost = folder / LOST_AND_FOUND
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(folder.parent)
 
-    def put(self, sha256: str, data: bytes) -> None:
+    def put(self, sha256: str, data: bytes, owner: str) -> None:
         """See `Images`."""
         path = self._path(sha256)
-        if path.exists():
+        if _holds(path, data):
+            note_owner(path, owner)
+            # Its writer may have failed between the name and the sync.
+            _sync_file(path)
+            sync_folder(path.parent)
             return
-        fresh = not path.parent.exists()
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(self._folder)
         part = path.parent / f"{secrets.token_hex(8)}.part"
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
+                note_owner(part, owner)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -68,32 +120,92 @@ class ImageFolder:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
-        if fresh:
-            _sync_folder(self._folder)
+        sync_folder(path.parent)
 
-    def read(self, sha256: str, offset: int, size: int) -> bytes:
+    def check(self, sha256: str) -> CheckedImage:
         """See `Images`."""
-        with self._path(sha256).open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise OSError(f"the image {sha256} is cut short")
-        return data
+        digest, blocks, size = hashlib.sha256(), [], 0
+        try:
+            with self._path(sha256).open("rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+                    blocks.append(hashlib.sha256(block).digest())
+                    size += len(block)
+        except FileNotFoundError:
+            raise DamagedImage("its file is gone") from None
+        except OSError as error:
+            raise DamagedImage(f"its file cannot be read: {error.strerror}") from None
+        if digest.hexdigest() != sha256:
+            raise DamagedImage("its file holds other bytes")
+        return CheckedImage(sha256, size, tuple(blocks))
 
-    def drop(self, sha256: str) -> None:
+    def read(self, image: CheckedImage, offset: int, size: int) -> bytes:
         """See `Images`."""
-        with suppress(OSError):
-            self._path(sha256).unlink(missing_ok=True)
+        first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
+        try:
+            with self._path(image.sha256).open("rb") as file:
+                file.seek(first * BLOCK_BYTES)
+                data = file.read((last - first) * BLOCK_BYTES)
+        except FileNotFoundError:
+            raise DamagedImage("its file is gone") from None
+        except OSError as error:
+            raise DamagedImage(f"its file cannot be read: {error.strerror}") from None
+        for index in range(first, last):
+            at = (index - first) * BLOCK_BYTES
+            if hashlib.sha256(data[at : at + BLOCK_BYTES]).digest() != image.block_hashes[index]:
+                raise DamagedImage("its file holds other bytes")
+        start = offset - first * BLOCK_BYTES
+        return data[start : start + size]
+
+    def drop(self, hashes: list[str]) -> None:
+        """See `Images`."""
+        folders = set()
+        for sha256 in hashes:
+            path = self._path(sha256)
+            with suppress(OSError):
+                path.unlink()
+                folders.add(path.parent)
+        for folder in folders:
+            with suppress(OSError):
+                sync_folder(folder)
 
     def hashes(self) -> Iterator[str]:
         """See `Images`. Removes what interrupted writes left."""
-        for path in list(self._folder.glob("*/*")):
+        for path in sorted(self._folder.glob("[0-9a-f][0-9a-f]/*")):
             if path.suffix == ".part":
                 with suppress(OSError):
                     path.unlink()
             elif _HASH.fullmatch(path.name):
                 yield path.name
+
+    def set_aside(self, sha256: str) -> None:
+        """See `Images`."""
+        self._lost.mkdir(mode=0o700, exist_ok=True)
+        path = self._path(sha256)
+        path.replace(self._lost / sha256)
+        sync_folder(self._lost)
+        sync_folder(path.parent)
+
+    def put_back(self, sha256: str) -> bool:
+        """See `Images`."""
+        lost, path = self._lost / sha256, self._path(sha256)
+        try:
+            if path.exists() or hashlib.sha256(lost.read_bytes()).hexdigest() != sha256:
+                return False
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            lost.replace(path)
+            sync_folder(path.parent)
+            sync_folder(self._folder)
+        except OSError:
+            return False
+        return True
+
+    def lost(self) -> tuple[int, int]:
+        """See `Images`."""
+        sizes = []
+        with suppress(OSError), os.scandir(self._lost) as entries:
+            sizes = [entry.stat().st_size for entry in entries if entry.is_file()]
+        return len(sizes), sum(sizes)
 
     def _path(self, sha256: str) -> Path:
         if not _HASH.fullmatch(sha256):
@@ -102,36 +214,97 @@ class ImageFolder:
 
 
 class ImageMemory:
-    """The same in memory."""
+    """The same in memory, where nothing is damaged and nothing set aside."""
 
     def __init__(self) -> None:
         self._held: dict[str, bytes] = {}
 
-    def put(self, sha256: str, data: bytes) -> None:
+    def put(self, sha256: str, data: bytes, owner: str) -> None:  # noqa: ARG002 - nobody else can find it there
         """See `Images`."""
         self._held[sha256] = data
 
-    def read(self, sha256: str, offset: int, size: int) -> bytes:
+    def check(self, sha256: str) -> CheckedImage:
         """See `Images`."""
         data = self._held.get(sha256)
         if data is None:
-            raise FileNotFoundError(sha256)
+            raise DamagedImage("it is gone")
+        return CheckedImage(sha256, len(data), ())
+
+    def read(self, image: CheckedImage, offset: int, size: int) -> bytes:
+        """See `Images`."""
+        data = self._held.get(image.sha256)
+        if data is None:
+            raise DamagedImage("it is gone")
         return data[offset : offset + size]
 
-    def drop(self, sha256: str) -> None:
+    def drop(self, hashes: list[str]) -> None:
         """See `Images`."""
-        self._held.pop(sha256, None)
+        for sha256 in hashes:
+            self._held.pop(sha256, None)
 
     def hashes(self) -> Iterator[str]:
         """See `Images`."""
         yield from list(self._held)
 
+    def set_aside(self, sha256: str) -> None:
+        """See `Images`."""
+        self._held.pop(sha256, None)
 
-def _sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut, where the system can."""
-    with suppress(OSError):
+    def put_back(self, sha256: str) -> bool:  # noqa: ARG002 - as above
+        """See `Images`."""
+        return False
+
+    def lost(self) -> tuple[int, int]:
+        """See `Images`."""
+        return 0, 0
+
+
+def owners_noted(path: Path) -> frozenset[str] | None:
+    """Whom a file was drawn for; None where nothing says so."""
+    try:
+        return frozenset(os.getxattr(path, OWNER_ATTRIBUTE).decode().split("\n"))
+    except (OSError, AttributeError, UnicodeDecodeError):
+        return None
+
+
+def note_owner(path: Path, owner: str) -> None:
+    """Notes one more caller that a file is for, where the file system keeps such notes."""
+    known = owners_noted(path)
+    if known is not None and owner in known:
+        return
+    with suppress(OSError, AttributeError):
+        os.setxattr(path, OWNER_ATTRIBUTE, "\n".join(sorted((known or frozenset()) | {owner})).encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder outlast a power failure.
+
+    Raises:
+        OSError: the disk does not take it. Systems that cannot open or sync folders need nothing.
+    """
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False

@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import sqlite3
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
-from chromarpc_server.domain.errors import Draining, JobNotFound, StoreUnavailable
+from chromarpc_server.disk_room import DiskRoom
+from chromarpc_server.domain.errors import JobDamaged, StoreUnavailable
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, ImageHeader
 from chromarpc_server.domain.limits import JobRetention
-from chromarpc_server.domain.plan import Plan
-from chromarpc_server.jobs.encoding import CHUNK_BYTES
-from chromarpc_server.jobs.job import AnyJob, EndedJob, Job
-from chromarpc_server.jobs.log import EndedLog, LoggedEvent, StoredEvent
+from chromarpc_server.domain.store_facts import StoreFacts
+from chromarpc_server.jobs.job import AnyJob, DamagedJob, EndedJob, Job
+from chromarpc_server.jobs.log import LoggedEvent, StoredEvent
 from chromarpc_server.jobs.store import records
-from chromarpc_server.jobs.store.database import FILE, Database, EndRow, NewRow, StoreSize, StoreUnusable
-from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images
+from chromarpc_server.jobs.store.database import Database
+from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images, sync_folder
+from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.jobs.store.records import KnownAdapter
+from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED, AnyRow, EndRow, NewRow, StoreSize
+from chromarpc_server.jobs.store.sqlite_file import FILE
+from chromarpc_server.jobs.store.store_thread import ImageReader, StoreThread, deleted
+from chromarpc_server.jobs.store.stored_jobs import (
+    Unfinished,
+    damaged_job,
+    ended_job,
+    read_events,
+    unfinished_job,
+)
+from chromarpc_server.jobs.store.unusable import StoreUnusable
 
-log = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 5.0
-SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 _STATES = {Completed: SUCCEEDED, Failed: FAILED, Cancelled: CANCELLED}
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
-
-@dataclass(frozen=True)
-class Unfinished:
-    """A job that an earlier process was to run."""
-
-    id: str
-    owner: str
-    plan: Plan
-    fingerprint: str
-    created_us: int
-    has_prompts: bool
-    needs_token: bool
-    adapters: tuple[KnownAdapter | None, ...]
-    starts: int
-    """Processes that took it over, this one included."""
-    attempts: int
-    """How often it was begun, but for stops in good order."""
-    was_begun: bool
-    """Whether it ever was."""
-    is_cancelled: bool
-    """Whether its cancellation was acknowledged."""
+async def _names_image(thread: StoreThread, database: Database, job_id: str, sha256: str) -> bool:
+    return await thread.ask(database.names_image, job_id, sha256)
 
 
 class JobStore:
@@ -64,9 +48,10 @@ class JobStore:
         self,
         database: Database,
         images: Images,
-        thread: ThreadPoolExecutor,
+        thread: StoreThread,
         *,
-        is_durable: bool,
+        lock: StoreLock | None = None,
+        room: DiskRoom | None = None,
         keeps_prompts: bool,
     ) -> None:
         """See `open`.
@@ -75,58 +60,81 @@ class JobStore:
             database: has the rows.
             images: have the images' bytes.
             thread: everything happens on it.
-            is_durable: whether another process will find what this one kept.
+            lock: of the folder, held; None for a store that no other process will find.
+            room: on the disk; None for a store that is on none.
             keeps_prompts: whether plans are kept with what their prompts say.
         """
         self._database = database
         self._images = images
         self._thread = thread
-        self.is_durable = is_durable
+        self._lock = lock
+        self._room = room
+        self.is_durable = lock is not None
+        """Whether another process will find what this one kept."""
         self._keeps_prompts = keeps_prompts
-        self._closed = False
+        self._reader = ImageReader(images, partial(_names_image, thread, database), thread.damage)
+        self._unreadable: dict[str, DamagedJob] = {}
+        """Jobs of earlier processes that did not end, and that nothing can read."""
+        self._swept_at = time.monotonic()
+        self._lost = images.lost()
 
     @classmethod
-    async def open(cls, folder: Path | None, retention: JobRetention, *, keeps_prompts: bool = True) -> JobStore:
+    async def open(
+        cls,
+        folder: Path | None,
+        retention: JobRetention,
+        *,
+        keeps_prompts: bool = True,
+        reserve_bytes: int = 0,
+    ) -> JobStore:
         """Opens the store in a folder, or one in memory.
 
         Args:
             folder: where it lies; None for one in memory.
             retention: how long jobs that ended are kept.
             keeps_prompts: whether one on disk gets to see what prompts say.
+            reserve_bytes: with less free on its disk, it takes no new job; see `require_room`.
 
         Raises:
             StoreUnusable: the folder cannot be used; the message says why and what to do.
         """
-        thread = ThreadPoolExecutor(1, thread_name_prefix="store")
-        loop = asyncio.get_running_loop()
+        thread = StoreThread()
         try:
-            return await loop.run_in_executor(thread, cls._open, folder, retention, thread, keeps_prompts)
+            return await thread.run(partial(cls._open, folder, retention, thread, keeps_prompts, reserve_bytes))
         except BaseException:
-            thread.shutdown(wait=False)
+            thread.end()
             raise
 
     @classmethod
     def _open(
-        cls, folder: Path | None, retention: JobRetention, thread: ThreadPoolExecutor, keeps_prompts: bool
+        cls,
+        folder: Path | None,
+        retention: JobRetention,
+        thread: StoreThread,
+        keeps_prompts: bool,
+        reserve_bytes: int,
     ) -> JobStore:
         if folder is None:
             memory = ImageMemory()
-            return cls(Database(None, memory, retention), memory, thread, is_durable=False, keeps_prompts=True)
+            return cls(Database(None, memory, retention), memory, thread, keeps_prompts=True)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = StoreLock(folder)
+            lock.acquire()
             images = ImageFolder(folder / "images")
             # SQLite gives its other files the mode of this one.
             os.close(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o600))
+            sync_folder(folder)
         except OSError as error:
             message = f"the job store {folder} cannot be used: {error.strerror}; see --data-dir and --store"
             raise StoreUnusable(message) from None
-        return cls(
-            Database(folder / FILE, images, retention),
-            images,
-            thread,
-            is_durable=True,
-            keeps_prompts=keeps_prompts,
-        )
+        try:
+            database = Database(folder / FILE, images, retention)
+        except BaseException:
+            lock.release()
+            raise
+        room = DiskRoom(folder, reserve_bytes)
+        return cls(database, images, thread, lock=lock, room=room, keeps_prompts=keeps_prompts)
 
     @property
     def size(self) -> StoreSize:
@@ -155,7 +163,7 @@ class JobStore:
             needs_token=needs_token,
             adapters=records.adapters_json(adapters),
         )
-        await self._ask(self._database.insert, row)
+        await self._thread.ask(self._database.insert, row)
 
     async def begin(self, job: Job) -> None:
         """Counts an attempt before it is made.
@@ -164,7 +172,7 @@ class JobStore:
             StoreUnavailable: it cannot be counted.
         """
         started = 0 if job.started is None else records.microseconds(job.started)
-        await self._ask(self._database.begin, job.id, started)
+        await self._thread.ask(self._database.begin, job.id, started)
 
     async def unbegin(self, job: Job) -> None:
         """Takes the count back.
@@ -172,7 +180,7 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.unbegin, job.id)
+        await self._thread.ask(self._database.unbegin, job.id)
 
     async def note_adapters(self, job: Job, adapters: Iterable[KnownAdapter | None]) -> None:
         """Keeps what is known of a job's adapters by now.
@@ -180,7 +188,7 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.note_adapters, job.id, records.adapters_json(adapters))
+        await self._thread.ask(self._database.note_adapters, job.id, records.adapters_json(adapters))
 
     async def note_detached(self, job: Job) -> None:
         """Keeps that a job goes on without its callers.
@@ -188,7 +196,7 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.note_detached, job.id)
+        await self._thread.ask(self._database.note_detached, job.id)
 
     async def note_cancelled(self, job: Job) -> None:
         """Keeps that a job is to be stopped, whichever process has it.
@@ -196,7 +204,7 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.note_cancelled, job.id)
+        await self._thread.ask(self._database.note_cancelled, job.id)
 
     async def release_request_id(self, job: AnyJob) -> None:
         """Lets another job have the request id of one that ended.
@@ -204,15 +212,24 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.release_request_id, job.id)
+        await self._thread.ask(self._database.release_request_id, job.id)
 
-    async def put_image(self, header: ImageHeader, data: bytes) -> None:
+    async def require_room(self, needed_bytes: int) -> None:
+        """Checks that one more job may be taken, whose images and events need so much at most.
+
+        Raises:
+            DiskFull: it may not.
+        """
+        if self._room is not None:
+            await asyncio.to_thread(self._room.require, needed_bytes, "another job")
+
+    async def put_image(self, job: Job, header: ImageHeader, data: bytes) -> None:
         """Keeps an image of a job that runs.
 
         Raises:
             StoreUnavailable: it cannot.
         """
-        await self._ask(self._database.put_image, header.sha256, data)
+        await self._thread.ask(self._database.put_image, header.sha256, data, job.owner)
 
     async def finish(self, job: Job, ending: LoggedEvent) -> bool:
         """Keeps a job's end, its events and its images. Returns False where it had an end already.
@@ -220,7 +237,9 @@ class JobStore:
         Raises:
             StoreUnavailable: it cannot.
         """
-        return await self._ask(self._finish, job.id, job.done_steps, job.log.headers, job.log.entries, ending)
+        return await self._thread.ask(
+            self._finish, job.id, job.done_steps, job.log.headers, job.log.entries, ending
+        )
 
     def _finish(
         self,
@@ -248,32 +267,57 @@ class JobStore:
         )
         return self._database.finish(row)
 
-    async def take_over(self) -> list[Unfinished]:
-        """What earlier processes left to do, in the order of admission.
+    async def take_over(self) -> tuple[list[Unfinished], bool]:
+        """What earlier processes left to do, in the order of admission, but for what cannot be read; and whether
+        this process is counted: if not, for want of room, nothing may run before `count_start`.
 
         Raises:
-            StoreUnavailable: it cannot be read.
-            StoreUnusable: what a job says makes no sense.
+            StoreUnavailable, StoreDamaged: it cannot be read.
         """
-        return [_unfinished(row) for row in await self._ask(self._database.take_over)]
+        found, is_counted = await self._thread.ask(self._database.take_over)
+        readable = []
+        for row in found:
+            try:
+                readable.append(unfinished_job(row))
+            except JobDamaged as error:
+                self._thread.damage["row"] += 1
+                self._unreadable[row["id"]] = damaged_job(row, error)
+        return readable, is_counted
+
+    async def count_start(self) -> None:
+        """Counts this process for each job that did not end.
+
+        Raises:
+            StoreUnavailable: there is no room yet.
+        """
+        await self._thread.ask(self._database.count_start)
+
+    def age_s(self, unfinished: Unfinished) -> float:
+        """How long ago a job was admitted, by the store's own time."""
+        return max(0.0, self._database.time.now_s() - unfinished.admitted_kept_us / 1e6)
 
     async def ended(self, owner: str, job_id: str) -> EndedJob | None:
         """One of the owner's jobs that ended.
 
         Raises:
-            StoreUnavailable: it cannot be read.
+            JobDamaged: it cannot be read, whether it ended or not.
+            StoreUnavailable, StoreDamaged: the store cannot be read.
         """
-        row = await self._ask(self._database.ended, owner, job_id)
-        return None if row is None else self._restore(row)
+        unreadable = self._unreadable.get(job_id)
+        if unreadable is not None and unreadable.owner == owner:
+            raise unreadable.error
+        row = await self._thread.ask(self._database.ended, owner, job_id)
+        return None if row is None else self._ended(row)
 
     async def ended_by_request(self, owner: str, request_id: str) -> EndedJob | None:
         """The one that was made under a request id.
 
         Raises:
-            StoreUnavailable: it cannot be read.
+            JobDamaged: it cannot be read.
+            StoreUnavailable, StoreDamaged: the store cannot be read.
         """
-        row = await self._ask(self._database.ended_by_request, owner, request_id)
-        return None if row is None else self._restore(row)
+        row = await self._thread.ask(self._database.ended_by_request, owner, request_id)
+        return None if row is None else self._ended(row)
 
     async def page(
         self,
@@ -283,118 +327,86 @@ class JobStore:
         before: tuple[int, str] | None,
         since_us: int | None,
         states: Sequence[str] | None,
-    ) -> list[EndedJob]:
+    ) -> list[EndedJob | DamagedJob]:
         """See `Database.page`.
 
         Raises:
-            StoreUnavailable: it cannot be read.
+            StoreUnavailable, StoreDamaged: it cannot be read.
         """
         find = partial(self._database.page, before=before, since_us=since_us, states=states)
-        return [self._restore(row) for row in await self._ask(find, owner, limit)]
+        return [self._listed(row) for row in await self._thread.ask(find, owner, limit)]
+
+    def unreadable_jobs(self) -> Collection[DamagedJob]:
+        """Those that did not end and cannot be read."""
+        return self._unreadable.values()
 
     async def delete(self, job_id: str) -> bool:
-        """Forgets a job that ended. Returns whether there was one.
+        """Forgets a job that ended, or cannot be read. Returns whether there was one.
 
         Raises:
-            StoreUnavailable: it cannot.
+            StoreUnavailable, StoreDamaged: it cannot.
         """
-        return await self._ask(self._database.delete, job_id)
+        is_unreadable = job_id in self._unreadable
+        delete = partial(self._database.delete, although_not_ended=is_unreadable)
+        is_gone = await self._thread.ask(delete, job_id)
+        self._unreadable.pop(job_id, None)
+        return is_gone
 
-    async def sweep(self) -> None:
-        """Forgets what need not be kept longer.
+    async def tend(self) -> None:
+        """Forgets what need not be kept longer, and whatever else is due every half minute.
 
         Raises:
-            StoreUnavailable: it cannot.
+            StoreUnavailable, StoreDamaged: it cannot.
         """
-        await self._ask(self._database.sweep)
+        await self._thread.ask(self._database.tend)
+        self._swept_at = time.monotonic()
+        self._lost = await asyncio.to_thread(self._images.lost)
 
     async def close(self) -> None:
         """Ends it, after everything that was asked before."""
-        loop = asyncio.get_running_loop()
-        self._closed = True
-        await loop.run_in_executor(self._thread, self._database.close)
-        self._thread.shutdown(wait=False)
+        await self._thread.close(self._database.close)
+        if self._lock is not None:
+            self._lock.release()
 
-    def _restore(self, row: sqlite3.Row) -> EndedJob:
-        plan = records.read_plan(row["plan"])
-        job_id = row["id"]
-        accepted = Accepted(job_id, plan)
-        ending = records.read_ending(row["ending"])
-        started_us = row["started_us"]
-
-        async def load() -> tuple[StoredEvent, ...]:
-            data = await self._ask(self._database.events, job_id)
-            if data is None:
-                raise _deleted()
-            return records.unpack_events(data, accepted)
-
-        return EndedJob(
-            plan=plan,
-            owner=row["owner"],
-            id=job_id,
-            log=EndedLog(
-                ending,
-                records.read_headers(row["headers"]),
-                load=load,
-                read=self._read_image,
-                chunk_bytes=CHUNK_BYTES,
-            ),
-            fingerprint=row["fingerprint"],
-            created=records.from_microseconds(row["created_us"]),
-            started=None if started_us is None else records.from_microseconds(started_us),
-            attempts=row["attempts"],
-            done_steps=row["done_steps"],
+    def facts(self) -> StoreFacts:
+        """What is known of the store now; answers at once, on any thread."""
+        free = None
+        if self._room is not None:
+            with suppress(OSError):
+                free = self._room.free_bytes()
+        lost_files, lost_bytes = self._lost
+        return StoreFacts(
+            free_bytes=free,
+            reserve_bytes=0 if self._room is None else self._room.reserve_bytes,
+            wal_bytes=self._database.log_bytes,
+            failures=dict(self._thread.failures),
+            damaged=dict(self._thread.damage),
+            lost_files=lost_files,
+            lost_bytes=lost_bytes,
+            swept_s_ago=time.monotonic() - self._swept_at,
+            clock_ahead_s=self._database.time.ahead_s,
+            clock_steps=self._database.time.steps,
         )
 
-    async def _read_image(self, header: ImageHeader, offset: int, size: int) -> bytes:
+    def _ended(self, row: AnyRow) -> EndedJob:
         try:
-            return await asyncio.to_thread(self._images.read, header.sha256, offset, size)
-        except FileNotFoundError:
-            raise _deleted() from None
-        except OSError as error:
-            raise _unreachable("read_image", error) from None
+            return ended_job(row, self._load, self._reader.open)
+        except JobDamaged:
+            self._thread.damage["row"] += 1
+            raise
 
-    async def _ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        loop = asyncio.get_running_loop()
-        if self._closed:
-            raise Draining("the server is stopping", retry_after_s=RETRY_AFTER_S)
+    def _listed(self, row: AnyRow) -> EndedJob | DamagedJob:
         try:
-            return await loop.run_in_executor(self._thread, partial(call, *args, **kwargs))
-        except (sqlite3.Error, OSError) as error:
-            raise _unreachable(getattr(call, "__name__", "page"), error) from None
+            return self._ended(row)
+        except JobDamaged as error:
+            return damaged_job(row, error)
 
-
-def _unfinished(row: sqlite3.Row) -> Unfinished:
-    try:
-        plan, adapters = records.read_plan(row["plan"]), records.read_adapters(row["adapters"])
-    except (ValueError, TypeError):
-        # Their messages quote what they could not read: prompts.
-        raise StoreUnusable(
-            f"the job {row['id']} in the job store cannot be read and was left as it is: run the version of "
-            "chromarpc that wrote it, restore the store from a backup, or move it away to begin with an empty one"
-        ) from None
-    return Unfinished(
-        id=row["id"],
-        owner=row["owner"],
-        plan=plan,
-        fingerprint=row["fingerprint"],
-        created_us=row["created_us"],
-        has_prompts=bool(row["has_prompts"]),
-        needs_token=bool(row["needs_token"]),
-        adapters=adapters,
-        starts=row["starts"],
-        attempts=row["attempts"],
-        was_begun=row["started_us"] is not None,
-        is_cancelled=bool(row["cancelled"]),
-    )
-
-
-def _unreachable(call: str, error: Exception) -> StoreUnavailable:
-    # Never the statement's values: prompts are among them.
-    log.error("store.failed", extra={"call": call, "error": str(error)})
-    message = "the server cannot reach its job store now; it is out of room or fails"
-    return StoreUnavailable(message, retry_after_s=RETRY_AFTER_S)
-
-
-def _deleted() -> JobNotFound:
-    return JobNotFound("the job was deleted meanwhile", field="job_id")
+    async def _load(self, job_id: str, accepted: Accepted) -> tuple[StoredEvent, ...]:
+        found = await self._thread.ask(self._database.events, job_id)
+        if found is None:
+            raise deleted()
+        try:
+            return read_events(job_id, *found, accepted)
+        except JobDamaged:
+            self._thread.damage["row"] += 1
+            raise

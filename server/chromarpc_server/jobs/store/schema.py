@@ -43,5 +43,28 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE jobs ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0;
     """,
+    # Damage is seen, time is the store's own, and no file goes that was not meant to.
+    """
+    -- of what is stored of it
+    ALTER TABLE jobs ADD COLUMN format INTEGER NOT NULL DEFAULT 1;
+    -- SHA-256 of what its admission wrote
+    ALTER TABLE jobs ADD COLUMN plan_check TEXT;
+    -- and of what its end wrote, without events
+    ALTER TABLE jobs ADD COLUMN end_check TEXT;
+    -- and of events
+    ALTER TABLE jobs ADD COLUMN events_check TEXT;
+    -- since its admission
+    ALTER TABLE jobs ADD COLUMN detached INTEGER NOT NULL DEFAULT 0;
+    -- in the store's own time
+    ALTER TABLE jobs ADD COLUMN admitted_kept_us INTEGER;
+    ALTER TABLE jobs ADD COLUMN ended_kept_us INTEGER;
+    UPDATE jobs SET admitted_kept_us = created_us, ended_kept_us = ended_us;
+    DROP INDEX jobs_by_end;
+    CREATE INDEX jobs_by_kept_end ON jobs (ended_kept_us);
+    CREATE TABLE image_intents (  -- images that may lie in the folder although no job names them
+        sha256 TEXT PRIMARY KEY
+    ) WITHOUT ROWID;
+    CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    """,
 )
 """`PRAGMA user_version` counts those that were applied."""

@@ -9,9 +9,9 @@ from chromarpc.v1 import job_service_pb2
 from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.events import Failed
 from chromarpc_server.domain.plan import Plan
-from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.jobs.job import AnyJob, DamagedJob, Job
 from chromarpc_server.jobs.registry import QUEUED, RUNNING, state_of
-from chromarpc_server.jobs.store.job_store import CANCELLED, FAILED, SUCCEEDED
+from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED
 from chromarpc_server.transport.messages.errors import failed_message
 from chromarpc_server.transport.messages.events import (
     MAX_ACCEPTED_BYTES,
@@ -54,6 +54,16 @@ def require_describable(plan: Plan) -> None:
         f"the job's description would have {size} bytes, {parts[field]} of them in {field}, and may have "
         f"{MAX_ACCEPTED_BYTES}: send several requests with fewer or shorter ones",
         field=field,
+    )
+
+
+def damaged_job_message(job: DamagedJob) -> job_service_pb2.Job:
+    """What a list says of a job that cannot be read."""
+    return job_service_pb2.Job(
+        job_id=job.id,
+        state=job_service_pb2.JOB_STATE_FAILED,
+        create_time=timestamp(job.created),
+        failure=failed_message(job.error),
     )
 
 

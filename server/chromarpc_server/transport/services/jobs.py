@@ -19,10 +19,10 @@ from chromarpc_server.domain.errors import (
 )
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.jobs.job import AnyJob
+from chromarpc_server.jobs.job import AnyJob, DamagedJob
 from chromarpc_server.jobs.registry import Selection, place
 from chromarpc_server.transport.messages.events import encoded_event, heartbeat, image_header_message
-from chromarpc_server.transport.messages.jobs import STATES, job_message
+from chromarpc_server.transport.messages.jobs import STATES, damaged_job_message, job_message
 from chromarpc_server.transport.messages.paging import Page, page_token, token_place
 from chromarpc_server.transport.messages.requests import generation_request
 from chromarpc_server.transport.services.submit import submit
@@ -149,19 +149,25 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             )
         if request.offset_bytes > header.size_bytes:
             raise InvalidParameter(f"the image has {header.size_bytes} bytes", field="offset_bytes")
+        # A damaged image is said to be so before anything of it is sent.
+        chunks = job.log.image_chunks(index, request.offset_bytes)
+        chunk = await anext(chunks, None)
         yield job_service_pb2.GetImageResponse(image_header=image_header_message(header))
-        async for chunk in job.log.image_chunks(index, request.offset_bytes):
+        while chunk is not None:
             yield job_service_pb2.GetImageResponse(
                 image_chunk=job_event_pb2.ImageChunk(
                     prompt_index=chunk.prompt_index, offset_bytes=chunk.offset_bytes, data=chunk.data
                 )
             )
+            chunk = await anext(chunks, None)
 
     async def _find(self, job_id: str) -> AnyJob:
         _require_id(job_id)
         return await self._engine.jobs.get(current_caller().name, job_id)
 
-    def _message(self, job: AnyJob) -> job_service_pb2.Job:
+    def _message(self, job: AnyJob | DamagedJob) -> job_service_pb2.Job:
+        if isinstance(job, DamagedJob):
+            return damaged_job_message(job)
         return job_message(job, self._engine.jobs.expires(job))
 
 

@@ -1,0 +1,137 @@
+"""Rows of jobs, and whether one still says what was written: its format is known, its checksums are right.
+
+SQLite notices damage of its own structure, not of what is in it: a flipped bit of a plan would be another plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from chromarpc_server.domain.errors import JobDamaged
+
+SUCCEEDED: Final = "succeeded"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+FORMAT: Final = 2
+"""Of plans, events and endings as `records` writes them. 1 was written without checksums, and reads the same."""
+_READABLE: Final = frozenset({1, 2})
+_PLAN: Final = ("id", "owner", "fingerprint", "created_us", "plan", "has_prompts", "needs_token")
+_END: Final = ("id", "ended_us", "state", "done_steps", "ending", "headers")
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A job at its admission."""
+
+    id: str
+    owner: str
+    request_id: str | None
+    fingerprint: str
+    created_us: int
+    plan: str
+    has_prompts: bool
+    needs_token: bool
+    adapters: str
+
+
+@dataclass(frozen=True)
+class EndRow:
+    """What becomes of it."""
+
+    id: str
+    ended_us: int
+    state: str
+    done_steps: int
+    ending: str
+    headers: str
+    events: bytes
+    images: Sequence[str]
+    """Hashes of its images, each `put` before."""
+    image_bytes: int
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """How much is kept of jobs that ended."""
+
+    jobs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LostRow:
+    """A job that ended and whose row SQLite cannot read; what its indexes still say."""
+
+    id: str
+    owner: str
+    created_us: int
+
+
+AnyRow = sqlite3.Row | LostRow
+
+
+class Row(Protocol):
+    """A row by its columns, as `sqlite3.Row`."""
+
+    def __getitem__(self, column: str, /) -> Any:
+        """One value."""
+
+
+def plan_check(row: Row) -> str:
+    """Over what a job's admission wrote, hexadecimal."""
+    return _checksum(row[column] for column in _PLAN)
+
+
+def end_check(row: Row) -> str:
+    """Over what its end wrote, but for events."""
+    return _checksum(row[column] for column in _END)
+
+
+def events_check(events: bytes) -> str:
+    """Over its events."""
+    return hashlib.sha256(events).hexdigest()
+
+
+def require_readable(row: Row) -> None:
+    """Checks all columns of a job but its events.
+
+    Args:
+        row: with the columns of `jobs`.
+
+    Raises:
+        JobDamaged: it was written in a format that this version does not know, or is damaged.
+    """
+    if row["format"] not in _READABLE:
+        raise damaged(row["id"], f"it is stored in format {row['format']}, of a newer chromarpc")
+    if row["plan_check"] is not None and row["plan_check"] != plan_check(row):
+        raise damaged(row["id"], "its plan is damaged")
+    if row["ended_us"] is not None and row["end_check"] is not None and row["end_check"] != end_check(row):
+        raise damaged(row["id"], "its end is damaged")
+
+
+def require_events(job_id: str, events: bytes, check: str | None) -> None:
+    """Checks a job's events.
+
+    Raises:
+        JobDamaged: they are damaged.
+    """
+    if check is not None and check != events_check(events):
+        raise damaged(job_id, "its events are damaged")
+
+
+def damaged(job_id: str, why: str) -> JobDamaged:
+    """The error of a job that cannot be read, for its owner; `why` quotes nothing of it."""
+    return JobDamaged(
+        f"what is stored of the job cannot be read: {why}", field="job_id", metadata={"job_id": str(job_id)}
+    )
+
+
+def _checksum(values: Iterable[object]) -> str:
+    # As SQLite gives them back.
+    values = [int(value) if isinstance(value, bool) else value for value in values]
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
