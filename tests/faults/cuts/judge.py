@@ -74,7 +74,7 @@ async def judge(folder: Path, promises: Promises, beside: Path) -> Verdict:
 
 
 async def _judge_parts(parts: Parts, promises: Promises, verdict: Verdict) -> None:
-    unfinished = {job.id: job for job in await parts.store.take_over()}
+    unfinished = {job.id: job for job in (await parts.store.take_over())[0]}
     for promise in promises.jobs.values():
         callers = (promise.owner, *({*OWNERS, *STRANGERS} - {promise.owner}))
         ended, *others = await asyncio.gather(*(parts.store.ended(caller, promise.id) for caller in callers))
@@ -155,7 +155,7 @@ def _judge_files(folder: Path, promises: Promises, verdict: Verdict, rows: _Rows
         kind = "deleted image left" if sha256 in deleted else "unfinished job's image left"
         verdict.require(False, kind, sha256[:8])
     gone = {secret(job.name).encode(): job.name for job in promises.jobs.values() if job.is_kept is False}
-    for path in (path for path in folder.rglob("*") if path.is_file() and path.name != ACKNOWLEDGED):
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.name != "ballast"):
         data = path.read_bytes()
         for text, name in gone.items():
             verdict.require(text not in data, "deleted prompt left", f"{name} in {path.name}")

@@ -150,7 +150,7 @@ class Player:
             job.log.append(header)
             job.log.append(ImageChunk(header.prompt_index, 0, data))
             with self.step("put", job=job.id, image=header.sha256):
-                await self._parts.store.put_image(header, data)
+                await self._parts.store.put_image(job, header, data)
 
     async def finish(self, name: str, event: Terminal | None = None) -> None:
         """Ends it."""
@@ -185,9 +185,19 @@ class Player:
         with self.step("delete", job=job.id):
             assert await self._parts.store.delete(job.id)
 
-    async def sweep(self) -> None:
+    async def tend(self) -> None:
         """What the engine does every half minute."""
-        await self._parts.store.sweep()
+        await self._parts.store.tend()
+
+    async def take_over(self) -> None:
+        """Goes on with what an earlier process left."""
+        unfinished, _ = await self._parts.store.take_over()
+        names = {digest(name.encode())[:32]: name for name in ("a3", "a4")}
+        for stored in unfinished:
+            job = Job(stored.plan, (), Cancellation(), stored.owner, stored.id, attempts=stored.attempts)
+            job.log.append(Accepted(job.id, job.plan))
+            job.log.skip_to(stored.starts * 2**20)
+            self._jobs[names[job.id]] = job
 
     def upload(self, owner: str, name: str) -> None:
         """Uploads an adapter whole."""
@@ -242,12 +252,7 @@ async def first_act(play: Player) -> None:
 
 async def second_act(play: Player) -> None:
     """What was left is run again; so many jobs end that the oldest are forgotten; everything is closed."""
-    for stored in await play._parts.store.take_over():
-        name = next(name for name in ("a3", "a4") if digest(name.encode())[:32] == stored.id)
-        job = Job(stored.plan, (), Cancellation(), stored.owner, stored.id, attempts=stored.attempts)
-        job.log.append(Accepted(job.id, job.plan))
-        job.log.skip_to(stored.starts * 2**20)
-        play._jobs[name] = job
+    await play.take_over()
     await play.finish("a3", Cancelled(JobCancelled("the job was cancelled")))
     await play.begin("a4")
     await play.put("a4", "noon", "night")
@@ -256,7 +261,7 @@ async def second_act(play: Player) -> None:
     play.leave("alice", "hands")  # its last owner
     for number in range(3):
         await play.run(f"b{number + 3}", f"flower {number}", "vase")
-    await play.sweep()
+    await play.tend()
     await play.delete("b4")
     await play.insert("b6")
     play.leave("bob", "face")
