@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from chromarpc_server.adapters.content_store import ContentStore
-from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.domain.callers import Caller
 from chromarpc_server.domain.errors import JobCancelled
@@ -35,6 +33,7 @@ from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.runtime.cancellation import Cancellation
+from tests.adapters.libraries import open_library
 
 ACKNOWLEDGED = "acknowledged"
 KEEP_JOBS = 4
@@ -58,9 +57,9 @@ async def opened(folder: Path) -> AsyncIterator[Parts]:
     """What a start opens below --data-dir, in its order; closed in good order."""
     store = await JobStore.open(folder / "jobs", RETENTION)
     try:
-        uploads = UploadRegistry(ContentStore(folder / "loras", LoraSource.UPLOAD), folder / "uploads")
-        uploads.drop_expired()
-        yield Parts(store, uploads)
+        library = open_library(None, folder)
+        getattr(library, "remove_abandoned", library.uploads.drop_expired)()
+        yield Parts(store, library.uploads)
     finally:
         await store.close()
 
