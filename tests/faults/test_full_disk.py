@@ -201,7 +201,7 @@ def test_a_server_starts_on_a_full_disk_serves_what_it_has_and_goes_on_once_ther
 ) -> None:
     server = on_disk()
     with chromarpc.Client(server.target) as client:
-        done, other = _draw(client), _draw(client)
+        done, other = _draw(client), _draw(client, **ROOMY)
         running, waiting = client.create_job("a", **LONG).job_id, client.create_job("a", **SMALL).job_id
         until_step(client.watch_job(running))
     assert server.stop() == 0
