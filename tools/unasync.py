@@ -19,6 +19,7 @@ FILES: Mapping[str, str] = {
     f"{CLIENT}/aio.py": f"{CLIENT}/client.py",
     f"{CLIENT}/_async/calls.py": f"{CLIENT}/_sync/calls.py",
     f"{CLIENT}/_async/event_stream.py": f"{CLIENT}/_sync/event_stream.py",
+    f"{CLIENT}/_async/image_reading.py": f"{CLIENT}/_sync/image_reading.py",
     f"{CLIENT}/_async/serving.py": f"{CLIENT}/_sync/serving.py",
     f"{CLIENT}/_async/uploading.py": f"{CLIENT}/_sync/uploading.py",
 }

@@ -10,11 +10,11 @@ from io import BufferedReader
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import grpc
 from grpc_health.v1 import health_pb2
 
 from chromarpc._async.calls import AsyncCalls
 from chromarpc._async.event_stream import AsyncEventStream
+from chromarpc._async.image_reading import read_image
 from chromarpc._async.leaving import AsyncLeaving
 from chromarpc._async.serving import wait_until_serving
 from chromarpc._async.uploading import upload
@@ -23,7 +23,7 @@ from chromarpc.errors import NotFound
 from chromarpc.events import Event, ImageReady
 from chromarpc.health import HealthStatus, health_status
 from chromarpc.images import GeneratedImage
-from chromarpc.jobs import PAGE_SIZE, ImageCollector
+from chromarpc.jobs import PAGE_SIZE
 from chromarpc.leaving import leave_request, must_be_told
 from chromarpc.loras import (
     INSPECT_TIMEOUT_S,
@@ -214,6 +214,27 @@ class AsyncClient:
         request = job_service_pb2.DeleteJobRequest(job_id=job_id)
         await self._calls.ask(self._calls.jobs().DeleteJob, request, timeout_s)
 
+    async def redraw_job(
+        self, job_id: str, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> job_service_pb2.Job:
+        """Has a job that ended drawn again: a new job gets its plan, seeds and adapters; `watch_job` follows it.
+
+        On the same device, with the same version and settings, it draws the same bytes. Damaged pictures of the
+        old job are then whole again too.
+
+        Args:
+            job_id: of the job that ended.
+            request_id: a UUID to repeat the call under; drawn where none is given.
+            timeout_s: deadline of the call, not of the job.
+
+        Raises:
+            NotFound: there is no such job, or its model is not served any more.
+            StatusError: see `chromarpc.errors`; `NotKept` where its prompts are not stored.
+        """
+        request = job_service_pb2.RedrawJobRequest(job_id=job_id, request_id=request_id or str(uuid.uuid4()))
+        response = await self._calls.ask(self._calls.jobs().RedrawJob, request, timeout_s)
+        return response.job
+
     async def get_image_bytes(
         self, job_id: str, prompt_index: int = 0, *, timeout_s: float | None = None
     ) -> bytes:
@@ -225,16 +246,7 @@ class AsyncClient:
             StatusError: see `chromarpc.errors`.
         """
         request = job_service_pb2.GetImageRequest(job_id=job_id, prompt_index=prompt_index)
-        call = self._calls.stream(self._calls.jobs().GetImage, request, timeout_s)
-        collected = ImageCollector()
-        try:
-            async for response in call:
-                collected.take(response)
-        except grpc.RpcError as error:
-            raise self._calls.translated(error) from None
-        finally:
-            call.cancel()
-        return collected.finish()[1]
+        return await read_image(self._calls, request, timeout_s)
 
     async def generate_images(
         self,

@@ -18,6 +18,7 @@ from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
+from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
@@ -183,6 +184,7 @@ class App:
             stopping.cancel()
         finally:
             await self._shut_down(engine, listening)
+            await asyncio.to_thread(library.close)
             if status_port is not None:
                 status_port.close()
             if tracing is not None:
@@ -220,19 +222,21 @@ class App:
             OSError: the data folder cannot be used.
         """
         settings, data_dir = self._settings, self._settings.data_dir
-        uploaded = ContentStore(data_dir / "loras", LoraSource.UPLOAD)
+        uploaded = ContentStore(data_dir / "loras", LoraSource.UPLOAD, data_dir / "uploads")
         downloaded = ContentStore(data_dir / "downloads", LoraSource.DOWNLOAD)
+        room = DiskRoom(data_dir, settings.disk_reserve)
         downloads = None
         try:
-            uploads = UploadRegistry(uploaded, data_dir / "uploads", settings.upload_limits())
+            uploads = UploadRegistry(uploaded, settings.upload_limits(), room=room)
             library = AdapterLibrary(AdapterRoot(settings.lora_root), uploads, downloaded)
             if settings.lora_urls:
                 limits = settings.download_limits()
                 client = PublicClient(
                     connect_s=limits.connect_s, read_s=limits.read_s, allowed_hosts=settings.lora_hosts
                 )
-                downloads = AdapterDownloads(DownloadCache(downloaded, limits.cache_bytes), client, limits)
-            uploads.drop_expired()
+                cache = DownloadCache(downloaded, limits.cache_bytes, room)
+                downloads = AdapterDownloads(cache, client, limits)
+            library.remove_abandoned()
         except OSError as error:
             message = f"the data folder {data_dir} cannot be used: {error.strerror}; see --data-dir"
             raise OSError(message) from None

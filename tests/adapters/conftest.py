@@ -27,7 +27,9 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def library(root: Path, tmp_path: Path, clock: Clock) -> AdapterLibrary:
-    return open_library(root, tmp_path / "data", LIMITS, downloads=tmp_path / "downloads", clock=clock)
+    return open_library(
+        root, tmp_path / "data", LIMITS, downloads=tmp_path / "downloads", clock=clock, wall_clock=clock
+    )
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.public_http.addresses import IPAddress, Resolve
 from chromarpc_server.adapters.public_http.client import PublicClient
 from chromarpc_server.adapters.stored_lora import LoraSource
+from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.limits import DownloadLimits
 
@@ -121,6 +122,7 @@ def make(
     allowed_hosts: Collection[str] = NAMES,
     resolve: Resolve = to_loopback,
     is_allowed: Callable[[IPAddress], bool] = only_loopback,
+    room: DiskRoom | None = None,
 ) -> AdapterDownloads:
     client = PublicClient(
         connect_s=limits.connect_s,
@@ -131,7 +133,7 @@ def make(
         ssl_context=ssl_context,
     )
     store = ContentStore(folder, LoraSource.DOWNLOAD)
-    return AdapterDownloads(DownloadCache(store, limits.cache_bytes), client, limits)
+    return AdapterDownloads(DownloadCache(store, limits.cache_bytes, room), client, limits)
 
 
 async def fetch(downloads: AdapterDownloads, url: str, token: str | None = None, name: str = FIELD) -> Downloaded:
@@ -150,7 +152,9 @@ async def refused(downloads: AdapterDownloads, url: str, token: str | None = Non
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """What lies in a folder of downloads, unfinished ones too, but for the notes of owners."""
+    whole = {path.name for path in folder.glob("*.*") if path.suffix != ".json"}
+    return whole | {path.name for path in folder.glob("unfinished/*/*") if path.name != "lock"}
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:

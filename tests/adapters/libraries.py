@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.stored_lora import LoraSource, StoredLora
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
+from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.limits import UploadLimits
 
 LIMITS = UploadLimits(max_file_bytes=4000, max_total_bytes=6000, max_chunk_bytes=1000, max_open=2, expiry_s=60)
@@ -36,14 +38,15 @@ def open_library(
     limits: UploadLimits | None = None,
     *,
     downloads: Path | None = None,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+    room: DiskRoom | None = None,
 ) -> AdapterLibrary:
     """A library as a server has it; its `downloads` lie in `data_dir` unless another folder is given."""
-    uploaded = ContentStore(data_dir / "loras", LoraSource.UPLOAD)
+    uploaded = ContentStore(data_dir / "loras", LoraSource.UPLOAD, data_dir / "uploads")
     downloaded = ContentStore(downloads or data_dir / "downloads", LoraSource.DOWNLOAD)
-    return AdapterLibrary(
-        AdapterRoot(root), UploadRegistry(uploaded, data_dir / "uploads", limits, clock=clock), downloaded
-    )
+    uploads = UploadRegistry(uploaded, limits, room=room, clock=clock, wall_clock=wall_clock)
+    return AdapterLibrary(AdapterRoot(root), uploads, downloaded)
 
 
 def adapter_bytes(seed: int = 0) -> bytes:
@@ -54,6 +57,14 @@ def adapter_bytes(seed: int = 0) -> bytes:
             "diffusion_model.img_in.lora_B.weight": torch.ones(8, 2),
         }
     )
+
+
+def flip_a_bit(file: Path, at: int = -1) -> None:
+    """As a disk does that loses bits: neither size nor time changes."""
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def sha256_of(data: bytes) -> str:
@@ -69,8 +80,7 @@ def upload(library: AdapterLibrary, data: bytes, filename: str = "a.safetensors"
 
 def parts(tmp_path: Path) -> list[str]:
     """Files of unfinished uploads."""
-    folder = tmp_path / "data" / "uploads"
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in (tmp_path / "data" / "uploads").glob("*/*.part"))
 
 
 def paths(library: AdapterLibrary) -> list[str]:

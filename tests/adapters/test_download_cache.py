@@ -6,11 +6,15 @@ import asyncio
 import os
 from pathlib import Path
 
+import pytest
+
 from chromarpc_server.adapters.downloads.cache import Downloaded
 from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
-from chromarpc_server.domain.errors import LoraNotFound
+from chromarpc_server.disk_room import DiskRoom
+from chromarpc_server.domain.errors import DiskFull, LoraNotFound
 from chromarpc_server.domain.limits import DownloadLimits
 from tests.adapters.file_hosts import BODY, FIELD, TOKEN, answer, fetch, files, make, serving, trickle
+from tests.adapters.libraries import flip_a_bit
 
 
 async def test_calls_for_the_same_url_and_token_share_one_download(tmp_path: Path) -> None:
@@ -98,12 +102,35 @@ async def test_without_a_strong_entity_tag_or_the_file_it_is_downloaded_anew(dow
     assert all("if-none-match" not in request.headers for request in host.seen)
 
 
-async def test_the_same_bytes_keep_their_file(downloads: AdapterDownloads) -> None:
+async def test_the_same_bytes_keep_their_place_and_age(downloads: AdapterDownloads) -> None:
     async with serving() as host:
         host.on("/a", answer())
-        before = (await fetch(downloads, host.url("/a"))).path.stat()
-        after = (await fetch(downloads, host.url("/a"))).path.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        before = await fetch(downloads, host.url("/a"))
+        os.utime(before.path, ns=(1, 10**18))
+        after = await fetch(downloads, host.url("/a"))
+    assert (after.path, after.path.stat().st_mtime_ns) == (before.path, 10**18)
+
+
+async def test_a_damaged_file_is_fetched_again_although_its_host_says_it_is_the_same(
+    downloads: AdapterDownloads,
+) -> None:
+    async with serving() as host:
+        host.on("/a", answer(ETag='"v1"'), answer(ETag='"v1"'))
+        damaged = await fetch(downloads, host.url("/a"))
+        flip_a_bit(damaged.path)
+        assert (await fetch(downloads, host.url("/a"))).path.read_bytes() == BODY
+    assert all("if-none-match" not in request.headers for request in host.seen)
+
+
+async def test_a_download_that_would_use_up_the_reserve_is_not_begun(tmp_path: Path) -> None:
+    free = DiskRoom(tmp_path, 0).free_bytes()
+    downloads = make(tmp_path, room=DiskRoom(tmp_path, free + 2**40))
+    async with serving() as host:
+        host.on("/a", answer())
+        with pytest.raises(DiskFull, match="keeps in reserve") as caught:
+            await fetch(downloads, host.url("/a"))
+    assert caught.value.retry_after_s
+    assert not files(tmp_path)
 
 
 async def test_the_files_used_longest_ago_leave_first_but_none_in_use(tmp_path: Path) -> None:

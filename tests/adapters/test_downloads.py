@@ -14,6 +14,7 @@ from chromarpc_server.adapters.downloads.cache import PartFile
 from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.domain.errors import (
     ChromaError,
+    DiskFull,
     InvalidParameter,
     LoraDownloadFailed,
     LoraForbidden,
@@ -278,8 +279,9 @@ async def test_a_full_disk_is_told_and_leaves_nothing(
     async with serving() as host:
         host.on("/a", answer())
         error = await refused(downloads, host.url("/a"))
-    assert isinstance(error, LoraDownloadFailed)
-    assert error.message == "the server's disk has no room for this adapter"
+    assert isinstance(error, DiskFull)
+    assert error.message.startswith("the server's disk has no room for this adapter: ")
+    assert error.retry_after_s
     assert not files(tmp_path)
 
 

@@ -22,7 +22,7 @@ from chromarpc_server.domain.plan import PlannedLora
 from chromarpc_server.domain.requests import GenerationRequest, LoraRequest, PromptRequest
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.recovery import recover_adapters
-from chromarpc_server.jobs.store.job_store import Unfinished
+from chromarpc_server.jobs.store.stored_jobs import StoredRequest
 from tests.adapters.libraries import open_library
 
 CONTENT = save({"diffusion_model.img_in.lora_A.weight": torch.zeros(1, 1)})
@@ -98,7 +98,7 @@ def test_a_download_of_other_content_ends_the_job_and_is_let_go(library: Adapter
         return await sources.fetch(loras, await sources.find(loras), token=None, emit=lambda _: None)
 
     fetched = asyncio.run(fetch(SHA256))
-    assert fetched.complete == (AdapterFile.of(downloads.file, ""),)
+    assert fetched.complete == (AdapterFile.of(downloads.file, "", sha256=SHA256),)
     fetched.release()
     with pytest.raises(LoraContentChanged) as caught:
         asyncio.run(fetch(OTHER))
@@ -112,19 +112,12 @@ def test_an_adapter_that_is_not_found_again_after_a_restart_is_blamed_by_its_own
     request = GenerationRequest(
         model="chroma", prompts=(PromptRequest("a"),), loras=(LoraRequest("a.safetensors"), LoraRequest(URL))
     )
-    stored = Unfinished(
-        id="job",
+    stored = StoredRequest(
         owner=NOBODY.name,
         plan=resolve(request, Serving()),
-        fingerprint="",
-        created_us=0,
         has_prompts=True,
         needs_token=False,
-        is_cancelled=False,
         adapters=(None, None),
-        starts=1,
-        attempts=0,
-        was_begun=False,
     )
     fetches_nothing = AdapterSources(library, None)
     with pytest.raises(InvalidParameter) as caught:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,9 @@ from safetensors.torch import save
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.adapters.names import display_name
 from chromarpc_server.adapters.stored_lora import LoraSource
+from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.errors import (
+    DiskFull,
     InvalidParameter,
     LoraInvalid,
     LoraNotFound,
@@ -190,17 +191,20 @@ def test_an_abandoned_upload_expires_and_each_chunk_puts_that_off(
     assert parts(tmp_path) == []
 
 
-def test_a_start_removes_what_an_earlier_process_left_and_nothing_younger(
-    library: AdapterLibrary, root: Path, clock: Clock, tmp_path: Path
+@pytest.mark.parametrize("step_s", [25 * 3600, -49 * 3600], ids=["forward", "back"])
+def test_an_upload_survives_a_step_of_the_wall_clock_and_expires_all_the_same(
+    root: Path, tmp_path: Path, clock: Clock, step_s: float
 ) -> None:
-    library.uploads.create("a", 100)
-    library.uploads.create("b", 100)
-    old, young = parts(tmp_path)
-    folder = tmp_path / "data" / "uploads"
-    os.utime(folder / old, (clock.now - 61, clock.now - 61))
-    os.utime(folder / young, (clock.now - 30, clock.now - 30))
-    open_library(root, tmp_path / "data", LIMITS, clock=clock).uploads.drop_expired()
-    assert parts(tmp_path) == [young]
+    wall = Clock()
+    library = open_library(root, tmp_path / "data", LIMITS, clock=clock, wall_clock=wall)
+    state = library.uploads.create("a", 100)
+    wall.now += step_s
+    library.uploads.drop_expired()
+    clock.now += 59
+    assert library.uploads.append(state.upload_id, 0, b"x").expires.timestamp() == wall.now + 60
+    clock.now += 60
+    with pytest.raises(UploadNotFound):
+        library.uploads.append(state.upload_id, 1, b"x")
 
 
 def test_only_so_many_uploads_are_open_at_once(library: AdapterLibrary, clock: Clock) -> None:
@@ -232,9 +236,24 @@ def test_a_full_disk_is_told_and_the_upload_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        with pytest.raises(UploadsFull, match="disk has no room"):
+        with pytest.raises(DiskFull, match="disk has no room for this upload: delete"):
             library.uploads.append(state.upload_id, 0, b"x")
     assert library.uploads.append(state.upload_id, 0, b"x").next_offset == 1
+
+
+def test_an_upload_that_would_use_up_the_reserve_with_those_under_way_is_not_begun(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = DiskRoom(tmp_path, 1000)
+    library = open_library(root, tmp_path / "data", LIMITS, room=room)
+    monkeypatch.setattr(room, "free_bytes", lambda: 3000)
+    state = library.uploads.create("a", 1500)
+    with pytest.raises(DiskFull, match="delete jobs or uploads") as caught:
+        library.uploads.create("b", 501)
+    assert caught.value.retry_after_s
+    library.uploads.append(state.upload_id, 0, b"x" * 1000)  # an upload that was begun goes on
+    monkeypatch.setattr(room, "free_bytes", lambda: 2000)
+    library.uploads.create("b", 500)
 
 
 def test_several_threads_get_one_answer_each(library: AdapterLibrary) -> None:

@@ -107,6 +107,13 @@ REFUSALS = [
         1,
         ["error: stopped 3 times", "Make the job again to run it."],
     ),
+    (
+        status(
+            grpc.StatusCode.DATA_LOSS, "the image is damaged", reason="IMAGE_DAMAGED", metadata={"job_id": "j1"}
+        ),
+        1,
+        ["error: the image is damaged", "Draw it again: chromarpc job redraw j1"],
+    ),
     (status(grpc.StatusCode.CANCELLED, "cancelled"), 6, ["error: cancelled"]),
     (status(grpc.StatusCode.DEADLINE_EXCEEDED, "too late"), 6, ["error: too late"]),
     (

@@ -64,6 +64,33 @@ def test_the_picture_is_the_one_that_generate_draws(shell: Shell) -> None:
     assert Path("out.webp").read_bytes() == Path("direct.webp").read_bytes()
 
 
+def test_a_job_is_drawn_again_to_the_same_picture(shell: Shell) -> None:
+    job_id = shell.detach("a red circle", *SMALL, "--seed", "-1")
+    running = shell.detach("a", *LONG)
+    too_early = shell("job", "redraw", running)
+    shell("job", "cancel", running)
+    assert too_early.exit_code == ExitCode.NOT_READY
+    assert "it is still being drawn" in too_early.stderr
+    assert shell("job", "watch", job_id, "-q", "-o", "before.png").exit_code == 0
+    again = shell("job", "redraw", job_id, "-o", "after.png")
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout.split() == ["after.png"]
+    assert Path("after.png").read_bytes() == Path("before.png").read_bytes()
+    (new_id,) = shell("job", "redraw", job_id, "--detach").stdout.split()
+    assert new_id != job_id
+    assert shell("job", "watch", new_id, "-q", "-o", "later.png").exit_code == 0
+    assert Path("later.png").read_bytes() == Path("before.png").read_bytes()
+
+
+def test_a_redraw_that_cannot_be_saved_makes_no_job(shell: Shell) -> None:
+    job_id = shell.detach("a", *SMALL)
+    assert shell("job", "watch", job_id, "-q").exit_code == 0
+    before = shell("job", "ls").stdout
+    for wrong in (["-o", "a.jpg"], ["-o", "nowhere/a.png"], ["--detach", "--events"]):
+        assert shell("job", "redraw", job_id, *wrong).exit_code == ExitCode.INVALID
+    assert shell("job", "ls").stdout == before
+
+
 def test_jobs_are_listed_shown_cancelled_and_forgotten(shell: Shell, server: RunningServer) -> None:
     running, waiting = shell.detach("one", *LONG), shell.detach("two\n lines", *LONG)
     while ": queued" in shell("job", "show", running).stdout:
@@ -114,6 +141,7 @@ def test_json_of_a_job_has_its_pictures(shell: Shell) -> None:
         (["job", "watch", "nothing"], ExitCode.INVALID, "there is no such job"),
         (["job", "show", "nothing"], ExitCode.INVALID, "job_id"),
         (["job", "cancel", "nothing"], ExitCode.INVALID, "job_id"),
+        (["job", "redraw", "nothing"], ExitCode.INVALID, "there is no such job"),
         (["job", "ls", "--state", "lost"], ExitCode.INVALID, "queued"),
     ],
 )

@@ -103,7 +103,7 @@ def test_an_adapter_is_fetched_told_of_and_kept(serve_urls: Serve, host: Host, t
         again = _ask(client, f"sha256:{sha256}")
         (prepared,) = [event for event in again if isinstance(event, chromarpc.Prepared)]
         assert prepared.weights.source == chromarpc.WeightsSource.RESIDENT
-    assert {path.name for path in (tmp_path / "data" / "downloads").iterdir()} == {
+    assert {path.name for path in (tmp_path / "data" / "downloads").glob("*.*")} == {
         f"{sha256}.safetensors",
         f"{sha256}.json",
     }
@@ -173,7 +173,8 @@ def test_a_slow_download_holds_nobody_up_and_ends_with_its_caller(
         host.release.set()
         assert client.generate_images("after", **SMALL)
     assert server.stop() == 0
-    assert list((tmp_path / "data" / "downloads").iterdir()) == []
+    assert list((tmp_path / "data" / "downloads").glob("unfinished/*")) == []
+    assert list((tmp_path / "data" / "downloads").glob("*.*")) == []
 
 
 def test_a_job_that_is_cancelled_right_after_its_download_lets_the_file_go(
@@ -273,3 +274,28 @@ def test_a_page_is_refused_before_anything_is_fetched(serve_urls: Serve, monkeyp
             assert isinstance(caught.value, chromarpc.InvalidRequest)
             assert [violation.field for violation in caught.value.violations] == [field]
             assert "/resolve/" in caught.value.violations[0].description
+
+
+def test_a_job_is_drawn_again_with_the_file_that_was_fetched_or_with_the_same_one_fetched_again(
+    serve_urls: Serve, host: Host, tmp_path: Path
+) -> None:
+    def images(job_id: str) -> list[str]:
+        assert isinstance(list(client.watch_job(job_id))[-1], chromarpc.Completed)
+        return [image.sha256 for image in client.get_job(job_id).images]
+
+    def drawn(**options: Any) -> str:
+        return str(client.create_job("a", loras=[host.url("/a.safetensors")], **SMALL, **options).job_id)
+
+    server = serve_urls()
+    with chromarpc.Client(server.target) as client:
+        plain, with_token = drawn(), drawn(hf_token=SECRET)
+        before = images(plain)
+        assert images(with_token) == before
+        for job_id in (plain, with_token):
+            assert images(client.redraw_job(job_id).job_id) == before
+        for file in (tmp_path / "data" / "downloads").iterdir():
+            file.unlink()
+        with pytest.raises(chromarpc.NotKept) as caught:
+            client.redraw_job(with_token)
+        assert [violation.field for violation in caught.value.violations] == ["loras.0.path"]
+        assert images(client.redraw_job(plain).job_id) == before

@@ -19,6 +19,7 @@ from chromarpc.errors import (
     ChromarpcError,
     DeadlineExceeded,
     FailedPrecondition,
+    ImageDamaged,
     ImageNotFound,
     InvalidRequest,
     JobNotFound,
@@ -169,6 +170,8 @@ def _advice(error: StatusError) -> list[str]:
         return ["A smaller picture may fit."]
     if isinstance(error, RequestIdReused) and "job_id" in error.metadata:
         return [f"Its job is {error.metadata['job_id']}: see `chromarpc job show`."]
+    if isinstance(error, ImageDamaged):
+        return [f"Draw it again: chromarpc job redraw {error.metadata.get('job_id', 'JOB')}"]
     if isinstance(error, JobNotFound | ImageNotFound):
         return ["See `chromarpc job ls`."]
     if isinstance(error, LoraChanged | NotKept | AttemptsExhausted):

@@ -1,4 +1,4 @@
-"""`chromarpc job ls`, `show`, `watch`, `cancel` and `rm`: jobs that outlive the command that made them."""
+"""`chromarpc job ls`, `show`, `watch`, `redraw`, `cancel`, `rm`: jobs that outlive the command that made them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from chromarpc.cli.connection import with_client
 from chromarpc.cli.event_json import message_json
-from chromarpc.cli.exits import EXIT_CODES_HELP, printable, say
-from chromarpc.cli.files import image_files, output_file, preview_folder
+from chromarpc.cli.exits import EXIT_CODES_HELP, UsageError, printable, say
+from chromarpc.cli.files import ImageFiles, image_files, output_file, preview_folder
 from chromarpc.cli.following import follow
 from chromarpc.cli.progress import bytes_text, display
 from chromarpc.cli.request import request_format
@@ -28,12 +28,30 @@ MAX_PROMPT_TEXT = 60
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId: TypeAlias = Annotated[str, typer.Argument(metavar="JOB", help="As `chromarpc job ls` shows it.")]
 JobIds: TypeAlias = Annotated[list[str], typer.Argument(metavar="JOB")]
+Output: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="File to write, overwriting; out.png, .jpg or .webp as the job has it when left out. {index} and "
+        "{seed} in its name are filled in; several images get -0, -1, … without {index}.",
+    ),
+]
+PreviewDir: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Write the job's previews here, while it runs; made if need be.")
+]
+Events: TypeAlias = Annotated[
+    bool, typer.Option("--events", help="Print every event on stdout, one JSON object a line.")
+]
+Quiet: TypeAlias = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Show no progress, only warnings and errors.")
+]
 
 job_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="List, watch, cancel and forget jobs; `chromarpc generate --detach` makes them.",
+    help="List, watch, redraw, cancel and forget jobs; `chromarpc generate --detach` makes them.",
 )
 
 
@@ -88,36 +106,54 @@ def watch(
     client: Client,
     job_id: JobId,
     *,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="File to write, overwriting; out.png, .jpg or .webp as the job has it when left out. {index} and "
-            "{seed} in its name are filled in; several images get -0, -1, … without {index}.",
-        ),
-    ] = None,
-    preview_dir: Annotated[
-        Path | None, typer.Option(help="Write the job's previews here, while it runs; made if need be.")
-    ] = None,
-    events: Annotated[
-        bool, typer.Option("--events", help="Print every event on stdout, one JSON object a line.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Show no progress, only warnings and errors.")
-    ] = False,
+    output: Output = None,
+    preview_dir: PreviewDir = None,
+    events: Events = False,
+    quiet: Quiet = False,
 ) -> None:
     """Follow a job from its first event to its last, and save its pictures; also after it ended.
 
     Ctrl-C ends the watching and not the job.
     """
-    if output is not None:
-        output_file(output)
-    plan = client.get_job(job_id).plan
-    files, _ = image_files(output, request_format(plan.output), len(plan.prompts))
-    if preview_dir is not None:
-        preview_folder(preview_dir)
+    files = _destination(client, job_id, output, preview_dir)
     with client.watch_job(job_id) as stream, display(quiet=quiet or events) as shown:
+        follow(stream, files, preview_dir, shown, events=events)
+
+
+@job_app.command("redraw", epilog=EXIT_CODES_HELP)
+@with_client
+def redraw(
+    client: Client,
+    job_id: JobId,
+    *,
+    output: Output = None,
+    preview_dir: PreviewDir = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Queue it, print the new job's id and leave; `chromarpc job watch` saves its pictures.",
+        ),
+    ] = False,
+    events: Events = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a job that ended again, in a new job with its plan, seeds and adapters, and save the pictures.
+
+    Pictures of the old job that were damaged on the server's disk are whole again after it.
+    Ctrl-C ends the watching and not the new job.
+    """
+    if detach:
+        unused = {"-o": output, "--preview-dir": preview_dir, "--events": events}
+        if unwanted := [name for name, value in unused.items() if value]:
+            raise UsageError(f"--detach waits for nothing; leave out {', '.join(unwanted)}")
+        typer.echo(client.redraw_job(job_id).job_id)
+        return
+    files = _destination(client, job_id, output, preview_dir)
+    job = client.redraw_job(job_id)
+    if not quiet:
+        say(f"the new job is {job.job_id}")
+    with client.watch_job(job.job_id) as stream, display(quiet=quiet or events) as shown:
         follow(stream, files, preview_dir, shown, events=events)
 
 
@@ -135,6 +171,17 @@ def remove(client: Client, job_ids: JobIds) -> None:
     """Forget jobs that ended, and their pictures."""
     for job_id in job_ids:
         client.delete_job(job_id)
+
+
+def _destination(client: Client, job_id: str, output: Path | None, preview_dir: Path | None) -> ImageFiles:
+    """Where a job's pictures go; what cannot be written is found before anything is drawn for it."""
+    if output is not None:
+        output_file(output)
+    plan = client.get_job(job_id).plan
+    files, _ = image_files(output, request_format(plan.output), len(plan.prompts))
+    if preview_dir is not None:
+        preview_folder(preview_dir)
+    return files
 
 
 def _lines(job: job_service_pb2.Job) -> Iterator[str]:

@@ -78,7 +78,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     index.
     """
     ERROR_REASON_JOB_NOT_ENDED: _ErrorReason.ValueType  # 14
-    """FAILED_PRECONDITION. The job waits or runs. What to do: cancel the job first."""
+    """FAILED_PRECONDITION. The job waits or runs. What to do: wait for the job's end, or cancel it first."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 15
     """ALREADY_EXISTS. Another request was sent under this `request_id`; the metadata's `job_id` names its job. What
     to do: use a new UUID for a new request.
@@ -96,8 +96,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     request again: the image will be another one.
     """
     ERROR_REASON_NOT_KEPT: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION. After a restart the job needs what the server does not store: a token, or its prompts.
-    What to do: send the request again, with its token.
+    """FAILED_PRECONDITION. After a restart, or to be drawn again, the job needs what is not stored: a token, or its
+    prompts. What to do: send the request again, with its token.
     """
     ERROR_REASON_QUEUE_TIME_EXCEEDED: _ErrorReason.ValueType  # 20
     """DEADLINE_EXCEEDED. The job waited longer than its `max_queue_time`. What to do: try again, or allow more time."""
@@ -227,7 +227,7 @@ ERROR_REASON_IMAGE_NOT_FOUND: ErrorReason.ValueType  # 13
 index.
 """
 ERROR_REASON_JOB_NOT_ENDED: ErrorReason.ValueType  # 14
-"""FAILED_PRECONDITION. The job waits or runs. What to do: cancel the job first."""
+"""FAILED_PRECONDITION. The job waits or runs. What to do: wait for the job's end, or cancel it first."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 15
 """ALREADY_EXISTS. Another request was sent under this `request_id`; the metadata's `job_id` names its job. What
 to do: use a new UUID for a new request.
@@ -245,8 +245,8 @@ ERROR_REASON_LORA_CHANGED: ErrorReason.ValueType  # 18
 request again: the image will be another one.
 """
 ERROR_REASON_NOT_KEPT: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION. After a restart the job needs what the server does not store: a token, or its prompts.
-What to do: send the request again, with its token.
+"""FAILED_PRECONDITION. After a restart, or to be drawn again, the job needs what is not stored: a token, or its
+prompts. What to do: send the request again, with its token.
 """
 ERROR_REASON_QUEUE_TIME_EXCEEDED: ErrorReason.ValueType  # 20
 """DEADLINE_EXCEEDED. The job waited longer than its `max_queue_time`. What to do: try again, or allow more time."""

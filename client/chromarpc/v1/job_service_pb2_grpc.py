@@ -67,6 +67,11 @@ class JobServiceStub(object):
                 request_serializer=chromarpc_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
                 response_deserializer=chromarpc_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
+        self.RedrawJob = channel.unary_unary(
+                '/chromarpc.v1.JobService/RedrawJob',
+                request_serializer=chromarpc_dot_v1_dot_job__service__pb2.RedrawJobRequest.SerializeToString,
+                response_deserializer=chromarpc_dot_v1_dot_job__service__pb2.RedrawJobResponse.FromString,
+                _registered_method=True)
         self.GetImage = channel.unary_stream(
                 '/chromarpc.v1.JobService/GetImage',
                 request_serializer=chromarpc_dot_v1_dot_job__service__pb2.GetImageRequest.SerializeToString,
@@ -127,6 +132,22 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RedrawJob(self, request, context):
+        """Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
+        the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
+        same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
+        an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+
+        With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
+        `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
+        prompts are not stored, or an adapter would have to be fetched with a token again; with `LORA_CHANGED` or
+        `LORA_NOT_FOUND` where an adapter is not what it was, and with `MODEL_NOT_FOUND` where the model is not served any
+        more. These name the field of the earlier job's request. Quotas and the queue are those of any other job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetImage(self, request, context):
         """Streams one of a job's images again: its header, then its bytes, from any offset.
         """
@@ -166,6 +187,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.DeleteJob,
                     request_deserializer=chromarpc_dot_v1_dot_job__service__pb2.DeleteJobRequest.FromString,
                     response_serializer=chromarpc_dot_v1_dot_job__service__pb2.DeleteJobResponse.SerializeToString,
+            ),
+            'RedrawJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedrawJob,
+                    request_deserializer=chromarpc_dot_v1_dot_job__service__pb2.RedrawJobRequest.FromString,
+                    response_serializer=chromarpc_dot_v1_dot_job__service__pb2.RedrawJobResponse.SerializeToString,
             ),
             'GetImage': grpc.unary_stream_rpc_method_handler(
                     servicer.GetImage,
@@ -338,6 +364,33 @@ class JobService(object):
             '/chromarpc.v1.JobService/DeleteJob',
             chromarpc_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
             chromarpc_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedrawJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chromarpc.v1.JobService/RedrawJob',
+            chromarpc_dot_v1_dot_job__service__pb2.RedrawJobRequest.SerializeToString,
+            chromarpc_dot_v1_dot_job__service__pb2.RedrawJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,18 @@ class JobServiceStub:
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
     """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
+    RedrawJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.RedrawJobRequest, _job_service_pb2.RedrawJobResponse]
+    """Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
+    the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
+    same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
+    an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+
+    With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
+    `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
+    prompts are not stored, or an adapter would have to be fetched with a token again; with `LORA_CHANGED` or
+    `LORA_NOT_FOUND` where an adapter is not what it was, and with `MODEL_NOT_FOUND` where the model is not served any
+    more. These name the field of the earlier job's request. Quotas and the queue are those of any other job.
+    """
     GetImage: _grpc.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]
     """Streams one of a job's images again: its header, then its bytes, from any offset."""
 
@@ -87,6 +99,18 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
+    RedrawJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.RedrawJobRequest, _job_service_pb2.RedrawJobResponse]  # type: ignore[assignment]
+    """Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
+    the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
+    same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
+    an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+
+    With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
+    `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
+    prompts are not stored, or an adapter would have to be fetched with a token again; with `LORA_CHANGED` or
+    `LORA_NOT_FOUND` where an adapter is not what it was, and with `MODEL_NOT_FOUND` where the model is not served any
+    more. These name the field of the earlier job's request. Quotas and the queue are those of any other job.
+    """
     GetImage: _aio.UnaryStreamMultiCallable[_job_service_pb2.GetImageRequest, _job_service_pb2.GetImageResponse]  # type: ignore[assignment]
     """Streams one of a job's images again: its header, then its bytes, from any offset."""
 
@@ -151,6 +175,24 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.DeleteJobResponse, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]]:
         """Forgets a job that ended, with its images. One that has not ended gives `JOB_NOT_ENDED`."""
+
+    @_abc_1.abstractmethod
+    def RedrawJob(
+        self,
+        request: _job_service_pb2.RedrawJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.RedrawJobResponse, _abc.Awaitable[_job_service_pb2.RedrawJobResponse]]:
+        """Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
+        the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
+        same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
+        an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+
+        With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
+        `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
+        prompts are not stored, or an adapter would have to be fetched with a token again; with `LORA_CHANGED` or
+        `LORA_NOT_FOUND` where an adapter is not what it was, and with `MODEL_NOT_FOUND` where the model is not served any
+        more. These name the field of the earlier job's request. Quotas and the queue are those of any other job.
+        """
 
     @_abc_1.abstractmethod
     def GetImage(

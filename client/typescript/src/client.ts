@@ -71,6 +71,12 @@ export interface WatchControl extends CallControl {
   readonly persistent?: boolean | undefined;
 }
 
+/** How a job is drawn again. */
+export interface RedrawOptions extends CallControl {
+  /** A UUID of the new job, under which the call may be repeated; drawn where left out. */
+  readonly requestId?: string | undefined;
+}
+
 /** Which jobs to list. */
 export interface ListJobsOptions extends CallControl {
   /** All where left out. */
@@ -215,10 +221,16 @@ export class BaseClient {
   /** The same for a ready message. */
   async createJobFrom(request: GenerateRequest, control: CallControl = {}): Promise<Job> {
     const named = { ...request, requestId: request.requestId || randomUuid() };
+    return this.#madeOnce(control, async (call) =>
+      jobOf((await this.#jobs.createJob({ request: named }, call)).job),
+    );
+  }
+
+  /** Makes a call again whose answer was lost; it has a request id, so that it makes one job. */
+  async #madeOnce(control: CallControl, make: (call: CallOptions) => Promise<Job>): Promise<Job> {
     for (let attempt = 0; ; attempt++) {
       try {
-        const { job } = await this.#ask(control, (call) => this.#jobs.createJob({ request: named }, call));
-        return jobOf(job);
+        return await this.#ask(control, make);
       } catch (error) {
         const delayMs = RECONNECT_DELAYS_MS[attempt];
         const isWorthTrying = error instanceof ServerUnavailable && !(error instanceof Draining);
@@ -277,6 +289,19 @@ export class BaseClient {
   /** Forgets a job that ended, with its pictures. */
   async deleteJob(jobId: string, control: CallControl = {}): Promise<void> {
     await this.#ask(control, (call) => this.#jobs.deleteJob({ jobId }, call));
+  }
+
+  /**
+   * Has a job that ended drawn again, by a new job with its plan, seeds and adapters; `watchJob` follows it.
+   *
+   * On the same device, with the same version and settings, it draws the same bytes. Pictures of the job that were
+   * damaged are then whole again too. A `requestId` is drawn where none is given, as for `createJob`.
+   */
+  async redrawJob(jobId: string, options: RedrawOptions = {}): Promise<Job> {
+    const requestId = options.requestId ?? randomUuid();
+    return this.#madeOnce(options, async (call) =>
+      jobOf((await this.#jobs.redrawJob({ jobId, requestId }, call)).job),
+    );
   }
 
   /** One of a job's pictures again, whole; goes on where a lost connection left it. */

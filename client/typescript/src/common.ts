@@ -7,6 +7,7 @@ export {
   type ClientOptions,
   type GenerateControl,
   type ListJobsOptions,
+  type RedrawOptions,
   type WatchControl,
 } from "./client.js";
 export * from "./errors.js";

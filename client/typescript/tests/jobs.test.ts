@@ -83,6 +83,20 @@ test("the same request id finds the same job; another request under it is refuse
   await all(client.watchJob(one.jobId));
 });
 
+test("a job that ended is drawn again with the seed that was drawn", async () => {
+  const old = await client.createJob("a", { ...SMALL, seed: -1 });
+  await all(client.watchJob(old.jobId));
+  const requestId = randomUuid();
+  const made = await client.redrawJob(old.jobId, { requestId });
+  assert.notEqual(made.jobId, old.jobId);
+  assert.equal((await client.redrawJob(old.jobId, { requestId })).jobId, made.jobId);
+  await assert.rejects(client.redrawJob(made.jobId, { requestId }), RequestIdReused);
+  await all(client.watchJob(made.jobId));
+  const [before, after] = await Promise.all([old, made].map(({ jobId }) => client.getImage(jobId, 0)));
+  assert.equal(after?.sha256, before?.sha256);
+  assert.equal(after?.seed, before?.seed);
+});
+
 test("a job is cancelled while it runs, and told as it is", async () => {
   const job = await client.createJob("a", LONG);
   await assert.rejects(client.deleteJob(job.jobId), JobNotEnded);

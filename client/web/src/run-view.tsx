@@ -4,7 +4,7 @@ import { useEffect } from "preact/hooks";
 import { CopyRequest } from "./copy-request.tsx";
 import { FleetingButton, stage } from "./fleeting-button.tsx";
 import { reuse } from "./form.ts";
-import { cancel, forget, hasEnded, type Picture, type Run, warningsOf } from "./runs.ts";
+import { cancel, forget, hasEnded, type Picture, type Run, redraw, warningsOf } from "./runs.ts";
 import { bytes, duration } from "./words.ts";
 
 const STAGES: Readonly<Record<string, string>> = {
@@ -47,6 +47,11 @@ export function RunView({ run }: { run: Run }) {
           </button>
         )}
         {run.plan && <CopyRequest plan={run.plan} />}
+        {run.isDamaged && (
+          <FleetingButton heir={stage} onClick={() => void redraw(run.jobId)}>
+            Draw again
+          </FleetingButton>
+        )}
         {!isActive && (
           <FleetingButton heir={stage} class="danger last" onClick={() => forget(run.jobId)}>
             Delete

@@ -8,6 +8,7 @@ import {
   type GeneratedImage,
   type GenerateRequest,
   type GenerationEvent,
+  ImageDamaged,
   type Job,
   JobNotFound,
   type JobState,
@@ -53,6 +54,8 @@ export interface Run {
   readonly completed: Completed | undefined;
   readonly durationMs: number | undefined;
   readonly error: string | undefined;
+  /** Whether the server's copy of a picture is damaged; drawing the job again heals it. */
+  readonly isDamaged: boolean;
   /** Whether it was asked to stop and has not yet. */
   readonly isCancelling: boolean;
   /** Tries to reach the server again so far; 0 while the connection stands. */
@@ -128,6 +131,7 @@ function update(jobId: string, values: Partial<Run>): void {
     completed: undefined,
     durationMs: undefined,
     error: undefined,
+    isDamaged: false,
     isCancelling: false,
     reconnects: 0,
     isWhole: false,
@@ -302,6 +306,21 @@ export async function cancel(jobId: string): Promise<void> {
   }
 }
 
+/** Has the server draw a job again, whose picture it damaged, and shows that. */
+export async function redraw(jobId: string): Promise<void> {
+  try {
+    const job = await client.redrawJob(jobId);
+    // Its own pictures are looked at again when it is: they are whole once the new job is done.
+    update(jobId, { isDamaged: false, error: undefined, isWhole: false });
+    noteJob(job);
+    selectedId.value = job.jobId;
+    submissions.value += 1;
+  } catch (error) {
+    noteFailure(error);
+    update(jobId, { error: error instanceof Error ? error.message : String(error) });
+  }
+}
+
 /** Takes a job and its pictures away: at once from here, and from the server when it cannot be undone any more. */
 export function forget(jobId: string): void {
   comparedIds.value = comparedIds.value.filter((id) => id !== jobId);
@@ -340,7 +359,13 @@ async function fetchPictures(jobId: string, signal: AbortSignal): Promise<void> 
   noteJob(job);
   for (const { promptIndex } of job.images) {
     if (runs.value.get(jobId)?.pictures[promptIndex]?.image !== undefined) continue;
-    noteImage(jobId, await client.getImage(jobId, promptIndex, { signal }));
+    try {
+      noteImage(jobId, await client.getImage(jobId, promptIndex, { signal }));
+    } catch (error) {
+      if (!(error instanceof ImageDamaged)) throw error;
+      const message = `The server's copy of ${job.images.length > 1 ? "a" : "the"} picture is damaged.`;
+      update(jobId, { isDamaged: true, error: message });
+    }
   }
   if (hasEnded(job.state)) update(jobId, { isWhole: true });
 }
@@ -354,8 +379,12 @@ async function follow(jobId: string, signal: AbortSignal): Promise<void> {
         update(jobId, { reconnects: attempt });
         if (attempt > 0) serverState.value = "down";
       };
-      for await (const event of client.watchJob(jobId, { signal, onReconnect, persistent: true })) {
-        noteEvent(jobId, event);
+      try {
+        for await (const event of client.watchJob(jobId, { signal, onReconnect, persistent: true })) {
+          noteEvent(jobId, event);
+        }
+      } catch (error) {
+        if (!(error instanceof ImageDamaged)) throw error; // the job ended, and other pictures may be whole
       }
     }
     await fetchPictures(jobId, signal);

@@ -1,7 +1,7 @@
 /** The page in a real browser, on the real stack, drawing with a real checkpoint. */
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import { readFile, writeFile } from "node:fs/promises";
+import { readdir, readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { after, before, describe, test } from "node:test";
 import {
@@ -119,6 +119,35 @@ describe("the page", { skip: noBrowser }, () => {
     await tab.getByRole("button", { name: "Cancel", exact: true }).click();
     await status(tab, /Cancelled/);
     assert.equal(await tab.getByLabel("Prompt", { exact: true }).inputValue(), CIRCLE);
+    assert.deepEqual(tab.complaints, []);
+    await tab.close();
+  });
+
+  test("a picture that the server's disk damaged is drawn again, and is whole then", async () => {
+    const folder = path.join(stack.data, "jobs", "images");
+    const images = async () =>
+      new Set((await readdir(folder, { recursive: true })).filter((name) => /[0-9a-f]{64}$/.test(name)));
+    const before = await images();
+    const tab = await open(browser, stack.url);
+    await fill(tab, { Prompt: CIRCLE, Width: "64", Height: "64", Steps: "2" });
+    await draw(tab);
+    await status(tab, /Done in/);
+    const [name] = [...(await images())].filter((one) => !before.has(one));
+    const whole = await readFile(path.join(folder, name));
+    const damaged = Buffer.from(whole);
+    damaged[damaged.length >> 1] ^= 1;
+    await writeFile(path.join(folder, name), damaged);
+    await tab.reload();
+    await tab.getByText("The server's copy of the picture is damaged.").waitFor();
+    await shot(tab, "damaged");
+    await tab.getByRole("button", { name: "Draw again" }).click();
+    await tab.getByRole("button", { name: "Draw again" }).waitFor({ state: "detached" });
+    await status(tab, /Done in/);
+    await tab.locator("img.final").waitFor();
+    assert.deepEqual(await readFile(path.join(folder, name)), whole);
+    await tab.locator(".history .item .open").nth(1).click();
+    await tab.locator("img.final").waitFor();
+    assert.equal(await tab.getByText("damaged").count(), 0);
     assert.deepEqual(tab.complaints, []);
     await tab.close();
   });

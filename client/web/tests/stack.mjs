@@ -91,7 +91,7 @@ export async function startStack(test, ...flags) {
     const answer = await fetch(`${url}chromarpc.v1.JobService/ListJobs`, { method: "POST", headers, body });
     return answer.headers.get("grpc-status") !== "12";
   }
-  return { url, port, webPort, hasJobs };
+  return { url, port, webPort, data, hasJobs };
 }
 
 /** A server alone. */

@@ -2,30 +2,31 @@
 
 Uploads and downloads each have one. A caller sees only the files that it owns: those whose bytes it sent, or whose
 URL it had fetched. To others a file does not exist, even when they know its hash.
+
+What a call has kept or deleted outlasts a power failure when it returns. A file's note is on the disk before the
+file is, and goes after it: at no moment does a file lie there without the note that says whose it is.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from chromarpc_server.adapters.damage import report_healed
+from chromarpc_server.adapters.durable import is_out_of_space, make_folder, sync_folder, write_file
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.names import HASH_PREFIX, SUFFIX, display_name, hash_in
-from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_owners, owners_of
+from chromarpc_server.adapters.owners import note_of, note_text, owners_of, read_owners, shorten_note
+from chromarpc_server.adapters.process_folder import ProcessFolder
 from chromarpc_server.adapters.stored_lora import LoraSource, StoredLora
-from chromarpc_server.domain.errors import LoraNotFound
-
-_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-def is_out_of_space(error: OSError) -> bool:
-    """Whether a file could not be written because the disk, a quota or the file system has no room for it."""
-    return error.errno in _OUT_OF_SPACE
+from chromarpc_server.disk_room import RETRY_AFTER_S
+from chromarpc_server.domain.errors import DiskFull, LoraChanged, LoraDamaged, LoraNotFound
 
 
 class ContentStore:
@@ -35,15 +36,17 @@ class ContentStore:
     be read, counts as empty.
     """
 
-    def __init__(self, folder: Path, source: LoraSource) -> None:
+    def __init__(self, folder: Path, source: LoraSource, unfinished: Path | None = None) -> None:
         """Touches no file.
 
         Args:
             folder: where the files are; made by `make_folder`.
             source: what lists say of where the files come from.
+            unfinished: for files that are not whole yet, on the same file system; by default a folder in `folder`.
         """
         self._folder = folder
         self._source = source
+        self._unfinished = ProcessFolder(unfinished or folder / "unfinished")
         self._noting = threading.Lock()
         """Held while owners are changed."""
 
@@ -52,13 +55,18 @@ class ContentStore:
         """Where the files are."""
         return self._folder
 
+    @property
+    def unfinished(self) -> ProcessFolder:
+        """Where files are written before they are placed."""
+        return self._unfinished
+
     def make_folder(self) -> None:
         """Makes the folder, for this user alone, where there is none.
 
         Raises:
             OSError: it cannot be made.
         """
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self._folder)
 
     def path(self, sha256: str) -> Path:
         """Where the file with this hash lies, or would lie."""
@@ -71,10 +79,28 @@ class ContentStore:
     def locate(self, sha256: str, owner: str) -> AdapterFile | None:
         """The owner's file with this hash; None where there is none."""
         try:
-            file = AdapterFile.of(self.path(sha256), "path")
+            file = AdapterFile.of(self.path(sha256), "path", sha256=sha256)
         except LoraNotFound:
             return None
         return file if owner in owners_of(file.path) else None
+
+    def is_whole(self, sha256: str, check: Callable[[], None] = lambda: None) -> bool:
+        """Whether there is a file with this hash, whichever owners it has, and it still has the bytes: reads it.
+
+        Args:
+            sha256: the hash.
+            check: called between pieces; may raise to stop.
+
+        Raises:
+            OSError: the file cannot be read, which says nothing of its bytes.
+        """
+        try:
+            file = AdapterFile.of(self.path(sha256), "path", sha256=sha256)
+            with file.open() as stream:
+                file.require_content(stream, check)
+        except (LoraNotFound, LoraChanged, LoraDamaged):
+            return False
+        return True
 
     def find(self, sha256: str, owner: str) -> StoredLora | None:
         """What lists say of the owner's file with this hash; None where there is none."""
@@ -93,37 +119,31 @@ class ContentStore:
         files = (Path(entry.path) for entry in entries_of(self._folder))
         return frozenset(file.stem for file in files if file.suffix == SUFFIX and owner not in owners_of(file))
 
-    def place(self, part: Path, sha256: str, size_bytes: int) -> None:
-        """Renames a whole file of this file system to its place in the folder.
+    def place(self, part: Path, sha256: str) -> None:
+        """Moves a whole file of this file system, synced before, to its place in the folder.
 
-        A file that is there already stays, unless its size differs: jobs that wait, and adapters that are
-        resident, know it by its inode.
+        One that is there already is replaced, which heals it where it is damaged. A new one is nobody's until it
+        is given owners.
 
         Args:
-            part: the file; it is left alone if one is there already.
+            part: the file.
             sha256: its hash.
-            size_bytes: its size.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        file = self.path(sha256)
-        if not self.has(sha256) or file.stat().st_size != size_bytes:
-            part.replace(file)
-
-    def add(self, part: Path, sha256: str, size_bytes: int, owner: str, filename: str) -> None:
-        """Places a whole file, as `place` does, for an owner who calls it `filename`; outlasts a power failure.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        file = self.path(sha256)
         with self._noting:
-            owners = owners_of(file) if self.has(sha256) else {}
-            # The note comes first: without one the file would be everybody's for a moment.
-            note_owners(file, {**owners, owner: filename})
-            self.place(part, sha256, size_bytes)
-            _sync_folder(self._folder)
+            self._place(part, sha256, read_owners(self.path(sha256)) if self.has(sha256) else {})
+
+    def add(self, part: Path, sha256: str, owner: str, filename: str) -> None:
+        """Places a whole file, as `place` does, for an owner who calls it `filename`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._noting:
+            owners = read_owners(self.path(sha256)) if self.has(sha256) else {}
+            self._place(part, sha256, {**owners, owner: filename})
 
     def add_owner(self, sha256: str, owner: str) -> None:
         """Makes a file that was placed the owner's too.
@@ -133,41 +153,81 @@ class ContentStore:
         """
         file = self.path(sha256)
         with self._noting:
-            # A file that was only placed has no note, and no owner yet.
-            owners = owners_of(file) if file.with_suffix(NOTE_SUFFIX).exists() else {}
+            owners = read_owners(file) if note_of(file).exists() else {}
             if owner not in owners:
-                note_owners(file, {**owners, owner: ""})
+                self._note(file, {**owners, owner: ""})
 
     def remove_owner(self, sha256: str, owner: str) -> bool:
         """Takes a file from its owner, and deletes it with its last one; False where the owner has no such file.
+
+        Needs no room on the disk.
 
         Raises:
             OSError: the folder cannot be written.
         """
         file = self.path(sha256)
         with self._noting:
-            owners = owners_of(file) if self.has(sha256) else {}
+            owners = read_owners(file) if self.has(sha256) else {}
             if owner not in owners:
                 return False
             del owners[owner]
-            if owners:
-                note_owners(file, owners)
-            else:
-                self.remove(sha256)
-            _sync_folder(self._folder)
+            if not owners:
+                self.remove_file(sha256)
+                self._drop_notes(sha256)
+                return True
+            try:
+                self._note(file, owners)
+            except OSError as error:
+                if not is_out_of_space(error):
+                    raise
+                shorten_note(file, owners)
         return True
 
-    def remove(self, sha256: str) -> None:
-        """Deletes a file and the note of its owners, for all of them.
-
-        Takes no lock: nothing else may change the file's owners meanwhile.
+    def remove_file(self, sha256: str) -> None:
+        """Deletes a file at once, for all its owners; `drop_notes` is to follow.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        self.path(sha256).unlink(missing_ok=True)
+
+    def drop_notes(self, hashes: Iterable[str]) -> None:
+        """Makes the end of files outlast a power failure, and deletes the notes of those that are not back since.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._noting:
+            self._drop_notes(*hashes)
+
+    def _place(self, part: Path, sha256: str, owners: Mapping[str, str]) -> None:
         file = self.path(sha256)
-        file.unlink(missing_ok=True)
-        file.with_suffix(NOTE_SUFFIX).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            # It keeps its age: lists tell nobody that somebody else has sent the same bytes.
+            os.utime(part, ns=(time.time_ns(), file.stat().st_mtime_ns))
+        self._note(file, owners)
+        part.replace(file)
+        sync_folder(self._folder)
+        report_healed(sha256)
+
+    def _note(self, file: Path, owners: Mapping[str, str]) -> None:
+        """Replaces the note of `file` atomically."""
+        part = self._unfinished.path() / f"{secrets.token_hex(8)}.note"
+        try:
+            write_file(part, note_text(owners))
+            part.replace(note_of(file))
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def _drop_notes(self, *hashes: str) -> None:
+        sync_folder(self._folder)
+        for sha256 in hashes:
+            if not self.has(sha256):
+                note_of(self.path(sha256)).unlink(missing_ok=True)
+                report_healed(sha256)
+        sync_folder(self._folder)
 
     def _described(self, owner: str | None) -> Iterator[StoredLora]:
         """The owner's files, sorted by hash; everybody's for None."""
@@ -206,15 +266,27 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
+@contextmanager
+def room_on_disk(what: str) -> Iterator[None]:
+    """Reports a full disk as an error for the caller.
+
+    Args:
+        what: is written in the context: `this upload`.
+
+    Raises:
+        DiskFull: it finds no room on the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        raise DiskFull(
+            f"the server's disk has no room for {what}: delete jobs or uploads that you need no longer, or ask "
+            "its operator for room",
+            retry_after_s=RETRY_AFTER_S,
+        ) from None
+
+
 def _is_plain_file(file: Path) -> bool:
     return file.is_file() and not file.is_symlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder outlast a power failure; systems that cannot open folders need nothing."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.reading import read_checked
 from chromarpc_server.adapters.warnings import adapter_warnings
 from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.domain.plan import PlanWarning
@@ -17,7 +18,6 @@ from chromarpc_server.pipeline import Adapter, CheckpointFiles, translate_memory
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
-    read_adapter,
     squared_norm,
     value_count,
 )
@@ -80,14 +80,14 @@ def inspect_adapter(
 
     Raises:
         LoraInvalid, LoraIncompatible: as `read_adapter` does, blaming `path`; also for values that are not finite.
+        LoraDamaged: its bytes are not those that its name stands for.
         LoraChanged: it is no longer the file that was found.
         WeightsInvalid: the model's file cannot be read.
         OutOfMemory: the host has too little.
     """
     try:
         model = open_weights(files.transformer)
-        adapter = read_adapter(file.path, model.shapes, opener=file.open, check=check)
-        file.require_still()
+        adapter = read_checked(file, model.shapes, check=check)
         return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
     except (RuntimeError, MemoryError) as error:
         out_of_memory = translate_memory_error(error)

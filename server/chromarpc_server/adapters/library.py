@@ -125,6 +125,16 @@ class AdapterLibrary:
                 if is_it(file):
                     self._root_hashes.learn(file, sha256)
 
+    def remove_abandoned(self) -> None:
+        """Deletes what earlier processes have not finished."""
+        self._uploaded.unfinished.remove_abandoned()
+        self._downloaded.unfinished.remove_abandoned()
+
+    def close(self) -> None:
+        """Deletes what this process has not finished; once nobody uploads or fetches any more."""
+        self._uploaded.unfinished.close()
+        self._downloaded.unfinished.close()
+
     def stop_hashing(self) -> None:
         """Ends every wait for files to be hashed; any thread may call this."""
         self._root_hashes.close()
@@ -136,7 +146,7 @@ class AdapterLibrary:
 
     def known_hash(self, path: str, file: AdapterFile) -> str | None:
         """The hash of the file that `locate` found for `path`; None where it would have to be read first."""
-        return hash_in(path) or self._root_hashes.of(file) or None
+        return file.sha256 or hash_in(path) or self._root_hashes.of(file) or None
 
     def listing(self, owner: str = NOBODY.name) -> Listing:
         """Every adapter that a request of `owner` could name now, as far as the bounds on looking allow."""
@@ -154,6 +164,23 @@ class AdapterLibrary:
         """
         sha256 = require_hash(sha256, "sha256")
         return self._uploaded.find(sha256, owner) or self._downloaded.find(sha256, owner)
+
+    def whole_upload(
+        self, sha256: str, owner: str = NOBODY.name, check: Callable[[], None] = lambda: None
+    ) -> StoredLora | None:
+        """The owner's upload with this hash, where its bytes still have it: reads the file.
+
+        Args:
+            sha256: the hash.
+            owner: whose upload.
+            check: called between pieces; may raise to stop.
+
+        Raises:
+            InvalidParameter: not a hash.
+            OSError: the file cannot be read, which says nothing of its bytes.
+        """
+        found = self._uploaded.find(require_hash(sha256, "sha256"), owner)
+        return found if found is not None and self._uploaded.is_whole(found.sha256, check) else None
 
     def hidden_from(self, owner: str) -> frozenset[str]:
         """Hashes of the uploads and downloads that are others' alone."""

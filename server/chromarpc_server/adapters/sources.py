@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from chromarpc_server.adapters.content_store import room_on_disk
 from chromarpc_server.adapters.downloads.cache import Downloaded
 from chromarpc_server.adapters.downloads.fetching import AdapterDownloads
 from chromarpc_server.adapters.file import AdapterFile, require_expected
@@ -133,8 +134,11 @@ class AdapterSources:
                     )
                     downloads.append(held.enter_context(download))
                     require_expected(lora, download.sha256, index)
-                    files[index] = await asyncio.to_thread(AdapterFile.of, download.path, field)
-                    await asyncio.to_thread(self._library.add_download, download.sha256, owner)
+                    files[index] = await asyncio.to_thread(
+                        AdapterFile.of, download.path, field, sha256=download.sha256
+                    )
+                    with room_on_disk("this adapter"):
+                        await asyncio.to_thread(self._library.add_download, download.sha256, owner)
             held.pop_all()
             return FoundAdapters(tuple(files), tuple(downloads))
 

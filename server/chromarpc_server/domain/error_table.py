@@ -127,7 +127,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
         11, errors.UploadsFull, "RESOURCE_EXHAUSTED", 429, Retry.IF_ADVISED,
         when="The server has as many bytes of uploads, or as many unfinished uploads, as it keeps.",
         caller="Delete uploads, or wait.",
-        operator="Raise `--max-uploads-bytes`, or free disk space.",
+        operator="Raise `--max-uploads-bytes`.",
         more="operations.md#how-much",
     ),
     ErrorEntry(
@@ -145,7 +145,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ErrorEntry(
         14, errors.JobNotEnded, "FAILED_PRECONDITION", 400, Retry.NO,
         when="The job waits or runs.",
-        caller="Cancel the job first.",
+        caller="Wait for the job's end, or cancel it first.",
     ),
     ErrorEntry(
         15, errors.RequestIdReused, "ALREADY_EXISTS", 409, Retry.NO,
@@ -176,7 +176,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         19, errors.NotKept, "FAILED_PRECONDITION", 400, Retry.YES,
-        when="After a restart the job needs what the server does not store: a token, or its prompts.",
+        when="After a restart, or to be drawn again, the job needs what is not stored: a token, or its prompts.",
         caller="Send the request again, with its token.",
         operator="Set `--store-prompts`; tokens are never stored.",
         more="operations.md#the-job-store",

@@ -17,13 +17,14 @@ ChromaError
 ├── ImageNotFound           IMAGE_NOT_FOUND      the job has no such image, or not yet
 ├── JobNotEnded             JOB_NOT_ENDED        the job waits or runs
 ├── RequestIdReused         REQUEST_ID_REUSED    another request was made under this request id
-├── StoreUnavailable        STORE_UNAVAILABLE    the job, or what came of it, cannot be stored
+├── StoreError
+│   ├── StoreUnavailable    STORE_UNAVAILABLE    the job, or what came of it, cannot be stored
+│   └── StoreDamaged        STORE_DAMAGED        the database itself is damaged
 ├── DiskFull                DISK_FULL            the disk has less room than it keeps in reserve
 ├── StoredDamage
 │   ├── ImageDamaged        IMAGE_DAMAGED        a stored image is gone, or has other bytes
 │   ├── JobDamaged          JOB_DAMAGED          what is stored of a job cannot be read
-│   ├── LoraDamaged         LORA_DAMAGED         a stored adapter has other bytes than its hash says
-│   └── StoreDamaged        STORE_DAMAGED        the database itself is damaged
+│   └── LoraDamaged         LORA_DAMAGED         a stored adapter has other bytes than its hash says
 ├── RestartError
 │   ├── AttemptsExhausted   ATTEMPTS_EXHAUSTED   the server was stopped each time it ran the job
 │   ├── LoraChanged         LORA_CHANGED         an adapter is not what it was before the restart
@@ -218,10 +219,20 @@ class RequestIdReused(ChromaError):
     reason = "REQUEST_ID_REUSED"
 
 
-class StoreUnavailable(ChromaError):
+class StoreError(ChromaError):
+    """The store cannot do what was asked."""
+
+
+class StoreUnavailable(StoreError):
     """The store cannot take the job, or what came of it: a full disk, or one that fails."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class StoreDamaged(StoreError):
+    """The database itself is damaged: asking again gives the same answer."""
+
+    reason = "STORE_DAMAGED"
 
 
 class DiskFull(ChromaError):
@@ -252,14 +263,8 @@ class LoraDamaged(StoredDamage):
     reason = "LORA_DAMAGED"
 
 
-class StoreDamaged(StoredDamage):
-    """The database itself is damaged."""
-
-    reason = "STORE_DAMAGED"
-
-
 class RestartError(ChromaError):
-    """A job that was accepted before the server was restarted cannot be run by it now."""
+    """A job cannot be run as it was accepted: after a restart, or where it is to be drawn again."""
 
 
 class AttemptsExhausted(RestartError):

@@ -165,15 +165,18 @@ def model_not_found(model_id: str, models: Iterable[str]) -> ModelNotFound:
     )
 
 
+def is_request_id(text: str) -> bool:
+    """Whether it is a UUID."""
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return len(text) <= MAX_UUID_LENGTH  # Python takes any number of hyphens
+
+
 def _check_delivery(request: GenerationRequest, found: Findings) -> None:
-    if request.request_id:
-        try:
-            uuid.UUID(request.request_id)
-            is_uuid = len(request.request_id) <= MAX_UUID_LENGTH  # Python takes any number of hyphens
-        except ValueError:
-            is_uuid = False
-        if not is_uuid:
-            found.refuse("request_id", "not a UUID")
+    if request.request_id and not is_request_id(request.request_id):
+        found.refuse("request_id", "not a UUID")
     if request.max_queue_s is not None and not 0 < request.max_queue_s <= MAX_QUEUE_S:
         found.refuse("max_queue_time", f"must be more than 0 and at most {MAX_QUEUE_S} seconds")
 

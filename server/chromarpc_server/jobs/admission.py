@@ -7,9 +7,10 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from chromarpc_server.adapters.sources import AdapterSources
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.adapters.sources import AdapterSources, FoundAdapters
 from chromarpc_server.domain.callers import Caller
-from chromarpc_server.domain.errors import JobCancelled, QuotaExceeded, StoreUnavailable
+from chromarpc_server.domain.errors import JobCancelled, QuotaExceeded, StoreError
 from chromarpc_server.domain.events import Accepted
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.absences import is_abandoned
@@ -18,6 +19,7 @@ from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.estimates import stored_bytes
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.queue import ScheduledJob
+from chromarpc_server.jobs.recovery import recover_adapters
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import KnownAdapter
@@ -72,6 +74,7 @@ class Admission:
         Raises:
             RequestIdReused: another request was made under the plan's request id.
             LoraNotFound: an adapter is not below the adapter root.
+            LoraChanged, NotKept: an adapter of the job that is drawn again is not what it was, or cannot be had.
             InvalidParameter: an adapter is a URL, and this server fetches none.
             WeightsMissing: the model's files are not on this machine.
             QuotaExceeded: the caller has as many jobs waiting as it may, or may not have one of this size.
@@ -115,7 +118,7 @@ class Admission:
             known.plan = replace(before, detached=True)
             try:
                 await self._store.note_detached(known)
-            except StoreUnavailable:
+            except StoreError:
                 known.plan = before
                 raise
             known.stop_absence()
@@ -132,7 +135,8 @@ class Admission:
         return True
 
     async def _admit(self, submission: Submission) -> Job:
-        plan, caller = submission.plan, submission.caller
+        plan, caller, redrawn = submission.plan, submission.caller, submission.redrawn
+        before = (None,) * len(plan.loras) if redrawn is None else redrawn.adapters
         _require_size(plan, caller)
         self._backlog.require_room(caller)
         taken = sum(stored_bytes(job.plan) for job in self._registry.unfinished())
@@ -140,7 +144,7 @@ class Admission:
         searching = asyncio.current_task()
         self._searching.add(searching)
         try:
-            found = await self._adapters.find(plan.loras, caller.name)
+            found = await self._find_adapters(submission)
         finally:
             self._searching.discard(searching)
         model_files = await asyncio.to_thread(self._model_files.require, submission.spec)
@@ -150,13 +154,17 @@ class Admission:
             found.complete,
             Cancellation(submission.deadline_at),
             owner=caller.name,
-            fingerprint=submission.fingerprint,
+            fingerprint=submission.fingerprint.current,
+            adapter_hashes=tuple(None if known is None else known.sha256 for known in before),
         )
+        needs_token = submission.hf_token is not None and None in found.files
+        if redrawn is not None:
+            needs_token = redrawn.needs_token
         with self._backlog.entering(caller):
             await self._store.insert(
                 job,
-                needs_token=submission.hf_token is not None and None in found.files,
-                adapters=[None if file is None else KnownAdapter.of(file) for file in found.files],
+                needs_token=needs_token,
+                adapters=[_remembered(*adapter) for adapter in zip(found.files, before, strict=True)],
             )
         self._registry.add(job)
         job.log.append(Accepted(job.id, plan))
@@ -174,6 +182,18 @@ class Admission:
         )
         self._backlog.schedule(ScheduledJob(job, model_files, found), submission.hf_token)
         return job
+
+    async def _find_adapters(self, submission: Submission) -> FoundAdapters:
+        if submission.redrawn is not None:
+            return await recover_adapters(submission.redrawn, self._adapters)
+        return await self._adapters.find(submission.plan.loras, submission.caller.name)
+
+
+def _remembered(file: AdapterFile | None, before: KnownAdapter | None) -> KnownAdapter | None:
+    """What to remember of an adapter, of which an earlier job may know the hash."""
+    if file is None:
+        return before
+    return KnownAdapter.of(file, None if before is None else before.sha256)
 
 
 def _require_size(plan: Plan, caller: Caller) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreUnavailable
+from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreError
 from chromarpc_server.domain.events import AdapterReport, Completed, Prepared, Step
 from chromarpc_server.jobs.completion import Completion, unforeseen
 from chromarpc_server.jobs.encoding import ImageEncoder, split_chunks
@@ -34,7 +34,7 @@ class Attempt:
     """What it runs with, once that is known."""
     encoding_s: float = 0.0
     images: int = 0
-    unstored: StoreUnavailable | None = None
+    unstored: StoreError | None = None
     """Why one of its images could not be stored."""
 
 
@@ -118,11 +118,11 @@ class AttemptRecorder:
         changed = changed_adapter(job, report.adapters)
         if changed is not None:
             job.cancellation.cancel(changed)
-        elif report.adapters and self._store.is_durable:
+        elif report.adapters:
             self._tasks.start(self._note_hashes(job, [adapter.sha256 for adapter in report.adapters]))
 
     async def _note_hashes(self, job: Job, hashes: Sequence[str]) -> None:
-        with suppress(StoreUnavailable):
+        with suppress(StoreError):
             await self._store.note_adapters(job, known_adapters(job.adapter_files, hashes))
 
     async def _encode(self, attempt: Attempt, report: RenderedImage | RenderedPreview) -> None:
@@ -149,7 +149,7 @@ class AttemptRecorder:
             job.log.append(chunk)
         try:
             await self._store.put_image(job, header, data)
-        except StoreUnavailable as error:
+        except StoreError as error:
             attempt.unstored = error
 
 
@@ -162,11 +162,11 @@ def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:
 
 
 def changed_adapter(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:
-    """What is wrong with the adapters that were read, where a job that ran before had others."""
+    """What is wrong with the adapters that were read, where the job had others before."""
     for index, (report, sha256) in enumerate(zip(reports, job.adapter_hashes, strict=False)):
         if sha256 is not None and report.sha256 != sha256:
             return LoraChanged(
-                "the adapter has other bytes than before the server was restarted",
+                "the adapter has other bytes than when it was read before",
                 field=f"loras.{index}.path",
                 metadata={"sha256_before": sha256, "sha256_now": report.sha256},
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from chromarpc_server.domain.errors import ChromaError, Draining, JobCancelled, StoreUnavailable
+from chromarpc_server.domain.errors import ChromaError, Draining, JobCancelled, StoreError, StoreUnavailable
 from chromarpc_server.jobs.absences import Absences, not_back
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
@@ -108,7 +108,7 @@ class Attendance:
             await asyncio.shield(self._tasks.start(self._cancel_for_good(job, cause)))
 
     async def _cancel_left(self, job: Job) -> None:
-        with suppress(StoreUnavailable, Draining):  # stopped all the same, and nobody waits for an answer
+        with suppress(StoreError, Draining):  # stopped all the same, and nobody waits for an answer
             await self._cancel_for_good(job, not_back("its caller left"))
 
     async def _cancel_for_good(self, job: Job, cause: JobCancelled) -> None:

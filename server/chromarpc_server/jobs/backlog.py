@@ -17,7 +17,7 @@ from chromarpc_server.domain.errors import (
     QueueTimeExceeded,
     QuotaExceeded,
     QuotaViolation,
-    StoreUnavailable,
+    StoreError,
 )
 from chromarpc_server.domain.events import Queued
 from chromarpc_server.jobs.completion import RETRY_AFTER_DRAIN_S, Completion
@@ -240,7 +240,7 @@ class Backlog:
             next(fetched).sha256 if was_missing else sha256
             for was_missing, sha256 in zip(missing, known, strict=True)
         ]
-        with suppress(StoreUnavailable):
+        with suppress(StoreError):
             await self._store.note_adapters(job, known_adapters(job.adapter_files, hashes))
 
     def _enqueue(self, scheduled: ScheduledJob) -> None:

@@ -18,7 +18,7 @@ from chromarpc_server.domain.errors import (
     InternalError,
     JobCancelled,
     JobDeadlineExceeded,
-    StoreUnavailable,
+    StoreError,
 )
 from chromarpc_server.domain.events import Cancelled, Completed, Failed, Terminal
 from chromarpc_server.jobs.job import Job
@@ -120,13 +120,13 @@ class Completion:
         try:
             await self._store.finish(job, job.log.seal(event))
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
-            reason = error if isinstance(error, StoreUnavailable) else unforeseen(job, error)
+            reason = error if isinstance(error, StoreError) else unforeseen(job, error)
             if isinstance(event, Completed):
                 event, fields = Failed(reason), {"reason": reason.reason}
             try:
                 await self._store.finish(job, job.log.seal(event))
             except Exception as again:  # noqa: BLE001 - watchers wait for the end, stored or not
-                if not isinstance(again, StoreUnavailable):
+                if not isinstance(again, StoreError):
                     unforeseen(job, again)
                 self._unstored.append(job)
         job.log.close()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from chromarpc_server.domain.errors import ChromaError, DeviceError, Draining, StoreUnavailable
+from chromarpc_server.domain.errors import ChromaError, DeviceError, Draining, StoreError, StoreUnavailable
 from chromarpc_server.jobs.attempt import Attempt, AttemptRecorder
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion, stopping
@@ -153,7 +153,7 @@ class Dispatcher:
     async def _set_aside(self, job: Job, error: Draining | DeviceError) -> None:
         """Leaves a job that ran to the next process."""
         if isinstance(error, Draining):
-            with suppress(StoreUnavailable):
+            with suppress(StoreError):
                 await self._store.unbegin(job)
         self._completion.set_aside(job, error)
 

@@ -12,9 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chromarpc_server.adapters.sources import AdapterSources
-from chromarpc_server.domain.errors import ChromaError, StoreUnavailable
+from chromarpc_server.domain.errors import ChromaError, StoreError
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.admission import Admission
 from chromarpc_server.jobs.attempt import AttemptRecorder
@@ -28,6 +29,7 @@ from chromarpc_server.jobs.housekeeping import keep_house
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.recovery import Recovery, RecoveryRules
+from chromarpc_server.jobs.redraw import Redraw, Redrawing
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.rows import StoreSize
@@ -105,6 +107,7 @@ class Engine:
         self._admission = Admission(
             adapters, model_files, self.jobs, store, self._backlog, self._attendance, self._tasks
         )
+        self._redrawing = Redrawing(self.jobs, store, self._admission)
         self._recovery = Recovery(
             adapters,
             model_files,
@@ -191,6 +194,10 @@ class Engine:
         """See `Admission.submit`."""
         return await self._admission.submit(submission)
 
+    async def redraw(self, redraw: Redraw, serving: Serving) -> tuple[AnyJob, bool]:
+        """See `Redrawing.redraw`."""
+        return await self._redrawing.redraw(redraw, serving)
+
     def attach(self, job: AnyJob) -> None:
         """See `Attendance.attach`."""
         self._attendance.attach(job)
@@ -226,7 +233,7 @@ class Engine:
         if self._housekeeper is not None:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
-        with suppress(StoreUnavailable):
+        with suppress(StoreError):
             await self._completion.store_unstored()
         await self._tasks.join()  # jobs that were cancelled in the last moment
         await self._store.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from chromarpc_server.domain.errors import StoreDamaged, StoreUnavailable
+from chromarpc_server.domain.errors import StoreError
 from chromarpc_server.jobs.completion import Completion
 from chromarpc_server.jobs.store.job_store import JobStore
 
@@ -21,7 +21,7 @@ async def keep_house(completion: Completion, store: JobStore) -> None:
         try:
             await completion.store_unstored()
             await store.tend()
-        except (StoreUnavailable, StoreDamaged):
+        except StoreError:
             pass  # logged already; there is a next time
         except Exception:
             log.exception("housekeeping.failed")

@@ -34,7 +34,7 @@ class Job:
     position: int = 0
     """In the queue, as clients were last notified; 0 once it runs."""
     fingerprint: str = ""
-    """Of the request: another one under the same request id has another fingerprint."""
+    """Of the request, as it is stored; see `Fingerprint`."""
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: datetime | None = None
     """When it last began to run."""
@@ -47,7 +47,7 @@ class Job:
     overtaken: int = 0
     """How many jobs ran first although it was this one's turn, because their weights were resident."""
     adapter_hashes: tuple[str | None, ...] = ()
-    """SHA-256 of each adapter as an earlier process read it."""
+    """SHA-256 of each adapter as it was read before: by an earlier process, or for the job that is redrawn."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     """Images that are being encoded and stored."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -100,6 +100,7 @@ class DamagedJob:
 
     id: str
     owner: str
+    request_id: str | None
     created: datetime
     error: JobDamaged
 

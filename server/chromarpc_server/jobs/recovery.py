@@ -19,10 +19,11 @@ from chromarpc_server.domain.errors import (
     LoraNotFound,
     ModelNotFound,
     NotKept,
-    StoreUnavailable,
+    StoreError,
 )
 from chromarpc_server.domain.events import Accepted, Restarted
 from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
 from chromarpc_server.jobs.job import Job
@@ -30,7 +31,7 @@ from chromarpc_server.jobs.queue import ScheduledJob
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store import records
 from chromarpc_server.jobs.store.job_store import JobStore
-from chromarpc_server.jobs.store.stored_jobs import Unfinished
+from chromarpc_server.jobs.store.stored_jobs import StoredRequest, Unfinished
 from chromarpc_server.runtime.cancellation import Cancellation
 from chromarpc_server.runtime.model_files import ModelFiles
 
@@ -127,7 +128,7 @@ class Recovery:
     ) -> None:
         while True:
             await asyncio.sleep(ROOM_EVERY_S)
-            with suppress(StoreUnavailable):
+            with suppress(StoreError):
                 await self._store.count_start()
                 break
         log.info("store.room_again", extra={"resumed_jobs": len(jobs)})
@@ -166,15 +167,17 @@ class Recovery:
         self._backlog.schedule(ScheduledJob(job, model_files, found), may_expire=not stored.was_begun)
 
 
-def recovered_job(stored: Unfinished, *, picture_records: bool, age_s: float) -> Job:
-    """The job, as it was admitted `age_s` ago; without `picture_records` its images carry none, whatever was
-    planned then.
-    """
-    plan = stored.plan
+def plan_for_now(plan: Plan, *, picture_records: bool) -> Plan:
+    """A stored plan as this process runs it; without `picture_records` its images carry none, planned or not."""
     if plan.output.picture_record and not picture_records:
-        plan = replace(plan, output=replace(plan.output, picture_record=False))
+        return replace(plan, output=replace(plan.output, picture_record=False))
+    return plan
+
+
+def recovered_job(stored: Unfinished, *, picture_records: bool, age_s: float) -> Job:
+    """The job, as it was admitted `age_s` ago; `picture_records` as for `plan_for_now`."""
     return Job(
-        plan=plan,
+        plan=plan_for_now(stored.plan, picture_records=picture_records),
         adapter_files=(),
         cancellation=Cancellation(),
         owner=stored.owner,
@@ -213,11 +216,12 @@ def require_recoverable(stored: Unfinished, max_attempts: int) -> None:
         raise NotKept("the server was restarted, and is set to store no prompts", field="prompts")
 
 
-async def recover_adapters(stored: Unfinished, sources: AdapterSources) -> FoundAdapters:
-    """The job's adapters; those to be fetched again are left open.
+async def recover_adapters(stored: StoredRequest, sources: AdapterSources) -> FoundAdapters:
+    """The adapters that a stored job had; those to be fetched again are left open.
 
     Raises:
         LoraChanged: one is not what it was, or is gone.
+        LoraNotFound: one is not found yet, since files are still being hashed; ask again.
         NotKept: one is to be fetched with a token, which was not stored.
     """
     loras = stored.plan.loras
@@ -233,16 +237,16 @@ async def recover_adapters(stored: Unfinished, sources: AdapterSources) -> Found
             # What was fetched lies among the downloads, or is fetched again: nothing is hashed for it.
             wait_s = 0 if lora.is_url else WAIT_S
             found = await sources.find([asked], stored.owner, first=index, wait_s=wait_s)
-        except LoraNotFound:
+        except LoraNotFound as error:
+            if error.retry_after_s is not None and not lora.is_url:
+                raise
             if not lora.is_url:
-                raise LoraChanged("the adapter went away while the server was restarted", field=field) from None
+                raise LoraChanged("the adapter went away since the job was accepted", field=field) from None
             found = FoundAdapters((None,))
         (file,) = found.files
         if file is None and stored.needs_token:
-            raise NotKept(
-                "the server was restarted before the adapter was fetched, and does not store tokens", field=field
-            )
+            raise NotKept("the adapter would have to be fetched with a token, and none is stored", field=field)
         if file is not None and known is not None and known.sha256 is None and not known.is_still(file):
-            raise LoraChanged("the adapter was written anew while the server was restarted", field=field)
+            raise LoraChanged("the adapter was written anew since the job was accepted", field=field)
         files.append(file)
     return FoundAdapters(tuple(files))

@@ -21,6 +21,7 @@ from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.jobs.store import records
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED
+from chromarpc_server.jobs.submission import Fingerprint
 
 QUEUED, RUNNING = "queued", "running"
 _ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED})
@@ -93,7 +94,7 @@ class JobRegistry:
             if not lock.locked() and self._creating.get(key) is lock:
                 del self._creating[key]
 
-    async def existing(self, owner: str, request_id: str | None, fingerprint: str) -> AnyJob | None:
+    async def existing(self, owner: str, request_id: str | None, fingerprint: Fingerprint) -> AnyJob | None:
         """The job that this request made before.
 
         Raises:
@@ -104,7 +105,7 @@ class JobRegistry:
             return None
         job: AnyJob | None = self._by_request.get((owner, request_id))
         job = job or await self._store.ended_by_request(owner, request_id)
-        if job is not None and job.fingerprint != fingerprint:
+        if job is not None and not fingerprint.matches(job.fingerprint):
             raise RequestIdReused(
                 "another request was made under this id",
                 field="request_id",

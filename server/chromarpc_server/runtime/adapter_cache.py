@@ -1,6 +1,7 @@
 """Parsed adapters in host memory, so that a switch reads no file twice.
 
-Keyed by what the file system says of a file, not by its name alone: a file that was written anew is read anew.
+Keyed by what a file stands for: one below the root by what the file system says of it, so that it is read anew
+once it was written anew; an uploaded or downloaded one by its hash, which its bytes had when they were read.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.pipeline import Adapter, Check, read_adapter
+from chromarpc_server.adapters.reading import read_checked
+from chromarpc_server.pipeline import Adapter, Check
 
 
 class AdapterCache:
@@ -37,6 +39,7 @@ class AdapterCache:
 
         Raises:
             LoraInvalid, LoraIncompatible: see `read_adapter`.
+            LoraDamaged: the file's bytes are not those that its name stands for.
             LoraChanged: the file is no longer the one that the job was admitted with.
         """
         key = (revision, file)
@@ -45,8 +48,7 @@ class AdapterCache:
             self._held.move_to_end(key)
             return found
         # Here and for prepared weights the key stands for the bytes: another version must not come in under it.
-        adapter = read_adapter(file.path, targets, opener=file.open, check=check)
-        file.require_still()
+        adapter = read_checked(file, targets, check=check)
         self._held[key] = adapter
         self.trim()
         return adapter

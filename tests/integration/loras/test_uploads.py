@@ -169,7 +169,7 @@ def test_what_is_no_adapter_is_refused_and_leaves_nothing(client: Client, tmp_pa
         assert str(tmp_path) not in str(caught.value)
     assert len(client.list_loras()) == 0
     assert list((tmp_path / "data" / "loras").iterdir()) == []
-    assert list((tmp_path / "data" / "uploads").iterdir()) == []
+    assert list((tmp_path / "data" / "uploads").glob("*/*.part")) == []
 
 
 def test_limits_are_told_before_any_byte_is_sent(serve: Callable[..., RunningServer]) -> None:
@@ -182,6 +182,21 @@ def test_limits_are_told_before_any_byte_is_sent(serve: Callable[..., RunningSer
         pytest.raises(chromarpc.UploadsFull),
     ):
         client.upload_lora(RECORDED / "aitk.safetensors")
+
+
+def test_an_upload_that_would_use_up_the_disks_reserve_is_refused_and_deleting_is_not(
+    serve: Callable[..., RunningServer],
+) -> None:
+    server = serve()
+    with Client(server.target) as client:
+        path = client.upload_lora(RECORDED / "aitk.safetensors").path
+        server.stop()
+    with Client(serve(disk_reserve=2**60).target) as client:
+        with pytest.raises(chromarpc.DiskFull, match="delete jobs or uploads") as caught:
+            client.upload_lora(RECORDED / "kohya.safetensors")
+        assert caught.value.retry_after_s
+        client.delete_lora(path)
+        assert list(client.list_loras()) == []
 
 
 def test_chunks_shrink_with_what_a_message_may_hold(serve: Callable[..., RunningServer]) -> None:

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc.json_request import parse_request_json
+from chromarpc_server.domain.errors import ChromaError, RequestIdReused
 from chromarpc_server.domain.events import Cancelled, Completed, Failed, ImageChunk, ImageHeader, Prepared, Step
 from chromarpc_server.domain.limits import JobRetention
+from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import STORED_NAMES
+from chromarpc_server.transport.messages.fingerprints import fingerprint
 
 WRITTEN = Path(__file__).parent / "store_0_1_0"
+REQUEST = json.loads((WRITTEN.parent / "stored_before_preview_profiles.json").read_text("utf-8"))
+"""A request as JSON, and the fingerprint that 0.1.0 gave it; the jobs of the store have made-up ones."""
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text("utf-8"))
 FOR_EVER = JobRetention(keep_s=1e9)
 
@@ -87,3 +94,20 @@ async def test_jobs_that_did_not_end_are_taken_over(folder: Path) -> None:
     ]
     assert [None if known is None else known.sha256 for known in left[0].adapters] == ["cd" * 32, None]
     assert left[0].plan.request_id == "request-2"
+
+
+async def test_the_request_of_a_job_finds_it_again_and_another_one_is_refused(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "jobs.sqlite3")) as written, written:
+        written.execute("UPDATE jobs SET fingerprint = ? WHERE id = 'succeeded'", (REQUEST["fingerprint"],))
+    request = parse_request_json(json.dumps(REQUEST["request"])).request
+    store = await JobStore.open(folder, FOR_EVER)
+    try:
+        registry = JobRegistry(store, FOR_EVER)
+        job = await registry.existing("caller", "request-1", fingerprint(request))
+        request.prompts[0].seed = 8
+        with pytest.raises(RequestIdReused):
+            await registry.existing("caller", "request-1", fingerprint(request))
+    finally:
+        await store.close()
+    assert job is not None
+    assert job.id == "succeeded"

@@ -12,7 +12,8 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES
 from chromarpc_server.jobs.store import records
-from chromarpc_server.transport.messages.requests import fingerprint, generation_request
+from chromarpc_server.transport.messages.fingerprints import fingerprint
+from chromarpc_server.transport.messages.requests import generation_request
 
 BEFORE = json.loads((Path(__file__).parent / "stored_before_preview_profiles.json").read_text("utf-8"))
 """A request, its fingerprint, its plan and its events, as a version without the trainer's profiles stored them."""
@@ -39,14 +40,15 @@ def test_events_stored_before_are_read() -> None:
 
 def test_a_request_without_the_new_fields_is_known_by_its_old_fingerprint() -> None:
     message = parse_request_json(json.dumps(BEFORE["request"])).request
-    assert fingerprint(message) == BEFORE["fingerprint"]
-    told_apart = {BEFORE["fingerprint"]}
+    assert fingerprint(message).matches(BEFORE["fingerprint"])
+    told_apart = {fingerprint(message).current}
     message.loras[0].expected_sha256 = "ab" * 32
-    told_apart.add(fingerprint(message))
+    told_apart.add(fingerprint(message).current)
     message.output.picture_record = False
-    told_apart.add(fingerprint(message))
+    told_apart.add(fingerprint(message).current)
     message.trainer.quantize = True
-    told_apart.add(fingerprint(message))
+    told_apart.add(fingerprint(message).current)
+    assert not fingerprint(message).matches(BEFORE["fingerprint"])
     assert len(told_apart) == 4
 
 

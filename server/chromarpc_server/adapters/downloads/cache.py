@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from chromarpc_server.adapters.content_store import ContentStore
+from chromarpc_server.adapters.durable import is_out_of_space
+from chromarpc_server.adapters.process_folder import PART_SUFFIX
+from chromarpc_server.disk_room import DiskRoom
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,59 +81,88 @@ class PartFile:
 
 
 class DownloadCache:
-    """Bounds a content store in size. Belongs to one process and one event loop.
+    """Bounds a content store in size. Belongs to one process; any thread may call it.
 
     A holder, of any kind, keeps one file from being evicted.
     """
 
-    def __init__(self, store: ContentStore, max_bytes: int) -> None:
-        """Makes the folder, and deletes what an interrupted download left in it.
+    def __init__(self, store: ContentStore, max_bytes: int, room: DiskRoom | None = None) -> None:
+        """Makes the folder, and deletes what interrupted downloads of earlier versions left in it.
 
         Args:
             store: of downloads.
             max_bytes: of all files; exceeded by files in use, and by downloads in progress.
+            room: on its disk; None is not asked.
 
         Raises:
             OSError: the folder cannot be used.
         """
         self._store = store
         self._max_bytes = max_bytes
+        self._room = room
         self._leases: dict[object, str] = {}
         """Holder to hash."""
-        store.folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in store.folder.glob("*.part"):
+        self._evicting = threading.Lock()
+        """Held while it is decided which files go, and while it is seen that one is there."""
+        try:
+            store.make_folder()
+        except OSError as error:
+            if not is_out_of_space(error):  # what is there can be used on a full disk too
+                raise
+        for abandoned in store.folder.glob(f"*{PART_SUFFIX}"):
             abandoned.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def part_file(self) -> Iterator[PartFile]:
-        """A new file in the folder, which is deleted at the end of the context unless `add` took it.
+    def part_file(self, expected_bytes: int = 0) -> Iterator[PartFile]:
+        """A new file, which is deleted at the end of the context unless `add` took it.
+
+        Args:
+            expected_bytes: how large it will be at least.
 
         Raises:
+            DiskFull: too little would be left on the disk.
             OSError: the folder cannot be written.
         """
-        descriptor, name = tempfile.mkstemp(dir=self._store.folder, suffix=".part")
+        if self._room is not None:
+            self._room.require(expected_bytes, "this adapter")
+        self._store.make_folder()
+        path = self._store.unfinished.path() / f"{secrets.token_hex(16)}{PART_SUFFIX}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                yield PartFile(Path(name), file)
+                yield PartFile(path, file)
         finally:
-            Path(name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
-    def add(self, part: PartFile) -> str:
-        """Puts a whole file in its place; its hash.
+    def keep(self, holder: object, part: PartFile) -> str:
+        """Keeps what will be in the place of a whole file until `release`; its hash."""
+        sha256 = part.digest.hexdigest()
+        self._leases[holder] = sha256
+        return sha256
+
+    def add(self, part: PartFile) -> None:
+        """Puts a whole file, synced before, in its place; outlasts a power failure.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        sha256 = part.digest.hexdigest()
-        self._store.place(part.path, sha256, part.size_bytes)
-        return sha256
+        self._store.place(part.path, part.digest.hexdigest())
 
     def hold(self, holder: object, sha256: str) -> bool:
         """Keeps the file with this hash until `release`; False where it is not there."""
-        if not self._store.path(sha256).exists():
-            return False
-        self._leases[holder] = sha256
-        return True
+        with self._evicting:
+            if not self._store.path(sha256).exists():
+                return False
+            self._leases[holder] = sha256
+            return True
+
+    def is_whole(self, sha256: str) -> bool:
+        """Whether the file with this hash is there and still has its bytes: reads it.
+
+        Raises:
+            OSError: it cannot be read, which says nothing of its bytes.
+        """
+        return self._store.is_whole(sha256)
 
     def use(self, holder: object, sha256: str) -> CachedFile:
         """Keeps the file with this hash until `release`, and makes it the one that was used last.
@@ -160,12 +193,17 @@ class DownloadCache:
         Raises:
             OSError: the folder cannot be read or written.
         """
-        files = [(path.stat(), path) for path in self._store.folder.glob("*.safetensors")]
-        excess = sum(status.st_size for status, _ in files) - self._max_bytes
-        held = set(self._leases.values())
-        for status, path in sorted(files, key=lambda file: file[0].st_atime_ns):
-            if excess <= 0:
-                break
-            if path.stem not in held:
-                self._store.remove(path.stem)
-                excess -= status.st_size
+        with self._evicting:
+            files = [(path.stat(), path) for path in self._store.folder.glob("*.safetensors")]
+            excess = sum(status.st_size for status, _ in files) - self._max_bytes
+            held = set(self._leases.values())
+            evicted = []
+            for status, path in sorted(files, key=lambda file: file[0].st_atime_ns):
+                if excess <= 0:
+                    break
+                if path.stem not in held:
+                    self._store.remove_file(path.stem)
+                    evicted.append(path.stem)
+                    excess -= status.st_size
+        if evicted:
+            self._store.drop_notes(evicted)

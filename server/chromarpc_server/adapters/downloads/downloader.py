@@ -60,6 +60,7 @@ class Downloader:
 
         Raises:
             TransientError: trying again may help.
+            DiskFull: too little would be left on the disk.
             ChromaError: trying again does not help; see `AdapterDownloads.fetch`.
             OSError: the folder cannot be written.
         """
@@ -69,7 +70,7 @@ class Downloader:
             "Accept-Encoding": "identity",
         }
         known = self._entity_tags.get(download.url)
-        if known is not None and not self._cache.hold(download, known.sha256):
+        if known is not None and not await self._hold_whole(download, known.sha256):
             known = None
         if known is not None:
             headers["If-None-Match"] = known.etag
@@ -88,18 +89,23 @@ class Downloader:
         total = _length_bytes(answer.headers)
         if total is not None and total > self._max_file_bytes:
             raise self._too_large()
-        with self._cache.part_file() as part:
+        with self._cache.part_file(total or 0) as part:
             await self._copy(download, answer, total, part)
             await asyncio.to_thread(part.sync)
             if part.size_bytes == 0:
                 raise LoraInvalid("the URL leads to an empty file")
-            sha256 = self._cache.add(part)
+            sha256 = self._cache.keep(download, part)
+            await asyncio.to_thread(self._cache.add, part)
         self._entity_tags.remember(download.url, answer.headers.get("etag", ""), sha256)
         file = self._cache.use(download, sha256)
-        self._cache.evict()
+        await asyncio.to_thread(self._cache.evict)
         fields = {"host": download.url.host, "sha256": sha256, "size_bytes": file.size_bytes}
         log.info("adapter.downloaded", extra={**fields, "seconds": round(time.monotonic() - started, 3)})
         return file
+
+    async def _hold_whole(self, download: SharedDownload, sha256: str) -> bool:
+        """Keeps the file with this hash, where it is there and still has its bytes."""
+        return self._cache.hold(download, sha256) and await asyncio.to_thread(self._cache.is_whole, sha256)
 
     async def _copy(self, download: SharedDownload, answer: Answer, total: int | None, part: PartFile) -> None:
         """Writes the body block by block, exactly `total` bytes if the head announced them."""

@@ -12,14 +12,14 @@ import re
 
 import httpx2
 
-from chromarpc_server.adapters.content_store import is_out_of_space
+from chromarpc_server.adapters.content_store import room_on_disk
 from chromarpc_server.adapters.downloads.cache import CachedFile, DownloadCache, Downloaded
 from chromarpc_server.adapters.downloads.downloader import Downloader
 from chromarpc_server.adapters.downloads.file_urls import file_url
 from chromarpc_server.adapters.downloads.sharing import Progress, SharedDownload, SharedDownloads
 from chromarpc_server.adapters.public_http.client import PublicClient, TransientError
 from chromarpc_server.domain.adapter_urls import url_problem
-from chromarpc_server.domain.errors import ChromaError, InvalidParameter, LoraDownloadFailed
+from chromarpc_server.domain.errors import ChromaError, DiskFull, InvalidParameter, LoraDownloadFailed
 from chromarpc_server.domain.limits import DownloadLimits
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class AdapterDownloads:
             LoraNotFound: the host has no such file.
             LoraForbidden: the host wants a token, or another one.
             LoraInvalid: the answer is a web page, encoded, or empty.
-            LoraDownloadFailed: no connection, a broken answer, another status, a time limit passed, or the disk is
-                full.
+            LoraDownloadFailed: no connection, a broken answer, another status, or a time limit passed.
+            DiskFull: the disk has no room for it.
             OSError: the folder cannot be written.
         """
         source = self.require_fetchable(url, field)
@@ -75,7 +75,9 @@ class AdapterDownloads:
             file = await self._in_progress.join(source, token, progress)
         except ChromaError as error:
             # Calls that share a download share its error: each blames its own field on a copy.
-            raise type(error)(error.message, field=field, retry_after_s=error.retry_after_s) from None
+            raise type(error)(
+                error.message, field=field, metadata=error.metadata, retry_after_s=error.retry_after_s
+            ) from None
         return self._cache.lend(file)
 
     def require_fetchable(self, url: str, field: str) -> httpx2.URL:
@@ -101,7 +103,8 @@ class AdapterDownloads:
             async with asyncio.timeout(self._limits.total_s):
                 while True:
                     try:
-                        return await self._downloader.try_once(download)
+                        with room_on_disk("this adapter"):
+                            return await self._downloader.try_once(download)
                     except TransientError as error:
                         tries += 1
                         wait_s = max(pause_s, error.retry_after_s or 0.0)
@@ -113,8 +116,6 @@ class AdapterDownloads:
                     pause_s *= 2
         except TimeoutError:
             raise LoraDownloadFailed(f"the download took longer than {self._limits.total_s:g} s") from None
-        except OSError as error:
-            if not is_out_of_space(error):
-                raise
+        except DiskFull:
             log.error("adapter.download_without_room", extra={"host": download.url.host})  # noqa: TRY400 - says it all
-            raise LoraDownloadFailed("the server's disk has no room for this adapter") from None
+            raise

@@ -43,6 +43,7 @@ def require_room(
     unfinished: Collection[UnfinishedUpload],
     store: ContentStore,
     now: float,
+    replaced_bytes: int = 0,
 ) -> None:
     """Checks that one more upload fits within what its caller may have, and within what the server takes.
 
@@ -54,7 +55,8 @@ def require_room(
         caller: whose it is.
         unfinished: all uploads under way, everybody's.
         store: the uploads that were kept.
-        now: seconds since the epoch.
+        now: on the clock that uploads expire by, in seconds.
+        replaced_bytes: of the caller's own upload that the new one takes the place of.
 
     Raises:
         QuotaExceeded: the caller has as many bytes of uploads as it may.
@@ -63,7 +65,7 @@ def require_room(
     own = [upload for upload in unfinished if upload.owner == caller.name]
     _require_fewer(own, limits.max_open, "caller", "you have", now)
     _require_fewer(unfinished, limits.max_open_in_all, "server", "the server has", now)
-    own_bytes = store.total_bytes(caller.name) + _announced_bytes(own)
+    own_bytes = store.total_bytes(caller.name) - replaced_bytes + _announced_bytes(own)
     quota = caller.limits.max_upload_bytes
     if own_bytes + size_bytes > quota:
         raise QuotaExceeded.of(
@@ -73,7 +75,7 @@ def require_room(
             f"{size_bytes} bytes more than the {own_bytes} of your uploads exceed the {quota} that you may have: "
             "delete some",
         )
-    if store.total_bytes() + _announced_bytes(unfinished) + size_bytes > limits.max_total_bytes:
+    if store.total_bytes() - replaced_bytes + _announced_bytes(unfinished) + size_bytes > limits.max_total_bytes:
         message = f"{size_bytes} bytes more exceed the {limits.max_total_bytes} of uploads that this server keeps"
         total = QuotaViolation("server", "max_uploads_bytes", limits.max_total_bytes, message)
         raise UploadsFull(f"{message}: delete some", quota=total)

@@ -7,23 +7,22 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
-from chromarpc_server.adapters.content_store import ContentStore, entries_of
+from chromarpc_server.adapters.content_store import ContentStore, room_on_disk
 from chromarpc_server.adapters.names import display_name, require_hash
+from chromarpc_server.adapters.process_folder import PART_SUFFIX
 from chromarpc_server.adapters.stored_lora import StoredLora
 from chromarpc_server.adapters.uploads.limits import require_chunk_size, require_file_size, require_room
-from chromarpc_server.adapters.uploads.unfinished import UnfinishedUpload, room_on_disk
+from chromarpc_server.adapters.uploads.unfinished import UnfinishedUpload
+from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.callers import NOBODY, Caller
 from chromarpc_server.domain.errors import LoraNotFound, UploadNotFound
 from chromarpc_server.domain.limits import UploadLimits
 
 log = logging.getLogger(__name__)
-
-PART_SUFFIX = ".part"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class _Finished:
     owner: str
     sha256: str
     expires_at: float
-    """Seconds since the epoch, when it is forgotten."""
+    """When it is forgotten, on the clock that uploads expire by."""
 
 
 class UploadRegistry:
@@ -56,23 +55,26 @@ class UploadRegistry:
     def __init__(
         self,
         store: ContentStore,
-        folder: Path,
         limits: UploadLimits | None = None,
         *,
-        clock: Callable[[], float] = time.time,
+        room: DiskRoom | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Touches no file; `drop_expired` and the first upload do.
+        """Touches no file.
 
         Args:
             store: keeps the files of uploads that are whole.
-            folder: for the files of unfinished uploads, on the same file system; is made with the first upload.
             limits: of uploads.
-            clock: seconds since the epoch.
+            room: on the store's disk; None is not asked.
+            clock: decides when uploads expire; in seconds, and never set back or forward.
+            wall_clock: seconds since the epoch, to tell callers when that will be.
         """
         self._store = store
-        self._folder = folder
         self._limits = limits or UploadLimits()
+        self._room = room
         self._clock = clock
+        self._wall_clock = wall_clock
         self._lock = threading.Lock()
         """Held while `_unfinished` or `_finished` is changed."""
         self._unfinished: dict[str, UnfinishedUpload] = {}
@@ -102,19 +104,34 @@ class UploadRegistry:
         Raises:
             InvalidParameter: too large, or not a hash.
             QuotaExceeded: the caller has as many bytes of uploads as it may.
-            UploadsFull: too many uploads are under way, the server keeps no more bytes, or its disk is full.
+            UploadsFull: too many uploads are under way, or the server keeps no more bytes.
+            DiskFull: its disk has no room for it.
         """
         require_file_size(self._limits, size_bytes)
         announced = None if sha256 is None else require_hash(sha256, "sha256")
         upload_id = secrets.token_urlsafe(24)
+        replaced = None if announced is None else self._store.find(announced, caller.name)
         now = self._clock()
         with self._lock:
             self._drop_expired()
             unfinished = self._unfinished.values()
-            require_room(self._limits, size_bytes, caller, unfinished=unfinished, store=self._store, now=now)
-            self._make_folders()
+            require_room(
+                self._limits,
+                size_bytes,
+                caller,
+                unfinished=unfinished,
+                store=self._store,
+                now=now,
+                replaced_bytes=0 if replaced is None else replaced.size_bytes,
+            )
+            if self._room is not None:
+                missing = sum(upload.size_bytes - upload.received_bytes for upload in unfinished)
+                self._room.require(size_bytes + missing, "this upload")
+            with room_on_disk("this upload"):
+                self._store.make_folder()
+                folder = self._store.unfinished.path()
             upload = UnfinishedUpload(
-                path=self._folder / f"{secrets.token_hex(16)}{PART_SUFFIX}",
+                path=folder / f"{secrets.token_hex(16)}{PART_SUFFIX}",
                 owner=caller.name,
                 filename=display_name(filename),
                 size_bytes=size_bytes,
@@ -123,7 +140,7 @@ class UploadRegistry:
             )
             upload.create_file()
             self._unfinished[upload_id] = upload
-        return _state(upload_id, upload)
+        return self._state(upload_id, upload)
 
     def append(self, upload_id: str, offset: int, chunk: bytes, owner: str = NOBODY.name) -> UploadState:
         """Takes the next bytes of an upload, or the same ones again, and puts off its expiry.
@@ -138,13 +155,13 @@ class UploadRegistry:
             UploadNotFound: the owner has no such upload, or it was dropped.
             UploadOutOfOrder: the bytes neither go on where the upload is nor repeat what it has.
             InvalidParameter: no bytes, too many at once, or more than was announced.
-            UploadsFull: the disk is full.
+            DiskFull: the disk has no room for it.
         """
         require_chunk_size(self._limits, len(chunk))
         with self._opened(upload_id, owner) as upload:
             upload.append(offset, chunk)
             upload.expires_at = self._clock() + self._limits.expiry_s
-            return _state(upload_id, upload)
+            return self._state(upload_id, upload)
 
     def finalize(self, upload_id: str, sha256: str, owner: str = NOBODY.name) -> StoredLora:
         """Ends an upload and keeps its file; asked again, gives the same answer.
@@ -155,7 +172,7 @@ class UploadRegistry:
             InvalidParameter: not a hash.
             LoraInvalid: another hash, or not an adapter file; the upload is dropped.
             LoraNotFound: the adapter was deleted since.
-            UploadsFull: the disk is full; the upload is dropped.
+            DiskFull: the disk has no room for it; the upload is dropped.
         """
         wanted = require_hash(sha256, "sha256")
         try:
@@ -171,7 +188,7 @@ class UploadRegistry:
         return found
 
     def drop_expired(self) -> None:
-        """Drops the uploads that had no bytes for `limits.expiry_s`, of this process and of earlier ones."""
+        """Drops the uploads that had no bytes for `limits.expiry_s`."""
         with self._lock:
             self._drop_expired()
 
@@ -181,9 +198,9 @@ class UploadRegistry:
             upload.require_all_bytes()
             try:
                 upload.require_adapter(sha256)
-                with room_on_disk():
+                with room_on_disk("this upload"):
                     upload.sync()
-                    self._store.add(upload.path, sha256, upload.size_bytes, upload.owner, upload.filename)
+                    self._store.add(upload.path, sha256, upload.owner, upload.filename)
                 with self._lock:
                     expires_at = self._clock() + self._limits.expiry_s
                     self._finished[upload_id] = _Finished(owner, sha256, expires_at)
@@ -213,7 +230,7 @@ class UploadRegistry:
             yield upload
 
     def _drop_expired(self) -> None:
-        """Drops what has expired, and deletes old files of uploads that are not known; the lock must be held."""
+        """Drops what has expired; the lock must be held."""
         now = self._clock()
         for upload_id, upload in list(self._unfinished.items()):
             if upload.expires_at <= now and upload.lock.acquire(blocking=False):
@@ -223,19 +240,8 @@ class UploadRegistry:
                     upload.lock.release()
                 del self._unfinished[upload_id]
         self._finished = {key: value for key, value in self._finished.items() if value.expires_at > now}
-        known = {upload.path.name for upload in self._unfinished.values()}
-        for entry in entries_of(self._folder):
-            # Another server's uploads may lie here too: their files are as old as their last chunk.
-            with suppress(OSError):
-                last_chunk_at = entry.stat(follow_symlinks=False).st_mtime
-                if entry.name not in known and last_chunk_at <= now - self._limits.expiry_s:
-                    Path(entry.path).unlink()
 
-    def _make_folders(self) -> None:
-        with room_on_disk():
-            self._store.make_folder()
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def _state(upload_id: str, upload: UnfinishedUpload) -> UploadState:
-    return UploadState(upload_id, upload.received_bytes, datetime.fromtimestamp(upload.expires_at, UTC))
+    def _state(self, upload_id: str, upload: UnfinishedUpload) -> UploadState:
+        left_s = upload.expires_at - self._clock()
+        expires = datetime.fromtimestamp(self._wall_clock() + left_s, UTC)
+        return UploadState(upload_id, upload.received_bytes, expires)

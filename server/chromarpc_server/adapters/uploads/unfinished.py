@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chromarpc_server.adapters.content_store import is_out_of_space
-from chromarpc_server.domain.errors import InvalidParameter, LoraInvalid, UploadOutOfOrder, UploadsFull
+from chromarpc_server.adapters.content_store import room_on_disk
+from chromarpc_server.domain.errors import InvalidParameter, LoraInvalid, UploadOutOfOrder
 from chromarpc_server.pipeline.adapters import require_adapter_file
 
 
@@ -28,7 +26,7 @@ class UnfinishedUpload:
     """Of the whole file, as announced."""
     announced_sha256: str | None
     expires_at: float
-    """Seconds since the epoch."""
+    """On the clock that uploads expire by, in seconds."""
     received_bytes: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
     """Of what was received."""
@@ -40,9 +38,9 @@ class UnfinishedUpload:
         """Makes the empty file, for this user alone.
 
         Raises:
-            UploadsFull: the disk is full.
+            DiskFull: the disk is full.
         """
-        with room_on_disk():
+        with room_on_disk("this upload"):
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
     def append(self, offset: int, chunk: bytes) -> None:
@@ -55,13 +53,13 @@ class UnfinishedUpload:
         Raises:
             InvalidParameter: the chunk ends beyond the announced size.
             UploadOutOfOrder: the bytes neither go on where the upload is nor repeat what it has.
-            UploadsFull: the disk is full.
+            DiskFull: the disk is full.
         """
         end = offset + len(chunk)
         if end > self.size_bytes:
             raise InvalidParameter(f"ends at byte {end} of an upload of {self.size_bytes} bytes", field="chunk")
         if offset == self.received_bytes:
-            with room_on_disk(), self.path.open("r+b") as part:
+            with room_on_disk("this upload"), self.path.open("r+b") as part:
                 part.seek(offset)
                 part.write(chunk)
             self.digest.update(chunk)
@@ -117,18 +115,3 @@ class UnfinishedUpload:
             field="offset",
             metadata={"expected_offset": str(self.received_bytes)},
         )
-
-
-@contextmanager
-def room_on_disk() -> Iterator[None]:
-    """Reports a full disk as an error for the caller.
-
-    Raises:
-        UploadsFull: what is done in the context finds no room on the disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        if is_out_of_space(error):
-            raise UploadsFull("the server's disk has no room for this upload") from None
-        raise

@@ -17,7 +17,7 @@ from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.job import AnyJob, DamagedJob, EndedJob, Job
 from chromarpc_server.jobs.log import LoggedEvent, StoredEvent
-from chromarpc_server.jobs.store import records
+from chromarpc_server.jobs.store import records, stored_jobs
 from chromarpc_server.jobs.store.database import Database
 from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images, sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
@@ -25,13 +25,7 @@ from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED, AnyRow, EndRow, NewRow, StoreSize
 from chromarpc_server.jobs.store.sqlite_file import FILE
 from chromarpc_server.jobs.store.store_thread import ImageReader, StoreThread, deleted
-from chromarpc_server.jobs.store.stored_jobs import (
-    Unfinished,
-    damaged_job,
-    ended_job,
-    read_events,
-    unfinished_job,
-)
+from chromarpc_server.jobs.store.stored_jobs import StoredRequest, Unfinished
 from chromarpc_server.jobs.store.unusable import StoreUnusable
 
 _STATES = {Completed: SUCCEEDED, Failed: FAILED, Cancelled: CANCELLED}
@@ -279,10 +273,10 @@ class JobStore:
         readable = []
         for row in found:
             try:
-                readable.append(unfinished_job(row))
+                readable.append(stored_jobs.unfinished_job(row))
             except JobDamaged as error:
                 self._thread.damage["row"] += 1
-                self._unreadable[row["id"]] = damaged_job(row, error)
+                self._unreadable[row["id"]] = stored_jobs.damaged_job(row, error)
         return readable, is_counted
 
     async def count_start(self) -> None:
@@ -317,8 +311,21 @@ class JobStore:
             JobDamaged: it cannot be read.
             StoreUnavailable, StoreDamaged: the store cannot be read.
         """
+        for job in self._unreadable.values():
+            if (job.owner, job.request_id) == (owner, request_id):
+                raise job.error
         row = await self._thread.ask(self._database.ended_by_request, owner, request_id)
         return None if row is None else self._ended(row)
+
+    async def request_of(self, owner: str, job_id: str) -> StoredRequest | None:
+        """What one of the owner's jobs that ended was asked for.
+
+        Raises:
+            JobDamaged: it cannot be read.
+            StoreUnavailable, StoreDamaged: the store cannot be read.
+        """
+        row = await self._thread.ask(self._database.ended, owner, job_id)
+        return None if row is None else stored_jobs.stored_request(row)
 
     async def page(
         self,
@@ -391,7 +398,7 @@ class JobStore:
 
     def _ended(self, row: AnyRow) -> EndedJob:
         try:
-            return ended_job(row, self._load, self._reader.open)
+            return stored_jobs.ended_job(row, self._load, self._reader.open)
         except JobDamaged:
             self._thread.damage["row"] += 1
             raise
@@ -400,14 +407,14 @@ class JobStore:
         try:
             return self._ended(row)
         except JobDamaged as error:
-            return damaged_job(row, error)
+            return stored_jobs.damaged_job(row, error)
 
     async def _load(self, job_id: str, accepted: Accepted) -> tuple[StoredEvent, ...]:
         found = await self._thread.ask(self._database.events, job_id)
         if found is None:
             raise deleted()
         try:
-            return read_events(job_id, *found, accepted)
+            return stored_jobs.read_events(job_id, *found, accepted)
         except JobDamaged:
             self._thread.damage["row"] += 1
             raise

@@ -71,11 +71,16 @@ class KnownAdapter:
 
     @classmethod
     def of(cls, file: AdapterFile, sha256: str | None = None) -> KnownAdapter:
-        """What the file system says of the file."""
-        return cls(file.size_bytes, file.modified_ns, file.inode, sha256)
+        """What the file system says of the file, and its hash where it is known."""
+        return cls(file.size_bytes, file.modified_ns, file.inode, sha256 or file.sha256)
 
     def is_still(self, file: AdapterFile) -> bool:
-        """Whether the file has not been written since."""
+        """Whether the file has not been written since.
+
+        One that is named by its hash may have been: its bytes are checked when they are read.
+        """
+        if file.sha256 is not None:
+            return self.sha256 in (None, file.sha256)
         return KnownAdapter.of(file, self.sha256) == self
 
 

@@ -23,19 +23,28 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class StoredRequest:
+    """What a job was asked for, and what it takes to draw the same again."""
+
+    owner: str
+    plan: Plan
+    has_prompts: bool
+    """Whether the plan says what to draw."""
+    needs_token: bool
+    """Whether one of its URLs was given with a token, which is not stored."""
+    adapters: tuple[KnownAdapter | None, ...]
+    """What is known of each; None for one that was not fetched."""
+
+
+@dataclass(frozen=True)
+class Unfinished(StoredRequest):
     """A job that an earlier process was to run."""
 
     id: str
-    owner: str
-    plan: Plan
     fingerprint: str
     created_us: int
     admitted_kept_us: int
     """In the store's own time."""
-    has_prompts: bool
-    needs_token: bool
-    adapters: tuple[KnownAdapter | None, ...]
     starts: int
     """Processes that took it over, this one included."""
     attempts: int
@@ -56,14 +65,10 @@ def unfinished_job(row: rows.Row) -> Unfinished:
     def read() -> Unfinished:
         return Unfinished(
             id=row["id"],
-            owner=row["owner"],
-            plan=_plan(row),
+            **vars(_request(row)),
             fingerprint=row["fingerprint"],
             created_us=row["created_us"],
             admitted_kept_us=row["admitted_kept_us"],
-            has_prompts=bool(row["has_prompts"]),
-            needs_token=bool(row["needs_token"]),
-            adapters=records.read_adapters(row["adapters"]),
             starts=row["starts"],
             attempts=row["attempts"],
             was_begun=row["started_us"] is not None,
@@ -71,6 +76,17 @@ def unfinished_job(row: rows.Row) -> Unfinished:
         )
 
     return _readable(row, read)
+
+
+def stored_request(row: AnyRow) -> StoredRequest:
+    """What a job that ended was asked for.
+
+    Raises:
+        JobDamaged: the row cannot be read; the error quotes nothing of it.
+    """
+    if isinstance(row, LostRow):
+        raise _lost(row)
+    return _readable(row, lambda: _request(row))
 
 
 def ended_job(
@@ -89,7 +105,7 @@ def ended_job(
         JobDamaged: the row cannot be read; the error quotes nothing of it.
     """
     if isinstance(row, LostRow):
-        raise _logged(rows.damaged(row.id, "its row in the database is damaged"))
+        raise _lost(row)
 
     def read() -> EndedJob:
         plan, job_id, started_us = _plan(row), row["id"], row["started_us"]
@@ -118,8 +134,9 @@ def ended_job(
 def damaged_job(row: AnyRow, error: JobDamaged) -> DamagedJob:
     """What a list says of a job that cannot be read."""
     if isinstance(row, LostRow):
-        return DamagedJob(row.id, row.owner, records.from_microseconds(row.created_us), error)
-    return DamagedJob(str(row["id"]), str(row["owner"]), records.from_microseconds(row["created_us"]), error)
+        return DamagedJob(row.id, row.owner, None, records.from_microseconds(row.created_us), error)
+    created = records.from_microseconds(row["created_us"])
+    return DamagedJob(row["id"], row["owner"], row["request_id"], created, error)
 
 
 def read_events(job_id: str, events: bytes, check: str | None, accepted: Accepted) -> tuple[StoredEvent, ...]:
@@ -137,6 +154,16 @@ def read_events(job_id: str, events: bytes, check: str | None, accepted: Accepte
         raise _logged(rows.damaged(job_id, "its events are damaged")) from None
 
 
+def _request(row: rows.Row) -> StoredRequest:
+    return StoredRequest(
+        owner=row["owner"],
+        plan=_plan(row),
+        has_prompts=bool(row["has_prompts"]),
+        needs_token=bool(row["needs_token"]),
+        adapters=records.read_adapters(row["adapters"]),
+    )
+
+
 def _plan(row: rows.Row) -> Plan:
     plan = records.read_plan(row["plan"])
     return replace(plan, detached=True) if row["detached"] else plan
@@ -150,6 +177,10 @@ def _readable(row: rows.Row, read: Callable[[], _T]) -> _T:
         raise _logged(error) from None
     except Exception:  # noqa: BLE001 - whatever it is, its message may quote what it could not read: prompts
         raise _logged(rows.damaged(row["id"], "its columns are damaged")) from None
+
+
+def _lost(row: LostRow) -> JobDamaged:
+    return _logged(rows.damaged(row.id, "its row in the database is damaged"))
 
 
 def _logged(error: JobDamaged) -> JobDamaged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 
@@ -57,15 +56,6 @@ def generation_request(message: generation_service_pb2.GenerateRequest) -> Gener
         trainer=trainer_request(message.trainer) if message.HasField("trainer") else None,
         unknown_fields=tuple(unknown),
     )
-
-
-def fingerprint(request: generation_service_pb2.GenerateRequest) -> str:
-    """Hash of what a request asks for, hexadecimal; of neither its id nor its secrets."""
-    asked = generation_service_pb2.GenerateRequest()
-    asked.CopyFrom(request)
-    asked.ClearField("request_id")
-    asked.ClearField("hf_token")
-    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _prompt(message: generation_service_pb2.Prompt) -> PromptRequest:

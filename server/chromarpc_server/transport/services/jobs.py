@@ -17,9 +17,10 @@ from chromarpc_server.domain.errors import (
     ImageNotFound,
     InvalidParameter,
 )
-from chromarpc_server.domain.resolve import Serving, resolve
+from chromarpc_server.domain.resolve import Serving, is_request_id, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob, DamagedJob
+from chromarpc_server.jobs.redraw import Redraw
 from chromarpc_server.jobs.registry import Selection, place
 from chromarpc_server.transport.messages.events import encoded_event, heartbeat, image_header_message
 from chromarpc_server.transport.messages.jobs import STATES, damaged_job_message, job_message
@@ -134,6 +135,17 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         _require_id(request.job_id)
         await self._engine.jobs.delete(current_caller().name, request.job_id)
         return job_service_pb2.DeleteJobResponse()
+
+    async def RedrawJob(  # noqa: N802
+        self, request: job_service_pb2.RedrawJobRequest, context: Any
+    ) -> job_service_pb2.RedrawJobResponse:
+        """Queues a job that draws one that ended again; answers once it is stored."""
+        _require_id(request.job_id)
+        if request.request_id and not is_request_id(request.request_id):
+            raise InvalidParameter("not a UUID", field="request_id")
+        redraw = Redraw(request.job_id, current_caller(), request.request_id or None)
+        job, existed = await self._engine.redraw(redraw, self._serving)
+        return job_service_pb2.RedrawJobResponse(job=self._message(job), existed=existed)
 
     async def GetImage(  # noqa: N802
         self, request: job_service_pb2.GetImageRequest, context: Any

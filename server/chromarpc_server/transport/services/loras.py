@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import AsyncIterator
+from typing import Self
 
 import grpc
 
@@ -23,6 +24,7 @@ from chromarpc_server.domain.errors import (
     InvalidParameter,
     JobCancelled,
     LoraChanged,
+    LoraDamaged,
     LoraError,
 )
 from chromarpc_server.domain.models import CHROMA, ModelSpec
@@ -37,6 +39,8 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 MAX_FETCHING = 4
 """Downloads at once that are for inspections; others wait. Those of jobs are bounded by the queue."""
+MAX_CHECKING = 2
+"""Files at once that are read before an upload begins, to see whether they are whole; others wait."""
 
 _ORDER = (LoraSource.ROOT, LoraSource.UPLOAD, LoraSource.DOWNLOAD)
 
@@ -55,6 +59,7 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         self._inspecting = asyncio.Lock()
         """One at a time: each holds a whole file in memory."""
         self._fetching = asyncio.Semaphore(MAX_FETCHING)
+        self._checking = asyncio.Semaphore(MAX_CHECKING)
         self._norms = WeightNorms()
 
     async def ListLoras(  # noqa: N802
@@ -86,27 +91,21 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
     ) -> lora_service_pb2.InspectLoraResponse:
         """Answers what an adapter is and what it does to a model."""
         spec = self._model(request.model if request.HasField("model") else CHROMA.id)
-        is_unwanted = threading.Event()
+        stop = _Stop()
         owner = current_caller().name
-
-        def check() -> None:
-            if is_unwanted.is_set():
-                raise JobCancelled("the caller cancelled or went away")
 
         def inspect(file: AdapterFile) -> AdapterInspection:
             files = self._model_files.require(spec)
             try:
-                found = inspect_adapter(file, files, self._norms, check=check)
-            except (LoraError, LoraChanged) as error:
+                found = inspect_adapter(file, files, self._norms, check=stop.check)
+            except (LoraError, LoraChanged, LoraDamaged) as error:
                 raise error.at("path") from None
             self._library.learn(file, found.sha256)
             return found
 
         async with self._found(request.path, request.hf_token or None, owner) as file, self._inspecting:
-            try:
+            with stop:
                 found = await asyncio.to_thread(inspect, file)
-            finally:
-                is_unwanted.set()
         return lora_service_pb2.InspectLoraResponse(inspection=inspection_message(request.path, spec.id, found))
 
     async def DeleteLora(  # noqa: N802
@@ -125,11 +124,11 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
             lora_service_pb2.CreateLoraUploadRequest, lora_service_pb2.CreateLoraUploadResponse
         ],
     ) -> lora_service_pb2.CreateLoraUploadResponse:
-        """Begins an upload, unless its bytes were uploaded before; a download may leave its cache at any time."""
+        """Begins an upload, unless its bytes were uploaded before and are whole; a download may go at any time."""
         library, caller = self._library, current_caller()
         sha256 = request.sha256 if request.HasField("sha256") else None
-        existing = None if sha256 is None else await asyncio.to_thread(library.find, sha256, caller.name)
-        if existing is not None and existing.source is LoraSource.UPLOAD:
+        existing = None if sha256 is None else await self._whole_upload(sha256, caller.name)
+        if existing is not None:
             return lora_service_pb2.CreateLoraUploadResponse(existing=stored_lora_message(existing))
         state = await asyncio.to_thread(
             library.uploads.create, request.filename, request.size_bytes, sha256, caller
@@ -168,6 +167,11 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         )
         return lora_service_pb2.FinalizeLoraUploadResponse(lora=stored_lora_message(lora))
 
+    async def _whole_upload(self, sha256: str, owner: str) -> StoredLora | None:
+        async with self._checking:
+            with _Stop() as stop:
+                return await asyncio.to_thread(self._library.whole_upload, sha256, owner, stop.check)
+
     @contextlib.asynccontextmanager
     async def _found(self, path: str, hf_token: str | None, owner: str) -> AsyncIterator[AdapterFile]:
         """The adapter's file, which stays where it is while the context lasts.
@@ -184,7 +188,9 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
                         asked, found, token=hf_token, emit=lambda _: None, owner=owner
                     )
         except ChromaError as error:
-            raise type(error)(error.message, field="path", retry_after_s=error.retry_after_s) from None
+            raise type(error)(
+                error.message, field="path", metadata=error.metadata, retry_after_s=error.retry_after_s
+            ) from None
         try:
             yield found.complete[0]
         finally:
@@ -195,6 +201,28 @@ class LoraServicer(lora_service_pb2_grpc.LoraServiceServicer):
         if model_id not in models:
             raise model_not_found(model_id, models)
         return models[self._serving.aliases.get(model_id, model_id)]
+
+
+class _Stop:
+    """Stops a thread's work once the context that waits for it ends."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+
+    def check(self) -> None:
+        """Called by the thread.
+
+        Raises:
+            JobCancelled: nobody waits any more.
+        """
+        if self._is_over.is_set():
+            raise JobCancelled("the caller cancelled or went away")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
 
 
 def _position(lora: StoredLora) -> tuple[int, str]:

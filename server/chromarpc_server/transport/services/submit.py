@@ -11,8 +11,9 @@ from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.submission import Submission
+from chromarpc_server.transport.messages.fingerprints import fingerprint
 from chromarpc_server.transport.messages.jobs import require_describable
-from chromarpc_server.transport.messages.requests import fingerprint, generation_request
+from chromarpc_server.transport.messages.requests import generation_request
 
 
 async def submit(

@@ -133,7 +133,7 @@ export enum ErrorReason {
   IMAGE_NOT_FOUND = 13,
 
   /**
-   * FAILED_PRECONDITION. The job waits or runs. What to do: cancel the job first.
+   * FAILED_PRECONDITION. The job waits or runs. What to do: wait for the job's end, or cancel it first.
    *
    * @generated from enum value: ERROR_REASON_JOB_NOT_ENDED = 14;
    */
@@ -172,8 +172,8 @@ export enum ErrorReason {
   LORA_CHANGED = 18,
 
   /**
-   * FAILED_PRECONDITION. After a restart the job needs what the server does not store: a token, or its prompts.
-   * What to do: send the request again, with its token.
+   * FAILED_PRECONDITION. After a restart, or to be drawn again, the job needs what is not stored: a token, or its
+   * prompts. What to do: send the request again, with its token.
    *
    * @generated from enum value: ERROR_REASON_NOT_KEPT = 19;
    */

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/job_service.proto.
  */
 export const file_chromarpc_v1_job_service: GenFile = /*@__PURE__*/
-  fileDesc("Ch5jaHJvbWFycGMvdjEvam9iX3NlcnZpY2UucHJvdG8SDGNocm9tYXJwYy52MSL3AwoDSm9iEg4KBmpvYl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEiUKBXN0YXRlGAMgASgOMhYuY2hyb21hcnBjLnYxLkpvYlN0YXRlEi8KC2NyZWF0ZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpzdGFydF90aW1lGAUgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIsCghlbmRfdGltZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLZXhwaXJlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiQKBHBsYW4YCCABKAsyFi5jaHJvbWFycGMudjEuQWNjZXB0ZWQSFQoNbGFzdF9zZXF1ZW5jZRgJIAEoBBIWCg5xdWV1ZV9wb3NpdGlvbhgKIAEoBRISCgpkb25lX3N0ZXBzGAsgASgFEhMKC3RvdGFsX3N0ZXBzGAwgASgFEikKBmltYWdlcxgNIAMoCzIZLmNocm9tYXJwYy52MS5JbWFnZUhlYWRlchIlCgdmYWlsdXJlGA4gASgLMhQuY2hyb21hcnBjLnYxLkZhaWxlZBIVCg1hdHRlbXB0X2NvdW50GA8gASgFIkIKEENyZWF0ZUpvYlJlcXVlc3QSLgoHcmVxdWVzdBgBIAEoCzIdLmNocm9tYXJwYy52MS5HZW5lcmF0ZVJlcXVlc3QiRAoRQ3JlYXRlSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlMKD1dhdGNoSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAQSGAoQb21pdF9pbWFnZV9ieXRlcxgDIAEoCCI5ChBXYXRjaEpvYlJlc3BvbnNlEiUKBWV2ZW50GAEgASgLMhYuY2hyb21hcnBjLnYxLkpvYkV2ZW50Ih8KDUdldEpvYlJlcXVlc3QSDgoGam9iX2lkGAEgASgJIjAKDkdldEpvYlJlc3BvbnNlEh4KA2pvYhgBIAEoCzIRLmNocm9tYXJwYy52MS5Kb2IikwEKD0xpc3RKb2JzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCRImCgZzdGF0ZXMYAyADKA4yFi5jaHJvbWFycGMudjEuSm9iU3RhdGUSMQoNY3JlYXRlZF9hZnRlchgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiTAoQTGlzdEpvYnNSZXNwb25zZRIfCgRqb2JzGAEgAygLMhEuY2hyb21hcnBjLnYxLkpvYhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiTwoQQ2FuY2VsSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRIXCg93aGVuX3VuYXR0ZW5kZWQYAyABKAgiMwoRQ2FuY2VsSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYiIiChBEZWxldGVKb2JSZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCSITChFEZWxldGVKb2JSZXNwb25zZSJNCg9HZXRJbWFnZVJlcXVlc3QSDgoGam9iX2lkGAEgASgJEhQKDHByb21wdF9pbmRleBgCIAEoBRIUCgxvZmZzZXRfYnl0ZXMYAyABKAQifgoQR2V0SW1hZ2VSZXNwb25zZRIxCgxpbWFnZV9oZWFkZXIYASABKAsyGS5jaHJvbWFycGMudjEuSW1hZ2VIZWFkZXJIABIvCgtpbWFnZV9jaHVuaxgCIAEoCzIYLmNocm9tYXJwYy52MS5JbWFnZUNodW5rSABCBgoEcGFydCqaAQoISm9iU3RhdGUSGQoVSk9CX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQSk9CX1NUQVRFX1FVRVVFRBABEhUKEUpPQl9TVEFURV9SVU5OSU5HEAISFwoTSk9CX1NUQVRFX1NVQ0NFRURFRBADEhQKEEpPQl9TVEFURV9GQUlMRUQQBBIXChNKT0JfU1RBVEVfQ0FOQ0VMTEVEEAUyvgQKCkpvYlNlcnZpY2USTAoJQ3JlYXRlSm9iEh4uY2hyb21hcnBjLnYxLkNyZWF0ZUpvYlJlcXVlc3QaHy5jaHJvbWFycGMudjEuQ3JlYXRlSm9iUmVzcG9uc2USUAoIV2F0Y2hKb2ISHS5jaHJvbWFycGMudjEuV2F0Y2hKb2JSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLldhdGNoSm9iUmVzcG9uc2UiA5ACATABEkgKBkdldEpvYhIbLmNocm9tYXJwYy52MS5HZXRKb2JSZXF1ZXN0GhwuY2hyb21hcnBjLnYxLkdldEpvYlJlc3BvbnNlIgOQAgESTgoITGlzdEpvYnMSHS5jaHJvbWFycGMudjEuTGlzdEpvYnNSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkxpc3RKb2JzUmVzcG9uc2UiA5ACARJRCglDYW5jZWxKb2ISHi5jaHJvbWFycGMudjEuQ2FuY2VsSm9iUmVxdWVzdBofLmNocm9tYXJwYy52MS5DYW5jZWxKb2JSZXNwb25zZSIDkAICElEKCURlbGV0ZUpvYhIeLmNocm9tYXJwYy52MS5EZWxldGVKb2JSZXF1ZXN0Gh8uY2hyb21hcnBjLnYxLkRlbGV0ZUpvYlJlc3BvbnNlIgOQAgISUAoIR2V0SW1hZ2USHS5jaHJvbWFycGMudjEuR2V0SW1hZ2VSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdldEltYWdlUmVzcG9uc2UiA5ACATABQpoBCgxjaHJvbWFycGMudjFCD0pvYlNlcnZpY2VQcm90b1ABWhhjaHJvbWFycGMvdjE7Y2hyb21hcnBjdjGiAgNDUlCqAgxDaHJvbWFycGMuVjG6Ag1DaHJvbWFycGNfVjFfygIMQ2hyb21hcnBjXFYx4gIYQ2hyb21hcnBjXFYxXEdQQk1ldGFkYXRh6gINQ2hyb21hcnBjOjpWMWIGcHJvdG8z", [file_chromarpc_v1_generation_service, file_chromarpc_v1_job_event, file_google_protobuf_timestamp]);
+  fileDesc("Ch5jaHJvbWFycGMvdjEvam9iX3NlcnZpY2UucHJvdG8SDGNocm9tYXJwYy52MSL3AwoDSm9iEg4KBmpvYl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEiUKBXN0YXRlGAMgASgOMhYuY2hyb21hcnBjLnYxLkpvYlN0YXRlEi8KC2NyZWF0ZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpzdGFydF90aW1lGAUgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIsCghlbmRfdGltZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLZXhwaXJlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiQKBHBsYW4YCCABKAsyFi5jaHJvbWFycGMudjEuQWNjZXB0ZWQSFQoNbGFzdF9zZXF1ZW5jZRgJIAEoBBIWCg5xdWV1ZV9wb3NpdGlvbhgKIAEoBRISCgpkb25lX3N0ZXBzGAsgASgFEhMKC3RvdGFsX3N0ZXBzGAwgASgFEikKBmltYWdlcxgNIAMoCzIZLmNocm9tYXJwYy52MS5JbWFnZUhlYWRlchIlCgdmYWlsdXJlGA4gASgLMhQuY2hyb21hcnBjLnYxLkZhaWxlZBIVCg1hdHRlbXB0X2NvdW50GA8gASgFIkIKEENyZWF0ZUpvYlJlcXVlc3QSLgoHcmVxdWVzdBgBIAEoCzIdLmNocm9tYXJwYy52MS5HZW5lcmF0ZVJlcXVlc3QiRAoRQ3JlYXRlSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlMKD1dhdGNoSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAQSGAoQb21pdF9pbWFnZV9ieXRlcxgDIAEoCCI5ChBXYXRjaEpvYlJlc3BvbnNlEiUKBWV2ZW50GAEgASgLMhYuY2hyb21hcnBjLnYxLkpvYkV2ZW50Ih8KDUdldEpvYlJlcXVlc3QSDgoGam9iX2lkGAEgASgJIjAKDkdldEpvYlJlc3BvbnNlEh4KA2pvYhgBIAEoCzIRLmNocm9tYXJwYy52MS5Kb2IikwEKD0xpc3RKb2JzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCRImCgZzdGF0ZXMYAyADKA4yFi5jaHJvbWFycGMudjEuSm9iU3RhdGUSMQoNY3JlYXRlZF9hZnRlchgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiTAoQTGlzdEpvYnNSZXNwb25zZRIfCgRqb2JzGAEgAygLMhEuY2hyb21hcnBjLnYxLkpvYhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiTwoQQ2FuY2VsSm9iUmVxdWVzdBIOCgZqb2JfaWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRIXCg93aGVuX3VuYXR0ZW5kZWQYAyABKAgiMwoRQ2FuY2VsSm9iUmVzcG9uc2USHgoDam9iGAEgASgLMhEuY2hyb21hcnBjLnYxLkpvYiIiChBEZWxldGVKb2JSZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCSITChFEZWxldGVKb2JSZXNwb25zZSI2ChBSZWRyYXdKb2JSZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJIkQKEVJlZHJhd0pvYlJlc3BvbnNlEh4KA2pvYhgBIAEoCzIRLmNocm9tYXJwYy52MS5Kb2ISDwoHZXhpc3RlZBgCIAEoCCJNCg9HZXRJbWFnZVJlcXVlc3QSDgoGam9iX2lkGAEgASgJEhQKDHByb21wdF9pbmRleBgCIAEoBRIUCgxvZmZzZXRfYnl0ZXMYAyABKAQifgoQR2V0SW1hZ2VSZXNwb25zZRIxCgxpbWFnZV9oZWFkZXIYASABKAsyGS5jaHJvbWFycGMudjEuSW1hZ2VIZWFkZXJIABIvCgtpbWFnZV9jaHVuaxgCIAEoCzIYLmNocm9tYXJwYy52MS5JbWFnZUNodW5rSABCBgoEcGFydCqaAQoISm9iU3RhdGUSGQoVSk9CX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQSk9CX1NUQVRFX1FVRVVFRBABEhUKEUpPQl9TVEFURV9SVU5OSU5HEAISFwoTSk9CX1NUQVRFX1NVQ0NFRURFRBADEhQKEEpPQl9TVEFURV9GQUlMRUQQBBIXChNKT0JfU1RBVEVfQ0FOQ0VMTEVEEAUyjAUKCkpvYlNlcnZpY2USTAoJQ3JlYXRlSm9iEh4uY2hyb21hcnBjLnYxLkNyZWF0ZUpvYlJlcXVlc3QaHy5jaHJvbWFycGMudjEuQ3JlYXRlSm9iUmVzcG9uc2USUAoIV2F0Y2hKb2ISHS5jaHJvbWFycGMudjEuV2F0Y2hKb2JSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLldhdGNoSm9iUmVzcG9uc2UiA5ACATABEkgKBkdldEpvYhIbLmNocm9tYXJwYy52MS5HZXRKb2JSZXF1ZXN0GhwuY2hyb21hcnBjLnYxLkdldEpvYlJlc3BvbnNlIgOQAgESTgoITGlzdEpvYnMSHS5jaHJvbWFycGMudjEuTGlzdEpvYnNSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkxpc3RKb2JzUmVzcG9uc2UiA5ACARJRCglDYW5jZWxKb2ISHi5jaHJvbWFycGMudjEuQ2FuY2VsSm9iUmVxdWVzdBofLmNocm9tYXJwYy52MS5DYW5jZWxKb2JSZXNwb25zZSIDkAICElEKCURlbGV0ZUpvYhIeLmNocm9tYXJwYy52MS5EZWxldGVKb2JSZXF1ZXN0Gh8uY2hyb21hcnBjLnYxLkRlbGV0ZUpvYlJlc3BvbnNlIgOQAgISTAoJUmVkcmF3Sm9iEh4uY2hyb21hcnBjLnYxLlJlZHJhd0pvYlJlcXVlc3QaHy5jaHJvbWFycGMudjEuUmVkcmF3Sm9iUmVzcG9uc2USUAoIR2V0SW1hZ2USHS5jaHJvbWFycGMudjEuR2V0SW1hZ2VSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdldEltYWdlUmVzcG9uc2UiA5ACATABQpoBCgxjaHJvbWFycGMudjFCD0pvYlNlcnZpY2VQcm90b1ABWhhjaHJvbWFycGMvdjE7Y2hyb21hcnBjdjGiAgNDUlCqAgxDaHJvbWFycGMuVjG6Ag1DaHJvbWFycGNfVjFfygIMQ2hyb21hcnBjXFYx4gIYQ2hyb21hcnBjXFYxXEdQQk1ldGFkYXRh6gINQ2hyb21hcnBjOjpWMWIGcHJvdG8z", [file_chromarpc_v1_generation_service, file_chromarpc_v1_job_event, file_google_protobuf_timestamp]);
 
 /**
  * A job as it is now; at most 2 MiB.
@@ -449,6 +449,62 @@ export const DeleteJobResponseSchema: GenMessage<DeleteJobResponse> = /*@__PURE_
   messageDesc(file_chromarpc_v1_job_service, 12);
 
 /**
+ * Which job to draw again.
+ *
+ * @generated from message chromarpc.v1.RedrawJobRequest
+ */
+export type RedrawJobRequest = Message<"chromarpc.v1.RedrawJobRequest"> & {
+  /**
+   * Id of the job. Required.
+   *
+   * @generated from field: string job_id = 1;
+   */
+  jobId: string;
+
+  /**
+   * A UUID that makes the call safe to repeat; it is the new job's `request_id`.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message chromarpc.v1.RedrawJobRequest.
+ * Use `create(RedrawJobRequestSchema)` to create a new message.
+ */
+export const RedrawJobRequestSchema: GenMessage<RedrawJobRequest> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_job_service, 13);
+
+/**
+ * The job that was made, or found under the same `request_id`.
+ *
+ * @generated from message chromarpc.v1.RedrawJobResponse
+ */
+export type RedrawJobResponse = Message<"chromarpc.v1.RedrawJobResponse"> & {
+  /**
+   * The new job.
+   *
+   * @generated from field: chromarpc.v1.Job job = 1;
+   */
+  job?: Job | undefined;
+
+  /**
+   * Whether it was there already.
+   *
+   * @generated from field: bool existed = 2;
+   */
+  existed: boolean;
+};
+
+/**
+ * Describes the message chromarpc.v1.RedrawJobResponse.
+ * Use `create(RedrawJobResponseSchema)` to create a new message.
+ */
+export const RedrawJobResponseSchema: GenMessage<RedrawJobResponse> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_job_service, 14);
+
+/**
  * Which image to fetch.
  *
  * @generated from message chromarpc.v1.GetImageRequest
@@ -481,7 +537,7 @@ export type GetImageRequest = Message<"chromarpc.v1.GetImageRequest"> & {
  * Use `create(GetImageRequestSchema)` to create a new message.
  */
 export const GetImageRequestSchema: GenMessage<GetImageRequest> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_service, 13);
+  messageDesc(file_chromarpc_v1_job_service, 15);
 
 /**
  * One message of an image's stream.
@@ -518,7 +574,7 @@ export type GetImageResponse = Message<"chromarpc.v1.GetImageResponse"> & {
  * Use `create(GetImageResponseSchema)` to create a new message.
  */
 export const GetImageResponseSchema: GenMessage<GetImageResponse> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_job_service, 14);
+  messageDesc(file_chromarpc_v1_job_service, 16);
 
 /**
  * How far a job is.
@@ -647,6 +703,25 @@ export const JobService: GenService<{
     methodKind: "unary";
     input: typeof DeleteJobRequestSchema;
     output: typeof DeleteJobResponseSchema;
+  },
+  /**
+   * Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
+   * the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
+   * same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
+   * an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+   *
+   * With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
+   * `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
+   * prompts are not stored, or an adapter would have to be fetched with a token again; with `LORA_CHANGED` or
+   * `LORA_NOT_FOUND` where an adapter is not what it was, and with `MODEL_NOT_FOUND` where the model is not served any
+   * more. These name the field of the earlier job's request. Quotas and the queue are those of any other job.
+   *
+   * @generated from rpc chromarpc.v1.JobService.RedrawJob
+   */
+  redrawJob: {
+    methodKind: "unary";
+    input: typeof RedrawJobRequestSchema;
+    output: typeof RedrawJobResponseSchema;
   },
   /**
    * Streams one of a job's images again: its header, then its bytes, from any offset.
