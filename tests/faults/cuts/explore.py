@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -15,7 +15,7 @@ from tests.faults.cuts.disk import Disk, Names, Tree
 from tests.faults.cuts.judge import judge
 from tests.faults.cuts.promises import Promises
 from tests.faults.cuts.recorder import Operation
-from tests.faults.cuts.scenario import ACKNOWLEDGED, prepare
+from tests.faults.cuts.scenario import ACKNOWLEDGED, Line, leave_image, leave_old_store
 
 SCENARIO = "tests.faults.cuts.scenario"
 PROCESS, POWER = "process", "power"
@@ -82,8 +82,8 @@ class Play:
 
     name: str
     acts: tuple[str, ...]
-    is_prepared: bool
-    """Whether something lies there before the first one."""
+    prepare: Callable[[Path], list[Line]]
+    """Leaves there what lies there before the first one. Returns what is promised of it."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,15 @@ class Recording:
     begin: Tree
     """What lay there before."""
     operations: tuple[Operation, ...]
+    found: tuple[Line, ...] = ()
+    """What was promised before."""
 
 
-PLAYS = (Play("day", ("first", "second"), is_prepared=True), Play("fresh", ("fresh",), is_prepared=False))
+PLAYS = (
+    Play("day", ("first", "second"), leave_image),
+    Play("fresh", ("fresh",), lambda _: []),
+    Play("old", ("old",), leave_old_store),
+)
 
 
 class Explorer:
@@ -119,10 +125,9 @@ class Explorer:
     def record(self, play: Play) -> Recording:
         """Plays it once."""
         data = self._empty("data")
-        if play.is_prepared:
-            prepare(data)
+        found = tuple(play.prepare(data))
         begin = _tree_of(data)
-        recording = Recording(play.name, begin, tuple(self._recorded(data, play.acts)))
+        recording = Recording(play.name, begin, tuple(self._recorded(data, play.acts)), found)
         self.report.points += len(recording.operations) + 1
         return recording
 
@@ -190,6 +195,8 @@ def _cuts(
     play, operations = recording.play, recording.operations
     disks = {names: Disk(names, recording.begin) for names in Names}
     promises, before = Promises(), "the beginning"
+    for line in recording.found:
+        promises.take(line)
     for point in range(len(operations) + 1):
         if point:
             operation = operations[point - 1]

@@ -16,7 +16,7 @@ from chromarpc_server.domain.events import ImageChunk
 from chromarpc_server.jobs.job import EndedJob
 from chromarpc_server.jobs.store.job_store import Unfinished
 from tests.faults.cuts.promises import PromisedJob, Promises
-from tests.faults.cuts.scenario import ACKNOWLEDGED, FOUND, KEEP_JOBS, OWNERS, Parts, digest, opened, secret
+from tests.faults.cuts.scenario import ACKNOWLEDGED, FOUND, KEEP_JOBS, OWNERS, Parts, digest, opened
 
 STRANGERS = ("carol", "")
 """Callers who never sent anything; the last one is that of a server that does not ask who calls."""
@@ -105,7 +105,7 @@ def _judge_job(
     if unfinished is not None:
         verdict.require(promise.is_cancelled in (unfinished.is_cancelled, None), "cancel lost or made up", name)
         verdict.require(unfinished.owner == promise.owner, "owner changed", name)
-        verdict.require(unfinished.plan.prompts[0].prompt == secret(name), "plan changed", name)
+        verdict.require(promise.prompt in (unfinished.plan.prompts[0].prompt, None), "plan changed", name)
         verdict.require(unfinished.plan.request_id == promise.request_id, "request id changed", name)
 
 
@@ -154,7 +154,7 @@ def _judge_files(folder: Path, promises: Promises, verdict: Verdict, rows: _Rows
     for sha256 in images.keys() - rows.named - {digest(FOUND)}:
         kind = "deleted image left" if sha256 in deleted else "unfinished job's image left"
         verdict.require(False, kind, sha256[:8])
-    gone = {secret(job.name).encode(): job.name for job in promises.jobs.values() if job.is_kept is False}
+    gone = {job.prompt.encode(): job.name for job in promises.jobs.values() if job.prompt and job.is_kept is False}
     for path in (path for path in folder.rglob("*") if path.is_file() and path.name != "ballast"):
         data = path.read_bytes()
         for text, name in gone.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.faults.cuts.scenario import KEEP_JOBS, OWNERS
+from tests.faults.cuts.scenario import KEEP_JOBS, secret
 
 
 @dataclass
@@ -18,6 +18,8 @@ class PromisedJob:
 
     id: str
     name: str
+    prompt: str | None
+    """What it is to draw; None where that is not known."""
     owner: str
     request_id: str | None
     is_kept: bool | None = None
@@ -63,10 +65,29 @@ class Promises:
 
     def _insert(self, line: Mapping[str, Any], done: bool) -> None:
         job = self.jobs.setdefault(
-            line["job"], PromisedJob(line["job"], line["name"], line["owner"], line["request_id"])
+            line["job"],
+            PromisedJob(line["job"], line["name"], secret(line["name"]), line["owner"], line["request_id"]),
         )
-        assert job.owner in OWNERS
         job.is_kept = True if done else None
+
+    def _find(self, line: Mapping[str, Any], done: bool) -> None:
+        """A job of an earlier version was there before anything else."""
+        job_id = line["job"]
+        self.jobs[job_id] = PromisedJob(
+            job_id,
+            job_id,
+            None,
+            line["owner"],
+            line["request_id"],
+            is_kept=done,
+            has_ended=line["ended"],
+            is_cancelled=line["cancelled"],
+            attempts=line["attempts"],
+            images=tuple(line["images"]),
+            sequence=line["sequence"],
+        )
+        if line["ended"]:
+            self._ended.append(job_id)
 
     def _begin(self, line: Mapping[str, Any], done: bool) -> None:
         job = self.jobs[line["job"]]

@@ -17,11 +17,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.domain.callers import Caller
@@ -41,6 +45,9 @@ RETENTION = JobRetention(keep_s=1e8, keep_jobs=KEEP_JOBS)
 OWNERS = ("alice", "bob")
 FOUND = b"an image of a database that is gone"
 """Lies among the images before the first start; no row will ever name it."""
+OLD_STORE = Path(__file__).parents[2] / "jobs" / "store" / "store_0_1_0"
+Line = dict[str, Any]
+"""Of the file `acknowledged`."""
 _BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -58,18 +65,44 @@ async def opened(folder: Path) -> AsyncIterator[Parts]:
     store = await JobStore.open(folder / "jobs", RETENTION)
     try:
         library = open_library(None, folder)
-        getattr(library, "remove_abandoned", library.uploads.drop_expired)()
+        library.remove_abandoned()
         yield Parts(store, library.uploads)
     finally:
         await store.close()
 
 
-def prepare(folder: Path) -> None:
-    """What lies below --data-dir before anything is recorded."""
+def leave_image(folder: Path) -> list[Line]:
+    """An image lies there that no job names. Returns what is promised then: nothing."""
     sha256 = digest(FOUND)
     path = folder / "jobs" / "images" / sha256[:2] / sha256
     path.parent.mkdir(parents=True)
     path.write_bytes(FOUND)
+    return []
+
+
+def leave_old_store(folder: Path) -> list[Line]:
+    """What version 0.1.0 left, some of it; its schema is an earlier one. Returns what is promised of its jobs."""
+    shutil.copytree(OLD_STORE, folder / "jobs", ignore=shutil.ignore_patterns("expected.json"))
+    with closing(sqlite3.connect(folder / "jobs" / "jobs.sqlite3", isolation_level=None)) as database:
+        few = "('succeeded', 'ended-cancelled', 'ended-internal')"
+        database.execute(f"DELETE FROM jobs WHERE ended_us IS NOT NULL AND id NOT IN {few}")  # noqa: S608
+        database.execute("UPDATE jobs SET owner = ?", OWNERS[:1])
+        database.row_factory = sqlite3.Row
+        return [
+            {
+                "does": "find",
+                "done": True,
+                "job": row["id"],
+                "owner": row["owner"],
+                "request_id": row["request_id"],
+                "ended": row["ended_us"] is not None,
+                "cancelled": bool(row["cancelled"]),
+                "attempts": row["attempts"],
+                "images": [header["sha256"] for header in json.loads(row["headers"] or "[]")],
+                "sequence": json.loads(row["ending"] or "[0]")[0],
+            }
+            for row in database.execute("SELECT * FROM jobs ORDER BY number")
+        ]
 
 
 def digest(data: bytes) -> str:
@@ -240,8 +273,12 @@ async def first_act(play: Player) -> None:
     await play.release("a1")
     await play.insert("a3", request_id="r1")
     await play.delete("a1")  # its image is the other job's too
-    await play.delete("a2")
-    await play.run("b2", "sunset")  # comes again after it went
+    await play.insert("b2")
+    await play.begin("b2")
+    await play.put("b2", "sunset")
+    await play.delete("a2")  # one of its images waits for the end of another job, too
+    await play.finish("b2")
+    await play.run("b3", "sunrise")  # comes again after it went
     play.leave("alice", "style")
     await play.cancel("a3")
     await play.insert("a4")
@@ -259,12 +296,18 @@ async def second_act(play: Player) -> None:
     play.upload("alice", "hands")
     play.leave("alice", "hands")  # its last owner
     for number in range(3):
-        await play.run(f"b{number + 3}", f"flower {number}", "vase")
+        await play.run(f"b{number + 4}", f"flower {number}", "vase")
     await play.tend()
-    await play.delete("b4")
-    await play.insert("b6")
+    await play.delete("b5")
+    await play.insert("b7")
     play.leave("bob", "face")
     play.leave("bob", "style")
+
+
+async def old_act(play: Player) -> None:
+    """A store of an earlier version is gone on with."""
+    await play.run("a1", "sunrise")
+    await play.insert("b1")
 
 
 async def fresh_act(play: Player) -> None:
@@ -273,7 +316,7 @@ async def fresh_act(play: Player) -> None:
     play.upload("alice", "style")
 
 
-ACTS = {"first": first_act, "second": second_act, "fresh": fresh_act, "start": None}
+ACTS = {"first": first_act, "second": second_act, "fresh": fresh_act, "old": old_act, "start": None}
 
 
 async def perform(folder: Path, act: str) -> None:

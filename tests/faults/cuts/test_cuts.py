@@ -15,7 +15,6 @@ from tests.faults.cuts.explore import PLAYS, Explorer, Recording
 from tests.faults.cuts.recorder import Operation
 
 pytestmark = pytest.mark.skipif(recorder.why_not() is not None, reason=str(recorder.why_not()))
-DAY, FRESH = PLAYS
 
 
 @pytest.fixture(scope="module")
