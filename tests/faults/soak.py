@@ -8,7 +8,7 @@ images, delete some; the server forgets the rest soon. Memory, threads, descript
 
 - every job that was acknowledged was seen to end (lost: 0);
 - no request made two jobs, no job had two ends, no event came twice (doubled: 0);
-- each image has the bytes that its seed gave before, a cancelled job is cancelled, a deleted one is gone (wrong: 0);
+- each image has the bytes that its seed gave before, a stopped job is cancelled, a deleted one gone (wrong: 0);
 - what was sampled is flat: the last quarter is as the second one, within the tolerance of each.
 """
 
@@ -129,7 +129,7 @@ def run(jobs: int, seed: int, folder: Path, *, sample_s: float) -> Report:
 
 
 def write_smallest_checkpoint(folder: Path) -> Path:
-    """The tiny checkpoint with one head in one layer of its text encoder, which takes most of a small job's time."""
+    """The tiny one with one head in one layer of its text encoder, which takes most of a small job's time."""
     write_tiny_checkpoint(folder)
     weights = folder / "text_encoder_2" / "model.safetensors"
     config = folder / "text_encoder_2" / "config.json"

@@ -105,7 +105,9 @@ class Kept:
             assert self.client.create_job("a", request_id=DONE, **SMALL).job_id == done
             extra = self.client.create_job("c", **SMALL)
             self.client.cancel_job(extra.job_id)
-        assert self.client.create_job("a", request_id=WAITS, max_queue_s=MAX_QUEUE_S, **SMALL).job_id == self.waiting
+        assert (
+            self.client.create_job("a", request_id=WAITS, max_queue_s=MAX_QUEUE_S, **SMALL).job_id == self.waiting
+        )
         assert self.client.get_job(self.waiting).state == State.JOB_STATE_QUEUED
         listed = {job.job_id: job for job in self.client.list_jobs()}
         for job_id, sha256 in self.images.items():
@@ -187,9 +189,7 @@ class Upload:
             request = lora_service_pb2.CreateLoraUploadRequest(filename="a.safetensors", size_bytes=len(self.data))
             self.upload_id = self.stub.CreateLoraUpload(request).upload_id
         chunk = self.data[self.sent : self.sent + 40]
-        append = lora_service_pb2.AppendLoraUploadRequest(
-            upload_id=self.upload_id, offset=self.sent, chunk=chunk
-        )
+        append = lora_service_pb2.AppendLoraUploadRequest(upload_id=self.upload_id, offset=self.sent, chunk=chunk)
         self.sent = self.stub.AppendLoraUpload(append).next_offset
 
     def finalize(self) -> bool:

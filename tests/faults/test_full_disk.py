@@ -1,4 +1,4 @@
-"""A disk that is full to the last byte: nothing new is taken, nothing is lost, and things go on once there is room.
+"""A disk that is full to the last byte: nothing new is taken, nothing is lost, all goes on once there is room.
 
 The disk is a small tmpfs. Where none can be mounted these tests are skipped; what SQLite and the store do without
 room is then seen by the ones with injected errors, in `test_store.py` and `tests/jobs/store`.
@@ -61,7 +61,10 @@ class SmallDisk:
                 file.write(bytes(min(room, MIB)))
                 file.flush()
         if not leave_bytes:
-            with pytest.raises(OSError, match="No space left") as full, (self.folder / "probe").open("wb") as probe:
+            with (
+                pytest.raises(OSError, match="No space left") as full,
+                (self.folder / "probe").open("wb") as probe,
+            ):
                 probe.write(bytes(4096))
             assert full.value.errno == errno.ENOSPC
             (self.folder / "probe").unlink()
@@ -118,9 +121,11 @@ def _require_refusal(client: chromarpc.Client, target: str) -> None:
     assert refused.value.reason == "DISK_FULL"
     assert refused.value.retry_after_s is not None
     assert "delete" in str(refused.value)
-    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as upload:
+    request = lora_service_pb2.CreateLoraUploadRequest(filename="a.safetensors", size_bytes=1000)
+    with grpc.insecure_channel(target) as channel:
         stub = lora_service_pb2_grpc.LoraServiceStub(channel)
-        stub.CreateLoraUpload(lora_service_pb2.CreateLoraUploadRequest(filename="a.safetensors", size_bytes=1000))
+        with pytest.raises(grpc.RpcError) as upload:
+            stub.CreateLoraUpload(request)
     assert upload.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert any(b"DISK_FULL" in value for _, value in upload.value.trailing_metadata() if isinstance(value, bytes))
 

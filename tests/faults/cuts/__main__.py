@@ -1,6 +1,6 @@
 """Cuts everywhere, with more chance than the tests have time for.
 
-    python -m tests.faults.cuts --variants 10 --starts 40
+python -m tests.faults.cuts --variants 10 --starts 40
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A process that is cut leaves everything that it did. A power cut leaves what was synced, and of the rest anything:
 nothing, all, or a part, in pieces of sectors. Two rules are known for names (creating, renaming and removing):
 
-- `POSIX`: a name is certain once the folder that it is in was synced, and no sooner: syncing the file is not enough.
+- `POSIX`: a name is certain once the folder that it is in was synced; syncing the file is not enough.
 - `JOURNAL`: names are journaled in order, as ext4 and xfs do it: any fsync makes every earlier name certain, and
   what is lost of the others is lost from the end.
 
@@ -167,9 +167,7 @@ class Disk:
         likely = chance.choice((0.2, 0.5, 0.8, 1.0))
         return _with_earlier(self._pending, lambda _: chance.random() < likely)
 
-    def _tree(
-        self, names: Mapping[str, int], contents: Mapping[int, tuple[bytes, Mapping[str, bytes]]]
-    ) -> Tree:
+    def _tree(self, names: Mapping[str, int], contents: Mapping[int, tuple[bytes, Mapping[str, bytes]]]) -> Tree:
         folders = {path for path, number in names.items() if not number}
         found = {
             path: contents[number]
@@ -206,7 +204,9 @@ def _remains(file: _File, chance: Random | None) -> tuple[bytes, dict[str, bytes
     if how == "prefix":
         *kept, last = file.pending[: chance.randint(1, len(file.pending))]
         return _changed(file, [*kept, *_torn(last, chance)])
-    return _changed(file, [part for change in file.pending if chance.random() < 0.5 for part in _torn(change, chance)])
+    return _changed(
+        file, [part for change in file.pending if chance.random() < 0.5 for part in _torn(change, chance)]
+    )
 
 
 def _torn(change: Operation, chance: Random) -> list[Operation]:
@@ -246,4 +246,3 @@ def _folder_of(path: str) -> str:
 
 def _is_reachable(path: str, folders: set[str]) -> bool:
     return all(str(parent) in folders for parent in PurePosixPath(path).parents if str(parent) != ".")
-

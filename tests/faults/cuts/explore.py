@@ -70,8 +70,8 @@ class Report:
     def line(self) -> str:
         """The counts."""
         return (
-            f"points {self.points}, process cuts {self.process_cuts}, power cuts {self.power_cuts}, of these with a "
-            f"part kept {self.variants}, cuts of starts {self.cuts_of_starts}, different disks {self.judged}, "
+            f"points {self.points}, process cuts {self.process_cuts}, power cuts {self.power_cuts}, of these with "
+            f"a part kept {self.variants}, cuts of starts {self.cuts_of_starts}, different disks {self.judged}, "
             f"problems {sum(self.problems.values())}"
         )
 
@@ -188,9 +188,7 @@ class Explorer:
         return folder
 
 
-def _cuts(
-    recording: Recording, every: int, variants: int, seed: int
-) -> Iterator[tuple[Cut, Tree, Promises, str]]:
+def _cuts(recording: Recording, every: int, variants: int, seed: int) -> Iterator[tuple[Cut, Tree, Promises, str]]:
     """Every cut, what it leaves, what was acknowledged before, and the last operation before it."""
     play, operations = recording.play, recording.operations
     disks = {names: Disk(names, recording.begin) for names in Names}

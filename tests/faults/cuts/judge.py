@@ -99,9 +99,7 @@ def _judge_job(
     verdict.require(unfinished is None or ended is None, "job doubled", name)
     verdict.require(promise.has_ended in (ended is not None, None), "end lost or made up", name)
     attempts = (unfinished or ended).attempts  # type: ignore[union-attr]
-    verdict.require(
-        promise.attempts <= attempts <= promise.attempts + promise.begins, "attempts miscounted", name
-    )
+    verdict.require(promise.attempts <= attempts <= promise.attempts + promise.begins, "attempts miscounted", name)
     if unfinished is not None:
         verdict.require(promise.is_cancelled in (unfinished.is_cancelled, None), "cancel lost or made up", name)
         verdict.require(unfinished.owner == promise.owner, "owner changed", name)

@@ -1,8 +1,8 @@
 """Runs a Python module and has every change that it makes below one folder recorded, in order, with its bytes.
 
 The recorder itself is `recorder.c`, built here and loaded with LD_PRELOAD. Python and SQLite both change files
-through libc, so that it sees all of it. What is written through a shared mapping it does not see: of the store that
-is SQLite's `-shm` file alone, which is rebuilt from the WAL and no part of what a disk has to keep.
+through libc, so that it sees all of it. What is written through a shared mapping it does not see: of the store
+that is SQLite's `-shm` file alone, which is rebuilt from the WAL and no part of what a disk has to keep.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Operation:
     """One successful call."""
 
     kind: str
-    """`c`reate, `w`rite, `t`runcate, `a`llocate, `s`ync, `r`ename, `l`ink, `u`nlink, `d`: make a folder, `R`: remove
-    one, `x`: set an attribute."""
+    """`c`reate, `w`rite, `t`runcate, `a`llocate, `s`ync, `r`ename, `l`ink, `u`nlink, `d`: make a folder,
+    `R`: remove one, `x`: set an attribute."""
     path: str
     """Relative to the folder; empty for the folder itself."""
     second: str = ""
@@ -93,6 +93,4 @@ def operations(trace: Path, folder: Path) -> Iterator[Operation]:
         path, second = parts[0].decode()[prefix:], parts[1].decode()
         if chr(kind) == "?":
             raise AssertionError(f"the recorder does not know how to record {second or 'this'} of {path}")
-        yield Operation(
-            chr(kind), path, second[prefix:] if chr(kind) in "rl" else second, offset, parts[2]
-        )
+        yield Operation(chr(kind), path, second[prefix:] if chr(kind) in "rl" else second, offset, parts[2])

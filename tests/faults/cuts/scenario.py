@@ -30,7 +30,15 @@ from typing import Any
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.domain.callers import Caller
 from chromarpc_server.domain.errors import JobCancelled
-from chromarpc_server.domain.events import Accepted, Cancelled, Completed, ImageChunk, ImageHeader, Terminal, Timings
+from chromarpc_server.domain.events import (
+    Accepted,
+    Cancelled,
+    Completed,
+    ImageChunk,
+    ImageHeader,
+    Terminal,
+    Timings,
+)
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.plan import Plan, PlannedOutput, PlannedPrompt
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
