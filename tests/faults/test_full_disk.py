@@ -31,7 +31,7 @@ Serve = Callable[..., RunningServer]
 State = job_service_pb2.JobState
 MIB = 2**20
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
-LONG: dict[str, Any] = {"model": "chroma-mini", "width": 128, "height": 128, "sample_steps": 100}
+LONG: dict[str, Any] = {"model": "chroma-mini", "width": 128, "height": 128, "sample_steps": 60}
 ROOMY: dict[str, Any] = {**SMALL, "width": 256, "height": 256}
 """An image that is larger than what SQLite writes to delete its row, as usual ones are."""
 RESERVE_BYTES = 16 * MIB

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from pathlib import Path
 from chromarpc_server.adapters.content_store import ContentStore
 from chromarpc_server.domain.events import ImageChunk
 from chromarpc_server.jobs.job import EndedJob
-from chromarpc_server.jobs.store.job_store import Unfinished
+from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE
+from chromarpc_server.jobs.store.stored_jobs import Unfinished
 from tests.faults.cuts.promises import PromisedJob, Promises
 from tests.faults.cuts.scenario import ACKNOWLEDGED, FOUND, KEEP_JOBS, OWNERS, Parts, digest, opened
 
@@ -147,6 +150,11 @@ def _judge_files(folder: Path, promises: Promises, verdict: Verdict, rows: _Rows
     images = _images(folder)
     for sha256 in rows.named:
         verdict.require(images.get(sha256) == sha256, "image of a row missing or damaged", sha256[:8])
+    for job in promises.jobs.values():
+        if job.prompt and job.is_kept and job.has_ended:
+            for sha256 in job.images:
+                noted = _owners_noted(folder / "jobs" / "images" / sha256[:2] / sha256)
+                verdict.require(noted is None or job.owner in noted, "image without its owner", sha256[:8])
     kept = {image for job in promises.jobs.values() if job.is_kept is not False for image in job.images}
     deleted = {image for job in promises.jobs.values() for image in job.images} - kept
     for sha256 in images.keys() - rows.named - {digest(FOUND)}:
@@ -199,6 +207,14 @@ def _images(folder: Path) -> dict[str, str]:
         for path in (folder / "jobs" / "images").rglob("*")
         if path.is_file() and len(path.name) == 64
     }
+
+
+def _owners_noted(path: Path) -> list[str] | None:
+    """Whom an image was drawn for, as `store forget` will ask; None where the file system keeps no such notes."""
+    try:
+        return os.getxattr(path, OWNER_ATTRIBUTE).decode().split("\n")
+    except OSError as error:
+        return None if error.errno == errno.ENOTSUP else []
 
 
 def _digest_of(path: Path) -> str:
