@@ -27,6 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from chromarpc_server.adapters.downloads.cache import DownloadCache
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.domain.callers import Caller
 from chromarpc_server.domain.errors import JobCancelled
@@ -248,6 +249,17 @@ class Player:
         with self.step("own", sha256=digest(data), owner=owner):
             self._parts.uploads.finalize(state.upload_id, digest(data), owner)
 
+    def fetch(self, owner: str, name: str) -> None:
+        """Takes an adapter as a download does: nobody's until it is there."""
+        store, data = self._parts.uploads.store, adapter_bytes(name)
+        with self.step("own", sha256=digest(data), owner=owner):
+            cache = DownloadCache(store, max_bytes=2**30)
+            with cache.part_file() as part:
+                part.write(data)
+                part.sync()
+                cache.add(part)
+            store.add_owner(digest(data), owner)
+
     def share(self, owner: str, name: str) -> None:
         """Gives an adapter that is there to one more owner, as a download of the same bytes does."""
         sha256 = digest(adapter_bytes(name))
@@ -278,6 +290,8 @@ async def first_act(play: Player) -> None:
     play.upload("bob", "style")
     play.upload("bob", "face")
     play.share("alice", "face")
+    play.fetch("alice", "pose")
+    play.share("bob", "pose")
     await play.release("a1")
     await play.insert("a3", request_id="r1")
     await play.delete("a1")  # its image is the other job's too
@@ -308,6 +322,7 @@ async def second_act(play: Player) -> None:
     await play.tend()
     await play.delete("b5")
     await play.insert("b7")
+    play.leave("alice", "pose")
     play.leave("bob", "face")
     play.leave("bob", "style")
 
