@@ -81,7 +81,14 @@ def made() -> Made:
 
 
 def job(job_id: str = "j", state: str = "queued", **told: Any) -> JobView:
-    values = {"request_id": "", "created_us": 1, "last_sequence": 1, "plan": "p", "images": (), "reason": ""}
+    values: dict[str, Any] = {
+        "request_id": "",
+        "created_us": 1,
+        "last_sequence": 1,
+        "plan": "p",
+        "images": (),
+        "reason": "",
+    }
     values |= {"ending": state} | told
     return JobView(job_id=job_id, state=state, **values)
 
