@@ -166,7 +166,7 @@ def _is_damaged(index: Index, call: Call) -> bool:
     damaged = {fault.damaged for fault in index.history.faults if fault.damaged and fault.begun_s < call.ended_s}
     if call.outcome.reason == "LORA_DAMAGED":
         return call.method in MAKING and call.asked.adapter in damaged
-    record = index.jobs.get(call.asked.job_id)
+    record = index.jobs.get(call.job_id or call.asked.job_id)
     if call.outcome.reason != "IMAGE_DAMAGED" or record is None:
         return False
     return any(sha256 in damaged for _, view in record.views() for sha256 in view.images)

@@ -29,7 +29,6 @@ STREAM_TIMEOUT_S = 120.0
 _ANY_STATE: Mapping[Any, str] = {}
 _RECONNECT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.use_local_subchannel_pool", 1),
 ]

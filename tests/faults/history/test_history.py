@@ -1,4 +1,4 @@
-"""The history checker finds what was planted, each time by the rule that it breaks, and nothing where nothing was."""
+"""The history checker finds what was planted, each time by the rule that it breaks, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_seed_decides_what_is_asked_and_what_happens() -> None:
     for client in CLIENTS:
         first, again, other = (list(islice(intents(seed, client), 200)) for seed in (7, 7, 8))
         assert first == again != other
-    first, again = (list(islice(planned_faults(7, tuple(FAULTS)), 100)) for _ in range(2))
-    assert first == again
-    assert {planned.kind for planned in first} == {kind for kinds in FAULTS.values() for kind in kinds}
+    faults, same = (list(islice(planned_faults(7, tuple(FAULTS)), 100)) for _ in range(2))
+    assert faults == same
+    assert {planned.kind for planned in faults} == {kind for kinds in FAULTS.values() for kind in kinds}
     assert list(planned_faults(7, ())) == []

@@ -81,7 +81,14 @@ def made() -> Made:
 
 
 def job(job_id: str = "j", state: str = "queued", **told: Any) -> JobView:
-    values = {"request_id": "", "created_us": 1, "last_sequence": 1, "plan": "p", "images": (), "reason": ""}
+    values: dict[str, Any] = {
+        "request_id": "",
+        "created_us": 1,
+        "last_sequence": 1,
+        "plan": "p",
+        "images": (),
+        "reason": "",
+    }
     values |= {"ending": state} | told
     return JobView(job_id=job_id, state=state, **values)
 
@@ -344,6 +351,14 @@ def test_data_is_lost_only_where_it_was_damaged(made: Made) -> None:
     made.about("GetImage", outcome=Outcome("DATA_LOSS", "IMAGE_DAMAGED"))
     assert made.rules() == {"status"}
     assert made.rules(Fault("flip_image", 0.0, 0.1, damaged="other")) == {"status"}
+    assert made.rules(Fault("flip_image", 0.0, 0.1, damaged=SHA256)) == set()
+
+
+def test_a_repeated_generate_may_meet_a_damaged_image_too(made: Made) -> None:
+    made.create(asked=under(), view=job(state="succeeded", images=(SHA256,)))
+    lost = Outcome("DATA_LOSS", "IMAGE_DAMAGED")
+    made.call("Generate", asked=under(), job_id="j", events=(event(1, "accepted"),), outcome=lost)
+    assert made.rules() == {"status"}
     assert made.rules(Fault("flip_image", 0.0, 0.1, damaged=SHA256)) == set()
 
 
