@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-gpu test-clients test-browser test-foreign \
+.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-cuts soak test-gpu test-clients test-browser test-foreign \
 	check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers bench-mismatch performance \
 	fuzz clean
 
@@ -46,6 +46,17 @@ coverage: setup  ## Run the tests with coverage.py (twice as long), and list wha
 
 test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 times: python -m tests.faults.kill_nine)
 	$(BIN)/python -m pytest tests/faults tests/security/test_hostile_connections.py tests/integration/test_lifecycle.py tests/integration/test_device_errors.py
+
+SECONDS ?= 60
+test-history: setup  ## Random histories of a real server, judged from what clients were told (SECONDS=60, SEED=, FAULTS=all)
+	$(BIN)/python -m tests.faults.history --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))
+
+test-cuts: setup  ## Cut process and power at every write of the store, with more chance than the tests have time for
+	$(BIN)/python -m tests.faults.cuts --variants 10 --starts 40
+
+JOBS := 20000
+soak: setup  ## Make many small jobs (JOBS=20000), and see that a server holds no more than before
+	$(BIN)/python -m tests.faults.soak --jobs $(JOBS)
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

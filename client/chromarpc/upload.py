@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from chromarpc.errors import (
     DeadlineExceeded,
     ProtocolError,
+    QuotaExceeded,
     ServerUnavailable,
     StatusError,
     UploadOutOfOrder,
@@ -31,6 +32,8 @@ UploadProgress: TypeAlias = Callable[[int, int], object]
 
 RETRY_DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Waits before the tries that follow a failure; a step forward starts over."""
+CALLS_QUOTA: Final = "max_calls_per_minute"
+"""The quota that waiting helps against; others stay used up."""
 CHUNK_BYTES: Final = 1024**2
 """As much as is sent at once, where the server takes as much."""
 CALL_TIMEOUT_S: Final = 60.0
@@ -152,12 +155,13 @@ def _send(
 
 
 def _insist(call: Call) -> Generator[Call | Wait, Any, Any]:
-    """Repeats a call that may be repeated while the server cannot be reached."""
+    """Repeats a call that may be repeated while the server cannot be reached, or takes no more calls a minute."""
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
             return (yield call)
-        except (ServerUnavailable, DeadlineExceeded) as error:
-            if delay_s is None:
+        except (ServerUnavailable, DeadlineExceeded, QuotaExceeded) as error:
+            is_other_quota = isinstance(error, QuotaExceeded) and error.metadata.get("quota") != CALLS_QUOTA
+            if delay_s is None or is_other_quota:
                 raise
             wait = Wait(delay_s if error.retry_after_s is None else max(delay_s, error.retry_after_s))
         yield wait

@@ -10,6 +10,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,12 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _leave(code: int) -> int:
-    """Ends the process at once where something failed: Python would wait for a device thread that hangs."""
+    """Ends the process at once where something failed: Python would wait for a device thread that hangs.
+
+    Whoever asks once more for an end that has come, as with a second SIGTERM, does not change how it is told.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if code:
         logging.shutdown()
         sys.stdout.flush()

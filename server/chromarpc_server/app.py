@@ -24,6 +24,7 @@ from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.jobs.engine import Engine, EngineRules
 from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.observability.audit_log import AuditLog
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.observability.probes import StatusPort
 from chromarpc_server.observability.tracing import Tracing
@@ -42,6 +43,7 @@ from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.access.authentication import Authentication
 from chromarpc_server.transport.access.callers_file import CallersFile
 from chromarpc_server.transport.access.quotas import CallQuotas
+from chromarpc_server.transport.access.rates import CallRates
 from chromarpc_server.transport.access.tls import ServerTls, TlsFiles
 from chromarpc_server.transport.addresses import joined
 from chromarpc_server.transport.server import Access, Listening, Services, listen
@@ -65,14 +67,19 @@ class App:
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._callers: CallersFile | None = None
+        self._audit_log: AuditLog | None = None
         self._engine: Engine | None = None
         self.metrics_port: int | None = None
         """Where metrics are served, once they are."""
 
     def reload(self) -> None:
-        """Reads the callers file again; certificates are looked at before each connection anyway."""
+        """Reads the callers file again, and opens the audit log again; certificates are looked at before each
+        connection anyway.
+        """
         if self._callers is not None:
             self._callers.reload()
+        if self._audit_log is not None:
+            self._audit_log.reopen()
 
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
@@ -98,8 +105,14 @@ class App:
         Raises:
             ChromaError: the device or a model to preload cannot be used.
             ValueError: a file of TLS or of callers cannot be used.
-            OSError: an address cannot be bound.
+            OSError: an address cannot be bound, or the audit log cannot be written.
         """
+        if self._settings.audit_log is None:
+            return await self._run(started)
+        with contextlib.closing(AuditLog(self._settings.audit_log)) as self._audit_log:
+            return await self._run(started)
+
+    async def _run(self, started: asyncio.Future[int] | None) -> int:
         settings = self._settings
         require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
@@ -184,6 +197,7 @@ class App:
             stopping.cancel()
         finally:
             await self._shut_down(engine, listening)
+            access.audit.close()
             await asyncio.to_thread(library.close)
             if status_port is not None:
                 status_port.close()
@@ -260,6 +274,7 @@ class App:
                 certificates=tls is not None and tls.wants_client_certificates,
                 limits=limits.caller_limits(),
             ),
+            CallRates(limits.max_calls_per_minute_per_peer),
             CallQuotas(limits.max_streams),
             limits.max_request_bytes,
             limits.max_connections,

@@ -6,11 +6,10 @@ An unknown or bad value stops the start.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, ByteSize, Field, PositiveInt, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,11 +19,9 @@ from pydantic_settings import (
 
 from chromarpc_server.domain.limits import (
     Budgets,
-    CallerLimits,
     DeviceTimeouts,
     DownloadLimits,
     JobRetention,
-    Limits,
     MasterPlace,
     MemoryChoice,
     RestartLimits,
@@ -34,15 +31,14 @@ from chromarpc_server.domain.limits import (
 )
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords
+from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.platform_folders import default_data_dir
 from chromarpc_server.ports import WantedPort
 from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
 
-_LIMITS = Limits()
 _UPLOADS = UploadLimits()
 _DOWNLOADS = DownloadLimits()
 _RETENTION = JobRetention()
-_CALLER = CallerLimits()
 _RESTARTS = RestartLimits()
 _TIMEOUTS = DeviceTimeouts()
 
@@ -85,50 +81,6 @@ Host = Annotated[str, AfterValidator(parse_host)]
 TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
 ImageSize = Annotated[str, AfterValidator(_size)]
 ModelId = Annotated[str, AfterValidator(_known_model)]
-
-
-class LimitSettings(BaseModel):
-    """What one request may ask for, one caller may have, and all callers together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_prompts: PositiveInt = Field(_LIMITS.max_prompts, description="prompts in one request")
-    max_prompt_bytes: PositiveInt = Field(
-        _LIMITS.max_prompt_bytes, description="UTF-8 bytes of one prompt after [trigger] is replaced"
-    )
-    max_loras: PositiveInt = Field(_LIMITS.max_loras, description="adapters in one request")
-    max_pixel_steps: PositiveInt = Field(
-        _LIMITS.max_pixel_steps, description="width × height × steps, summed over a request's prompts"
-    )
-    max_pixels: PositiveInt = Field(
-        _LIMITS.max_pixels, description="width × height, summed over a request's prompts"
-    )
-    max_queued_jobs: PositiveInt = Field(_LIMITS.max_queued_jobs, description="jobs waiting at once")
-    max_request_bytes: PositiveInt = Field(_LIMITS.max_request_bytes, description="bytes of one request message")
-    max_streams: PositiveInt = Field(_LIMITS.max_streams, description="calls in progress at once, of all callers")
-    max_streams_per_caller: PositiveInt = Field(
-        _CALLER.max_streams, description="calls in progress at once, of one caller"
-    )
-    max_queued_jobs_per_caller: PositiveInt = Field(
-        _CALLER.max_queued_jobs, description="jobs of one caller waiting at once"
-    )
-    max_upload_bytes_per_caller: ByteSize = Field(
-        ByteSize(_CALLER.max_upload_bytes), description="bytes of one caller's uploaded adapters together"
-    )
-    max_connections: PositiveInt = Field(4096, description="connections at once")
-
-    def limits(self) -> Limits:
-        """Those of requests and of all callers together."""
-        return Limits(**{item.name: getattr(self, item.name) for item in fields(Limits)})
-
-    def caller_limits(self) -> CallerLimits:
-        """Those of callers that the callers file gives no others."""
-        return CallerLimits(
-            max_streams=self.max_streams_per_caller,
-            max_queued_jobs=self.max_queued_jobs_per_caller,
-            max_pixel_steps=self.max_pixel_steps,
-            max_upload_bytes=self.max_upload_bytes_per_caller,
-        )
 
 
 class ServerSettings(BaseSettings):
@@ -322,6 +274,11 @@ class ServerSettings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="least severe level that is logged")
     log_format: LogFormat = Field("text", description="text for people, json for machines")
+    audit_log: Path | None = Field(
+        None,
+        description="file that cancels, deletions, inspections, reads of images and refused calls are written to, "
+        "as JSON lines; opened again at SIGHUP; the ordinary log if unset",
+    )
 
     def wanted_ports(self) -> list[WantedPort]:
         """What will be bound."""

@@ -13,7 +13,14 @@ import pytest
 
 from chromarpc import AsyncClient, Client
 from chromarpc.cli.request import parse_lora
-from chromarpc.errors import DeadlineExceeded, Draining, ProtocolError, StatusError, UploadOutOfOrder
+from chromarpc.errors import (
+    DeadlineExceeded,
+    Draining,
+    ProtocolError,
+    QuotaExceeded,
+    StatusError,
+    UploadOutOfOrder,
+)
 from chromarpc.request import Lora
 from chromarpc.upload import RETRY_DELAYS_S, Call, Steps, Uploaded, Wait, advance, upload_steps
 from chromarpc.v1 import lora_service_pb2
@@ -93,6 +100,16 @@ def test_the_servers_advice_is_taken(file: BufferedReader) -> None:
     steps = begun(file)
     advance(steps, CREATED)
     assert advance(steps, failure(Draining, retry_after_s=30.0)) == Wait(30.0)
+
+
+def test_calls_that_come_too_fast_are_waited_for_and_other_quotas_are_not(file: BufferedReader) -> None:
+    steps = begun(file)
+    call = advance(steps, CREATED)
+    too_fast = failure(QuotaExceeded, metadata={"quota": "max_calls_per_minute"}, retry_after_s=3.0)
+    assert advance(steps, too_fast) == Wait(3.0)
+    assert advance(steps, None) == call
+    with pytest.raises(QuotaExceeded):
+        advance(steps, failure(QuotaExceeded, metadata={"quota": "max_upload_bytes"}))
 
 
 @pytest.mark.parametrize("given", [{"upload_id": "x"}, {"max_chunk_bytes": 10}, {}])

@@ -9,11 +9,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.engine import EngineStatus
+from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.pipeline import DeviceDescription
 from chromarpc_server.runtime.model_cache import CacheSnapshot
-from chromarpc_server.settings import LimitSettings, ServerSettings
+from chromarpc_server.settings import ServerSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROWS = re.findall(r"^\| `([^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -24,6 +26,9 @@ class IdleEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(0, 0, CacheSnapshot(resident_bytes={"chroma": 1}))
+
+    def store_facts(self) -> StoreFacts:
+        return StoreFacts(free_bytes=1)
 
     def memory_used_bytes(self) -> int:
         return 1

@@ -25,11 +25,12 @@ class ServerProcess:
         *flags: str,
         module: str = "chromarpc_server",
         awaits_serving: bool = True,
+        threads: int = 2,
     ) -> None:
         """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `awaits_serving`: off
-        where the test calls `await_serving`.
+        where the test calls `await_serving`; `threads`: of the computation.
         """
-        command = [sys.executable, "-m", module, "--port", "0", "--device", "cpu", "--threads", "2"]
+        command = [sys.executable, "-m", module, "--port", "0", "--device", "cpu", "--threads", str(threads)]
         command += ["--model-folder", f"chroma-mini={checkpoint}", "--data-dir", str(data_dir), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._log: list[str] = []
@@ -87,10 +88,17 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def server_process(
-    checkpoint: Path, data_dir: Path, *flags: str, module: str = "chromarpc_server", awaits_serving: bool = True
+    checkpoint: Path,
+    data_dir: Path,
+    *flags: str,
+    module: str = "chromarpc_server",
+    awaits_serving: bool = True,
+    threads: int = 2,
 ) -> Iterator[ServerProcess]:
     """One that is gone in the end."""
-    server = ServerProcess(checkpoint, data_dir, *flags, module=module, awaits_serving=awaits_serving)
+    server = ServerProcess(
+        checkpoint, data_dir, *flags, module=module, awaits_serving=awaits_serving, threads=threads
+    )
     try:
         yield server
     finally:

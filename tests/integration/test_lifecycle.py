@@ -18,6 +18,7 @@ import pytest
 
 import chromarpc
 from tests.conftest import RunningServer
+from tests.faults.processes import server_process
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 1}
 LONG: dict[str, Any] = {"model": "chroma-mini", "width": 256, "height": 256, "sample_steps": 150}
@@ -178,6 +179,14 @@ def test_sigterm_ends_the_process_with_0(tiny_checkpoint: Path, tmp_path: Path) 
         assert "listens on 127.0.0.1:" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_sigterm_once_more_does_not_change_how_the_process_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server:
+        server.process.send_signal(signal.SIGTERM)
+        while server.process.poll() is None:  # until the last moment, in which Python itself ends
+            server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_health_and_models_answer_while_a_generation_runs(server: RunningServer) -> None:

@@ -17,6 +17,7 @@ from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.queue import ScheduledJob
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.running_time import RunningTime
 
 KEPT, FETCHED = "aa" * 32, "bb" * 32
 
@@ -62,7 +63,7 @@ async def test_a_recovered_job_of_which_one_download_is_gone_fetches_that_one_an
     )
     job = Job(plan, (), Cancellation(), adapter_hashes=(KEPT, FETCHED))
     store = Store()
-    backlog = Backlog(Adapters(files[1]), store, None, StepTimes(), max_jobs=1)  # type: ignore[arg-type]
+    backlog = Backlog(Adapters(files[1]), store, None, StepTimes(), RunningTime(), max_jobs=1)  # type: ignore[arg-type]
     backlog.open()
     model_files = CheckpointFiles(Path("t"), Path("e"), Path("k"), Path("v"))
     backlog.schedule(ScheduledJob(job, model_files, FoundAdapters((files[0], None))))

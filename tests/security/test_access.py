@@ -25,6 +25,7 @@ from chromarpc.channel import TlsOptions
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.app import serve as serve_until_signal
 from chromarpc_server.settings import ServerSettings
+from chromarpc_server.transport.access import bad_tokens
 from tests.conftest import RunningServer
 from tests.security.conftest import TOKENS, Pems, issue
 
@@ -163,8 +164,11 @@ def test_a_call_needs_a_known_token(
     assert "send a token" in status.message
 
 
-def test_every_service_but_health_asks_for_it(serve: Serve, callers_file: Callers) -> None:
+def test_every_service_but_health_asks_for_it(
+    serve: Serve, callers_file: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every method that reflection would show, none of which may answer a stranger."""
+    monkeypatch.setattr(bad_tokens, "FREE_FAILURES", 100)
     server = serve(callers=callers_file())
     from chromarpc_server.transport.server import SERVICES
 

@@ -585,6 +585,7 @@ class Limits(_message.Message):
     MAX_QUEUED_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
     MAX_UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     MAX_UPLOADS_BYTES_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_CALLS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     max_prompts: _builtins.int
     """Prompts in one request."""
     max_prompt_bytes: _builtins.int
@@ -607,6 +608,8 @@ class Limits(_message.Message):
     """Bytes of one uploaded adapter; 0 where none are taken."""
     max_uploads_bytes_per_caller: _builtins.int
     """Bytes of the caller's uploaded adapters together."""
+    max_calls_per_minute: _builtins.int
+    """Calls that the caller may begin in a minute; those of everybody at its address together have a bound of their own."""
     def __init__(
         self,
         *,
@@ -621,10 +624,11 @@ class Limits(_message.Message):
         max_queued_jobs_per_caller: _builtins.int = ...,
         max_upload_bytes: _builtins.int = ...,
         max_uploads_bytes_per_caller: _builtins.int = ...,
+        max_calls_per_minute: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_request_bytes", b"max_request_bytes", "max_streams", b"max_streams", "max_upload_bytes", b"max_upload_bytes", "max_uploads_bytes_per_caller", b"max_uploads_bytes_per_caller"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_calls_per_minute", b"max_calls_per_minute", "max_loras", b"max_loras", "max_pixel_steps", b"max_pixel_steps", "max_pixels", b"max_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompts", b"max_prompts", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_request_bytes", b"max_request_bytes", "max_streams", b"max_streams", "max_upload_bytes", b"max_upload_bytes", "max_uploads_bytes_per_caller", b"max_uploads_bytes_per_caller"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ import {
   DeadlineExceeded,
   fromThrown,
   ProtocolError,
+  QuotaExceeded,
   ServerUnavailable,
   UploadOutOfOrder,
 } from "./errors.js";
@@ -18,6 +19,8 @@ const CHUNK_BYTES = 2 ** 20;
 const CALL_TIMEOUT_MS = 60_000;
 /** The server brings the whole file to its disk before it answers. */
 const FINAL_TIMEOUT_MS = 600_000;
+/** The quota that waiting helps against; others stay used up. */
+const CALLS_QUOTA = "max_calls_per_minute";
 /** Waits before the tries that follow a failure; a step forward starts over. */
 const RETRY_DELAYS_MS = [500, 1000, 2000, 4000, 8000];
 
@@ -41,7 +44,7 @@ export async function upload(
   const filename = options.filename ?? (file instanceof File ? file.name : "adapter.safetensors");
   const digest = await hash(file, signal);
 
-  /** Repeats a call that may be repeated while the server cannot be reached. */
+  /** Repeats a call that may be repeated while the server cannot be reached, or takes no more calls a minute. */
   async function insist<T>(timeoutMs: number, call: (options: CallOptions) => Promise<T>): Promise<T> {
     for (let attempt = 0; ; attempt++) {
       try {
@@ -49,12 +52,11 @@ export async function upload(
       } catch (thrown) {
         const error = fromThrown(thrown, target, signal);
         const delayMs = RETRY_DELAYS_MS[attempt];
-        if (
-          !(error instanceof ServerUnavailable || error instanceof DeadlineExceeded) ||
-          delayMs === undefined
-        ) {
-          throw error;
-        }
+        const isPassing =
+          error instanceof ServerUnavailable ||
+          error instanceof DeadlineExceeded ||
+          (error instanceof QuotaExceeded && error.metadata.quota === CALLS_QUOTA);
+        if (!isPassing || delayMs === undefined) throw error;
         await waitFor(Math.max(delayMs, error.retryAfterMs ?? 0), signal);
       }
     }

@@ -22,6 +22,8 @@ class Limits:
     max_request_bytes: int = 8 * 1024 * 1024
     max_streams: int = 4096
     """Calls in progress at once, of all callers."""
+    max_calls_per_minute_per_peer: int = 24_000
+    """Calls begun by all callers at one address."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class CallerLimits:
     """Width × height × steps, summed over one request's prompts."""
     max_upload_bytes: int = 32 * 1024**3
     """Of the adapters it has uploaded, and of what its unfinished uploads will become."""
+    max_calls_per_minute: int = 12_000
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 from chromarpc_server.domain.errors import ChromaError, JobCancelled, JobDeadlineExceeded
 from chromarpc_server.domain.events import Cancelled
 from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.runtime.running_time import RunningTime
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +27,23 @@ _AWAY: Final = {"caller": "away"}
 class Absences:
     """Waits for callers that went away."""
 
-    def __init__(self, grace_s: float, end: Callable[[Job, ChromaError], None]) -> None:
-        """`grace_s`: how long; `end`: ends a job nobody came back to."""
+    def __init__(self, grace_s: float, running_time: RunningTime, end: Callable[[Job, ChromaError], None]) -> None:
+        """`grace_s`: how long, in `running_time`: nobody can come back to a process that is paused; `end`: ends a
+        job nobody came back to.
+        """
         self._grace_s = grace_s
+        self._running_time = running_time
         self._end = end
 
     def begin(self, job: Job) -> None:
         """Nobody holds on to the job any more: it is ended after a while, or at its caller's deadline."""
         job.stop_absence()
         deadline_at = job.cancellation.deadline_at
-        left_s = self._grace_s if deadline_at is None else min(self._grace_s, deadline_at - time.monotonic())
-        job.absence = asyncio.get_running_loop().call_later(left_s, self._over, job)
+        left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
+        if left_s < self._grace_s:
+            job.absence = asyncio.get_running_loop().call_later(left_s, self._over, job)
+        else:
+            job.absence = self._running_time.call_later(self._grace_s, self._over, job)
         log.info("job.caller_away", extra={"job_id": job.id, "caller": job.owner, "grace_s": self._grace_s})
 
     def renew(self, job: Job) -> None:

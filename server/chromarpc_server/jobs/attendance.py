@@ -13,6 +13,7 @@ from chromarpc_server.jobs.housekeeping import HOUSEKEEPING_S
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.tasks import Tasks
+from chromarpc_server.runtime.running_time import RunningTime
 
 RETRY_AFTER_UNSTORED_S = HOUSEKEEPING_S
 
@@ -21,7 +22,14 @@ class Attendance:
     """Callers that hold on to jobs or watch them, and those that stop them."""
 
     def __init__(
-        self, backlog: Backlog, completion: Completion, store: JobStore, tasks: Tasks, *, reattach_s: float
+        self,
+        backlog: Backlog,
+        completion: Completion,
+        store: JobStore,
+        tasks: Tasks,
+        running_time: RunningTime,
+        *,
+        reattach_s: float,
     ) -> None:
         """Begins with nobody.
 
@@ -30,13 +38,14 @@ class Attendance:
             completion: ends them.
             store: keeps that a job is cancelled.
             tasks: those of the engine.
+            running_time: the event loop's.
             reattach_s: how long a caller that went away may take to come back.
         """
         self._backlog = backlog
         self._completion = completion
         self._store = store
         self._tasks = tasks
-        self._absences = Absences(reattach_s, backlog.cancel)
+        self._absences = Absences(reattach_s, running_time, backlog.cancel)
 
     def attach(self, job: AnyJob) -> None:
         """A caller holds on to a job from now on, until `detach`."""

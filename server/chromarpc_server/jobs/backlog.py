@@ -27,6 +27,7 @@ from chromarpc_server.jobs.queue import JobQueue, ScheduledJob
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import known_adapters
 from chromarpc_server.runtime.model_cache import SetKey
+from chromarpc_server.runtime.running_time import RunningTime
 
 
 class Backlog:
@@ -38,6 +39,7 @@ class Backlog:
         store: JobStore,
         completion: Completion,
         estimates: StepTimes,
+        running_time: RunningTime,
         *,
         max_jobs: int,
     ) -> None:
@@ -48,12 +50,14 @@ class Backlog:
             store: keeps what is known of fetched adapters.
             completion: ends jobs that wait no longer.
             estimates: how long jobs take.
+            running_time: the event loop's; jobs wait in it, for one that is paused serves nobody.
             max_jobs: no more may wait.
         """
         self._adapters = adapters
         self._store = store
         self._completion = completion
         self._estimates = estimates
+        self._running_time = running_time
         self._max_jobs = max_jobs
         self._queue = JobQueue()
         self._fetching: list[ScheduledJob] = []
@@ -146,8 +150,7 @@ class Backlog:
             return
         if job.plan.max_queue_s is not None and may_expire:
             waited_s = time.monotonic() - job.admitted_at
-            loop = asyncio.get_running_loop()
-            job.expiry = loop.call_later(job.plan.max_queue_s - waited_s, self._expire, job)
+            job.expiry = self._running_time.call_later(job.plan.max_queue_s - waited_s, self._expire, job)
         if None in scheduled.adapters.files:
             self._fetching.append(scheduled)
             scheduled.fetching = asyncio.create_task(self._fetch(scheduled, hf_token))

@@ -100,9 +100,21 @@ class Engine:
         self.jobs = JobRegistry(store, rules.retention, observers)
         self._completion = Completion(store, self.jobs, self._tasks)
         estimates = StepTimes()
-        self._backlog = Backlog(adapters, store, self._completion, estimates, max_jobs=rules.max_queued_jobs)
+        self._backlog = Backlog(
+            adapters,
+            store,
+            self._completion,
+            estimates,
+            device.running_time,
+            max_jobs=rules.max_queued_jobs,
+        )
         self._attendance = Attendance(
-            self._backlog, self._completion, store, self._tasks, reattach_s=rules.restarts.reattach_s
+            self._backlog,
+            self._completion,
+            store,
+            self._tasks,
+            device.running_time,
+            reattach_s=rules.restarts.reattach_s,
         )
         self._admission = Admission(
             adapters, model_files, self.jobs, store, self._backlog, self._attendance, self._tasks
@@ -137,6 +149,7 @@ class Engine:
             ChromaError: the device cannot be used.
         """
         description = await self._device.open()
+        self._device.running_time.start()
         self._housekeeper = asyncio.create_task(keep_house(self._completion, self._store), name="housekeeper")
         self._backlog.open()
         self._is_started = True
@@ -237,6 +250,7 @@ class Engine:
             await self._completion.store_unstored()
         await self._tasks.join()  # jobs that were cancelled in the last moment
         await self._store.close()
+        self._device.running_time.close()
         self._device.close()
         self._encoder.close()
 

@@ -14,6 +14,7 @@ from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.log import EndedLog, JobLog
 from chromarpc_server.runtime.cancellation import Cancellation
 from chromarpc_server.runtime.model_cache import SetKey
+from chromarpc_server.runtime.running_time import Timer
 from chromarpc_server.runtime.work import set_key
 
 
@@ -50,11 +51,11 @@ class Job:
     """SHA-256 of each adapter as it was read before: by an earlier process, or for the job that is redrawn."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     """Images that are being encoded and stored."""
-    expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
+    expiry: Timer | None = field(default=None, repr=False)
     """Ends it when it has waited too long; a timer that is not needed any more would hold the job's images."""
     watchers: int = 0
     """Callers that look at it, without holding on to it."""
-    absence: asyncio.TimerHandle | None = field(default=None, repr=False)
+    absence: Timer | None = field(default=None, repr=False)
     """Runs while the caller that it ends with is away and may come back; ends it then."""
     is_left: bool = False
     """Whether a caller has left it for good, so that nobody is waited for once the others have."""

@@ -63,4 +63,5 @@ def configure(level: str, *, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("chromarpc_server").setLevel(level.upper())
+    for ours in ("chromarpc_server", "chromarpc.audit"):
+        logging.getLogger(ours).setLevel(level.upper())

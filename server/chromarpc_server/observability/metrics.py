@@ -6,12 +6,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.adapters.damage import damaged_adapters
 from chromarpc_server.domain.events import (
     Cancelled,
     Completed,
@@ -27,8 +26,9 @@ from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.jobs.observer import JobObserver
+from chromarpc_server.observability.store_metrics import StoreCollector
 from chromarpc_server.transport.access.interceptor import Call
-from chromarpc_server.transport.messages.errors import code_of
+from chromarpc_server.transport.access.outcomes import outcome
 
 SIZES_PX = (256, 512, 1024, 2048)
 """Sides of squares: an image counts as the smallest one whose area it does not exceed."""
@@ -137,8 +137,9 @@ class Metrics:
         ).set(1)
 
     def observe_engine(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
-        """Collects the engine's state too, as it is at each scrape."""
+        """Collects the engine's state and its store's too, as they are at each scrape."""
         self.registry.register(_EngineCollector(engine, is_ready))
+        self.registry.register(StoreCollector(engine.store_facts, damaged_adapters))
 
     @property
     def observer(self) -> JobObserver:
@@ -182,37 +183,18 @@ class Metrics:
     async def middleware(self, call: Call) -> AsyncIterator[None]:
         """Counts a call."""
         started = time.monotonic()
-        code = grpc.StatusCode.OK
+        ended_by: BaseException | None = None
         with self._in_progress.labels(call.method).track_inprogress():
             try:
                 yield
-            except grpc.aio.AbortError:
-                code = _code(call)
-                raise
-            except ChromaError as error:
-                code = code_of(error)
-                raise
-            except Exception:
-                code = grpc.StatusCode.INTERNAL
-                raise
-            except BaseException:
-                # The caller went away, cancelled, or its deadline passed: gRPC cancels the handler's task.
-                remaining = call.context.time_remaining()
-                is_late = remaining is not None and remaining <= 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            except BaseException as error:
+                ended_by = error
                 raise
             finally:
-                self._calls.labels(call.method, code.name).inc()
+                self._calls.labels(call.method, outcome(call, ended_by).name).inc()
+                del ended_by  # it holds this frame
                 if not call.streams:
                     self._call_s.labels(call.method).observe(time.monotonic() - started)
-
-
-def _code(call: Call) -> grpc.StatusCode:
-    """What an aborted call was ended with."""
-    found = call.context.code()
-    if isinstance(found, grpc.StatusCode):
-        return found
-    return next((code for code in grpc.StatusCode if code.value[0] == found), grpc.StatusCode.UNKNOWN)
 
 
 class _EngineCollector(Collector):

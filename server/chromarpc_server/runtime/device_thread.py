@@ -19,6 +19,7 @@ from chromarpc_server.pipeline import (
     used_memory_bytes,
 )
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache
+from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.runtime.watchdog import Watchdog
 from chromarpc_server.runtime.work import Emit, Report, Work, WorkDone
 from chromarpc_server.runtime.worker import DeviceWorker
@@ -39,7 +40,9 @@ class DeviceThread:
         """
         self._choice = choice
         self._budgets = budgets or Budgets()
-        self._watchdog = Watchdog(timeouts or DeviceTimeouts())
+        self.running_time = RunningTime()
+        """Of the event loop that gives it work; whoever has the device starts and closes it."""
+        self._watchdog = Watchdog(timeouts or DeviceTimeouts(), self.running_time)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._snapshot = CacheSnapshot()
         self._opened: tuple[DeviceWorker, DeviceDescription] | None = None

@@ -1,4 +1,7 @@
-"""Whether the device thread still gets on: it says what it does, and the event loop looks at the clock."""
+"""Whether the device thread still gets on: it says what it does, and the event loop looks at the clock.
+
+Time in which the whole process was paused does not count.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import asyncio
 import faulthandler
 import logging
 import sys
-import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import TypeVar
 
 from chromarpc_server.domain.errors import DeviceHung
 from chromarpc_server.domain.limits import DeviceTimeouts
+from chromarpc_server.runtime.running_time import RunningTime
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +28,17 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class _Doing:
     what: str
-    until: float
+    limit_s: float
+    begun_at: float
 
 
 class Watchdog:
     """The device thread writes, the event loop reads; each value is replaced whole."""
 
-    def __init__(self, timeouts: DeviceTimeouts) -> None:
-        """`timeouts`: how long each thing may take."""
+    def __init__(self, timeouts: DeviceTimeouts, running_time: RunningTime) -> None:
+        """`timeouts`: how long each thing may take; `running_time`: the event loop's."""
         self._timeouts = timeouts
+        self._running_time = running_time
         self._doing: _Doing | None = None
 
     def step(self, expected_s: float | None = None) -> None:
@@ -60,8 +65,9 @@ class Watchdog:
             await asyncio.wait({future}, timeout=LOOK_EVERY_S)
             if future.done():
                 return future.result()
+            self._running_time.look()
             doing = self._doing
-            if doing is not None and time.monotonic() > doing.until:
+            if doing is not None and self._running_time.since(doing.begun_at) > doing.limit_s:
                 log.critical("device.hung", extra={"doing": doing.what})
                 with suppress(OSError, ValueError):  # standard error may be closed, or no file
                     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -69,4 +75,4 @@ class Watchdog:
                 raise DeviceHung(f"the device does not answer: {doing.what} takes too long")
 
     def _begin(self, what: str, limit_s: float) -> None:
-        self._doing = _Doing(what, time.monotonic() + limit_s)
+        self._doing = _Doing(what, limit_s, self._running_time.now())

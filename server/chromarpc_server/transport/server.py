@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -19,9 +19,11 @@ from chromarpc.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
+from chromarpc_server.transport.access.audit import CallAudit
 from chromarpc_server.transport.access.authentication import Authentication
 from chromarpc_server.transport.access.interceptor import Interceptor, Middleware
 from chromarpc_server.transport.access.quotas import CallQuotas
+from chromarpc_server.transport.access.rates import CallRates
 from chromarpc_server.transport.access.tls import ServerTls
 from chromarpc_server.transport.addresses import is_unix, room_for
 from chromarpc_server.transport.services.generation import GenerationServicer
@@ -85,13 +87,15 @@ class Listening:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may call, over what, and how much at once."""
+    """Who may call, over what, how often, and how much at once."""
 
     authentication: Authentication
+    rates: CallRates
     quotas: CallQuotas
     max_request_bytes: int
     max_connections: int
     tls: ServerTls | None = None
+    audit: CallAudit = field(default_factory=CallAudit)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ async def listen(
     Raises:
         OSError: the address cannot be bound.
     """
-    interceptor = Interceptor((*middleware, access.authentication.middleware, access.quotas.middleware))
+    inner = (access.authentication.middleware, access.rates.middleware, access.quotas.middleware)
+    interceptor = Interceptor((*middleware, access.audit.middleware, *inner))
     server = grpc.aio.server(
         interceptors=(*interceptors, interceptor),
         options=channel_options(access.max_request_bytes, access.max_connections),

@@ -113,6 +113,7 @@ class JobStore:
             return cls(Database(None, memory, retention), memory, thread, keeps_prompts=True)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(folder.parent)  # which has the folder's own name
             lock = StoreLock(folder)
             lock.acquire()
             images = ImageFolder(folder / "images")

@@ -16,8 +16,11 @@ from grpc_health.v1 import health
 from chromarpc_server.domain.callers import NOBODY, Caller, set_current_caller
 from chromarpc_server.domain.errors import Unauthenticated
 from chromarpc_server.domain.limits import CallerLimits
-from chromarpc_server.transport.access.callers_file import CallersFile
+from chromarpc_server.transport.access.bad_tokens import BadTokens
+from chromarpc_server.transport.access.callers_file import CallersFile, Proof, proof_of_token
 from chromarpc_server.transport.access.interceptor import Call
+from chromarpc_server.transport.access.peers import peer_address
+from chromarpc_server.transport.access.revocation import Revocation
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +49,11 @@ class Authentication:
             certificates: whether every connection has a verified client certificate.
             limits: of callers that no file names.
         """
-        self._callers = callers
         self._certificates = certificates
         self._limits = limits
         self._nobody = Caller(NOBODY.name, limits)
+        self._bad_tokens = BadTokens()
+        self._revocation = None if callers is None else Revocation(callers)
         self._unlogged = 0
         self._logged_at: float | None = None
 
@@ -58,38 +62,54 @@ class Authentication:
         """Sets the current caller.
 
         Raises:
-            Unauthenticated: nobody that this server knows; the answer is the same whatever was wrong.
+            Unauthenticated: nobody that this server knows; the answer is the same whatever was wrong. Or somebody
+                whom it knew when the call began.
+            QuotaExceeded: nobody that it knows, too often.
         """
-        if call.service not in OPEN_SERVICES:
-            caller = self._caller(call.context)
-            if caller is None:
-                self._log_failure(call)
-                raise Unauthenticated(_MESSAGE)
+        if call.service in OPEN_SERVICES:
+            yield
+        elif self._revocation is None:
+            set_current_caller(self._known(call, self._by_certificate(call.context)))
+            yield
+        else:
+            proof = self._proof(call.context)
+            caller = self._known(call, self._revocation.callers.find(proof))
             set_current_caller(caller)
-        yield
+            with self._revocation.of(call, caller, proof):
+                yield
 
-    def _caller(self, context: Any) -> Caller | None:
-        identities = certificate_identities(context.auth_context()) if self._certificates else []
-        if self._callers is None:
-            if not self._certificates:
-                return self._nobody
-            return Caller(CERTIFICATE_PREFIX + identities[0], self._limits) if identities else None
+    def _known(self, call: Call, caller: Caller | None) -> Caller:
+        if caller is None:
+            self._log_failure(call)
+            self._bad_tokens.failed(peer_address(call.peer))
+            raise Unauthenticated(_MESSAGE)
+        return caller
+
+    def _by_certificate(self, context: Any) -> Caller | None:
+        """The caller, where no file names any."""
+        if not self._certificates:
+            return self._nobody
+        identities = certificate_identities(context.auth_context())
+        return Caller(CERTIFICATE_PREFIX + identities[0], self._limits) if identities else None
+
+    def _proof(self, context: Any) -> Proof:
+        """What the call proves its caller with, known or not: a token if it sends one, else its certificate."""
         headers = [value for key, value in context.invocation_metadata() or () if key == _HEADER]
         if not headers:
-            return self._callers.by_certificate(identities)
+            return tuple(certificate_identities(context.auth_context())) if self._certificates else ()
         header = headers[0]
         if len(headers) > 1 or not isinstance(header, str) or len(header) > _MAX_HEADER:
-            return None
+            return ()
         if header[: len(_SCHEME)].lower() != _SCHEME:
-            return None
-        return self._callers.by_token(header[len(_SCHEME) :].strip())
+            return ()
+        return proof_of_token(header[len(_SCHEME) :].strip())
 
     def _log_failure(self, call: Call) -> None:
         """A line now and then, however many calls fail."""
         self._unlogged += 1
         now = time.monotonic()
         if self._logged_at is None or now - self._logged_at >= LOG_FAILURES_EVERY_S:
-            fields = {"method": call.method, "peer": call.context.peer(), "refused": self._unlogged}
+            fields = {"method": call.method, "peer": call.peer, "refused": self._unlogged}
             log.warning("rpc.unauthenticated", extra=fields)
             self._logged_at, self._unlogged = now, 0
 

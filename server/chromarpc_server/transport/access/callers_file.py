@@ -45,6 +45,8 @@ TOKEN_PREFIX = "chromarpc_"  # noqa: S105 - lets secret scanners recognise a tok
 LOOK_EVERY_S = 1.0
 """How long a changed file may go unnoticed."""
 
+Proof = bytes | tuple[str, ...]
+"""What a call proves its caller with: the SHA-256 of a token, or the names in a verified certificate."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
 
@@ -61,6 +63,7 @@ class _Entry(BaseModel):
     max_queued_jobs: NonNegativeInt | None = None
     max_pixel_steps: NonNegativeInt | None = None
     max_upload_bytes: NonNegativeInt | None = None
+    max_calls_per_minute: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _has_proof(self) -> _Entry:
@@ -121,47 +124,56 @@ class CallersFile:
         self._looked_at = clock()
         self._stamp = self._stamp_now()
         self._known = self._read()
+        self.on_reload: Callable[[], None] | None = None
+        """Called after the file was read again."""
 
     def by_token(self, token: str) -> Caller | None:
         """The caller that a token belongs to. Takes as long for any token, right or wrong."""
-        self._look()
-        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found: Caller | None = None
-        for known, caller in self._known.by_hash:
-            if hmac.compare_digest(known, digest):
-                found = caller
-        return found
+        return self.find(proof_of_token(token))
 
     def by_certificate(self, identities: Collection[str]) -> Caller | None:
         """The caller that has one of a verified certificate's names."""
-        self._look()
-        return next(
-            (caller for name in identities if (caller := self._known.by_certificate.get(name)) is not None), None
-        )
+        return self.find(tuple(identities))
 
-    def reload(self) -> None:
-        """Reads the file now; logs what is wrong with it and keeps what was known."""
-        self._stamp = self._stamp_now()
-        try:
-            self._known = self._read()
-        except ValueError as error:
-            log.error("callers.not_reloaded", extra={"problem": str(error)})  # noqa: TRY400 - no traceback wanted
+    def find(self, proof: Proof) -> Caller | None:
+        """The caller that a proof belongs to."""
+        self.look()
+        found: Caller | None = None
+        if isinstance(proof, bytes):
+            for known, caller in self._known.by_hash:
+                if hmac.compare_digest(known, proof):
+                    found = caller
         else:
-            log.info("callers.reloaded", extra={"callers": self.count})
+            found = next(filter(None, map(self._known.by_certificate.get, proof)), None)
+        return found
 
-    @property
-    def count(self) -> int:
-        """Callers known now."""
-        callers = [caller for _, caller in self._known.by_hash] + list(self._known.by_certificate.values())
-        return len({caller.name for caller in callers})
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Reads the file again if it has changed; looks at most once a second."""
         now = self._clock()
         if now - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = now
         if self._stamp_now() != self._stamp:
             self.reload()
+
+    def reload(self) -> None:
+        """Reads the file now; logs what is wrong with it and keeps what was known."""
+        self._looked_at = self._clock()
+        self._stamp = self._stamp_now()
+        try:
+            self._known = self._read()
+        except ValueError as error:
+            log.error("callers.not_reloaded", extra={"problem": str(error)})  # noqa: TRY400 - no traceback wanted
+            return
+        log.info("callers.reloaded", extra={"callers": self.count})
+        if self.on_reload is not None:
+            self.on_reload()
+
+    @property
+    def count(self) -> int:
+        """Callers known now."""
+        callers = [caller for _, caller in self._known.by_hash] + list(self._known.by_certificate.values())
+        return len({caller.name for caller in callers})
 
     def _stamp_now(self) -> tuple[int, int, int] | None:
         try:
@@ -189,6 +201,11 @@ class CallersFile:
             tuple((bytes.fromhex(sha256), caller) for entry, caller in callers for sha256 in entry.token_sha256),
             {entry.certificate: caller for entry, caller in callers if entry.certificate},
         )
+
+
+def proof_of_token(token: str) -> Proof:
+    """What is looked for; the token itself need not be kept."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def new_token() -> str:

@@ -12,9 +12,9 @@ import asyncio
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 
 RECEIVE_TIMEOUT_S = 30.0
 """Between a call's begin and the last byte of its request."""
+SEND_TIMEOUT_S = 1.0
+"""How long a call that is ended early may take to send what it is sending; its reader may never read."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
-    """A call on its way to its handler."""
+    """A call on its way to its handler, and in it. Belongs to the task that serves it."""
 
     method: str
     """`/package.Service/Method`, one that this server has."""
@@ -39,11 +41,60 @@ class Call:
     """`grpc.aio.ServicerContext`."""
     streams: bool
     """Whether the answer is a stream."""
+    peer: str = field(init=False)
+    """Where it comes from, asked for once: when the caller is gone, gRPC's context has nothing left to look at."""
+    on_request: Callable[[Any], None] | None = None
+    """Called with the request once it is parsed; set by a middleware that needs to know it."""
+    _task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task, repr=False)
+    _is_sending: bool = False
+    _early_end: ChromaError | None = None
+
+    def __post_init__(self) -> None:
+        self.peer = self.context.peer()
 
     @property
     def service(self) -> str:
         """`package.Service`."""
         return self.method.lstrip("/").partition("/")[0]
+
+    def end(self, error: ChromaError) -> None:
+        """Ends the call early with the status of an error; to its handler it looks like a lost connection.
+
+        To be called from another task, while the call is within its middleware.
+        """
+        if self._early_end is not None or self._task is None:
+            return
+        self._early_end = error
+        if self._is_sending:
+            # Cancelled in the middle of a message, gRPC would end the call without a status.
+            asyncio.get_running_loop().call_later(SEND_TIMEOUT_S, self._stop_sending)
+        else:
+            self._task.cancel()
+
+    def begin_sending(self) -> None:
+        """A message is given to gRPC."""
+        self._is_sending = True
+
+    def end_sending(self) -> None:
+        """It is sent. Raises the error of an early end that came meanwhile."""
+        self._is_sending = False
+        if self._early_end is not None:
+            raise self._early_end
+
+    def _stop_sending(self) -> None:
+        if self._is_sending and self._task is not None:
+            self._task.cancel()
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Around the handler: an early end's cancellation becomes its error."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._early_end is None or self._task is None:
+                raise
+            self._task.uncancel()
+            raise self._early_end from None
 
 
 Middleware = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -91,13 +142,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async with AsyncExitStack() as stack:
             for middleware in self._middleware:
                 await stack.enter_async_context(middleware(call))
-            yield
+            with call.handled():
+                yield
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
         async def intercepted(requests: AsyncIterator[bytes], context: Any) -> Any:
             try:
-                async with self._within(Call(method, context, streams=False)):
-                    return await answer(await _single_request(requests, parse), context)
+                call = Call(method, context, streams=False)
+                async with self._within(call):
+                    return await answer(await _single_request(call, requests, parse), context)
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 ending = _ending(method, error)
             try:
@@ -110,13 +163,16 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
         async def intercepted(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
             try:
-                async with self._within(Call(method, context, streams=True)):
+                call = Call(method, context, streams=True)
+                async with self._within(call):
                     answers = stream(
-                        requests if parse is None else await _single_request(requests, parse), context
+                        requests if parse is None else await _single_request(call, requests, parse), context
                     )
                     try:
                         async for response in answers:
+                            call.begin_sending()
                             yield response
+                            call.end_sending()
                     finally:
                         await answers.aclose()
             except Exception as error:  # noqa: BLE001 - the last line of defence
@@ -140,7 +196,7 @@ def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
     return serialized
 
 
-async def _single_request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+async def _single_request(call: Call, requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
     """The one message of a request that is no stream.
 
     Raises:
@@ -161,9 +217,12 @@ async def _single_request(requests: AsyncIterator[bytes], parse: Callable[[bytes
             # It and what made it hold each other until it ends.
             await messages.aclose()
     try:
-        return parse(request)
+        parsed = parse(request)
     except DecodeError:
         raise InvalidParameter("the request's bytes are not a message of this method") from None
+    if call.on_request is not None:
+        call.on_request(parsed)
+    return parsed
 
 
 _Ending = ChromaError | grpc.aio.AbortError

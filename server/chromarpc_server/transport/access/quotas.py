@@ -11,6 +11,7 @@ from chromarpc_server.domain.errors import QuotaExceeded
 from chromarpc_server.transport.access.authentication import OPEN_SERVICES
 from chromarpc_server.transport.access.interceptor import Call
 
+QUOTA = "max_streams"
 RETRY_AFTER_S = 1.0
 MAX_OPEN_CALLS = 256
 """Of health, which anyone may call: they must not use up what callers share."""
@@ -67,4 +68,4 @@ class CallQuotas:
 
 
 def _too_many(subject: str, limit: int, description: str) -> QuotaExceeded:
-    return QuotaExceeded.of(subject, "max_streams", limit, description, retry_after_s=RETRY_AFTER_S)
+    return QuotaExceeded.of(subject, QUOTA, limit, description, retry_after_s=RETRY_AFTER_S)

@@ -110,6 +110,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 max_queued_jobs_per_caller=_int32(caller.limits.max_queued_jobs),
                 max_upload_bytes=self._library.uploads.limits.max_file_bytes,
                 max_uploads_bytes_per_caller=caller.limits.max_upload_bytes,
+                max_calls_per_minute=_int32(caller.limits.max_calls_per_minute),
             ),
             queue=model_service_pb2.QueueState(queued_jobs=status.queued_jobs, running_jobs=status.running_jobs),
             caller=caller.name,

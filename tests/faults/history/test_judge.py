@@ -1,0 +1,382 @@
+"""The judge on histories made by hand: each broken promise is found, and what may be is left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.faults.history.judge import judge
+from tests.faults.history.recorded import (
+    Asked,
+    Call,
+    Fault,
+    History,
+    JobView,
+    Outcome,
+    SeenEvent,
+    SeenImage,
+)
+
+CUT = Outcome("CANCELLED", is_cut=True)
+NOT_FOUND = Outcome("NOT_FOUND", "JOB_NOT_FOUND")
+AWAY = Outcome("UNAVAILABLE")
+KILL = Fault("kill", 0.0, 1000.0)
+IMAGE = b"an image"
+SHA256 = hashlib.sha256(IMAGE).hexdigest()
+
+
+class Made:
+    """A history, made call by call; each begins after the one before ended, unless it is said to be beside it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._times = itertools.count(1)
+
+    def call(self, method: str, *, owner: str = "alice", beside: float | None = None, **told: Any) -> Call:
+        begun_s, ended_s = float(next(self._times)), float(next(self._times))
+        asked = told.pop("asked", Asked())
+        told.setdefault("job_id", asked.job_id)
+        call = Call(
+            number=len(self.calls) + 1,
+            client=f"{owner}-0",
+            owner=owner,
+            method=method,
+            begun_s=begun_s if beside is None else beside,
+            ended_s=ended_s,
+            asked=asked,
+            outcome=told.pop("outcome", Outcome()),
+            **told,
+        )
+        self.calls.append(call)
+        return call
+
+    def create(self, job_id: str = "j", **told: Any) -> Call:
+        asked = told.pop("asked", Asked(what="w", request="w", is_detached=True))
+        view = told.pop("view", job(job_id, request_id=asked.request_id))
+        told.setdefault("existed", False)
+        return self.call("CreateJob", asked=asked, job_id=job_id, views=(view,), plan="p", **told)
+
+    def about(self, method: str, job_id: str = "j", **told: Any) -> Call:
+        return self.call(method, asked=Asked(job_id=job_id), **told)
+
+    def get(self, view: JobView, **told: Any) -> Call:
+        return self.about("GetJob", view.job_id, views=(view,), **told)
+
+    def watch(self, events: Sequence[SeenEvent], after: int = 0, **told: Any) -> Call:
+        asked = Asked(job_id="j", after_sequence=after, omits_image_bytes=True)
+        return self.call("WatchJob", asked=asked, events=tuple(events), **told)
+
+    def rules(self, *faults: Fault, is_settled: bool = False) -> set[str]:
+        history = History(tuple(self.calls), faults, max_attempts=2, is_settled=is_settled)
+        return {problem.rule for problem in judge(history)}
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made()
+
+
+def job(job_id: str = "j", state: str = "queued", **told: Any) -> JobView:
+    values = {"request_id": "", "created_us": 1, "last_sequence": 1, "plan": "p", "images": (), "reason": ""}
+    values |= {"ending": state} | told
+    return JobView(job_id=job_id, state=state, **values)
+
+
+def event(sequence: int, kind: str, whole: str = "", **told: Any) -> SeenEvent:
+    return SeenEvent(sequence, kind, whole or f"{sequence} {kind}", **told)
+
+
+def under(request_id: str = "r", request: str = "w") -> Asked:
+    return Asked(request_id=request_id, what=request, request=request, is_detached=True)
+
+
+def test_a_job_that_is_gone_is_lost(made: Made) -> None:
+    made.create()
+    made.about("GetJob", outcome=NOT_FOUND)
+    assert made.rules() == {"lost"}
+
+
+def test_a_job_may_be_gone_once_its_deletion_was_asked_for_whatever_came_of_that(made: Made) -> None:
+    made.create()
+    made.about("DeleteJob", outcome=AWAY)
+    made.about("GetJob", outcome=NOT_FOUND)
+    assert made.rules(KILL) == set()
+
+
+def test_a_deletion_that_was_refused_deletes_nothing(made: Made) -> None:
+    made.create()
+    made.about("DeleteJob", outcome=Outcome("FAILED_PRECONDITION", "JOB_NOT_ENDED"))
+    made.about("GetJob", outcome=NOT_FOUND)
+    assert made.rules() == {"lost"}
+
+
+def test_a_job_that_a_list_leaves_out_is_lost(made: Made) -> None:
+    made.create("a", view=job("a", created_us=1))
+    made.create("b", view=job("b", created_us=2))
+    made.call("ListJobs", views=(job("b", created_us=2),))  # the first page of two
+    assert made.rules() == set()
+    made.call("ListJobs", asked=Asked(before=(2, "b")), is_last_page=True)
+    assert made.rules() == {"lost"}
+
+
+def test_a_job_that_was_deleted_stays_deleted(made: Made) -> None:
+    made.create(view=job(state="succeeded"))
+    made.about("DeleteJob")
+    made.get(job(state="succeeded"))
+    assert made.rules() == {"revived"}
+
+
+def test_a_job_that_was_missing_once_never_comes_back(made: Made) -> None:
+    made.create(view=job(state="succeeded"))
+    made.about("DeleteJob", outcome=CUT)
+    made.about("GetJob", outcome=NOT_FOUND)
+    made.call("ListJobs", views=(job(state="succeeded"),), is_last_page=True)
+    assert made.rules() == {"revived"}
+
+
+def test_a_look_beside_a_deletion_may_still_see_the_job(made: Made) -> None:
+    made.create(view=job(state="succeeded"))
+    deleted = made.about("DeleteJob")
+    made.get(job(state="succeeded"), beside=deleted.begun_s)
+    assert made.rules() == set()
+
+
+def test_an_end_never_changes(made: Made) -> None:
+    made.create()
+    made.get(job(state="failed", last_sequence=5, reason="ATTEMPTS_EXHAUSTED"))
+    made.get(job(state="succeeded", last_sequence=9))
+    assert "one_end" in made.rules(KILL, KILL)
+
+
+def test_an_end_is_never_undone(made: Made) -> None:
+    made.create()
+    made.watch([event(1, "accepted"), event(2, "completed")], images=(image(),))
+    made.get(job(state="running", last_sequence=2))
+    assert made.rules() == {"one_end"}
+
+
+def test_a_look_that_began_before_the_end_may_tell_less(made: Made) -> None:
+    created = made.create()
+    made.watch([event(1, "accepted"), event(2, "completed")], images=(image(),))
+    made.get(job(state="running"), beside=created.ended_s)
+    assert made.rules() == set()
+
+
+def test_a_cancel_that_was_acknowledged_is_the_end(made: Made) -> None:
+    made.create()
+    made.about("CancelJob", views=(job(state="running"),))
+    made.get(job(state="succeeded"))
+    assert made.rules() == {"cancel"}
+
+
+def test_a_cancel_that_came_too_late_or_was_cut_holds_nobody_to_anything(made: Made) -> None:
+    made.create()
+    made.about("CancelJob", outcome=AWAY)
+    made.about("CancelJob", views=(job(state="succeeded"),))
+    made.get(job(state="succeeded"))
+    assert made.rules(KILL) == set()
+
+
+def test_nothing_is_cancelled_that_nobody_cancelled(made: Made) -> None:
+    made.create()
+    made.get(job(state="cancelled"))
+    assert made.rules() == {"unasked_cancel"}
+    made.about("CancelJob", outcome=AWAY, beside=1.0)
+    assert made.rules(KILL) == set()
+
+
+def test_a_job_fails_for_kills_only_where_there_were_enough(made: Made) -> None:
+    made.create()
+    made.get(job(state="failed", reason="ATTEMPTS_EXHAUSTED"))
+    assert made.rules(KILL) == {"failure"}
+    assert made.rules(KILL, KILL) == set()
+
+
+def test_sequences_rise_in_a_stream(made: Made) -> None:
+    made.create()
+    made.watch([event(1, "accepted"), event(3, "step"), event(2, "queued")], outcome=CUT)
+    assert made.rules() == {"sequence"}
+
+
+def test_a_stream_begins_after_what_its_reader_has(made: Made) -> None:
+    made.create()
+    made.watch([event(5, "step")], after=5, outcome=CUT)
+    assert made.rules() == {"sequence"}
+
+
+def test_a_heartbeat_repeats_the_last_sequence_and_a_gap_is_no_fault(made: Made) -> None:
+    made.create()
+    events = [event(1, "accepted"), event(1, "heartbeat"), event(4, "step")]
+    made.watch(events, outcome=CUT)
+    assert made.rules() == set()
+
+
+def test_a_sequence_is_one_event_for_all_streams(made: Made) -> None:
+    made.create()
+    made.watch([event(1, "accepted"), event(2, "step", "one")], outcome=CUT)
+    made.watch([event(1, "accepted"), event(2, "step", "another")], outcome=CUT)
+    assert made.rules() == {"sequence"}
+
+
+def test_the_last_sequence_never_falls(made: Made) -> None:
+    made.create()
+    made.get(job(state="running", last_sequence=9))
+    made.get(job(state="running", last_sequence=8))
+    assert made.rules() == {"sequence"}
+
+
+def test_a_sequence_that_was_told_is_not_refused(made: Made) -> None:
+    made.create()
+    made.watch([], after=9, outcome=Outcome("INVALID_ARGUMENT", "INVALID_PARAMETER"))
+    assert "sequence" in made.rules()
+
+
+def test_a_request_id_makes_one_job(made: Made) -> None:
+    made.create("a", asked=under(), view=job("a", request_id="r"))
+    made.create("b", asked=under(), view=job("b", request_id="r"))
+    assert made.rules() == {"doubled"}
+
+
+def test_a_request_id_makes_another_job_once_the_first_may_be_deleted(made: Made) -> None:
+    made.create("a", asked=under(), view=job("a", request_id="r"))
+    made.about("DeleteJob", "a", outcome=CUT)
+    made.create("b", asked=under(), view=job("b", request_id="r"))
+    assert made.rules() == set()
+
+
+def test_a_request_id_makes_a_job_for_each_owner(made: Made) -> None:
+    made.create("a", asked=under(), view=job("a", request_id="r"))
+    made.create("b", owner="bob", asked=under(), view=job("b", request_id="r"))
+    assert made.rules() == set()
+
+
+def test_a_job_is_new_once(made: Made) -> None:
+    made.create(asked=under())
+    made.create(asked=under())
+    assert made.rules() == {"doubled"}
+
+
+def test_a_job_that_no_call_can_have_made_is_one_too_many(made: Made) -> None:
+    made.get(job())
+    assert made.rules() == {"doubled"}
+
+
+def test_a_call_of_unknown_outcome_may_have_made_a_job(made: Made) -> None:
+    made.call("CreateJob", asked=Asked(what="w", request="w"), outcome=AWAY)
+    made.call("CreateJob", asked=under(), outcome=AWAY)
+    made.get(job("a"))
+    made.get(job("b", request_id="r"))
+    assert made.rules(KILL) == set()
+
+
+def test_another_request_under_an_id_is_refused(made: Made) -> None:
+    made.create(asked=under())
+    made.create(asked=under(request="other"), existed=True)
+    assert "request_id" in made.rules()
+
+
+def test_the_same_request_under_an_id_is_not_refused(made: Made) -> None:
+    made.create(asked=under())
+    reused = Outcome("ALREADY_EXISTS", "REQUEST_ID_REUSED", told_job="j")
+    made.call("CreateJob", asked=under(), outcome=reused)
+    assert made.rules() == {"request_id"}
+
+
+def test_another_request_under_an_id_may_be_refused_for_a_call_that_was_cut(made: Made) -> None:
+    made.call("CreateJob", asked=under(request="other"), outcome=AWAY)
+    reused = Outcome("ALREADY_EXISTS", "REQUEST_ID_REUSED", told_job="j")
+    made.call("CreateJob", asked=under(), outcome=reused)
+    assert made.rules(KILL) == set()
+
+
+@pytest.mark.parametrize("method", ["GetJob", "ListJobs"])
+def test_nobody_sees_anothers_job(made: Made, method: str) -> None:
+    made.create()
+    made.call(method, owner="bob", views=(job(),))
+    assert made.rules() == {"foreign"}
+
+
+def test_a_refusal_that_tells_of_anothers_job_is_found(made: Made) -> None:
+    made.create()
+    made.about("DeleteJob", owner="bob", outcome=Outcome("FAILED_PRECONDITION", "JOB_NOT_ENDED"))
+    assert made.rules() == {"foreign"}
+    made.calls.pop()
+    made.about("DeleteJob", owner="bob", outcome=NOT_FOUND)
+    assert made.rules() == set()
+
+
+def image(data: bytes = IMAGE, offset: int = 0, *, sha256: str = SHA256, is_last: bool = True) -> SeenImage:
+    return SeenImage(0, sha256, len(IMAGE), offset, data, is_last)
+
+
+@pytest.mark.parametrize(
+    ("served", "is_right"),
+    [
+        (image(), True),
+        (image(IMAGE[3:], 3), True),
+        (image(IMAGE[:3], is_last=False), True),
+        (image(b"An image"), False),
+        (image(b"An", is_last=False), False),
+        (image(b"imagE", 3), False),
+        (image(IMAGE[:3]), False),
+        (image(IMAGE + b"s"), False),
+    ],
+)
+def test_an_image_has_the_bytes_of_its_hash(made: Made, served: SeenImage, is_right: bool) -> None:
+    made.create()
+    made.about("GetImage", images=(image(),))
+    made.about("GetImage", images=(served,))
+    assert made.rules() == (set() if is_right else {"bytes"})
+
+
+def test_equal_plans_have_equal_images(made: Made) -> None:
+    made.create("a", view=job("a", images=("one",)))
+    made.create("b", view=job("b", images=("another",)))
+    assert made.rules() == {"pixels"}
+
+
+def test_data_is_lost_only_where_it_was_damaged(made: Made) -> None:
+    made.create(view=job(state="succeeded", images=(SHA256,)))
+    made.about("GetImage", outcome=Outcome("DATA_LOSS", "IMAGE_DAMAGED"))
+    assert made.rules() == {"status"}
+    assert made.rules(Fault("flip_image", 0.0, 0.1, damaged="other")) == {"status"}
+    assert made.rules(Fault("flip_image", 0.0, 0.1, damaged=SHA256)) == set()
+
+
+def test_a_server_is_away_only_while_something_happens_to_it(made: Made) -> None:
+    made.about("GetJob", outcome=AWAY)
+    assert made.rules() == {"status"}
+    assert made.rules(Fault("stop", 0.0, 9.0)) == {"status"}
+    assert made.rules(Fault("kill", 0.0, 9.0)) == set()
+
+
+def test_an_error_that_nobody_foresaw_is_never_right(made: Made) -> None:
+    made.about("GetJob", outcome=Outcome("INTERNAL", "INTERNAL"))
+    assert made.rules(KILL) == {"status"}
+
+
+def test_a_server_gets_ready_again_and_ends_when_it_is_told_to(made: Made) -> None:
+    assert made.rules(Fault("kill", 0.0, 1.0, is_ready=False)) == {"readiness"}
+    assert made.rules(Fault("term", 0.0, 1.0, hung=True)) == {"exit"}
+    assert made.rules(Fault("term", 0.0, 1.0, exit_code=1)) == {"exit"}
+
+
+def test_in_the_end_every_job_has_ended(made: Made) -> None:
+    made.create()
+    assert made.rules() == set()
+    assert made.rules(is_settled=True) == {"unsettled"}
+
+
+def test_an_adapter_is_kept_until_it_is_deleted_and_used_by_its_owner_alone(made: Made) -> None:
+    made.call("UploadLora", asked=Asked(adapter="a"))
+    drawn = Asked(what="w", request="w", adapter="a")
+    made.call("CreateJob", asked=drawn, outcome=Outcome("NOT_FOUND", "LORA_NOT_FOUND"))
+    assert made.rules() == {"lost"}
+    made.call("DeleteLora", asked=Asked(adapter="a"), outcome=AWAY, beside=1.5)
+    assert made.rules(KILL) == set()
+    made.create(owner="bob", asked=drawn)
+    assert made.rules(KILL) == {"foreign"}
