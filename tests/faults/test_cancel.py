@@ -98,12 +98,14 @@ def test_a_cancel_that_cannot_be_stored_is_not_acknowledged_and_stops_the_job(
         _until_step(watcher)
         _limit_files(server, 1)  # no write beyond the first byte of any file succeeds
         answers = []
-        for _ in range(2):  # while it runs, and once it has ended in this process
-            try:
+        for _ in range(2):  # while it runs, and once it is stopped
+            with pytest.raises(chromarpc.StatusError) as refused:
                 client.cancel_job(running.job_id)
-                answers.append("OK")
-            except chromarpc.StatusError as error:
-                answers.append(error.reason)
-            with pytest.raises(chromarpc.Cancelled):
-                list(watcher if len(answers) == 1 else client.watch_job(running.job_id))
+            answers.append(refused.value.reason)
+            # Its end is told once it is stored, and not before.
+            assert client.get_job(running.job_id).state == State.JOB_STATE_RUNNING
         assert answers == ["STORE_UNAVAILABLE"] * 2
+        _limit_files(server, resource.RLIM_INFINITY)
+        with pytest.raises(chromarpc.Cancelled):
+            list(watcher)
+        assert client.get_job(running.job_id).state == State.JOB_STATE_CANCELLED

@@ -309,7 +309,8 @@ def test_a_job_that_ran_before_a_restart_has_waited_its_time(serve: Serve, tmp_p
         until_step(second.watch_job(running))
         server.stop()
     with sqlite3.connect(tmp_path / "data" / "jobs" / "jobs.sqlite3") as store:
-        store.execute("UPDATE jobs SET admitted_kept_us = admitted_kept_us - 30000000")
+        # As if half a minute had passed; rows are read without their checksums, like those of earlier versions.
+        store.execute("UPDATE jobs SET admitted_kept_us = admitted_kept_us - 30000000, plan_check = NULL")
     store.close()
     server = serve(callers=callers)
     with alice(server.target) as first, bob(server.target) as second:

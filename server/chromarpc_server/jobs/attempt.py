@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreError
-from chromarpc_server.domain.events import AdapterReport, Completed, Prepared, Step
-from chromarpc_server.jobs.completion import Completion, unforeseen
+from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreError, StoreUnavailable
+from chromarpc_server.domain.events import AdapterReport, Completed, ImageHeader, Prepared, Step
+from chromarpc_server.jobs.completion import Completion, stopping, unforeseen
 from chromarpc_server.jobs.encoding import ImageEncoder, split_chunks
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.job import Job
@@ -96,8 +96,14 @@ class AttemptRecorder:
         # The device's reports came before its return, so every encoding has begun by now.
         while job.encodings:
             await asyncio.wait(job.encodings)
+        ended_by = job.cancelled_for_good
         if attempt.unstored is not None:
-            self._completion.end_early(job, attempt.unstored)
+            ended_by = job.cancellation.cause or attempt.unstored
+            if ended_by is attempt.unstored and self._completion.is_stopping and self._store.is_durable:
+                self._completion.set_aside(job, stopping())  # the next process may have room for its images
+                return
+        if ended_by is not None:
+            self._completion.end_early(job, ended_by)
             return
         now = time.monotonic()
         started_at = job.started_at if job.started_at is not None else now
@@ -147,10 +153,21 @@ class AttemptRecorder:
         job.log.append(header)
         for chunk in split_chunks(report.prompt_index, data):
             job.log.append(chunk)
-        try:
-            await self._store.put_image(job, header, data)
-        except StoreError as error:
-            attempt.unstored = error
+        attempt.unstored = await self._put(job, header, data) or attempt.unstored
+
+    async def _put(self, job: Job, header: ImageHeader, data: bytes) -> StoreError | None:
+        """Stores an image, on a full disk once there is room; why not, where the job or the server is stopped
+        before.
+        """
+        while True:
+            try:
+                await self._store.put_image(job, header, data)
+            except StoreError as error:
+                is_lasting = not isinstance(error, StoreUnavailable) or not self._store.is_durable
+                if is_lasting or job.cancellation.cause is not None or await self._completion.stops_meanwhile():
+                    return error
+            else:
+                return None
 
 
 def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:

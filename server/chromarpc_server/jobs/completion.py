@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 
 from chromarpc_server.domain.errors import (
     ChromaError,
@@ -19,16 +20,21 @@ from chromarpc_server.domain.errors import (
     JobCancelled,
     JobDeadlineExceeded,
     StoreError,
+    StoreUnavailable,
 )
 from chromarpc_server.domain.events import Cancelled, Completed, Failed, Terminal
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.registry import JobRegistry
 from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.jobs.store.store_thread import ImagesNotStored
 from chromarpc_server.jobs.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_DRAIN_S = 5.0
+RETRY_EVERY_S = 1.0
+"""How often the end of a job is tried to be stored again."""
+LOOK_EVERY_S = 0.1
 
 _LOG_NAMES: Mapping[type[Terminal], str] = {
     Completed: "job.completed",
@@ -46,7 +52,8 @@ class Completion:
         self._registry = registry
         self._tasks = tasks
         self._unstored: list[Job] = []
-        """Jobs that ended and whose end could not be stored yet."""
+        """Jobs whose end is decided and could not be stored yet."""
+        self._stopping = asyncio.Event()
 
     def complete(self, job: Job, event: Completed, fields: Mapping[str, object]) -> None:
         """Ends a job that did all it was to do. `fields` go into the log line."""
@@ -84,10 +91,11 @@ class Completion:
         job.log.suspend(error)
 
     async def wait_until_visible(self, job: Job) -> None:
-        """Returns once an end that is decided is stored, and so can be seen."""
+        """Returns once an end that is decided is stored, and so can be seen, or cannot be stored now."""
         if job.log.sealed and not job.log.closed:
-            async for _ in job.log.follow(job.log.last_sequence):
-                pass
+            async for entry in job.log.follow(job.log.last_sequence, idle_s=LOOK_EVERY_S):
+                if entry is None and job in self._unstored:
+                    return
 
     def is_unstored(self, job: Job) -> bool:
         """Whether its end could not be stored yet."""
@@ -100,11 +108,31 @@ class Completion:
             StoreUnavailable: one still cannot.
         """
         while self._unstored:
-            job = self._unstored[0]
-            if job.log.ending is not None:
-                await self._store.finish(job, job.log.ending)
+            job = next((job for job in self._unstored if job.log.ending is not None), None)
+            if job is None or job.log.ending is None:
+                return  # each waits for room by itself
+            await self._store.finish(job, job.log.ending)
             self._unstored.remove(job)
             self._registry.ended(job)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server stops, and so waits for no room any more."""
+        return self._stopping.is_set()
+
+    async def stops_meanwhile(self) -> bool:
+        """Waits for as long as something that could not be stored is left alone. Returns whether the server stops,
+        and so does not try again.
+        """
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self._stopping.wait(), RETRY_EVERY_S)
+        return False
+
+    def stop_waiting(self) -> None:
+        """Leaves jobs whose end cannot be stored to the next process, which runs them again: an end that nobody
+        has seen is none.
+        """
+        self._stopping.set()
 
     def _end(self, job: Job, event: Terminal, fields: Mapping[str, object]) -> None:
         if not job.log.sealed:
@@ -118,22 +146,52 @@ class Completion:
         while job.encodings:
             await asyncio.wait(job.encodings)
         try:
-            await self._store.finish(job, job.log.seal(event))
+            is_stored = await self._store_when_there_is_room(job, event)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
+            if isinstance(error, ImagesNotStored):
+                error = StoreUnavailable("the job's images could not be stored")
             reason = error if isinstance(error, StoreError) else unforeseen(job, error)
             if isinstance(event, Completed):
                 event, fields = Failed(reason), {"reason": reason.reason}
             try:
-                await self._store.finish(job, job.log.seal(event))
+                is_stored = await self._store_when_there_is_room(job, event)
             except Exception as again:  # noqa: BLE001 - watchers wait for the end, stored or not
                 if not isinstance(again, StoreError):
                     unforeseen(job, again)
-                self._unstored.append(job)
+                is_stored = True
+                if job not in self._unstored:
+                    self._unstored.append(job)
+        if not is_stored:
+            job.log.unseal()
+            job.log.suspend(stopping())
+            return
         job.log.close()
         if job not in self._unstored:
             self._registry.ended(job)
         level = logging.WARNING if isinstance(event, Failed) else logging.INFO
         log.log(level, _LOG_NAMES[type(event)], extra={"job_id": job.id, "caller": job.owner, **fields})
+
+    async def _store_when_there_is_room(self, job: Job, event: Terminal) -> bool:
+        """Stores a job's end before anybody sees it: one that is told and not stored would have another end after
+        a crash. Returns False where the server stops first.
+
+        Raises:
+            ImagesNotStored, StoreDamaged: it can never be stored.
+        """
+        while True:
+            try:
+                await self._store.finish(job, job.log.seal(event))
+            except StoreUnavailable:
+                if not self._store.is_durable:
+                    raise
+            else:
+                if job in self._unstored:
+                    self._unstored.remove(job)
+                return True
+            if job not in self._unstored:
+                self._unstored.append(job)
+            if await self.stops_meanwhile():
+                return False
 
 
 def unforeseen(job: Job, error: Exception) -> InternalError:

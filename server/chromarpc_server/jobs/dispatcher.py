@@ -116,11 +116,11 @@ class Dispatcher:
         job.started_at = time.monotonic()
         job.started = datetime.now(UTC)
         job.stop_expiry()
-        job.attempts += 1
         attempt = Attempt(job, self._device.description.dtype)
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
             await self._begin(job)
+            job.attempts += 1
             work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation)
             done = await self._device.run(work, partial(self._recorder.take, attempt))
         except ChromaError as error:

@@ -241,6 +241,7 @@ class Engine:
         self._backlog.leave_to_next_process()
         await self._recovery.stop()
         await self._dispatcher.finish_running(grace_s)
+        self._completion.stop_waiting()
         await self._tasks.join()
         await self._dispatcher.stop()
         if self._housekeeper is not None:

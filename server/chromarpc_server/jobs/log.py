@@ -157,6 +157,11 @@ class JobLog:
         self._ending = LoggedEvent(self._last_sequence + 1, datetime.now(UTC), event)
         return self._ending
 
+    def unseal(self) -> None:
+        """Takes back a decision that readers have not seen."""
+        if not self._closed:
+            self._ending = None
+
     def close(self) -> None:
         """Lets readers see the end.
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +20,7 @@ from chromarpc_server.jobs.store import rows
 from chromarpc_server.jobs.store.ballast import Ballast
 from chromarpc_server.jobs.store.images import Images
 from chromarpc_server.jobs.store.kept_time import KeptTime
+from chromarpc_server.jobs.store.lost_rows import lost_rows, page_by_row
 from chromarpc_server.jobs.store.named_images import NamedImages
 from chromarpc_server.jobs.store.rows import FAILED, AnyRow, EndRow, LostRow, NewRow, StoreSize
 from chromarpc_server.jobs.store.sqlite_file import (
@@ -86,12 +90,8 @@ class Database:
         if row.request_id is not None:
             # A job that has expired may still have the id.
             self.sweep()
-        values = {
-            **asdict(row),
-            "format": rows.FORMAT,
-            "plan_check": rows.plan_check(asdict(row)),
-            "admitted_kept_us": self.time.now_us(),
-        }
+        values: dict[str, Any] = {**asdict(row), "format": rows.FORMAT, "admitted_kept_us": self.time.now_us()}
+        values["plan_check"] = rows.plan_check(values)
         self._run(
             f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",  # noqa: S608 - names of ours
             list(values.values()),
@@ -157,18 +157,21 @@ class Database:
         return is_first
 
     def _end(self, row: EndRow) -> bool:
-        values = {
+        values: dict[str, Any] = {
+            "id": row.id,
             "ended_us": row.ended_us,
             "ended_kept_us": self.time.now_us(),
             "state": row.state,
             "done_steps": row.done_steps,
             "ending": row.ending,
             "headers": row.headers,
+        }
+        values |= {
+            "end_check": rows.end_check(values),
             "events": row.events,
+            "events_check": rows.events_check(row.events),
             "bytes": row.image_bytes + len(row.events),
             "format": rows.FORMAT,
-            "end_check": rows.end_check(asdict(row)),
-            "events_check": rows.events_check(row.events),
         }
         with transaction(self._connection):
             cursor = self._connection.execute(
@@ -207,7 +210,7 @@ class Database:
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
-            return next((row for row in self._lost(owner) if row.id == job_id), None)
+            return next((row for row in lost_rows(self._connection, owner) if row.id == job_id), None)
 
     def ended_by_request(self, owner: str, request_id: str) -> sqlite3.Row | None:
         """The one that was made under a request id."""
@@ -236,7 +239,7 @@ class Database:
             since_us: only those admitted at or after this time.
             states: only those that ended so; one that cannot be read counts as failed.
         """
-        narrowed, values = "", []
+        narrowed, values = "", list[Any]()
         if before is not None:
             narrowed += " AND (created_us, id) < (?, ?)"
             values += list(before)
@@ -253,7 +256,11 @@ class Database:
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
-        return self._page_by_row(owner, limit, narrowed, values, states)
+        find = f"{_ENDED} AND id = ?"
+        found = page_by_row(
+            self._connection, lambda job_id: self._one(find, (self._oldest_us(), job_id)), owner, narrowed, values
+        )
+        return list(islice((row for row in found if states is None or _state(row) in states), limit))
 
     def delete(self, job_id: str, *, although_not_ended: bool = False) -> bool:
         """Forgets a job that ended; `although_not_ended`: or one that cannot be run, as nothing can read it.
@@ -268,36 +275,43 @@ class Database:
 
     def sweep(self) -> None:
         """Forgets what is too old, and then the oldest of what is too much, but never the newest."""
-        keep = self._retention
         has_forgotten = False
-        while True:
-            excess = self._size.jobs > keep.keep_jobs or (
-                self._size.bytes > keep.keep_bytes and self._size.jobs > 1
-            )
-            condition = "ended_us IS NOT NULL" if excess else f"ended_kept_us <= {self._oldest_us()}"
-            found = self._connection.execute(
-                f"SELECT id FROM jobs WHERE {condition} ORDER BY ended_kept_us LIMIT ?",  # noqa: S608 - ours
-                (1 if excess else 100,),
-            ).fetchall()
-            if not found:
-                break
-            self._forget([row["id"] for row in found])
+        while found := self._surplus() or self._outdated():
+            self._forget(found)
             has_forgotten = True
         if has_forgotten:
             empty_log(self._connection)
+
+    def _surplus(self) -> list[str]:
+        """The oldest job, where there are too many or too large ones."""
+        keep = self._retention
+        is_too_much = self._size.bytes > keep.keep_bytes and self._size.jobs > 1
+        if self._size.jobs <= keep.keep_jobs and not is_too_much:
+            return []
+        query = "SELECT id FROM jobs WHERE ended_us IS NOT NULL ORDER BY ended_kept_us LIMIT 1"
+        return [row["id"] for row in self._connection.execute(query)]
+
+    def _outdated(self) -> list[str]:
+        """Some jobs that are too old. One whose row is damaged may be younger than it says, and stays."""
+        query = f"SELECT {_END_COLUMNS} FROM jobs WHERE ended_kept_us <= ? ORDER BY ended_kept_us"  # noqa: S608
+        intact = (
+            row["id"] for row in self._connection.execute(query, (self._oldest_us(),)) if rows.is_end_intact(row)
+        )
+        return list(islice(intact, 100))
 
     def tend(self) -> None:
         """What is due every half minute: looks at the clock, sweeps, empties the log, and holds the ballast."""
         self.time.advance()
         self.sweep()
-        kept = "INSERT INTO facts VALUES ('kept_us', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-        self._run(kept, (self.time.now_us(),))
+        self._keep_time()
         empty_log(self._connection)
         if self._ballast is not None:
             self._ballast.make()
 
     def close(self) -> None:
         """Writes everything into the one file."""
+        with suppress(sqlite3.Error):
+            self._keep_time()
         empty_log(self._connection)
         self._connection.close()
 
@@ -314,13 +328,24 @@ class Database:
                 raise
             log.warning("store.full", extra={"doing": "start"})
 
+    def _keep_time(self) -> None:
+        now_us = self.time.now_us()
+        kept = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        with transaction(self._connection):
+            self._connection.execute(kept, ("kept_us", now_us))
+            self._connection.execute(kept, ("kept_us_check", rows.time_check(now_us)))
+
     def _latest_s(self) -> float | None:
-        query = (
-            "SELECT MAX(t) FROM (SELECT value AS t FROM facts WHERE name = 'kept_us' "
-            "UNION ALL SELECT MAX(admitted_kept_us) FROM jobs UNION ALL SELECT MAX(ended_kept_us) FROM jobs)"
-        )
-        latest = self._connection.execute(query).fetchone()[0]
-        return None if latest is None else latest / 1e6
+        """The store's time as an earlier process left it. By its rows where that is damaged, or was never kept,
+        but then no later than the wall clock: jobs are rather kept for too long.
+        """
+        facts = dict(self._connection.execute("SELECT name, value FROM facts").fetchall())
+        kept_us = facts.get("kept_us")
+        if isinstance(kept_us, int) and facts.get("kept_us_check") == rows.time_check(kept_us):
+            return kept_us / 1e6
+        query = "SELECT MAX(admitted_kept_us), MAX(ended_kept_us) FROM jobs"
+        found = [time_us for time_us in self._connection.execute(query).fetchone() if isinstance(time_us, int)]
+        return min(max(found) / 1e6, time.time()) if found else None
 
     def _measure(self) -> StoreSize:
         query = "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM jobs WHERE ended_us IS NOT NULL"
@@ -369,33 +394,6 @@ class Database:
         empty_log(self._connection)
         return work()
 
-    def _page_by_row(
-        self, owner: str, limit: int, narrowed: str, values: Sequence[Any], states: Sequence[str] | None
-    ) -> list[AnyRow]:
-        """A page of a damaged database: each row by itself, so that one costs the list no other."""
-        found: list[AnyRow] = []
-        for lost in self._lost(owner, narrowed, values):
-            try:
-                row = self._one(f"{_ENDED} AND id = ?", (self._oldest_us(), lost.id))
-                if row is not None and (states is None or row["state"] in states):
-                    found.append(row)
-            except sqlite3.DatabaseError as error:
-                if not is_damage(error):
-                    raise
-                if states is None or FAILED in states:
-                    found.append(lost)
-            if len(found) >= limit:
-                break
-        return found
-
-    def _lost(self, owner: str, narrowed: str = "", values: Sequence[Any] = ()) -> list[LostRow]:
-        """The owner's jobs by what the index of owners says, newest first; touches no row."""
-        query = (
-            f"SELECT id, owner, created_us FROM jobs INDEXED BY jobs_by_owner WHERE owner = ?{narrowed} "  # noqa: S608
-            "ORDER BY created_us DESC, id DESC"
-        )
-        return [LostRow(*row) for row in self._connection.execute(query, [owner, *values])]
-
     def _one(self, query: str, values: Sequence[Any]) -> sqlite3.Row | None:
         found: sqlite3.Row | None = self._connection.execute(query, values).fetchone()
         return found
@@ -404,8 +402,14 @@ class Database:
         self._connection.execute(statement, values)
 
 
+def _state(row: AnyRow) -> str:
+    return FAILED if isinstance(row, LostRow) else str(row["state"])
+
+
+_END_COLUMNS = "id, ended_us, ended_kept_us, state, done_steps, ending, headers, end_check"
 _ENDED = (
     "SELECT id, owner, request_id, fingerprint, created_us, plan, has_prompts, needs_token, adapters, attempts, "
-    "started_us, ended_us, state, done_steps, ending, headers, format, plan_check, end_check, detached "
+    "started_us, ended_us, state, done_steps, ending, headers, format, plan_check, end_check, detached, "
+    "admitted_kept_us, ended_kept_us "
     "FROM jobs WHERE ended_us IS NOT NULL AND ended_kept_us > ?"
 )

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from chromarpc_server.disk_room import DiskRoom
-from chromarpc_server.domain.errors import JobDamaged, StoreUnavailable
+from chromarpc_server.domain.errors import JobDamaged
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, ImageHeader
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.store_facts import StoreFacts
@@ -24,15 +24,11 @@ from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED, AnyRow, EndRow, NewRow, StoreSize
 from chromarpc_server.jobs.store.sqlite_file import FILE
-from chromarpc_server.jobs.store.store_thread import ImageReader, StoreThread, deleted
+from chromarpc_server.jobs.store.store_thread import ImageReader, ImagesNotStored, StoreThread, deleted
 from chromarpc_server.jobs.store.stored_jobs import StoredRequest, Unfinished
 from chromarpc_server.jobs.store.unusable import StoreUnusable
 
 _STATES = {Completed: SUCCEEDED, Failed: FAILED, Cancelled: CANCELLED}
-
-
-async def _names_image(thread: StoreThread, database: Database, job_id: str, sha256: str) -> bool:
-    return await thread.ask(database.names_image, job_id, sha256)
 
 
 class JobStore:
@@ -66,7 +62,7 @@ class JobStore:
         self.is_durable = lock is not None
         """Whether another process will find what this one kept."""
         self._keeps_prompts = keeps_prompts
-        self._reader = ImageReader(images, partial(_names_image, thread, database), thread.damage)
+        self._reader = ImageReader(images, lambda *asked: thread.ask(database.names_image, *asked), thread.damage)
         self._unreadable: dict[str, DamagedJob] = {}
         """Jobs of earlier processes that did not end, and that nothing can read."""
         self._swept_at = time.monotonic()
@@ -230,6 +226,7 @@ class JobStore:
         """Keeps a job's end, its events and its images. Returns False where it had an end already.
 
         Raises:
+            ImagesNotStored: it succeeded, and its images were not stored before.
             StoreUnavailable: it cannot.
         """
         return await self._thread.ask(
@@ -247,7 +244,7 @@ class JobStore:
         kept = tuple(header for header in headers if self._database.has_image(header.sha256))
         lost = {header.prompt_index for header in headers if header not in kept}
         if lost and isinstance(ending.event, Completed):
-            raise StoreUnavailable("its images could not be stored")
+            raise ImagesNotStored("its images could not be stored")
         entries = tuple(entry for entry in entries if getattr(entry.event, "prompt_index", -1) not in lost)
         row = EndRow(
             id=job_id,

@@ -21,8 +21,17 @@ FORMAT: Final = 2
 """Of plans, events and endings as `records` writes them. 1 was written without checksums, and reads the same."""
 READABLE: Final = frozenset({1, 2})
 """Formats that this version knows."""
-_PLAN: Final = ("id", "owner", "fingerprint", "created_us", "plan", "has_prompts", "needs_token")
-_END: Final = ("id", "ended_us", "state", "done_steps", "ending", "headers")
+_PLAN: Final = (
+    "id",
+    "owner",
+    "fingerprint",
+    "created_us",
+    "admitted_kept_us",
+    "plan",
+    "has_prompts",
+    "needs_token",
+)
+_END: Final = ("id", "ended_us", "ended_kept_us", "state", "done_steps", "ending", "headers")
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,16 @@ def end_check(row: Row) -> str:
     return _checksum(row[column] for column in _END)
 
 
+def is_end_intact(row: Row) -> bool:
+    """Whether what a job's end wrote is what it says now; also where there is no checksum."""
+    return row["end_check"] is None or row["end_check"] == end_check(row)
+
+
+def time_check(kept_us: int) -> str:
+    """Over the store's time, which a flipped bit would move by years."""
+    return _checksum(["kept_us", kept_us])
+
+
 def events_check(events: bytes) -> str:
     """Over its events."""
     return hashlib.sha256(events).hexdigest()
@@ -111,7 +130,7 @@ def require_readable(row: Row) -> None:
         raise damaged(row["id"], f"it is stored in format {row['format']}, of a newer chromarpc")
     if row["plan_check"] is not None and row["plan_check"] != plan_check(row):
         raise damaged(row["id"], "its plan is damaged")
-    if row["ended_us"] is not None and row["end_check"] is not None and row["end_check"] != end_check(row):
+    if row["ended_us"] is not None and not is_end_intact(row):
         raise damaged(row["id"], "its end is damaged")
 
 

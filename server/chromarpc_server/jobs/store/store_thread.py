@@ -32,6 +32,10 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+class ImagesNotStored(Exception):
+    """A job did all it was to do, and its images are not stored."""
+
+
 class StoreThread:
     """One thread, and what went wrong on it. `ask` belongs to the event loop, the counts to anybody."""
 
