@@ -99,6 +99,10 @@ class AttemptRecorder:
         if attempt.unstored is not None:
             self._completion.end_early(job, attempt.unstored)
             return
+        if job.cancelled_for_good is not None:
+            # It came after the device's last look, and was or will be acknowledged: it holds.
+            self._completion.end_early(job, job.cancelled_for_good)
+            return
         now = time.monotonic()
         started_at = job.started_at if job.started_at is not None else now
         timings = replace(
