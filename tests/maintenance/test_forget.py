@@ -175,3 +175,22 @@ def test_a_caller_is_named(filled: Filled) -> None:
         main(["store", "forget", "--data-dir", str(filled.root)])
     assert left.value.code == 2
     assert len(_images_of(filled, BOB)) == 2
+
+
+def test_what_a_killed_server_left_in_the_write_ahead_log_goes_too(
+    store: Store, filled: Filled, tmp_path: Path
+) -> None:
+    files = [filled.folder.jobs / f"jobs.sqlite3{suffix}" for suffix in ("", "-wal")]
+    with closing(sqlite3.connect(filled.folder.database, isolation_level=None)) as writer:
+        writer.execute("PRAGMA wal_autocheckpoint = 0")
+        copy_job(writer, filled.waiting[ALICE], id="in-the-log")
+        for path in files:
+            shutil.copy(path, tmp_path / path.name)
+    for path in files:
+        shutil.copy(tmp_path / path.name, path)
+    assert SECRET.encode() in files[1].read_bytes()
+    code, told = store("forget", "--caller", ALICE)
+    assert (code, told["counts"]["removed: jobs"]) == (0, 4)
+    left = _bytes_below(filled.root)
+    assert SECRET.encode() not in left
+    assert ALICE.encode() not in left
