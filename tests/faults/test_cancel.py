@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import chromarpc
 from chromarpc.v1 import job_service_pb2
+from chromarpc_server.jobs import encoding
 from tests.conftest import RunningServer
 from tests.faults.processes import ServerProcess, server_process
 from tests.faults.server import HANGS
@@ -109,3 +111,27 @@ def test_a_cancel_that_cannot_be_stored_is_not_acknowledged_and_stops_the_job(
         with pytest.raises(chromarpc.Cancelled):
             list(watcher)
         assert client.get_job(running.job_id).state == State.JOB_STATE_CANCELLED
+
+
+def test_a_cancel_that_is_acknowledged_while_the_last_image_is_encoded_is_the_end(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is done with the job by then, and looks no more whether it is to stop."""
+    may_go_on = threading.Event()
+    encode = encoding.encode_image
+
+    def encode_late(*arguments: Any) -> Any:
+        assert may_go_on.wait(30)
+        return encode(*arguments)
+
+    monkeypatch.setattr(encoding, "encode_image", encode_late)
+    server = serve()
+    with chromarpc.Client(server.target) as client:
+        job_id = client.create_job("a", **SMALL).job_id
+        _until_step(client.watch_job(job_id))
+        while client.server_info().queue.running_jobs:
+            pass
+        assert client.cancel_job(job_id).state == State.JOB_STATE_RUNNING
+        may_go_on.set()
+        assert _end(client, job_id) == "CANCELLED"
+        assert client.get_job(job_id).state == State.JOB_STATE_CANCELLED

@@ -96,6 +96,7 @@ class AttemptRecorder:
         # The device's reports came before its return, so every encoding has begun by now.
         while job.encodings:
             await asyncio.wait(job.encodings)
+        # A cancel that came after the device's last look, and was or will be acknowledged, holds.
         ended_by = job.cancelled_for_good
         if attempt.unstored is not None:
             ended_by = job.cancellation.cause or attempt.unstored
