@@ -97,7 +97,7 @@ class Kept:
 
     def occupy(self) -> None:
         """A job runs, and one waits that must not wait for ever."""
-        self.running = self.client.create_job(["b"] * 40, **LONG).job_id
+        self.running = self.client.create_job(["b"] * 10, **LONG).job_id
         until_step(self.client.watch_job(self.running))
         self.waiting = self.client.create_job("a", request_id=WAITS, max_queue_s=MAX_QUEUE_S, **SMALL).job_id
 
