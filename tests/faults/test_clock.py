@@ -5,6 +5,7 @@ The clock is Debian's libfaketime, loaded into a real server; monotonic time goe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 import time
@@ -62,6 +63,16 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WallClock
     monkeypatch.undo()
 
 
+@contextlib.contextmanager
+def clocked_server(*arguments: Any) -> Iterator[ServerProcess]:
+    """A server under the clock."""
+    with server_process(*arguments, threads=1) as server:
+        pid = server.process.pid
+        yield server
+    for left in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):  # which libfaketime leaves behind
+        Path("/dev/shm", left).unlink(missing_ok=True)
+
+
 @dataclass
 class Kept:
     """What a client was told, and goes on asking for."""
@@ -86,7 +97,7 @@ class Kept:
 
     def occupy(self) -> None:
         """A job runs, and one waits that must not wait for ever."""
-        self.running = self.client.create_job(["b"] * 40, **LONG).job_id
+        self.running = self.client.create_job(["b"] * 10, **LONG).job_id
         until_step(self.client.watch_job(self.running))
         self.waiting = self.client.create_job("a", request_id=WAITS, max_queue_s=MAX_QUEUE_S, **SMALL).job_id
 
@@ -124,7 +135,7 @@ class Kept:
 @needs_faketime
 def test_a_step_of_the_clock_forgets_nothing(tiny_checkpoint: Path, tmp_path: Path, clock: WallClock) -> None:
     with (
-        server_process(tiny_checkpoint, tmp_path / "data", threads=1) as server,
+        clocked_server(tiny_checkpoint, tmp_path / "data") as server,
         chromarpc.Client(server.target) as client,
         grpc.insecure_channel(server.target) as channel,
     ):
@@ -151,7 +162,7 @@ def test_a_step_of_the_clock_while_the_server_is_down_forgets_nothing(
 ) -> None:
     def run(then: Callable[[Kept], None], kept: Kept | None = None) -> Kept:
         with (
-            server_process(tiny_checkpoint, tmp_path / "data", "--grace-s", "0", threads=1) as server,
+            clocked_server(tiny_checkpoint, tmp_path / "data", "--grace-s", "0") as server,
             chromarpc.Client(server.target) as client,
         ):
             now = Kept(client) if kept is None else Kept(client, kept.images, kept.running, kept.waiting)
