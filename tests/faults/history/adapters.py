@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save
 
+from tests.faults.history.choices import ADAPTERS
+
 _MODULE = "diffusion_model.double_blocks.0.img_attn.proj"
 _WIDTH = 64
-COUNT = 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Adapter:
 
 def adapters_of(owner: str) -> tuple[Adapter, ...]:
     """The owner's own, always the same."""
-    return tuple(_adapter(f"{owner}/{number}") for number in range(COUNT))
+    return tuple(_adapter(f"{owner}/{number}") for number in range(ADAPTERS))
 
 
 def _adapter(name: str) -> Adapter:

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-from tests.faults.history.index import STORE_RECOVERY_S, Index
+from tests.faults.history.index import FULLS, STORE_RECOVERY_S, Index, JobRecord
 from tests.faults.history.problem import Problem
-from tests.faults.history.recorded import MAKING, Call
+from tests.faults.history.recorded import MAKING, READING, SUCCEEDED, Call, Fault
 
 _MAKING_REASONS = frozenset({"REQUEST_ID_REUSED", "QUEUE_FULL", "QUOTA_EXCEEDED", "LORA_NOT_FOUND"})
 _END_REASONS = frozenset({"CANCELLED", "DEADLINE_EXCEEDED", "ATTEMPTS_EXHAUSTED", "LORA_CHANGED"})
@@ -22,10 +22,15 @@ _REASONS: dict[str, frozenset[str]] = {
     "CancelJob": frozenset({"JOB_NOT_FOUND"}),
     "DeleteJob": frozenset({"JOB_NOT_FOUND", "JOB_NOT_ENDED"}),
     "GetImage": frozenset({"JOB_NOT_FOUND", "IMAGE_NOT_FOUND"}),
+    "RedrawJob": _MAKING_REASONS | {"JOB_NOT_FOUND", "JOB_NOT_ENDED", "LORA_CHANGED"},
     "UploadLora": frozenset({"UPLOAD_NOT_FOUND", "UPLOADS_FULL"}),
     "DeleteLora": frozenset({"LORA_NOT_FOUND"}),
+    "ListLoras": frozenset(),
+    "InspectLora": frozenset({"LORA_NOT_FOUND"}),
 }
 """What each method may be refused with at any time."""
+_LEAVE_SERVER = frozenset({"stop", "full", "flip_image", "flip_upload"})
+"""Faults that end neither the process nor its connections."""
 
 
 def images_are_their_hash(index: Index) -> Iterator[Problem]:
@@ -52,26 +57,38 @@ def images_are_their_hash(index: Index) -> Iterator[Problem]:
 
 
 def equal_plans_equal_pixels(index: Index) -> Iterator[Problem]:
-    """Jobs that draw the same draw the same bytes, before and after any fault."""
+    """Jobs that draw the same draw the same bytes, before and after any fault; so does one that is drawn again."""
     drawn: dict[str, tuple[str, int]] = {}
     plans: dict[str, tuple[str, int]] = {}
-    for calls in index.made.values():
-        for call in calls:
-            record = index.jobs.get(call.job_id)
-            if record is None:
-                continue
-            if call.plan:
-                plan, number = plans.setdefault(call.asked.what, (call.plan, call.number))
-                if plan != call.plan:
-                    text = f"another plan than before is made of {call.asked.what}"
-                    yield Problem("plan", text, call.job_id, (number, call.number))
-            images = {image.sha256 for other in record.shown for image in other.images}
-            images |= {sha256 for _, view in record.views() for sha256 in view.images}
-            for sha256 in images:
-                known, number = drawn.setdefault(call.asked.what, (sha256, call.number))
-                if known != sha256:
-                    text = f"{call.asked.what} gave {known[:12]} once, and {sha256[:12]} here"
-                    yield Problem("pixels", text, call.job_id, (number, call.number))
+    for record in index.jobs.values():
+        what = index.what(record.job_id)
+        for told, number in _plans(record):
+            plan, first = plans.setdefault(what, (told, number))
+            if plan != told:
+                yield Problem(
+                    "plan", f"another plan than before is made of {what}", record.job_id, (first, number)
+                )
+        for sha256, number in _images(record):
+            known, first = drawn.setdefault(what, (sha256, number))
+            if known != sha256:
+                text = f"{what} gave {known[:12]} once, and {sha256[:12]} here"
+                yield Problem("pixels", text, record.job_id, (first, number))
+
+
+def _plans(record: JobRecord) -> Iterator[tuple[str, int]]:
+    for call in record.shown:
+        if call.plan and call.job_id == record.job_id:
+            yield call.plan, call.number
+    for call, view in record.views():
+        yield view.plan, call.number
+
+
+def _images(record: JobRecord) -> Iterator[tuple[str, int]]:
+    for call in record.shown:
+        if call.job_id == record.job_id:
+            yield from ((image.sha256, call.number) for image in call.images)
+    for call, view in record.views():
+        yield from ((sha256, call.number) for sha256 in view.images)
 
 
 def one_plan_a_job(index: Index) -> Iterator[Problem]:
@@ -134,19 +151,24 @@ def _is_disturbed(index: Index, call: Call) -> bool:
     kinds = {fault.kind for fault in index.disturbances(call)}
     match status, reason:
         case "UNAVAILABLE", "STORE_UNAVAILABLE":
-            return any(fault.kind == "full" for fault in index.disturbances(call, STORE_RECOVERY_S))
+            # What is stored can be read on a full disk too.
+            return call.method not in READING and _is_out_of_room(index, call)
         case "RESOURCE_EXHAUSTED", "DISK_FULL":
-            return any(fault.kind == "full" for fault in index.disturbances(call, STORE_RECOVERY_S))
+            return call.method not in READING and _is_out_of_room(index, call)
         case "RESOURCE_EXHAUSTED", "":
             return False
         case "UNAVAILABLE", ("" | "DRAINING"):
-            return bool(kinds - {"stop", "full", "flip_image", "flip_upload"})
+            return bool(kinds - _LEAVE_SERVER)
         case "CANCELLED", "":  # the server ended the stream while it stopped
-            return bool(kinds - {"stop", "full", "flip_image", "flip_upload"})
+            return bool(kinds - _LEAVE_SERVER)
         case "DEADLINE_EXCEEDED", ("" | "DEADLINE_EXCEEDED"):
             return call.asked.deadline_s is not None or bool(kinds)
         case _:
             return False
+
+
+def _is_out_of_room(index: Index, call: Call) -> bool:
+    return any(fault.kind in FULLS for fault in index.disturbances(call, STORE_RECOVERY_S))
 
 
 def _is_told_end(call: Call) -> bool:
@@ -163,13 +185,32 @@ def _is_told_end(call: Call) -> bool:
 def _is_damaged(index: Index, call: Call) -> bool:
     if call.outcome.status != "DATA_LOSS":
         return False
-    damaged = {fault.damaged for fault in index.history.faults if fault.damaged and fault.begun_s < call.ended_s}
+    faults = [fault for fault in index.history.faults if fault.damaged and fault.begun_s < call.ended_s]
     if call.outcome.reason == "LORA_DAMAGED":
-        return call.method in MAKING and call.asked.adapter in damaged
+        asked = index.adapter(call) if call.method in MAKING else call.asked.adapter
+        return any(fault.damaged == asked for fault in faults)
     record = index.jobs.get(call.job_id or call.asked.job_id)
     if call.outcome.reason != "IMAGE_DAMAGED" or record is None:
         return False
-    return any(sha256 in damaged for _, view in record.views() for sha256 in view.images)
+    if record.may_be_deleted(call.ended_s) and any(fault.kind in FULLS for fault in index.history.faults):
+        return True  # where there is no room to write, a job's images are deleted before it is
+    images = {sha256 for _, view in record.views() for sha256 in view.images}
+    return any(fault.damaged in images and not _is_healed(index, fault, call) for fault in faults)
+
+
+def _is_healed(index: Index, fault: Fault, call: Call) -> bool:
+    """Whether a job that was made after the damage had drawn the same image, before the call."""
+    for record in index.jobs.values():
+        if any(made.existed is False and fault.ended_s < made.begun_s for made in _makers(record)) and any(
+            view.state == SUCCEEDED and fault.damaged in view.images and told.ended_s < call.begun_s
+            for told, view in record.views()
+        ):
+            return True
+    return False
+
+
+def _makers(record: JobRecord) -> Iterator[Call]:
+    return (call for call in record.shown if call.method in MAKING and call.job_id == record.job_id)
 
 
 def readiness_returns(index: Index) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from chromarpc.v1 import (
 )
 from tests.faults.history.adapters import Adapter
 from tests.faults.history.memory import Memory
-from tests.faults.history.messages import EventReader, job_view, outcome, seen_image
+from tests.faults.history.messages import MODEL, EventReader, job_view, outcome, seen_image
 from tests.faults.history.recorded import Asked, JobView, Outcome, Recorder, SeenEvent, SeenImage
 
 UNARY_TIMEOUT_S = 30.0
@@ -46,6 +46,7 @@ class _Answer:
     images: tuple[SeenImage, ...] = ()
     plan: str = ""
     is_last_page: bool = False
+    adapters: tuple[str, ...] = ()
     is_cut: bool = field(default=False, compare=False)
 
 
@@ -143,6 +144,16 @@ class Calls:
             self._ask(self._jobs.DeleteJob, job_service_pb2.DeleteJobRequest(job_id=job_id))
         return answer.outcome
 
+    def redraw(self, asked: Asked) -> Outcome:
+        """`RedrawJob`."""
+        with self._recorded("RedrawJob", asked) as answer:
+            request = job_service_pb2.RedrawJobRequest(job_id=asked.job_id, request_id=asked.request_id)
+            message = self._ask(self._jobs.RedrawJob, request)
+            answer.job_id, answer.existed = message.job.job_id, message.existed
+            answer.views = (self._view(message.job),)
+            answer.plan = answer.views[0].plan
+        return answer.outcome
+
     def get_image(self, asked: Asked, cut_after: int | None = None) -> Outcome:
         """`GetImage` of the first prompt, broken off after so many messages."""
         with self._recorded("GetImage", asked) as answer:
@@ -190,6 +201,21 @@ class Calls:
         """`DeleteLora`."""
         with self._recorded("DeleteLora", Asked(adapter=sha256)) as answer:
             self._ask(self._loras.DeleteLora, lora_service_pb2.DeleteLoraRequest(path=f"sha256:{sha256}"))
+        return answer.outcome
+
+    def list_loras(self) -> Outcome:
+        """`ListLoras`, all of them."""
+        with self._recorded("ListLoras", Asked()) as answer:
+            message = self._ask(self._loras.ListLoras, lora_service_pb2.ListLorasRequest(page_size=1000))
+            answer.adapters = tuple(lora.sha256 for lora in message.loras)
+            answer.is_last_page = not message.next_page_token
+        return answer.outcome
+
+    def inspect_lora(self, sha256: str) -> Outcome:
+        """`InspectLora`."""
+        with self._recorded("InspectLora", Asked(adapter=sha256)) as answer:
+            request = lora_service_pb2.InspectLoraRequest(path=f"sha256:{sha256}", model=MODEL)
+            answer.adapters = (self._ask(self._loras.InspectLora, request).inspection.sha256,)
         return answer.outcome
 
     def _ask(self, method: Callable[..., Any], request: Any) -> Any:

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+ADAPTERS = 2
+"""Of each owner."""
 OWNERS = ("alice", "bob", "carol")
 CLIENTS = tuple(f"{owner}-{number}" for owner in OWNERS for number in range(3))
 NO_POLICY, CANCEL, DETACH = "", "cancel", "detach"
@@ -15,12 +17,15 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "kill": ("kill", "kill_in_start", "kill_in_drain"),
     "term": ("term", "double_term"),
     "stop": ("stop",),
-    "full": ("full",),
+    "full": ("full", "kill_when_full", "term_when_full"),
     "flip": ("flip_image", "flip_upload"),
     "clock": ("clock_forward", "clock_back"),
 }
 """The kinds that `--faults` names, and what happens for each."""
-DEFAULT_FAULTS = ("kill", "term", "stop")
+NEEDS_TMPFS = frozenset({"kill_when_full", "term_when_full"})
+"""A limit on a process ends with it, so that the next one would not find the disk full."""
+DEFAULT_FAULTS = ("kill", "term", "stop", "full", "flip")
+"""All but `clock`, whose library makes the server several times slower."""
 
 _METHODS = {
     "CreateJob": 26,
@@ -31,8 +36,11 @@ _METHODS = {
     "CancelJob": 8,
     "DeleteJob": 6,
     "GetImage": 9,
-    "UploadLora": 2,
+    "RedrawJob": 7,
+    "UploadLora": 3,
     "DeleteLora": 1,
+    "ListLoras": 1,
+    "InspectLora": 1,
 }
 _SLOT_CALLS = 4
 """After so many calls a client goes on to the next request id."""
@@ -42,10 +50,12 @@ _SLOT_CALLS = 4
 class Drawing:
     """What is to be drawn. Few different ones, so that equal plans come again."""
 
-    seed: int
+    seed: int | None
+    """None leaves it to the server: such a request is the same one, and draws something else each time."""
     size_px: int
     steps: int
-    has_adapter: bool = False
+    adapter: int | None = None
+    """Which of its owner's it is drawn with."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Intent:
     drawing: Drawing
     request_id: str
     """Of a job to be made; empty for none."""
+    conflicts: bool
+    """Whether the id may have another request."""
     policy: str
     """What becomes of the job when its caller goes away."""
     pick: float
@@ -65,7 +77,7 @@ class Intent:
     """Breaks the stream off after so many events."""
     deadline_s: float | None
     is_foreign: bool
-    """About a job of another owner."""
+    """About a job or an adapter of another owner."""
     variant: int
     pause_s: float
     """Before it."""
@@ -88,10 +100,11 @@ class PlannedFault:
 
 def drawing(chance: random.Random) -> Drawing:
     """One of a few dozen; one in eight takes long enough to be met running."""
-    has_adapter = chance.random() < 0.12
+    adapter = chance.randrange(ADAPTERS) if chance.random() < 0.12 else None
     if chance.random() < 0.12:
-        return Drawing(chance.randrange(2), 128, chance.choice((20, 60)), has_adapter)
-    return Drawing(chance.randrange(4), 64, chance.randint(1, 4), has_adapter)
+        return Drawing(chance.randrange(2), 128, chance.choice((20, 60)), adapter)
+    seed = None if chance.random() < 0.1 else chance.randrange(4)
+    return Drawing(seed, 64, chance.randint(1, 4), adapter)
 
 
 def intents(seed: int, client: str) -> Iterator[Intent]:
@@ -107,11 +120,13 @@ def intents(seed: int, client: str) -> Iterator[Intent]:
         slot = max(0, made // _SLOT_CALLS - chance.choice((0, 0, 0, 1, 2)))
         if method in ("CreateJob", "Generate"):
             made += 1
+        is_redraw = method == "RedrawJob"
         policy = chance.choice((NO_POLICY, NO_POLICY, CANCEL, DETACH))
         request_id = ""
         if with_id:
             # Every client of an owner has the same request for an id, unless it is to conflict.
-            key = random.Random(f"{seed}/{owner}/{slot}")
+            purpose = "redraw/" if is_redraw and (not conflicts or chance.random() < 0.5) else ""
+            key = random.Random(f"{seed}/{owner}/{purpose}{slot}")
             request_id = str(uuid.UUID(int=key.getrandbits(128), version=4))
             if not conflicts:
                 own, policy = drawing(key), key.choice((NO_POLICY, NO_POLICY, CANCEL, DETACH))
@@ -119,6 +134,7 @@ def intents(seed: int, client: str) -> Iterator[Intent]:
             method=method,
             drawing=own,
             request_id=request_id,
+            conflicts=conflicts,
             policy=policy,
             pick=chance.random(),
             part=chance.choice((0.0, 0.0, chance.random(), 1.0)),

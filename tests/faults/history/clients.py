@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from tests.faults.history.adapters import COUNT, adapters_of
+from tests.faults.history.adapters import adapters_of
 from tests.faults.history.calls import Calls
-from tests.faults.history.choices import DETACH, OWNERS, Intent
+from tests.faults.history.choices import ADAPTERS, DETACH, OWNERS, Intent
 from tests.faults.history.memory import KnownJob, Memory
 from tests.faults.history.messages import STATES, generate_request, what
 from tests.faults.history.recorded import Asked, Outcome
@@ -44,7 +44,9 @@ class RandomClient:
                 return self._make(intent)
             case "ListJobs":
                 return self._list(intent)
-            case "UploadLora" | "DeleteLora":
+            case "ListLoras":
+                return self._calls.list_loras()
+            case "UploadLora" | "DeleteLora" | "InspectLora":
                 return self._adapter(intent)
             case _:
                 job = self._memory.choose(self._owner(intent), intent.pick)
@@ -59,12 +61,12 @@ class RandomClient:
     def _make(self, intent: Intent) -> Outcome:
         owner = self._owner(intent) if not intent.request_id else self._calls.owner
         drawing = intent.drawing
-        adapter = adapters_of(owner)[drawing.seed % COUNT].sha256 if drawing.has_adapter else ""
+        adapter = "" if drawing.adapter is None else adapters_of(owner)[drawing.adapter].sha256
         request = generate_request(drawing, request_id=intent.request_id, policy=intent.policy, adapter=adapter)
         drawn = what(drawing, adapter)
         asked = Asked(
             request_id=intent.request_id,
-            what=drawn,
+            what="" if drawing.seed is None else drawn,
             request=f"{drawn}, {intent.policy or 'no policy'}",
             is_detached=intent.method == "CreateJob" or intent.policy == DETACH,
             deadline_s=intent.deadline_s if intent.method == "Generate" else None,
@@ -82,11 +84,22 @@ class RandomClient:
         return self._calls.list_pages((3, 20, 100, 1000)[intent.variant], 1 + intent.variant % 3, states)
 
     def _adapter(self, intent: Intent) -> Outcome:
-        owner = self._owner(intent) if intent.method == "DeleteLora" else self._calls.owner
-        adapter = adapters_of(owner)[intent.drawing.seed % COUNT]
-        if intent.method == "UploadLora":
-            return self._calls.upload(adapter)
-        return self._calls.delete_lora(adapter.sha256)
+        owner = self._calls.owner if intent.method == "UploadLora" else self._owner(intent)
+        adapter = adapters_of(owner)[int(intent.pick * ADAPTERS)]
+        match intent.method:
+            case "UploadLora":
+                return self._calls.upload(adapter)
+            case "InspectLora":
+                return self._calls.inspect_lora(adapter.sha256)
+            case _:
+                return self._calls.delete_lora(adapter.sha256)
+
+    def _redraw(self, intent: Intent, job_id: str) -> Outcome:
+        if intent.request_id and not intent.conflicts and not intent.is_foreign:
+            job_id = self._memory.redrawn_under(intent.request_id, job_id)
+        return self._calls.redraw(
+            Asked(job_id=job_id, request_id=intent.request_id, request=f"redraw {job_id}", is_detached=True)
+        )
 
     def _about(self, intent: Intent, job: KnownJob) -> Outcome:
         match intent.method:
@@ -110,6 +123,8 @@ class RandomClient:
                 )
             case "DeleteJob":
                 return self._calls.delete(job.job_id)
+            case "RedrawJob":
+                return self._redraw(intent, job.job_id)
             case _:
                 offset = int(job.image_bytes * intent.part)
                 return self._calls.get_image(Asked(job_id=job.job_id, offset_bytes=offset), intent.cut_after)

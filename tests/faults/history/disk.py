@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TMPFS_BYTES = 256 * 1024**2
+FILLER = "filler"
 RESERVE_BYTES = 16 * 1024**2
 """What the server is to keep free on it."""
 
@@ -22,11 +23,20 @@ class Disk:
         self.folder = folder
         self.how = how
 
+    @property
+    def holds_through_starts(self) -> bool:
+        """Whether it stays full for the process that comes after the one that met it full."""
+        return self.how == "tmpfs"
+
+    def fill_again(self) -> None:
+        """Takes what was given up since it was filled."""
+        _fill(self.folder / FILLER)
+
     @contextlib.contextmanager
     def full(self, pid: int) -> Iterator[None]:
         """No room is left inside; `pid` is the server's process."""
         if self.how == "tmpfs":
-            filler = self.folder / "filler"
+            filler = self.folder / FILLER
             try:
                 _fill(filler)
                 yield
@@ -60,7 +70,7 @@ def disk(folder: Path) -> Iterator[Disk]:
 
 def _fill(path: Path) -> None:
     """Takes all there is, page by page in the end, since others write meanwhile."""
-    with path.open("wb", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         for size in (1024**2, 4096, 1):
             block, failures = bytes(size), 0
             while failures < 3:

@@ -26,6 +26,8 @@ class _Happened:
     detail: str = ""
     has_ended: bool = True
     """Whether the process has, so that another one is to be started."""
+    was_ready: bool = True
+    """Whether a process that was started meanwhile was ready in time."""
 
 
 class Disturbances:
@@ -44,6 +46,8 @@ class Disturbances:
             "double_term": self._double_term,
             "stop": self._stop,
             "full": self._full,
+            "kill_when_full": lambda planned: self._again_when_full(planned, self._kill),
+            "term_when_full": lambda planned: self._again_when_full(planned, self._term),
             "flip_image": lambda planned: self._flip(planned, flips.stored_images),
             "flip_upload": lambda planned: self._flip(planned, flips.stored_uploads),
             "clock_forward": lambda _: self._step(FORWARD_S),
@@ -56,7 +60,7 @@ class Disturbances:
         happened = self._by_kind[planned.kind](planned)
         if happened.has_ended:
             self._life.start()
-        is_ready = self._life.await_ready()
+        is_ready = happened.was_ready and self._life.await_ready()
         return Fault(
             kind=planned.kind,
             begun_s=begun_s,
@@ -111,6 +115,23 @@ class Disturbances:
         with self._disk.full(self._life.process.pid):
             time.sleep(planned.hold_s)
         return _Happened(has_ended=False, detail=f"for {planned.hold_s:.1f} s, by {self._disk.how}")
+
+    def _again_when_full(self, planned: PlannedFault, end: Callable[[PlannedFault], _Happened]) -> _Happened:
+        """Ends a process on a full disk and starts another one there, which gets ready before there is room."""
+        with self._disk.full(self._life.process.pid):
+            time.sleep(planned.moment_s)
+            happened = end(planned)
+            self._disk.fill_again()  # with what the process gave up
+            self._life.start()
+            was_ready = self._life.await_ready()
+            self._disk.fill_again()
+            time.sleep(planned.hold_s)
+        return replace(
+            happened,
+            has_ended=False,
+            was_ready=was_ready,
+            detail=f"for {planned.hold_s:.1f} s after the start, by {self._disk.how}",
+        )
 
     def _flip(self, planned: PlannedFault, files: Callable[[Path], Sequence[Path]]) -> _Happened:
         damaged = flips.flip(files(self._life.data_dir), planned.pick)

@@ -11,11 +11,14 @@ from tests.faults.history.recorded import MAKING, Call, Fault, History, JobView
 
 _FOUND_ALL_THE_SAME = frozenset({"JOB_NOT_ENDED", "IMAGE_NOT_FOUND", "IMAGE_DAMAGED", "JOB_DAMAGED"})
 """Refusals that say that the job is there."""
+_OF_EARLIER_JOB = frozenset({"NOT_KEPT", "LORA_NOT_FOUND", "LORA_CHANGED", "LORA_DAMAGED"})
+"""Refusals of `RedrawJob` that come of what is stored of the earlier job."""
 _AWAY_S = 2.0
 """How long after a fault a client may still find that it has no connection."""
 STORE_RECOVERY_S = 45.0
 """How long after a full disk the store may still refuse: ends that were not stored are tried every 30 s."""
-KILLS = frozenset({"kill", "kill_in_start", "kill_in_drain"})
+KILLS = frozenset({"kill", "kill_in_start", "kill_in_drain", "kill_when_full"})
+FULLS = frozenset({"full", "kill_when_full", "term_when_full"})
 
 
 @dataclass
@@ -70,11 +73,14 @@ class Index:
         self.made: dict[tuple[str, str], list[Call]] = defaultdict(list)
         """Calls of one owner that ask for a job under one request id, or under none."""
         self.owner_of_making: dict[str, str] = {}
+        self._making: dict[str, Call] = {}
+        """By job: a call that made or found it, as the one that asks for what it draws."""
         for call in history.calls:
             if call.method in MAKING:
                 self.made[call.owner, call.asked.request_id].append(call)
                 if call.job_id:
                     self.owner_of_making.setdefault(call.job_id, call.owner)
+                    self._making.setdefault(call.job_id, call)
         for call in history.calls:
             for job_id in shown(call):
                 self._record(job_id, call.owner).shown.append(call)
@@ -135,6 +141,25 @@ class Index:
                 if told_s < call.begun_s and job_id not in here:
                     yield call, job_id
 
+    def first_drawn(self, job_id: str) -> str:
+        """The job that this one draws again, or itself."""
+        while (call := self._making.get(job_id)) is not None and call.method == "RedrawJob":
+            job_id = call.asked.job_id
+        return job_id
+
+    def what(self, job_id: str) -> str:
+        """What a job draws, the same for all that draw the same."""
+        first = self.first_drawn(job_id)
+        call = self._making.get(first)
+        return call.asked.what if call is not None and call.asked.what else f"what job {first} drew first"
+
+    def adapter(self, call: Call) -> str:
+        """The adapter of the job that a call makes, as far as it is known."""
+        if call.method != "RedrawJob":
+            return call.asked.adapter
+        first = self._making.get(self.first_drawn(call.asked.job_id))
+        return "" if first is None else first.asked.adapter
+
     def disturbances(self, call: Call, slack_s: float = _AWAY_S) -> Iterator[Fault]:
         """Faults beside which a call was made, or shortly after which."""
         for fault in self.history.faults:
@@ -163,6 +188,8 @@ def shown(call: Call) -> set[str]:
     if call.method in ("WatchJob", "GetImage", "DeleteJob") and call.outcome.is_ok:
         found.add(call.asked.job_id)
     if call.outcome.reason in _FOUND_ALL_THE_SAME and call.asked.job_id:
+        found.add(call.asked.job_id)
+    if call.method == "RedrawJob" and (call.existed is False or call.outcome.reason in _OF_EARLIER_JOB):
         found.add(call.asked.job_id)
     if call.method == "WatchJob" and call.outcome.reason == "INVALID_PARAMETER":
         found.add(call.asked.job_id)

@@ -10,11 +10,12 @@ from tests.faults.history.lives import LIFE_RULES
 from tests.faults.history.making import MAKING_RULES
 from tests.faults.history.problem import Problem
 from tests.faults.history.recorded import History
+from tests.faults.history.uploads import UPLOAD_RULES
 
 _MOST_OPERATIONS = 80
 
 Rule = Callable[[Index], Iterator[Problem]]
-RULES: Sequence[Rule] = (*LIFE_RULES, *MAKING_RULES, *ANSWER_RULES)
+RULES: Sequence[Rule] = (*LIFE_RULES, *MAKING_RULES, *UPLOAD_RULES, *ANSWER_RULES)
 
 
 def judge(history: History) -> tuple[Problem, ...]:

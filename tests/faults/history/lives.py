@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.faults.history.index import KILLS, STORE_RECOVERY_S, Index, JobRecord
+from tests.faults.history.index import FULLS, KILLS, STORE_RECOVERY_S, Index, JobRecord
 from tests.faults.history.problem import Problem
-from tests.faults.history.recorded import CANCELLED, FAILED, SUCCEEDED, Call
+from tests.faults.history.recorded import CANCELLED, FAILED, MAKING, SUCCEEDED, Call
 
 
 def kept(index: Index) -> Iterator[Problem]:
@@ -88,8 +88,10 @@ def cancelled_for_a_reason(index: Index) -> Iterator[Problem]:
     for record in index.jobs.values():
         if CANCELLED not in _end_states(record):
             continue
-        made = index.made[record.owner, record.request_id] if record.request_id else record.shown
-        makers = [call for call in made if call.method in ("CreateJob", "Generate")]
+        made = index.made[record.owner, record.request_id]
+        if not record.request_id:
+            made = [call for call in record.shown if call.job_id == record.job_id]
+        makers = [call for call in made if call.method in MAKING]
         # Of a call whose outcome is not known it is not known either which job it made.
         detached = bool(makers) and all(
             call.asked.is_detached and call.asked.deadline_s is None for call in makers
@@ -104,9 +106,17 @@ def _end_states(record: JobRecord) -> set[str]:
     return (states | {view.state for _, view in record.views() if view.is_ended}) - {""}
 
 
+_STORE_REASONS = frozenset({"STORE_UNAVAILABLE", "DISK_FULL"})
+"""Of jobs whose images could not be stored. One that waits does so until there is room."""
+
+
 def fails_for_a_reason(index: Index) -> Iterator[Problem]:
     """A job fails only for what happened."""
     for record in index.jobs.values():
+        for call, view in record.views():
+            if view.reason in _STORE_REASONS and not view.done_steps:
+                text = f"it failed with {view.reason} before it had drawn anything"
+                yield Problem("failure", text, record.job_id, (call.number,))
         reasons = {view.reason: call for call, view in record.views() if view.state == FAILED}
         reasons |= {call.events[-1].reason: call for call in record.streams() if call.end_state == FAILED}
         for reason, call in reasons.items():
@@ -116,7 +126,7 @@ def fails_for_a_reason(index: Index) -> Iterator[Problem]:
 
 
 def _may_fail(index: Index, record: JobRecord, reason: str, call: Call) -> bool:
-    adapters = {made.asked.adapter for made in index.made[record.owner, record.request_id]} - {""}
+    adapters = {index.adapter(made) for made in index.made[record.owner, record.request_id]} - {""}
     faults = [
         fault
         for fault in index.history.faults
@@ -127,7 +137,7 @@ def _may_fail(index: Index, record: JobRecord, reason: str, call: Call) -> bool:
             kills = [fault for fault in faults if fault.kind in KILLS and fault.ended_s > record.begun_s]
             return len(kills) >= index.history.max_attempts
         case "STORE_UNAVAILABLE" | "DISK_FULL":
-            return any(fault.kind == "full" for fault in faults)
+            return any(fault.kind in FULLS for fault in faults)
         case "LORA_CHANGED" | "LORA_NOT_FOUND":
             return any(
                 other.method == "DeleteLora" and other.owner == record.owner and other.asked.adapter in adapters

@@ -115,33 +115,10 @@ def nobody_sees_anothers(index: Index) -> Iterator[Problem]:
                 break
 
 
-def adapters_are_their_owners(index: Index) -> Iterator[Problem]:
-    """An uploaded adapter can be used by those who uploaded it, and by them for as long as they keep it."""
-    uploads: dict[tuple[str, str], list[Call]] = defaultdict(list)
-    deletes: dict[tuple[str, str], list[Call]] = defaultdict(list)
-    for call in index.history.calls:
-        if call.method == "UploadLora":
-            uploads[call.owner, call.asked.adapter].append(call)
-        elif call.method == "DeleteLora" and call.outcome.may_have_acted:
-            deletes[call.owner, call.asked.adapter].append(call)
-    for call in index.history.calls:
-        if call.method not in MAKING or not call.asked.adapter:
-            continue
-        key = call.owner, call.asked.adapter
-        if call.job_id and not any(upload.begun_s < call.ended_s for upload in uploads[key]):
-            yield Problem("foreign", "it draws with another's adapter", call.job_id, (call.number,))
-        had = any(upload.outcome.is_ok and upload.ended_s < call.begun_s for upload in uploads[key])
-        lost = call.outcome.reason == "LORA_NOT_FOUND" and not call.job_id
-        if had and lost and not any(delete.begun_s < call.ended_s for delete in deletes[key]):
-            text = f"the adapter {call.asked.adapter} was uploaded, nobody deleted it, and it is gone"
-            yield Problem("lost", text, "", (call.number,))
-
-
 MAKING_RULES = (
     one_job_for_a_request_id,
     made_once,
     made_by_somebody,
     one_request_for_an_id,
     nobody_sees_anothers,
-    adapters_are_their_owners,
 )

@@ -24,6 +24,7 @@ class Memory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: dict[str, dict[str, KnownJob]] = {}
+        self._redrawn: dict[str, str] = {}
 
     def told(
         self, owner: str, job_id: str, *, request_id: str = "", sequence: int = 0, image_bytes: int = 0
@@ -40,6 +41,11 @@ class Memory:
         with self._lock:
             jobs = list(self._jobs.get(owner, {}).values())
         return jobs[-1 - int(len(jobs) * pick**3)] if jobs else None
+
+    def redrawn_under(self, request_id: str, job_id: str) -> str:
+        """The job that is always redrawn under a request id: this one, unless another one was before."""
+        with self._lock:
+            return self._redrawn.setdefault(request_id, job_id)
 
     def all_of(self, owner: str) -> list[KnownJob]:
         """Every job of the owner."""

@@ -30,7 +30,7 @@ _POLICIES = {
 
 
 def what(drawing: Drawing, adapter: str) -> str:
-    """What a request draws, as the record has it; `adapter`: the SHA-256, empty for none."""
+    """A request's drawing, as the record has it; `adapter`: the SHA-256, empty for none."""
     text = f"seed {drawing.seed}, {drawing.size_px} px, {drawing.steps} steps"
     return f"{text}, adapter {adapter[:12]}" if adapter else text
 
@@ -75,6 +75,7 @@ def job_view(job: job_service_pb2.Job) -> JobView:
         plan=plan_hash(job.plan),
         images=tuple(image.sha256 for image in job.images),
         reason=job.failure.reason,
+        done_steps=job.done_steps,
         ending=_hash(ending.SerializeToString(deterministic=True)),
     )
 

@@ -15,8 +15,10 @@ QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded"
 ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED})
 END_EVENTS: Mapping[str, str] = {"completed": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
 """The last event of a job, and the state that it leaves the job in."""
-MAKING = frozenset({"CreateJob", "Generate"})
+MAKING = frozenset({"CreateJob", "Generate", "RedrawJob"})
 """The methods that make jobs."""
+READING = frozenset({"GetJob", "ListJobs", "GetImage", "ListLoras", "InspectLora"})
+"""The methods that write nothing."""
 
 _NOTHING_DONE = frozenset(
     {"INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "DATA_LOSS"}
@@ -28,9 +30,10 @@ class Asked:
     """What a call asked for."""
 
     job_id: str = ""
+    """The job that it is about; of `RedrawJob` the earlier one."""
     request_id: str = ""
     what: str = ""
-    """What is to be drawn: equal texts, equal pixels."""
+    """What is to be drawn: equal texts, equal pixels. Empty where only the job tells, and in `RedrawJob`."""
     request: str = ""
     """The whole request: equal texts, the same request."""
     is_detached: bool = False
@@ -44,7 +47,7 @@ class Asked:
     """Of a page: when the last job of the page before was accepted, in microseconds, and its id."""
     states: tuple[str, ...] = ()
     adapter: str = ""
-    """SHA-256 of the adapter that is uploaded, deleted, or drawn with."""
+    """SHA-256 of the adapter that is uploaded, deleted, inspected, or drawn with."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class JobView:
     """Why it failed."""
     ending: str
     """Of a job that ended: a hash of how."""
+    done_steps: int = 0
 
     @property
     def is_ended(self) -> bool:
@@ -144,13 +148,15 @@ class Call:
     job_id: str = ""
     """The job that it made, found or was about, as far as the answer says."""
     existed: bool | None = None
-    """Of `CreateJob`: whether the job was there already."""
+    """Of `CreateJob` and `RedrawJob`: whether the job was there already."""
     views: tuple[JobView, ...] = ()
     events: tuple[SeenEvent, ...] = ()
     images: tuple[SeenImage, ...] = ()
     plan: str = ""
     """A hash of the plan that `accepted` told."""
     is_last_page: bool = False
+    adapters: tuple[str, ...] = ()
+    """SHA-256 of the adapters that it showed."""
 
     @property
     def end_state(self) -> str:
@@ -160,7 +166,9 @@ class Call:
     def described(self) -> str:
         """One line for people."""
         asked = {name: value for name, value in vars(self.asked).items() if value not in ("", False, 0, None, ())}
-        told: list[str] = [view.state for view in self.views if view.job_id == (self.asked.job_id or self.job_id)]
+        told: list[str] = [view.state for view in self.views if view.job_id == (self.job_id or self.asked.job_id)]
+        if self.method in MAKING and self.job_id:
+            told.append(f"job {self.job_id}")
         told += [f"{event.sequence} {event.kind}" for event in self.events[:2] + self.events[2:][-2:]]
         outcome = self.outcome
         ending = "cut" if outcome.is_cut else " ".join(filter(None, (outcome.status, outcome.reason)))

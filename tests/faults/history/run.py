@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,12 +14,19 @@ from typing import Any
 
 from chromarpc_server.transport.access.callers_file import entry_text
 from tests.faults.history.calls import Calls
-from tests.faults.history.choices import CLIENTS, DEFAULT_FAULTS, OWNERS, intents, planned_faults
+from tests.faults.history.choices import (
+    CLIENTS,
+    DEFAULT_FAULTS,
+    NEEDS_TMPFS,
+    OWNERS,
+    intents,
+    planned_faults,
+)
 from tests.faults.history.clients import RandomClient
 from tests.faults.history.clock import LIBRARIES, WallClock
 from tests.faults.history.disk import RESERVE_BYTES, disk
 from tests.faults.history.disturbances import Disturbances
-from tests.faults.history.index import Index
+from tests.faults.history.index import FULLS, Index
 from tests.faults.history.judge import judge, operations
 from tests.faults.history.memory import Memory
 from tests.faults.history.planted import MODULE, PLANTS, VARIABLE
@@ -99,7 +106,7 @@ def run(plan: Plan, folder: Path) -> Report:
     callers.write_text("".join(entry_text(owner, token) for owner, token in tokens.items()))
     flags = ["--callers", str(callers), "--job-attempts", str(JOB_ATTEMPTS), "--reattach-s", "2"]
     flags += ["--disk-reserve", str(RESERVE_BYTES)]
-    skipped = {}
+    skipped: dict[str, str] = {}
     clock = None
     if "clock" in plan.faults and LIBRARIES:
         clock = WallClock(folder / "clock")
@@ -121,8 +128,10 @@ def run(plan: Plan, folder: Path) -> Report:
 
             disturbances = Disturbances(life, data_disk, clock)
             kinds = [kind for kind in plan.faults if kind not in skipped]
+            if "full" in kinds and not data_disk.holds_through_starts:
+                skipped |= dict.fromkeys(sorted(NEEDS_TMPFS), "this user may mount no tmpfs")
             with _clients(plan, calls, memory):
-                found = _disturb(plan, kinds, disturbances, recorder)
+                found = _disturb(plan, kinds, disturbances, recorder, skipped)
             if not found:
                 _settle(disturbances, recorder, memory, calls)
         finally:
@@ -130,7 +139,7 @@ def run(plan: Plan, folder: Path) -> Report:
     (folder / "server.log").write_text("\n".join(life.logs))
     history = recorder.history(max_attempts=JOB_ATTEMPTS, is_settled=not found)
     counted = report(plan, history, judge(history), starts=life.starts)
-    filled_by = data_disk.how if "full" in counted.faults else ""
+    filled_by = data_disk.how if FULLS & counted.faults.keys() else ""
     return replace(counted, skipped=skipped, disk_filled_by=filled_by)
 
 
@@ -151,10 +160,18 @@ def _clients(plan: Plan, calls: Any, memory: Memory) -> Iterator[None]:
         client.result()
 
 
-def _disturb(plan: Plan, kinds: Sequence[str], disturbances: Disturbances, recorder: Recorder) -> bool:
+def _disturb(
+    plan: Plan,
+    kinds: Sequence[str],
+    disturbances: Disturbances,
+    recorder: Recorder,
+    skipped: Container[str],
+) -> bool:
     """Lets faults happen for as long as the run is to last. Returns whether it ended at a problem."""
     end_s = time.monotonic() + plan.seconds
     for planned in planned_faults(plan.seed, kinds):
+        if planned.kind in skipped:
+            continue
         if _pass(plan, min(end_s, time.monotonic() + planned.after_s), recorder):
             return True
         if time.monotonic() >= end_s:
@@ -212,6 +229,7 @@ def _look_again(calls: Calls, jobs: list[str], lists: bool) -> None:
         calls.get(job_id)
     if lists:
         calls.list_pages(1000, 1000)
+        calls.list_loras()
     calls.close()
 
 
