@@ -2,103 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
-from tests.faults.history.judge import judge
-from tests.faults.history.recorded import (
-    Asked,
-    Call,
-    Fault,
-    History,
-    JobView,
-    Outcome,
-    SeenEvent,
-    SeenImage,
+from tests.faults.history.hand_made import (
+    AWAY,
+    CUT,
+    IMAGE,
+    KILL,
+    NOT_FOUND,
+    SHA256,
+    Made,
+    event,
+    image,
+    job,
+    under,
 )
-
-CUT = Outcome("CANCELLED", is_cut=True)
-NOT_FOUND = Outcome("NOT_FOUND", "JOB_NOT_FOUND")
-AWAY = Outcome("UNAVAILABLE")
-KILL = Fault("kill", 0.0, 1000.0)
-IMAGE = b"an image"
-SHA256 = hashlib.sha256(IMAGE).hexdigest()
-
-
-class Made:
-    """A history, made call by call; each begins after the one before ended, unless it is said to be beside it."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self._times = itertools.count(1)
-
-    def call(self, method: str, *, owner: str = "alice", beside: float | None = None, **told: Any) -> Call:
-        begun_s, ended_s = float(next(self._times)), float(next(self._times))
-        asked = told.pop("asked", Asked())
-        told.setdefault("job_id", asked.job_id)
-        call = Call(
-            number=len(self.calls) + 1,
-            client=f"{owner}-0",
-            owner=owner,
-            method=method,
-            begun_s=begun_s if beside is None else beside,
-            ended_s=ended_s,
-            asked=asked,
-            outcome=told.pop("outcome", Outcome()),
-            **told,
-        )
-        self.calls.append(call)
-        return call
-
-    def create(self, job_id: str = "j", **told: Any) -> Call:
-        asked = told.pop("asked", Asked(what="w", request="w", is_detached=True))
-        view = told.pop("view", job(job_id, request_id=asked.request_id))
-        told.setdefault("existed", False)
-        return self.call("CreateJob", asked=asked, job_id=job_id, views=(view,), plan="p", **told)
-
-    def about(self, method: str, job_id: str = "j", **told: Any) -> Call:
-        return self.call(method, asked=Asked(job_id=job_id), **told)
-
-    def get(self, view: JobView, **told: Any) -> Call:
-        return self.about("GetJob", view.job_id, views=(view,), **told)
-
-    def watch(self, events: Sequence[SeenEvent], after: int = 0, **told: Any) -> Call:
-        asked = Asked(job_id="j", after_sequence=after, omits_image_bytes=True)
-        return self.call("WatchJob", asked=asked, events=tuple(events), **told)
-
-    def rules(self, *faults: Fault, is_settled: bool = False) -> set[str]:
-        history = History(tuple(self.calls), faults, max_attempts=2, is_settled=is_settled)
-        return {problem.rule for problem in judge(history)}
-
-
-@pytest.fixture
-def made() -> Made:
-    return Made()
-
-
-def job(job_id: str = "j", state: str = "queued", **told: Any) -> JobView:
-    values: dict[str, Any] = {
-        "request_id": "",
-        "created_us": 1,
-        "last_sequence": 1,
-        "plan": "p",
-        "images": (),
-        "reason": "",
-    }
-    values |= {"ending": state} | told
-    return JobView(job_id=job_id, state=state, **values)
-
-
-def event(sequence: int, kind: str, whole: str = "", **told: Any) -> SeenEvent:
-    return SeenEvent(sequence, kind, whole or f"{sequence} {kind}", **told)
-
-
-def under(request_id: str = "r", request: str = "w") -> Asked:
-    return Asked(request_id=request_id, what=request, request=request, is_detached=True)
+from tests.faults.history.recorded import Asked, Fault, Outcome, SeenImage
 
 
 def test_a_job_that_is_gone_is_lost(made: Made) -> None:
@@ -316,10 +235,6 @@ def test_a_refusal_that_tells_of_anothers_job_is_found(made: Made) -> None:
     assert made.rules() == set()
 
 
-def image(data: bytes = IMAGE, offset: int = 0, *, sha256: str = SHA256, is_last: bool = True) -> SeenImage:
-    return SeenImage(0, sha256, len(IMAGE), offset, data, is_last)
-
-
 @pytest.mark.parametrize(
     ("served", "is_right"),
     [
@@ -384,14 +299,3 @@ def test_in_the_end_every_job_has_ended(made: Made) -> None:
     made.create()
     assert made.rules() == set()
     assert made.rules(is_settled=True) == {"unsettled"}
-
-
-def test_an_adapter_is_kept_until_it_is_deleted_and_used_by_its_owner_alone(made: Made) -> None:
-    made.call("UploadLora", asked=Asked(adapter="a"))
-    drawn = Asked(what="w", request="w", adapter="a")
-    made.call("CreateJob", asked=drawn, outcome=Outcome("NOT_FOUND", "LORA_NOT_FOUND"))
-    assert made.rules() == {"lost"}
-    made.call("DeleteLora", asked=Asked(adapter="a"), outcome=AWAY, beside=1.5)
-    assert made.rules(KILL) == set()
-    made.create(owner="bob", asked=drawn)
-    assert made.rules(KILL) == {"foreign"}
