@@ -134,7 +134,7 @@ async def test_a_damaged_page_costs_the_list_only_what_is_on_it(tmp_path: Path) 
 
 
 def _damage_page_of(path: Path, store: JobStore) -> None:
-    """Overwrites the leaf page in the middle of the table `jobs`, behind the back of the store that has it open."""
+    """Overwrites a leaf page in the middle of the table `jobs`, behind the back of the store that has it open."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         size = connection.execute("PRAGMA page_size").fetchone()[0]
