@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -123,6 +123,20 @@ def _number_again() -> None:
     JobLog.skip_to = lambda self, sequence: None  # type: ignore[method-assign]
 
 
+def _redraw_otherwise() -> None:
+    """Jobs are drawn again with other seeds than those that were drawn."""
+    request_of = JobStore.request_of
+
+    async def with_other_seeds(self: JobStore, owner: str, job_id: str) -> Any:
+        stored = await request_of(self, owner, job_id)
+        if stored is None:
+            return None
+        prompts = tuple(replace(prompt, seed=prompt.seed + 1) for prompt in stored.plan.prompts)
+        return replace(stored, plan=replace(stored.plan, prompts=prompts))
+
+    JobStore.request_of = with_other_seeds  # type: ignore[method-assign]
+
+
 PLANTS: Mapping[str, Plant] = {
     "lost_cancel": Plant(_lose_cancels, "cancel", seed=1, faults=()),
     "double_end": Plant(_end_twice, "one_end", seed=1, faults=("kill",)),
@@ -130,6 +144,7 @@ PLANTS: Mapping[str, Plant] = {
     "foreign_read": Plant(_show_to_others, "foreign", seed=1, faults=()),
     "revived_delete": Plant(_revive, "revived", seed=1, faults=("kill",)),
     "sequence_fall": Plant(_number_again, "sequence", seed=1, faults=("kill",)),
+    "other_redraw": Plant(_redraw_otherwise, "plan", seed=1, faults=()),
 }
 
 
