@@ -192,7 +192,8 @@ def _is_damaged(index: Index, call: Call) -> bool:
     record = index.jobs.get(call.job_id or call.asked.job_id)
     if call.outcome.reason != "IMAGE_DAMAGED" or record is None:
         return False
-    if record.may_be_deleted(call.ended_s) and any(fault.kind in FULLS for fault in index.history.faults):
+    deletes = (delete for delete in record.deletes if delete.begun_s < call.ended_s)
+    if any(_is_out_of_room(index, delete) for delete in deletes):
         return True  # where there is no room to write, a job's images are deleted before it is
     images = {sha256 for _, view in record.views() for sha256 in view.images}
     return any(fault.damaged in images and not _is_healed(index, fault, call) for fault in faults)
