@@ -37,7 +37,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 JOB_ATTEMPTS = 3
 LOOK_EVERY_S = 1.0
-"""How often a run that ends at its first problem is judged."""
+"""How often a run that ends at a problem is judged."""
 SERVER = "chromarpc_server"
 
 
@@ -52,8 +52,8 @@ class Plan:
     """What is run as the server."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the server, beside this process's."""
-    ends_at_first: bool = False
-    """Whether the run is over once there is a problem."""
+    ends_at: str = ""
+    """A rule: the run is over once it is found to be broken."""
 
 
 def plan_of_plant(name: str, seconds: float, *, seed: int | None = None) -> Plan:
@@ -65,7 +65,7 @@ def plan_of_plant(name: str, seconds: float, *, seed: int | None = None) -> Plan
         plant.faults,
         module=MODULE,
         environment={VARIABLE: name},
-        ends_at_first=True,
+        ends_at=plant.rule,
     )
 
 
@@ -167,7 +167,7 @@ def _disturb(
     recorder: Recorder,
     skipped: Container[str],
 ) -> bool:
-    """Lets faults happen for as long as the run is to last. Returns whether it ended at a problem."""
+    """Lets faults happen for as long as the run is to last. Returns whether it ended before, at a problem."""
     end_s = time.monotonic() + plan.seconds
     for planned in planned_faults(plan.seed, kinds):
         if planned.kind in skipped:
@@ -184,11 +184,13 @@ def _disturb(
 
 
 def _pass(plan: Plan, until_s: float, recorder: Recorder) -> bool:
-    """Lets time pass, for as long as no problem ends the run."""
+    """Lets time pass. Returns whether the problem was found that ends the run."""
     while (left_s := until_s - time.monotonic()) > 0:
         time.sleep(min(left_s, LOOK_EVERY_S))
-        if plan.ends_at_first and judge(recorder.history(max_attempts=JOB_ATTEMPTS)):
-            return True
+        if plan.ends_at:
+            problems = judge(recorder.history(max_attempts=JOB_ATTEMPTS))
+            if any(problem.rule == plan.ends_at for problem in problems):
+                return True
     return False
 
 
