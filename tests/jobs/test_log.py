@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -68,6 +69,17 @@ async def test_a_quiet_log_gives_signs_of_life() -> None:
     assert await anext(stream) is None
     log.append(_end())
     assert await anext(stream) is not None
+
+
+async def test_what_happens_in_the_moment_a_reader_gives_up_waiting_is_read() -> None:
+    log = JobLog()
+    reading = asyncio.ensure_future(anext(log.follow(idle_s=0.02)))
+    await asyncio.sleep(0)  # it waits now
+    asyncio.get_running_loop().call_later(0.03, log.append, _step(1))
+    time.sleep(0.05)  # both timers are due at once: the reader's, and then the event's  # noqa: ASYNC251
+    entry = await reading
+    assert entry is not None
+    assert entry.sequence == 1
 
 
 async def test_an_end_is_decided_before_it_is_seen() -> None:

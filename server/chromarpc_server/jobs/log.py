@@ -205,6 +205,8 @@ class JobLog:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise
+        if waiter not in self._waiters:
+            return True  # something has happened after all, before this task came to run
         self._waiters.remove(waiter)
         return False
 
