@@ -106,6 +106,8 @@ class Recovery:
             )
             self._registry.add(job)
             job.log.append(Accepted(job.id, job.plan))
+            if not is_counted:  # watchers have read on; nothing is numbered before this process is counted
+                job.log.skip_to((stored.starts + 1) * SEQUENCES_A_START)
             jobs.append((job, stored))
         if is_counted:
             await self._resume(jobs, models)
