@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-cuts soak test-gpu test-clients test-browser test-foreign \
+.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-planted test-cuts soak test-gpu test-clients test-browser test-foreign \
 	check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers bench-mismatch performance \
 	fuzz clean
 
@@ -50,6 +50,9 @@ test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 ti
 SECONDS ?= 60
 test-history: setup  ## Random histories of a real server, judged from what clients were told (SECONDS=60, SEED=, FAULTS=all)
 	$(BIN)/python -m tests.faults.history --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS))
+
+test-planted: setup  ## Break a server in seven ways, and see that the history checker finds each
+	$(BIN)/python -m pytest -m planted tests/faults/history
 
 test-cuts: setup  ## Cut process and power at every write of the store, with more chance than the tests have time for
 	$(BIN)/python -m tests.faults.cuts --variants 10 --starts 40

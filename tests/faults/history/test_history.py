@@ -14,6 +14,7 @@ from tests.faults.history.run import Plan, plan_of_plant, run
 CLEAN_SEED, CLEAN_S = 63, 20
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("name", PLANTS)
 def test_what_is_planted_is_found_by_its_rule(name: str, tmp_path: Path) -> None:
     plan = plan_of_plant(name, 60)
