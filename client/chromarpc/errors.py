@@ -59,7 +59,7 @@ from typing import Final
 
 import grpc
 
-from chromarpc.error_details import DOMAIN as DOMAIN
+from chromarpc.error_details import DOMAIN as DOMAIN  # noqa: PLC0414 - callers find it here
 from chromarpc.error_details import read_details
 
 
