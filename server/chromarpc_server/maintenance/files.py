@@ -10,8 +10,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE, sync_folder
 
@@ -48,7 +48,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Opens a file to read it. A link, a pipe or a device is none, and is not waited for.
 
     Raises:
@@ -115,7 +115,7 @@ def copy_whole(source: Path, target: Path, sha256: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _opened(source: Path) -> BinaryIO:
+def _opened(source: Path) -> BufferedReader:
     try:
         return open_plain(source)
     except OSError as error:
