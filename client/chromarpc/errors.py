@@ -58,13 +58,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 
-DOMAIN: Final = "chromarpc"
-"""`google.rpc.ErrorInfo.domain` of this service; a proxy's own reasons are not ours to interpret."""
-_DETAILS_KEY: Final = "grpc-status-details-bin"
+from chromarpc.error_details import DOMAIN as DOMAIN  # noqa: PLC0414 - callers find it here
+from chromarpc.error_details import read_details
 
 
 @dataclass(frozen=True)
@@ -400,42 +396,15 @@ def from_status(
     """
     code = code or grpc.StatusCode.UNKNOWN
     message = next((plain for words, plain in _PLAIN_WORDS.items() if words in (message or "")), message or "")
-    info = error_details_pb2.ErrorInfo()
-    violations: list[FieldViolation] = []
-    retry_after_s: float | None = None
-    for detail in _details(trailing_metadata):
-        try:
-            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                found = error_details_pb2.ErrorInfo.FromString(detail.value)
-                info = found if found.domain == DOMAIN else info
-            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-                violations += [
-                    FieldViolation(violation.field, violation.description)
-                    for violation in error_details_pb2.BadRequest.FromString(detail.value).field_violations
-                ]
-            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-                delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-                retry_after_s = max(0.0, delay.seconds + delay.nanos / 1e9)
-        except DecodeError:
-            continue
-    kind = error_type(code, info.reason)
-    if kind is ServerUnavailable and not info.reason:  # with a reason, it was reached
+    details = read_details(trailing_metadata)
+    kind = error_type(code, details.reason)
+    if kind is ServerUnavailable and not details.reason:  # with a reason, it was reached
         message = f"cannot reach {target}: {message or 'no reason given'}"
     return kind(
         message or f"the call ended with {code.name}",
         code=code,
-        reason=info.reason,
-        violations=violations,
-        metadata=info.metadata,
-        retry_after_s=retry_after_s,
+        reason=details.reason,
+        violations=[FieldViolation(field, description) for field, description in details.violations],
+        metadata=details.metadata,
+        retry_after_s=details.retry_after_s,
     )
-
-
-def _details(trailing_metadata: Iterable[tuple[str, str | bytes]] | None) -> Sequence[any_pb2.Any]:
-    for key, value in trailing_metadata or ():
-        if key == _DETAILS_KEY and isinstance(value, bytes):
-            try:
-                return tuple(status_pb2.Status.FromString(value).details)
-            except DecodeError:
-                return ()
-    return ()

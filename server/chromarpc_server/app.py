@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 EXIT_CANNOT_START = 1
 EXIT_DEVICE_LOST = 70
+UPLOADS_SWEPT_EVERY_S = 30.0
+"""How long an upload that expired keeps its room on the disk."""
 
 
 class App:
@@ -179,6 +181,7 @@ class App:
         try:
             stopping = asyncio.create_task(self._stop.wait())
             preloading = asyncio.create_task(self._preload(engine))
+            sweeping = asyncio.create_task(self._sweep_uploads(library))
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 await preloading
@@ -193,8 +196,8 @@ class App:
                 if started is not None:
                     started.set_result(listening.port)
                 await stopping
-            preloading.cancel()
-            stopping.cancel()
+            for task in (preloading, stopping, sweeping):
+                task.cancel()
         finally:
             await self._shut_down(engine, listening)
             access.audit.close()
@@ -311,6 +314,16 @@ class App:
             served = REGISTRY[settings.alias.get(model_id, model_id)]
             sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
             await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
+
+    async def _sweep_uploads(self, library: AdapterLibrary) -> None:
+        """Drops uploads that nobody goes on with, whether others begin or not."""
+        every_s = min(UPLOADS_SWEPT_EVERY_S, self._settings.upload_expiry_s)
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await asyncio.to_thread(library.uploads.drop_expired)
+            except OSError:
+                log.exception("housekeeping.failed")
 
     async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings

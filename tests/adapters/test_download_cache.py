@@ -173,3 +173,17 @@ def test_what_a_crash_left_is_removed_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "kept.safetensors").write_bytes(b"whole")
     make(tmp_path)
     assert files(tmp_path) == {"kept.safetensors"}
+
+
+async def test_a_file_of_unknown_length_leaves_the_reserve_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, free = DiskRoom(tmp_path, 1000), iter([1000 + 3, 1000 + 3])
+    monkeypatch.setattr(room, "free_bytes", lambda: next(free))
+    downloads = make(tmp_path, room=room)
+    async with serving() as host:
+        body = b"4\r\nabcd\r\n0\r\n\r\n"
+        host.on("/a", answer(body, Content_Length="", Transfer_Encoding="chunked"))
+        with pytest.raises(DiskFull):
+            await fetch(downloads, host.url("/a"))
+    assert not files(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -188,6 +189,31 @@ def test_lines_that_cannot_be_written_are_counted_in_the_ordinary_log(caplog: py
     assert (line.__dict__["problem"], line.__dict__["lost"]) == ("No space left on device", 1)
     audit.log.warning("audit.refused")
     assert caplog.records[-1].getMessage() == "audit.refused"
+
+
+def test_a_line_that_a_full_disk_cuts_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, writes = tmp_path / "audit.jsonl", os.write, 0
+
+    def write(descriptor: int, data: bytes) -> int:
+        nonlocal writes
+        writes += 1
+        if writes == 1:
+            return real(descriptor, data[:10])
+        if writes == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    file = AuditLog(path)
+    try:
+        monkeypatch.setattr(os, "write", write)
+        for job_id in ("one", "two"):
+            audit.log.info("audit.delete", extra={"job_id": job_id})
+    finally:
+        monkeypatch.undo()
+        file.close()
+    torn, whole = path.read_text().splitlines()
+    assert len(torn) == 10
+    assert json.loads(whole)["job_id"] == "two"
 
 
 def test_a_file_that_is_moved_away_is_begun_again(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from chromarpc_server.maintenance.files import (
     sync_tree,
 )
 from chromarpc_server.maintenance.layout import DataFolder
+from chromarpc_server.maintenance.manifest import FILE as MANIFEST
 from chromarpc_server.maintenance.manifest import Manifest
 from chromarpc_server.maintenance.report import CannotBeDone, Report
 
@@ -44,7 +45,12 @@ def backup(folder: DataFolder, target: Path, report: Report, *, with_downloads: 
         OSError: there is no room.
     """
     folder.require_store()
-    target = target.absolute()
+    target = target.resolve()
+    if target.is_relative_to(folder.root.resolve()):
+        raise CannotBeDone(
+            f"{target} lies in the data folder that it would be a backup of: name a folder outside, best on "
+            "another disk"
+        )
     part = _make_part(target)
     try:
         _Backup(folder, DataFolder(part), report).write(with_downloads=with_downloads)
@@ -242,9 +248,13 @@ def verify(backup_folder: DataFolder, manifest: Manifest, report: Report) -> Non
     """Looks at every byte of a backup; what is damaged goes into the report.
 
     Raises:
-        CannotBeDone: its database is damaged.
+        CannotBeDone: its database is damaged, or none that the manifest knows.
     """
     expected = {*manifest.left_out}
+    if not manifest.database_sha256 and backup_folder.database.exists():
+        raise CannotBeDone(
+            f"{backup_folder.root / MANIFEST} vouches for no database, and there is one: take another backup"
+        )
     if manifest.database_sha256:
         path = backup_folder.database
         if why := damage_of(path, manifest.database_sha256):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,8 @@ def run(arguments: Sequence[str], config: Path | None, out: TextIO) -> int:
         _run_tool(options, folder, report)
     except (CannotBeDone, StoreUnusable) as error:
         return _failed(options, str(error), out)
+    except sqlite3.Error as error:
+        return _failed(options, f"{folder.database}: {error}: see to it, then run this again", out)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         return _failed(options, f"{where}{error.strerror or error}: see to it, then run this again", out)

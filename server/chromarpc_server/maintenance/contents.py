@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_of, parse_note
 from chromarpc_server.adapters.process_folder import ProcessFolder
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.maintenance.files import damage_of
-from chromarpc_server.maintenance.layout import HASH, DataFolder
+from chromarpc_server.maintenance.layout import HASH, STAGING, DataFolder
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ def contents_of(folder: Path) -> Iterator[Content]:
     }
     for stem in sorted(stems):
         yield Content(folder / f"{stem}{SUFFIX}")
+
+
+def remove_leftovers(folder: DataFolder) -> None:
+    """Removes what tools that were cut left of their work; nothing of it is whole."""
+    for path in (*folder.jobs.glob("*.part"), *folder.jobs.glob("*.part.source"), folder.root / STAGING):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove_half_written(folder: DataFolder) -> int:

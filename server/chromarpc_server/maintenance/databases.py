@@ -52,6 +52,11 @@ def is_locked(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def is_unreadable(error: sqlite3.Error) -> bool:
+    """Whether it is the file that is wrong, its tables among it, and not the disk or another process."""
+    return is_damage(error) or getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
+
+
 def opened_to_write(path: Path) -> sqlite3.Connection:
     """Opens a database that no server has; what is deleted in it is overwritten."""
     connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE, sync_folder
 
 _BLOCK_BYTES = 1024**2
+_NO_FILE = "it is no plain file"
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Damaged(Exception):
@@ -39,8 +44,26 @@ def sha256_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Opens a file to read it. A link, a pipe or a device is none, and is not waited for.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    try:
+        file = os.fdopen(os.open(path, _OPEN), "rb")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, _NO_FILE, str(path)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, _NO_FILE, str(path))
+    return file
 
 
 def damage_of(path: Path, sha256: str) -> str | None:
@@ -66,14 +89,14 @@ def copy_whole(source: Path, target: Path, sha256: str | None = None) -> str:
         The SHA-256 of what was copied.
 
     Raises:
-        Damaged: the bytes have another hash, or cannot be read; there is no target then.
+        Damaged: the bytes have another hash, or cannot be read, or it is no plain file; there is no target then.
         FileNotFoundError: there is no source.
         OSError: the target cannot be written.
     """
     digest = hashlib.sha256()
     part = target.with_name(f"{secrets.token_hex(8)}.part")
     try:
-        with source.open("rb") as reading:
+        with _opened(source) as reading:
             status = os.fstat(reading.fileno())
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as writing:
@@ -92,6 +115,15 @@ def copy_whole(source: Path, target: Path, sha256: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def _opened(source: Path) -> BufferedReader:
+    try:
+        return open_plain(source)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise Damaged(_NO_FILE) from None
+
+
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, _BLOCK_BYTES)
@@ -108,11 +140,14 @@ def _copy_attributes(source: Path, target: Path) -> None:
 
 
 def set_owners(path: Path, owners: frozenset[str]) -> None:
-    """Notes the callers anew.
+    """Notes the callers anew; without any, nothing says whose the file is.
 
     Raises:
         OSError: the file system does not take it.
     """
+    if not owners:  # an empty note would name the one caller of a server without a callers file
+        os.removexattr(path, OWNER_ATTRIBUTE)
+        return
     os.setxattr(path, OWNER_ATTRIBUTE, "\n".join(sorted(owners)).encode())
 
 

@@ -14,10 +14,10 @@ from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
-from chromarpc_server.maintenance.contents import contents_of, remove_half_written
+from chromarpc_server.maintenance.contents import contents_of, remove_half_written, remove_leftovers
 from chromarpc_server.maintenance.files import files_below, make_private, sync_file
 from chromarpc_server.maintenance.kept import disown_kept, is_note, owners_kept, remove_kept
-from chromarpc_server.maintenance.layout import REPLACED, DataFolder
+from chromarpc_server.maintenance.layout import REBUILT_SUFFIX, REPLACED, DataFolder
 from chromarpc_server.maintenance.report import CannotBeDone, Report
 
 _ROOM = 1.2
@@ -64,7 +64,11 @@ def _wipe(folder: DataFolder, name: str, report: Report, *, is_kept: bool = Fals
     if folder.database.exists():
         try:
             named = _wipe_rows(folder.database, name, report)
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if not databases.is_unreadable(error):
+                raise CannotBeDone(
+                    f"{folder.database} cannot be changed now ({error}): see to it, then run this again"
+                ) from None
             if not is_kept:
                 raise CannotBeDone(
                     f"{folder.database} is damaged, so that nobody can say what is left in it: run "
@@ -73,6 +77,8 @@ def _wipe(folder: DataFolder, name: str, report: Report, *, is_kept: bool = Fals
             _wipe_files(folder.jobs.glob(f"{folder.database.name}*"), name, report, "quarantine")
         else:
             _write_anew(folder, report)
+            # Of a repair that was cut before it put this in the place of a database that is whole after all.
+            folder.database.with_name(f"{folder.database.name}{REBUILT_SUFFIX}").unlink(missing_ok=True)
     _wipe_files((path for path in folder.image_files() if path.name not in named), name, report, "images")
     for path in folder.image_files():
         if name in (owners_kept(path) or ()):
@@ -81,6 +87,7 @@ def _wipe(folder: DataFolder, name: str, report: Report, *, is_kept: bool = Fals
     _wipe_contents(ContentStore(folder.downloads, LoraSource.DOWNLOAD), "downloads", name, report)
     # Nobody can go on with what an earlier process began to receive, and nothing says whose it was.
     remove_half_written(folder)
+    remove_leftovers(folder)
     _wipe_files(files_below(folder.lost_and_found), name, report, "lost+found")
     quarantined = (path for path in files_below(folder.quarantine) if not _is_replaced(folder, path))
     _wipe_files(quarantined, name, report, "quarantine")

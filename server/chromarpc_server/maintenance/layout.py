@@ -14,6 +14,10 @@ from chromarpc_server.jobs.store.sqlite_file import FILE
 from chromarpc_server.maintenance.report import CannotBeDone
 
 HASH = re.compile(r"[0-9a-f]{64}")
+STAGING = "restore.part"
+"""Below the data folder: what a restore is to move to its place."""
+REBUILT_SUFFIX = ".rebuilt"
+"""Of a whole new database that is to take the place of the damaged one."""
 REPLACED = "replaced-"
 """Begin of the names of stores in quarantine that others took the place of."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from chromarpc_server.maintenance.report import CannotBeDone
 
 FILE = "manifest.json"
 FORMAT = 1
+
+_NOTE = re.compile(r"(loras|downloads)/[0-9a-f]{64}\.json")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values: Any = json.loads(path.read_bytes())
         claimed = values.pop("sha256")
-        is_whole = claimed == _checksum(values)
+        is_whole = claimed == _checksum(values) and isinstance(values["format"], int)
     except FileNotFoundError:
         raise CannotBeDone(
             f"{folder} is no backup: it has no {FILE}; name the folder that a backup made"
@@ -67,13 +70,33 @@ def read_manifest(folder: Path) -> Manifest:
         raise CannotBeDone(f"{path} cannot be read ({error.strerror}): see to it, then run this again") from None
     except (ValueError, LookupError, AttributeError, TypeError):
         is_whole = False
+    damaged = CannotBeDone(f"{path} is damaged, so that nothing vouches for the backup: take another one")
     if not is_whole:
-        raise CannotBeDone(f"{path} is damaged, so that nothing vouches for the backup: take another one")
+        raise damaged
     if values["format"] != FORMAT:
         raise CannotBeDone(
-            f"{path} was written by a newer chromarpc ({values['chromarpc']}): restore it with that"
+            f"{path} was written by a newer chromarpc ({values.get('chromarpc')}): restore it with that"
         )
+    if not _makes_sense(values):
+        raise damaged
     return Manifest(**{**values, "left_out": tuple(values["left_out"])})
+
+
+def _makes_sense(values: Mapping[str, Any]) -> bool:
+    """Whether these are a manifest's values, and its notes lie where notes do: anybody can compute a checksum."""
+    if values.keys() != {item.name for item in fields(Manifest)}:
+        return False
+    texts = [values[name] for name in ("chromarpc", "begun", "ended", "database_sha256")]
+    notes, left_out, counts = values["notes"], values["left_out"], values["counts"]
+    return (
+        isinstance(values["schema"], int)
+        and isinstance(values["with_downloads"], bool)
+        and isinstance(counts, dict)
+        and isinstance(notes, dict)
+        and isinstance(left_out, list)
+        and all(isinstance(text, str) for text in (*texts, *left_out, *notes.values()))
+        and all(_NOTE.fullmatch(name) for name in notes)
+    )
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

@@ -16,15 +16,12 @@ from pathlib import Path
 from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
-from chromarpc_server.maintenance.contents import contents_of, remove_half_written
+from chromarpc_server.maintenance.contents import contents_of, remove_half_written, remove_leftovers
 from chromarpc_server.maintenance.files import damage_of, make_private, move_aside, sync_file
 from chromarpc_server.maintenance.kept import ROWS
-from chromarpc_server.maintenance.layout import DataFolder
+from chromarpc_server.maintenance.layout import REBUILT_SUFFIX, DataFolder
 from chromarpc_server.maintenance.report import Report
 from chromarpc_server.maintenance.salvage import salvage
-
-REBUILT_SUFFIX = ".rebuilt"
-"""Of a whole new database that is to take the place of the damaged one."""
 
 
 def repair(folder: DataFolder, report: Report) -> None:
@@ -56,8 +53,7 @@ def repair(folder: DataFolder, report: Report) -> None:
 def _clear_half_done(folder: DataFolder, report: Report) -> None:
     """Removes what cut writes left: nobody was told that it is kept."""
     half_written = remove_half_written(folder)
-    for path in (*folder.jobs.glob("*.part"), *folder.root.glob("restore.part")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_leftovers(folder)
     if half_written:
         report.done.append(f"removed {half_written} half-written files")
 
@@ -135,14 +131,23 @@ def _repair_rows(database: sqlite3.Connection, folder: DataFolder, report: Repor
             continue
         kept = folder.quarantine / "jobs" / ROWS
         make_private(kept)
-        path = kept / f"{number}.json"
         values = {name: value.hex() if isinstance(value, bytes) else value for name, value in dict(found).items()}
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(values), encoding="utf-8")
-        sync_file(path)
-        sync_folder(kept)
+        path = _keep_row(kept, number, json.dumps(values))
         database.execute("DELETE FROM jobs WHERE number = ?", (number,))
         report.done.append(f"moved the job {found['id']} to {path}: {why}")
+
+
+def _keep_row(kept: Path, number: int, text: str) -> Path:
+    """Writes a row to a file; another row with its number, of another database, keeps its own."""
+    path, again = kept / f"{number}.json", 0
+    while path.exists() and path.read_text("utf-8") != text:
+        again += 1
+        path = kept / f"{number}-{again}.json"
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")
+    sync_file(path)
+    sync_folder(kept)
+    return path
 
 
 def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Report) -> None:
@@ -169,7 +174,11 @@ def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Rep
     unnamed = [path for path in folder.image_files() if path.name not in kept]
     for path in unnamed:
         make_private(folder.lost_and_found)
-        path.replace(folder.lost_and_found / path.name)
+        lost = folder.lost_and_found / path.name
+        if lost.exists() and damage_of(path, path.name) is not None:
+            move_aside(path, folder.quarantine / "jobs" / "images")  # the one that lies there may be good
+        else:
+            path.replace(lost)
     if unnamed:
         sync_folder(folder.lost_and_found)
         report.done.append(f"moved {len(unnamed)} images that no job names to {folder.lost_and_found}")

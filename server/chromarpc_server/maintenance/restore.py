@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from chromarpc_server.adapters.owners import NOTE_SUFFIX
 from chromarpc_server.jobs.store.images import sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
+from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.backup import verify
 from chromarpc_server.maintenance.files import (
     Damaged,
@@ -18,12 +21,9 @@ from chromarpc_server.maintenance.files import (
     move_aside,
     sync_tree,
 )
-from chromarpc_server.maintenance.layout import HASH, REPLACED, DataFolder
-from chromarpc_server.maintenance.manifest import read_manifest
+from chromarpc_server.maintenance.layout import HASH, REPLACED, STAGING, DataFolder
+from chromarpc_server.maintenance.manifest import Manifest, read_manifest
 from chromarpc_server.maintenance.report import CannotBeDone, Report
-
-STAGING = "restore.part"
-"""Below the data folder: what is to be moved to its place."""
 
 
 def restore(
@@ -59,9 +59,10 @@ def restore(
                 f"{folder.root} has a store already: give another --data-dir, or --replace to move that one to "
                 "quarantine/"
             )
+        _require_movable(folder)
         staged = DataFolder(folder.root / STAGING)
         try:
-            _stage(backup, staged, report)
+            _stage(backup, staged, manifest, report)
         except BaseException:
             shutil.rmtree(staged.root, ignore_errors=True)
             raise
@@ -72,7 +73,24 @@ def restore(
     report.done.append(f"the backup of {manifest.ended} is in {folder.root}: start the server")
 
 
-def _stage(backup: DataFolder, staged: DataFolder, report: Report) -> None:
+def _require_movable(folder: DataFolder) -> None:
+    """Sees that everything can be renamed, before anything is.
+
+    Raises:
+        CannotBeDone: something is a link, or on another disk.
+    """
+    disk = folder.root.stat().st_dev
+    for path in (folder.jobs, folder.images, folder.loras, folder.downloads, folder.uploads):
+        if path.exists() or path.is_symlink():
+            is_link = path.is_symlink() and path != folder.jobs
+            if is_link or path.is_mount() or path.stat().st_dev != disk:
+                raise CannotBeDone(
+                    f"{path} is a link or a disk of its own, which cannot be moved: put a folder in its place, or "
+                    "give another --data-dir"
+                )
+
+
+def _stage(backup: DataFolder, staged: DataFolder, manifest: Manifest, report: Report) -> None:
     """Copies what is whole; every byte is verified once more while it is copied."""
     shutil.rmtree(staged.root, ignore_errors=True)
     for folder in (staged.images, staged.loras, staged.downloads):
@@ -84,19 +102,26 @@ def _stage(backup: DataFolder, staged: DataFolder, report: Report) -> None:
             name = backup.name_of(path)
             if name in damaged or not HASH.fullmatch(path.stem):
                 continue
-            target = staged.root / name
-            make_private(target.parent)
-            try:
-                copy_whole(path, target, None if path.suffix == NOTE_SUFFIX else path.stem)
-            except Damaged as error:
-                raise CannotBeDone(f"{path} of the backup was damaged while it was copied ({error})") from None
+            sha256 = manifest.notes.get(name) if path.suffix == NOTE_SUFFIX else path.stem
+            if sha256 is None:
+                continue  # a note that no backup put there
+            _copy(path, staged.root / name, sha256)
             report.count(what, int(path.suffix != NOTE_SUFFIX))
-    if backup.database.exists():
-        copy_whole(backup.database, staged.database)
+    if manifest.database_sha256:
+        _copy(backup.database, staged.database, manifest.database_sha256)
     sync_tree(staged.root)
 
 
+def _copy(path: Path, target: Path, sha256: str) -> None:
+    make_private(target.parent)
+    try:
+        copy_whole(path, target, sha256)
+    except Damaged as error:
+        raise CannotBeDone(f"{path} of the backup was damaged while it was copied ({error})") from None
+
+
 def _move_present_away(folder: DataFolder, report: Report) -> None:
+    _empty_log(folder)
     present = folder.present()
     if not present:
         return
@@ -107,6 +132,13 @@ def _move_present_away(folder: DataFolder, report: Report) -> None:
     if folder.has_store():
         raise AssertionError("the store that was there is still there")
     report.done.append(f"the store that was there is in {folder.quarantine / named}")
+
+
+def _empty_log(folder: DataFolder) -> None:
+    """Writes what is in SQLite's log into the database, so that nothing is lost if the two are cut apart."""
+    if folder.database.exists():
+        with suppress(sqlite3.Error), closing(databases.opened_to_write(folder.database)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _move_into_place(staged: DataFolder, folder: DataFolder) -> None:

@@ -35,6 +35,7 @@ class AuditLog(logging.Handler):
             self._file = _open(path)
         except OSError as error:
             raise OSError(f"the audit log {path} cannot be written: {error.strerror}; see --audit-log") from None
+        self._is_torn = False
         self._lost = 0
         self._complained_at: float | None = None
         self._logger = logging.getLogger(AUDIT_LOGGER)
@@ -48,8 +49,14 @@ class AuditLog(logging.Handler):
         """Appends a line; where that fails, the ordinary log says so now and then, with how many are lost."""
         try:
             line = memoryview(f"{self.format(record)}\n".encode())
+            if self._is_torn:
+                # A full disk took a part of an earlier line: this one is not to be lost with it.
+                os.write(self._file, b"\n")
+                self._is_torn = False
             while line:
-                line = line[os.write(self._file, line) :]
+                written = os.write(self._file, line)
+                self._is_torn = written < len(line)
+                line = line[written:]
         except OSError as error:
             self._lost += 1
             self._complain(error)
@@ -60,7 +67,7 @@ class AuditLog(logging.Handler):
         try:
             opened = _open(self._path)
             os.close(self._file)
-            self._file = opened
+            self._file, self._is_torn = opened, False
         except OSError as error:
             self._complain(error)
         finally:

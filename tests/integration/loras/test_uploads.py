@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import chromarpc
@@ -309,3 +311,18 @@ def test_an_absolute_path_below_the_root_draws_and_is_told_back_as_it_was_sent(c
             client.create_job("a", loras=[path], **SMALL)
         answers.add((caught.value.message, tuple((v.field, v.description) for v in caught.value.violations)))
     assert len(answers) == 1
+
+
+def test_an_upload_that_nobody_goes_on_with_leaves_the_disk_by_itself(
+    serve: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    server = serve(upload_expiry_s=0.5, data_dir=tmp_path / "data")
+    with grpc.insecure_channel(server.target) as channel:
+        stub = lora_service_pb2_grpc.LoraServiceStub(channel)
+        stub.CreateLoraUpload(lora_service_pb2.CreateLoraUploadRequest(filename="a", size_bytes=100))
+    uploads = tmp_path / "data" / "uploads"
+    assert list(uploads.rglob("*.part"))
+    until = time.monotonic() + 20
+    while list(uploads.rglob("*.part")):
+        assert time.monotonic() < until, "no other upload began, and this one stays"
+        time.sleep(0.05)

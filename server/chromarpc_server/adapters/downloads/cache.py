@@ -59,13 +59,18 @@ class PartFile:
     file: BinaryIO
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     size_bytes: int = 0
+    room: DiskRoom | None = None
+    """Asked before each block: a host need not say how large a file is."""
 
     def write(self, block: bytes) -> None:
         """Appends a block.
 
         Raises:
+            DiskFull: too little would be left on the disk.
             OSError: the disk does not take it.
         """
+        if self.room is not None:
+            self.room.require(len(block), "this adapter")
         self.file.write(block)
         self.digest.update(block)
         self.size_bytes += len(block)
@@ -130,7 +135,7 @@ class DownloadCache:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                yield PartFile(path, file)
+                yield PartFile(path, file, room=self._room)
         finally:
             path.unlink(missing_ok=True)
 

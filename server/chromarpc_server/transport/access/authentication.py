@@ -81,7 +81,8 @@ class Authentication:
     def _known(self, call: Call, caller: Caller | None) -> Caller:
         if caller is None:
             self._log_failure(call)
-            self._bad_tokens.failed(peer_address(call.peer))
+            if _sends_token(call.context):
+                self._bad_tokens.failed(peer_address(call.peer))
             raise Unauthenticated(_MESSAGE)
         return caller
 
@@ -94,7 +95,7 @@ class Authentication:
 
     def _proof(self, context: Any) -> Proof:
         """What the call proves its caller with, known or not: a token if it sends one, else its certificate."""
-        headers = [value for key, value in context.invocation_metadata() or () if key == _HEADER]
+        headers = _headers(context)
         if not headers:
             return tuple(certificate_identities(context.auth_context())) if self._certificates else ()
         header = headers[0]
@@ -133,6 +134,15 @@ def _text(value: bytes) -> str:
     except UnicodeDecodeError:
         return ""
     return name if name.isprintable() else ""
+
+
+def _headers(context: Any) -> list[str | bytes]:
+    return [value for key, value in context.invocation_metadata() or () if key == _HEADER]
+
+
+def _sends_token(context: Any) -> bool:
+    """Whether a call says who makes it. A page asks before it has a token, to find out whether one is wanted."""
+    return bool(_headers(context))
 
 
 @lru_cache(maxsize=256)

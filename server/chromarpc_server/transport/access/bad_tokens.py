@@ -2,7 +2,8 @@
 
 Tokens are too long to be guessed, so this does not guard them. It is for clients that try again for ever with a
 token that was taken away: they are told when to come back, and look the same as a guesser. A call with a known
-token always passes, for a proxy or a gateway is one address for all who use it.
+token always passes, for a proxy or a gateway is one address for all who use it. One without
+any is told to send one, and does not count.
 """
 
 from __future__ import annotations
