@@ -125,8 +125,8 @@ def log_bytes(path: Path | None) -> int:
 
 
 def _text(data: bytes) -> str | bytes:
-    """A value that is text. Damaged, it stays bytes, which nothing takes for what was stored: SQLite's own error would
-    cost the whole list, and quote it.
+    """A value that is text. Damaged, it stays bytes, which nothing takes for what was stored: an error of SQLite's
+    would cost the whole list, and quote it.
     """
     try:
         return data.decode()
