@@ -15,7 +15,9 @@ from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.requests import GenerationRequest, PromptRequest
 from chromarpc_server.domain.resolve import Serving, resolve
-from chromarpc_server.jobs import recovery
+from chromarpc_server.jobs import housekeeping, recovery
+from chromarpc_server.jobs.absences import not_back
+from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
 from chromarpc_server.jobs.dispatcher import Dispatcher
@@ -83,16 +85,56 @@ async def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 async def test_watchers_find_a_job_that_waits_for_room_where_they_left_it(parts: Parts) -> None:
     await parts.recovery.recover(REGISTRY)
     job = await parts.registry.get("", "first")
-    assert job.log.last_sequence >= 2 * SEQUENCES_A_START  # the process before numbered from 1 × on
+    assert job.log.last_sequence >= 2 * SEQUENCES_A_START  # the process before numbered from one million on
 
 
 async def test_callers_are_expected_back_to_jobs_that_waited_for_room(parts: Parts) -> None:
     expected: list[str] = []
     await parts.recovery.recover(REGISTRY)
     parts.recovery.expect_callers(lambda job: expected.append(job.id))
-    while parts.backlog.waiting_jobs < 2:
-        await asyncio.sleep(0)
+    assert parts.recovery._waiting is not None
+    await parts.recovery._waiting
     assert expected == ["first", "second"]
+
+
+async def test_a_caller_whose_job_cannot_end_for_want_of_room_is_told_so(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def without_room(*_: object) -> bool:
+        raise StoreUnavailable("there is no room")
+
+    monkeypatch.setattr(parts.store, "finish", without_room)
+    attendance = Attendance(
+        parts.backlog, parts.completion, parts.store, parts.tasks, RunningTime(), reattach_s=60.0
+    )
+    await parts.recovery.recover(REGISTRY)
+    job = await parts.registry.get("", "first")
+    assert isinstance(job, Job)
+    parts.completion.end_early(job, not_back("its caller left"))
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable):
+            await attendance.wait_until_ended(job)
+    parts.completion.stop_waiting()
+
+
+async def test_an_end_that_cannot_be_stored_keeps_no_store_from_being_tended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tended = asyncio.Event()
+
+    class Keeper:
+        async def store_unstored(self) -> None:
+            raise StoreUnavailable("there is no room")
+
+        async def tend(self) -> None:
+            tended.set()
+
+    monkeypatch.setattr(housekeeping, "HOUSEKEEPING_S", 0.001)
+    keeping = asyncio.create_task(housekeeping.keep_house(Keeper(), Keeper()))  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        await tended.wait()
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
 
 
 async def test_a_stop_while_jobs_are_resumed_leaves_each_to_the_next_process(
@@ -126,8 +168,8 @@ async def test_an_attempt_that_was_never_counted_is_not_taken_back(
         raise StoreUnavailable("there is no room")
 
     await parts.recovery.recover(REGISTRY)
-    while parts.backlog.waiting_jobs < 2:
-        await asyncio.sleep(0)
+    assert parts.recovery._waiting is not None
+    await parts.recovery._waiting
     monkeypatch.setattr(parts.store, "begin", without_room)
     dispatcher = Dispatcher(
         Device(),  # type: ignore[arg-type]
