@@ -149,3 +149,12 @@ async def test_work_that_a_pause_came_between_ends_as_it_would_have(monkeypatch:
     await asyncio.sleep(0.05)
     work.set_result("done")
     assert await asyncio.wait_for(guard, 10) == "done"
+
+
+async def test_what_was_before_the_first_look_is_no_pause(caplog: pytest.LogCaptureFixture) -> None:
+    clock = StandingClock()
+    running = RunningTime(clock=clock)
+    clock.now += 20  # a device is opened
+    running.start()
+    running.close()
+    assert not caplog.records

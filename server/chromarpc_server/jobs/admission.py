@@ -127,8 +127,7 @@ class Admission:
         """Releases the request id of a job that ended only because its caller did not come back, and says so."""
         if not is_abandoned(known):
             return False
-        async for _ in known.log.follow(known.log.last_sequence):  # at most a step, where it still runs
-            pass
+        await self._attendance.wait_until_ended(known)  # at most a step, where it still runs
         if not is_abandoned(known):
             return False
         await self._store.release_request_id(known)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from chromarpc_server.domain.errors import ChromaError, Draining, JobCancelled, StoreError, StoreUnavailable
 from chromarpc_server.jobs.absences import Absences, not_back
 from chromarpc_server.jobs.backlog import Backlog
-from chromarpc_server.jobs.completion import Completion
+from chromarpc_server.jobs.completion import LOOK_EVERY_S, Completion
 from chromarpc_server.jobs.housekeeping import HOUSEKEEPING_S
 from chromarpc_server.jobs.job import AnyJob, Job
 from chromarpc_server.jobs.store.job_store import JobStore
@@ -95,6 +95,16 @@ class Attendance:
         """A caller is about to hold on to the job: it must not be ended in the meantime."""
         self._absences.renew(job)
 
+    async def wait_until_ended(self, job: AnyJob) -> None:
+        """Returns once a job that is being stopped has ended.
+
+        Raises:
+            StoreUnavailable, Draining: its end cannot be stored now, or not by this process.
+        """
+        if isinstance(job, Job):
+            async for _ in job.log.follow(job.log.last_sequence, idle_s=LOOK_EVERY_S):
+                self._require_stored(job)
+
     async def cancel_for_good(self, job: AnyJob, *, when_unattended: bool = False) -> None:
         """Stops a job as `Backlog.cancel` does, and lets no later process go on with it. Returns once that is
         stored.
@@ -131,5 +141,9 @@ class Attendance:
         if job.log.suspended and job.cancelled_for_good is not None:
             self._completion.end_early(job, job.cancelled_for_good)
         await self._completion.wait_until_visible(job)
-        if not is_noted and self._completion.is_unstored(job):
+        if not is_noted:
+            self._require_stored(job)
+
+    def _require_stored(self, job: Job) -> None:
+        if self._completion.is_unstored(job):
             raise StoreUnavailable("the job's end cannot be stored now", retry_after_s=RETRY_AFTER_UNSTORED_S)

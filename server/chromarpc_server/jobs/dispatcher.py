@@ -117,9 +117,11 @@ class Dispatcher:
         job.started = datetime.now(UTC)
         job.stop_expiry()
         attempt = Attempt(job, self._device.description.dtype)
+        is_counted = False
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
             await self._begin(job)
+            is_counted = True
             job.attempts += 1
             work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation)
             done = await self._device.run(work, partial(self._recorder.take, attempt))
@@ -129,7 +131,7 @@ class Dispatcher:
             elif job.cancelled_for_good is not None or not self._store.is_durable:
                 self._completion.end_early(job, job.cancelled_for_good or error)
             else:
-                await self._set_aside(job, error)
+                await self._set_aside(job, error, is_counted=is_counted)
             if isinstance(error, DeviceError):
                 self._fail()
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
@@ -150,9 +152,9 @@ class Dispatcher:
                 job.cancellation.check()
                 await asyncio.sleep(POLL_S)
 
-    async def _set_aside(self, job: Job, error: Draining | DeviceError) -> None:
-        """Leaves a job that ran to the next process."""
-        if isinstance(error, Draining):
+    async def _set_aside(self, job: Job, error: Draining | DeviceError, *, is_counted: bool) -> None:
+        """Leaves a job that ran, or waited for room to be counted, to the next process."""
+        if isinstance(error, Draining) and is_counted:
             with suppress(StoreError):
                 await self._store.unbegin(job)
         self._completion.set_aside(job, error)

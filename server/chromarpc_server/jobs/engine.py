@@ -180,8 +180,7 @@ class Engine:
         if not self._is_started:
             raise RuntimeError("begin before start")
         # Callers come back once the server is ready, so their time does not run while models are loaded.
-        for job in self._recovery.take_jobs_without_caller():
-            self._attendance.expect_back(job)
+        self._recovery.expect_callers(self._attendance.expect_back)
         self._dispatcher.start()
 
     @property

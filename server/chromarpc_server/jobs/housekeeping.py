@@ -18,10 +18,10 @@ async def keep_house(completion: Completion, store: JobStore) -> None:
     """Stores ends that could not be stored, and has the store tended; never returns."""
     while True:
         await asyncio.sleep(HOUSEKEEPING_S)
-        try:
-            await completion.store_unstored()
-            await store.tend()
-        except StoreError:
-            pass  # logged already; there is a next time
-        except Exception:
-            log.exception("housekeeping.failed")
+        for duty in (completion.store_unstored, store.tend):  # neither keeps the other from being done
+            try:
+                await duty()
+            except StoreError:
+                pass  # logged already; there is a next time
+            except Exception:
+                log.exception("housekeeping.failed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -85,6 +85,7 @@ class Recovery:
         self._completion = completion
         self._rules = rules
         self._without_caller: list[Job] = []
+        self._expect_back: Callable[[Job], None] | None = None
         self._waiting: asyncio.Task[None] | None = None
         """For room to count this process; jobs may not run before, as their events would get numbers twice."""
         self._parked: list[Job] = []
@@ -106,7 +107,7 @@ class Recovery:
             )
             self._registry.add(job)
             job.log.append(Accepted(job.id, job.plan))
-            if not is_counted:  # watchers have read on; nothing is numbered before this process is counted
+            if not is_counted:  # watchers that come back meanwhile have read more of it than this
                 job.log.skip_to((stored.starts + 1) * SEQUENCES_A_START)
             jobs.append((job, stored))
         if is_counted:
@@ -134,7 +135,6 @@ class Recovery:
                 await self._store.count_start()
                 break
         log.info("store.room_again", extra={"resumed_jobs": len(jobs)})
-        self._parked = []
         await self._resume([(job, replace(stored, starts=stored.starts + 1)) for job, stored in jobs], models)
 
     async def _resume(self, jobs: Sequence[tuple[Job, Unfinished]], models: Mapping[str, ModelSpec]) -> None:
@@ -147,11 +147,15 @@ class Recovery:
                 self._completion.end_early(job, error)
             except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
                 self._completion.end_unforeseen(job, error)
+            if job in self._parked:
+                self._parked.remove(job)
 
-    def take_jobs_without_caller(self) -> list[Job]:
-        """Recovered jobs whose callers may come back; once."""
+    def expect_callers(self, expect_back: Callable[[Job], None]) -> None:
+        """Has a function called with each recovered job whose caller may come back, now and from now on."""
+        self._expect_back = expect_back
         found, self._without_caller = self._without_caller, []
-        return found
+        for job in found:
+            expect_back(job)
 
     async def _schedule(self, job: Job, stored: Unfinished, models: Mapping[str, ModelSpec]) -> None:
         if job.cancelled_for_good is not None:  # while it waited for room
@@ -163,10 +167,14 @@ class Recovery:
         found = await recover_adapters(stored, self._adapters)
         model_files = await asyncio.to_thread(self._model_files.require, spec)
         job.adapter_files = found.complete
-        if not job.plan.detached:
-            self._without_caller.append(job)
         # One that was running has waited its time already, and is to be run again.
         self._backlog.schedule(ScheduledJob(job, model_files, found), may_expire=not stored.was_begun)
+        if job.plan.detached:
+            return
+        if self._expect_back is None:
+            self._without_caller.append(job)
+        else:  # it waited for room until after the start
+            self._expect_back(job)
 
 
 def plan_for_now(plan: Plan, *, picture_records: bool) -> Plan:

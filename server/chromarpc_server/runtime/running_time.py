@@ -36,10 +36,14 @@ class RunningTime:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Looks every second, until `close`."""
+        """Looks every second from now on, until `close`."""
+        self._looked_at = self._clock()  # nobody looked before, however long that was
+        self._look_again()
+
+    def _look_again(self) -> None:
         self.look()
         # A timer of its own rather than a task: it comes before every timer that comes due later in a pause.
-        self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self.start)
+        self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look_again)
 
     def close(self) -> None:
         """Looks no longer."""

@@ -147,3 +147,91 @@ def _damage_page_of(path: Path, store: JobStore) -> None:
         file.seek((pages[len(pages) // 2] - 1) * size)
         file.write(b"\xff" * size)
     store._database._connection.execute("PRAGMA shrink_memory")
+
+
+@pytest.mark.parametrize("column", ["plan", "ending", "headers", "state", "fingerprint", "end_check"])
+async def test_text_that_is_text_no_more_costs_its_job_alone_and_is_not_logged(
+    tmp_path: Path, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await _fill(tmp_path)
+    # One flipped bit: the highest of a letter, which is no UTF-8 then.
+    _change(
+        tmp_path,
+        f"UPDATE jobs SET {column} = CAST(CAST('a fox' AS BLOB) || x'e6' AS TEXT) WHERE id = 'job1'",  # noqa: S608
+    )
+    store = await JobStore.open(tmp_path, FOR_EVER)
+    with pytest.raises(JobDamaged):
+        await store.ended("me", "job1")
+    assert await _listed(store) == {"job0": EndedJob, "job1": DamagedJob, "job2": EndedJob}
+    assert not any("fox" in str(vars(record)) for record in caplog.records)
+    await store.close()
+
+
+@pytest.mark.parametrize("column", ["state", "ending", "headers", "end_check", "ended_us"])
+async def test_a_damaged_row_keeps_no_other_from_its_end_or_from_being_forgotten(
+    tmp_path: Path, column: str
+) -> None:
+    await _fill(tmp_path)
+    # One flipped bit of a row's header makes bytes of a text.
+    _change(tmp_path, f"UPDATE jobs SET {column} = CAST({column} AS BLOB) WHERE id = 'job1'")  # noqa: S608
+    store = await JobStore.open(tmp_path, JobRetention(keep_s=0))
+    (unfinished,), _ = await store.take_over()
+    job = Job(unfinished.plan, (), Cancellation(), owner="me", id=unfinished.id)
+    assert await store.finish(job, job.log.seal(Failed(ChromaError("for a reason"))))
+    await store.tend()
+    assert store.size.jobs == 1
+    await store.close()
+
+
+@pytest.mark.parametrize("created_us", [1 << 62, -(1 << 62), 1.5, "x"])
+async def test_a_damaged_time_of_admission_costs_its_job_alone(tmp_path: Path, created_us: object) -> None:
+    await _fill(tmp_path)
+    _change(tmp_path, "UPDATE jobs SET created_us = ? WHERE id IN ('job1', 'waits')", created_us)
+    store = await JobStore.open(tmp_path, FOR_EVER)
+    await store.take_over()
+    assert [job.id for job in store.unreadable_jobs()] == ["waits"]
+    assert await _listed(store) == {"job0": EndedJob, "job1": DamagedJob, "job2": EndedJob}
+    await store.close()
+
+
+async def test_a_job_whose_time_of_end_is_damaged_is_damaged_and_not_gone(tmp_path: Path) -> None:
+    await _fill(tmp_path)
+    _change(tmp_path, "UPDATE jobs SET ended_kept_us = 5 WHERE id = 'job1'")
+    store = await JobStore.open(tmp_path, JobRetention(keep_s=3600))
+    with pytest.raises(JobDamaged):
+        await store.ended("me", "job1")
+    with pytest.raises(JobDamaged):
+        await store.ended_by_request("me", "request of job1")
+    assert await _listed(store) == {"job0": EndedJob, "job1": DamagedJob, "job2": EndedJob}
+    assert await store.delete("job1")
+    await store.close()
+
+
+async def test_a_damaged_size_makes_no_sweep_forget_what_there_is_room_for(tmp_path: Path) -> None:
+    await _fill(tmp_path)
+    _change(tmp_path, "UPDATE jobs SET bytes = bytes | (1 << 40) WHERE id = 'job1'")
+    store = await JobStore.open(tmp_path, FOR_EVER)
+    assert (await _listed(store)).keys() == {"job0", "job1", "job2"}
+    assert await store.delete("job1")
+    assert store.size.jobs == 2
+    assert 0 < store.size.bytes < 1 << 20
+    await store.close()
+
+
+async def test_a_damaged_page_keeps_nobody_else_from_new_jobs_and_the_time_is_kept(tmp_path: Path) -> None:
+    store = await JobStore.open(tmp_path, FOR_EVER)
+    for number in range(60):
+        job = Job(replace(PLAN, prompts=PLAN.prompts * 3), (), Cancellation(), owner="me", id=f"job{number}")
+        await store.insert(job, needs_token=False, adapters=())
+        await store.finish(job, job.log.seal(Failed(ChromaError("for a reason"))))
+    _damage_page_of(tmp_path / FILE, store)
+    (tmp_path / "ballast").unlink()
+    store._database._retention = JobRetention(keep_s=0)
+    with pytest.raises(StoreDamaged):
+        await store.tend()
+    assert (tmp_path / "ballast").exists()
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM facts WHERE name = 'kept_us'").fetchone() == (1,)
+    job = Job(replace(PLAN, request_id="new"), (), Cancellation(), owner="me", id="new")
+    await store.insert(job, needs_token=False, adapters=())
+    await store.close()

@@ -6,11 +6,14 @@ import hashlib
 import logging
 import shutil
 import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from chromarpc_server.domain.limits import JobRetention
+from chromarpc_server.jobs.store import images
 from chromarpc_server.jobs.store.database import Database
 from chromarpc_server.jobs.store.images import ImageFolder, owners_noted
 from chromarpc_server.jobs.store.rows import EndRow, NewRow
@@ -123,3 +126,25 @@ def test_the_log_is_empty_once_a_job_is_deleted(folder: Path) -> None:
     assert log.stat().st_size == 0
     assert b"a fox" not in (folder / FILE).read_bytes()
     database.close()
+
+
+def test_a_reader_beside_the_server_keeps_nobody_waiting(folder: Path) -> None:
+    database = _open(folder)
+    with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT COUNT(*) FROM jobs").fetchone() == (3,)
+        begun = time.monotonic()
+        assert database.delete("job1")
+        assert time.monotonic() - begun < 2  # SQLite would wait for 5 s for the reader to end
+    database.tend()
+    assert database.log_bytes == 0
+    database.close()
+
+
+def test_what_is_set_aside_is_there_after_a_power_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / FILE).unlink()
+    synced: list[Path] = []
+    monkeypatch.setattr(images, "sync_folder", synced.append)
+    _open(folder).close()
+    # The name of lost+found itself, and the names in it.
+    assert {folder / "images", folder / "images" / "lost+found"} <= set(synced)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from chromarpc_server.jobs.store.sqlite_file import (
     open_with_ballast,
     transaction,
 )
+from chromarpc_server.jobs.store.time_facts import keep_time, latest_s
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Database:
         try:
             with explained(path):
                 self._images = NamedImages(self._connection, images)
-                self.time = make_time(self._latest_s())
+                self.time = make_time(latest_s(self._connection))
                 self._size = self._measure()
                 self._start()
         except BaseException:
@@ -88,8 +88,9 @@ class Database:
     def insert(self, row: NewRow) -> None:
         """A job was admitted."""
         if row.request_id is not None:
-            # A job that has expired may still have the id.
-            self.sweep()
+            # A job that has expired may still have the id. Others that cannot be forgotten now are not in the way.
+            with suppress(sqlite3.Error, OSError):
+                self.sweep()
         values: dict[str, Any] = {**asdict(row), "format": rows.FORMAT, "admitted_kept_us": self.time.now_us()}
         values["plan_check"] = rows.plan_check(values)
         self._run(
@@ -206,7 +207,7 @@ class Database:
     def ended(self, owner: str, job_id: str) -> AnyRow | None:
         """A job that ended."""
         try:
-            return self._one(f"{_ENDED} AND owner = ? AND id = ?", (self._oldest_us(), owner, job_id))
+            return self._kept(f"{_ENDED} AND owner = ? AND id = ?", (owner, job_id))
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
@@ -214,7 +215,7 @@ class Database:
 
     def ended_by_request(self, owner: str, request_id: str) -> sqlite3.Row | None:
         """The one that was made under a request id."""
-        return self._one(f"{_ENDED} AND owner = ? AND request_id = ?", (self._oldest_us(), owner, request_id))
+        return self._kept(f"{_ENDED} AND owner = ? AND request_id = ?", (owner, request_id))
 
     def events(self, job_id: str) -> tuple[bytes, str | None] | None:
         """Those of a job that ended, and their checksum."""
@@ -246,38 +247,32 @@ class Database:
         if since_us is not None:
             narrowed += " AND created_us >= ?"
             values.append(since_us)
-        query, parts = f"{_ENDED} AND owner = ?{narrowed}", [self._oldest_us(), owner, *values]
+        query, parts = f"{_ENDED} AND owner = ?{narrowed}", [owner, *values]
         if states is not None:
             query += f" AND state IN ({', '.join('?' * len(states))})"
             parts += states
         try:
-            query += " ORDER BY created_us DESC, id DESC LIMIT ?"
-            return list(self._connection.execute(query, [*parts, limit]))
+            found_rows = self._connection.execute(query + " ORDER BY created_us DESC, id DESC", parts)
+            return list(islice(filter(self._is_kept, found_rows), limit))
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
         find = f"{_ENDED} AND id = ?"
-        found = page_by_row(
-            self._connection, lambda job_id: self._one(find, (self._oldest_us(), job_id)), owner, narrowed, values
-        )
+        found = page_by_row(self._connection, lambda job_id: self._kept(find, (job_id,)), owner, narrowed, values)
         return list(islice((row for row in found if states is None or _state(row) in states), limit))
 
     def delete(self, job_id: str, *, although_not_ended: bool = False) -> bool:
         """Forgets a job that ended; `although_not_ended`: or one that cannot be run, as nothing can read it.
         Returns whether there was one.
         """
-        if although_not_ended:
-            self._run("UPDATE jobs SET ended_us = 0, state = '' WHERE id = ? AND ended_us IS NULL", (job_id,))
-            self._size = self._measure()
-        is_gone = self._forget([job_id]) == 1
+        is_gone = self._forget([job_id], although_not_ended=although_not_ended) == 1
         empty_log(self._connection)
         return is_gone
 
     def sweep(self) -> None:
         """Forgets what is too old, and then the oldest of what is too much, but never the newest."""
         has_forgotten = False
-        while found := self._surplus() or self._outdated():
-            self._forget(found)
+        while (found := self._surplus() or self._outdated()) and self._forget(found):
             has_forgotten = True
         if has_forgotten:
             empty_log(self._connection)
@@ -302,16 +297,18 @@ class Database:
     def tend(self) -> None:
         """What is due every half minute: looks at the clock, sweeps, empties the log, and holds the ballast."""
         self.time.advance()
-        self.sweep()
-        self._keep_time()
-        empty_log(self._connection)
-        if self._ballast is not None:
-            self._ballast.make()
+        try:
+            self.sweep()
+        finally:  # one job that cannot be forgotten keeps nothing else from being done
+            keep_time(self._connection, self.time.now_us())
+            empty_log(self._connection)
+            if self._ballast is not None:
+                self._ballast.make()
 
     def close(self) -> None:
         """Writes everything into the one file."""
         with suppress(sqlite3.Error):
-            self._keep_time()
+            keep_time(self._connection, self.time.now_us())
         empty_log(self._connection)
         self._connection.close()
 
@@ -328,60 +325,62 @@ class Database:
                 raise
             log.warning("store.full", extra={"doing": "start"})
 
-    def _keep_time(self) -> None:
-        now_us = self.time.now_us()
-        kept = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-        with transaction(self._connection):
-            self._connection.execute(kept, ("kept_us", now_us))
-            self._connection.execute(kept, ("kept_us_check", rows.time_check(now_us)))
-
-    def _latest_s(self) -> float | None:
-        """The store's time as an earlier process left it. By its rows where that is damaged, or was never kept,
-        but then no later than the wall clock: jobs are rather kept for too long.
-        """
-        facts = dict(self._connection.execute("SELECT name, value FROM facts").fetchall())
-        kept_us = facts.get("kept_us")
-        if isinstance(kept_us, int) and facts.get("kept_us_check") == rows.time_check(kept_us):
-            return kept_us / 1e6
-        query = "SELECT MAX(admitted_kept_us), MAX(ended_kept_us) FROM jobs"
-        found = [time_us for time_us in self._connection.execute(query).fetchone() if isinstance(time_us, int)]
-        return min(max(found) / 1e6, time.time()) if found else None
-
     def _measure(self) -> StoreSize:
         query = "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM jobs WHERE ended_us IS NOT NULL"
-        return StoreSize(*self._connection.execute(query).fetchone())
+        size = StoreSize(*self._connection.execute(query).fetchone())
+        if size.bytes <= self._retention.keep_bytes:
+            return size
+        # Before jobs are forgotten for their size: it is under no checksum, and a flipped bit makes it terabytes.
+        query = (
+            f"SELECT {_END_COLUMNS}, bytes, LENGTH(events) AS events_bytes FROM jobs WHERE ended_us IS NOT NULL"  # noqa: S608
+        )
+        sizes = {row["id"]: (row["bytes"], rows.stored_bytes(row)) for row in self._connection.execute(query)}
+        for job_id, (noted, real) in sizes.items():
+            if noted != real:
+                self._run("UPDATE jobs SET bytes = ? WHERE id = ?", (real, job_id))
+        return StoreSize(len(sizes), sum(real for _, real in sizes.values()))
+
+    def _kept(self, query: str, values: Sequence[Any]) -> sqlite3.Row | None:
+        row = self._one(query, values)
+        return row if row is not None and self._is_kept(row) else None
+
+    def _is_kept(self, row: sqlite3.Row) -> bool:
+        """Whether a job that ended is not too old; one whose row is damaged may be younger than it says."""
+        ended_us = row["ended_kept_us"]
+        return not isinstance(ended_us, int) or ended_us > self._oldest_us() or not rows.is_end_intact(row)
 
     def _oldest_us(self) -> int:
         return round((self.time.now_s() - self._retention.keep_s) * 1e6)
 
-    def _forget(self, job_ids: Sequence[str]) -> int:
+    def _forget(self, job_ids: Sequence[str], *, although_not_ended: bool = False) -> int:
         """Deletes rows that ended, whatever they hold, and then the images that are nobody's any more."""
         try:
-            images, sizes = self._with_ballast(lambda: self._delete_rows(job_ids))
+            return self._with_ballast(lambda: self._delete(job_ids, although_not_ended=although_not_ended))
         except sqlite3.Error as error:
             if not is_out_of_room(error):
                 raise
-            # There is room in what is to be deleted: first the images, and then their rows, one by one.
-            self._images.drop_only_of(job_ids)
-            images, sizes = [], []
-            for job_id in job_ids:
-                more_images, more_sizes = self._delete_rows([job_id])
-                images += more_images
-                sizes += more_sizes
-        self._size = StoreSize(self._size.jobs - len(sizes), self._size.bytes - sum(sizes))
-        self._images.drop_unnamed(images)
-        return len(sizes)
+        # There is room in what is to be deleted: first the images, and then their rows, one by one.
+        self._images.drop_only_of(job_ids)
+        return sum(self._delete([job_id], although_not_ended=although_not_ended) for job_id in job_ids)
 
-    def _delete_rows(self, job_ids: Sequence[str]) -> tuple[list[str], list[int]]:
+    def _delete(self, job_ids: Sequence[str], *, although_not_ended: bool) -> int:
         marks = ", ".join("?" * len(job_ids))
+        which = f"id IN ({marks})" + ("" if although_not_ended else " AND ended_us IS NOT NULL")
         with transaction(self._connection):
             images = self._images.of(job_ids)
             self._images.intend_to_drop(images)
             gone = self._connection.execute(
-                f"DELETE FROM jobs WHERE id IN ({marks}) AND ended_us IS NOT NULL RETURNING bytes",  # noqa: S608
+                f"DELETE FROM jobs WHERE {which} RETURNING bytes, ended_us",  # noqa: S608 - ours
                 list(job_ids),
             ).fetchall()
-        return images, [row["bytes"] for row in gone]
+        ended = [row["bytes"] for row in gone if row["ended_us"] is not None]
+        self._size = StoreSize(self._size.jobs - len(ended), self._size.bytes - sum(ended))
+        try:
+            self._images.drop_unnamed(images)
+        except sqlite3.Error as error:
+            if not is_out_of_room(error):  # they are gone; a start forgets that they were to go
+                raise
+        return len(gone)
 
     def _with_ballast(self, work: Callable[[], _T]) -> _T:
         """Does what has to succeed on a full disk too, if need be in the room that was held for it."""
@@ -411,5 +410,5 @@ _ENDED = (
     "SELECT id, owner, request_id, fingerprint, created_us, plan, has_prompts, needs_token, adapters, attempts, "
     "started_us, ended_us, state, done_steps, ending, headers, format, plan_check, end_check, detached, "
     "admitted_kept_us, ended_kept_us "
-    "FROM jobs WHERE ended_us IS NOT NULL AND ended_kept_us > ?"
+    "FROM jobs WHERE ended_us IS NOT NULL"
 )

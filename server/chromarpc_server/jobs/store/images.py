@@ -180,7 +180,9 @@ class ImageFolder:
 
     def set_aside(self, sha256: str) -> None:
         """See `Images`."""
-        self._lost.mkdir(mode=0o700, exist_ok=True)
+        if not self._lost.exists():
+            self._lost.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(self._folder)
         path = self._path(sha256)
         path.replace(self._lost / sha256)
         sync_folder(self._lost)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -107,6 +108,19 @@ def is_end_intact(row: Row) -> bool:
     return row["end_check"] is None or row["end_check"] == end_check(row)
 
 
+def stored_bytes(row: Row) -> int:
+    """Of an ended job's events and images, as far as its row can be read.
+
+    Args:
+        row: with the columns of an end, and `events_bytes`.
+    """
+    images = 0
+    with suppress(ValueError, TypeError, KeyError):
+        if is_end_intact(row):
+            images = sum(int(header["size_bytes"]) for header in json.loads(row["headers"]))
+    return images + int(row["events_bytes"] or 0)
+
+
 def time_check(kept_us: int) -> str:
     """Over the store's time, which a flipped bit would move by years."""
     return _checksum(["kept_us", kept_us])
@@ -154,4 +168,5 @@ def damaged(job_id: str, why: str) -> JobDamaged:
 def _checksum(values: Iterable[object]) -> str:
     # As SQLite gives them back.
     values = [int(value) if isinstance(value, bool) else value for value in values]
-    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
+    # A damaged value may be of any type: bytes, of which SQLite's rows have none here, are written as no text is.
+    return hashlib.sha256(json.dumps(values, separators=(",", ":"), default=list).encode()).hexdigest()

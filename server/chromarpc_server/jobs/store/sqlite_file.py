@@ -58,6 +58,7 @@ def open_file(path: Path | None, *, without_shared_memory: bool = False) -> sqli
     try:
         with explained(path):
             connection.row_factory = sqlite3.Row
+            connection.text_factory = _text
             if without_shared_memory:
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             _set_up(connection, path)
@@ -104,10 +105,14 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def empty_log(connection: sqlite3.Connection) -> bool:
     """Writes everything into the one file and empties the write-ahead log. Returns whether nothing reads it now,
-    for then it is not emptied.
+    for then it is not emptied; a reader is not waited for, as everything else would wait too.
     """
     with suppress(sqlite3.Error):
-        return bool(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
+        connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            return bool(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {round(1000 * _BUSY_S)}")
     return False
 
 
@@ -117,6 +122,16 @@ def log_bytes(path: Path | None) -> int:
         return 0 if path is None else path.with_name(path.name + "-wal").stat().st_size
     except OSError:
         return 0
+
+
+def _text(data: bytes) -> str | bytes:
+    """A value that is text. Damaged, it stays bytes, which nothing takes for what was stored: an error of SQLite's
+    would cost the whole list, and quote it.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 def _set_up(connection: sqlite3.Connection, path: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TypeVar
 
 from chromarpc_server.domain.errors import JobDamaged
@@ -134,9 +135,8 @@ def ended_job(
 def damaged_job(row: AnyRow, error: JobDamaged) -> DamagedJob:
     """What a list says of a job that cannot be read."""
     if isinstance(row, LostRow):
-        return DamagedJob(row.id, row.owner, None, records.from_microseconds(row.created_us), error)
-    created = records.from_microseconds(row["created_us"])
-    return DamagedJob(row["id"], row["owner"], row["request_id"], created, error)
+        return DamagedJob(row.id, row.owner, None, _created(row.created_us), error)
+    return DamagedJob(row["id"], row["owner"], row["request_id"], _created(row["created_us"]), error)
 
 
 def read_events(job_id: str, events: bytes, check: str | None, accepted: Accepted) -> tuple[StoredEvent, ...]:
@@ -162,6 +162,14 @@ def _request(row: rows.Row) -> StoredRequest:
         needs_token=bool(row["needs_token"]),
         adapters=records.read_adapters(row["adapters"]),
     )
+
+
+def _created(time_us: object) -> datetime:
+    """When a job that is damaged was admitted; the epoch where that is damaged too."""
+    try:
+        return records.from_microseconds(time_us) if isinstance(time_us, int) else records.from_microseconds(0)
+    except OverflowError:
+        return records.from_microseconds(0)
 
 
 def _plan(row: rows.Row) -> Plan:
