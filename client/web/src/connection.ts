@@ -5,6 +5,7 @@ import {
   Client,
   type GetServerInfoResponse,
   type Model,
+  QuotaExceeded,
   ServerUnavailable,
   type StoredLora,
   StoreUnavailable,
@@ -60,7 +61,9 @@ effect(() => store(sessionStorage, "token", token.value));
 
 /** Takes note of what a call's failure says about the server. */
 export function noteFailure(error: unknown): void {
-  if (error instanceof AccessDenied) isTokenWanted.value = true;
+  // A server that has seen too many bad tokens from this address says that it was one too.
+  const isBadToken = error instanceof QuotaExceeded && error.metadata.quota === "bad_tokens";
+  if (error instanceof AccessDenied || isBadToken) isTokenWanted.value = true;
   // A server whose disk is full answers.
   const isDown = error instanceof ServerUnavailable && !(error instanceof StoreUnavailable);
   if (isDown) serverState.value = "down";

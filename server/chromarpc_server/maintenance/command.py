@@ -170,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     tool("repair", "Makes a damaged store one that a server starts with; the server must be stopped.")
     wiping = tool("forget", "Wipes what is kept of one caller; the server must be stopped.")
     whose = wiping.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--caller", metavar="NAME", help="as the callers file has it, or certificate:NAME")
+    whose.add_argument(
+        "--caller", metavar="NAME", type=_name, help="as the callers file has it, or certificate:NAME"
+    )
     whose.add_argument(
         "--nobody",
         dest="caller",
@@ -179,3 +181,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the one caller of a server without a callers file",
     )
     return parser
+
+
+def _name(text: str) -> str:
+    """A caller's name: an empty one may be a variable that somebody forgot to set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; --nobody is the one caller of a server without a callers file")
+    return text

@@ -148,3 +148,35 @@ def test_what_is_set_aside_is_there_after_a_power_cut(folder: Path, monkeypatch:
     _open(folder).close()
     # The name of lost+found itself, and the names in it.
     assert {folder / "images", folder / "images" / "lost+found"} <= set(synced)
+
+
+def test_a_damaged_file_takes_no_good_one_s_place_in_lost_and_found(folder: Path) -> None:
+    (folder / FILE).unlink()
+    _open(folder).close()  # all are set aside, and good
+    place = folder / "images" / HASHES[0][:2] / HASHES[0]
+    place.write_bytes(b"another time, and rotten")
+    _open(folder).close()
+    lost = folder / "images" / "lost+found"
+    assert (lost / HASHES[0]).read_bytes() == DATA[0]
+    assert len(list(lost.glob(f"{HASHES[0]}.damaged-*"))) == 1
+
+
+def test_a_file_that_cannot_be_removed_is_tried_again_rather_than_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = _open(folder)
+    unlink = Path.unlink
+
+    def fails(path: Path, missing_ok: bool = False) -> None:
+        if path.name == HASHES[1]:
+            raise OSError(5, "Input/output error")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    assert database.delete("job1")
+    database.close()
+    _open(folder).close()
+    assert _files(folder) == _places(0, 1, 2)
+    monkeypatch.undo()
+    _open(folder).close()
+    assert _files(folder) == _places(0, 2)

@@ -64,8 +64,8 @@ class Images(Protocol):
             DamagedImage: it is not there, or not good any more.
         """
 
-    def drop(self, hashes: list[str]) -> None:
-        """Forgets images for good."""
+    def drop(self, hashes: list[str]) -> list[str]:
+        """Forgets images for good. Returns those that could not be removed."""
 
     def hashes(self) -> Iterator[str]:
         """All that are kept."""
@@ -111,7 +111,9 @@ class ImageFolder:
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                note_owner(part, owner)
+                # One that is damaged may be others' too.
+                for name in (owners_noted(path) or frozenset()) | {owner}:
+                    note_owner(part, name)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -157,17 +159,24 @@ class ImageFolder:
         start = offset - first * BLOCK_BYTES
         return data[start : start + size]
 
-    def drop(self, hashes: list[str]) -> None:
+    def drop(self, hashes: list[str]) -> list[str]:
         """See `Images`."""
-        folders = set()
+        folders: dict[Path, list[str]] = {}
+        left = []
         for sha256 in hashes:
             path = self._path(sha256)
-            with suppress(OSError):
-                path.unlink()
-                folders.add(path.parent)
-        for folder in folders:
-            with suppress(OSError):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                left.append(sha256)
+            else:
+                folders.setdefault(path.parent, []).append(sha256)
+        for folder, gone in folders.items():
+            try:
                 sync_folder(folder)
+            except OSError:
+                left += gone  # it may come back in a power failure
+        return left
 
     def hashes(self) -> Iterator[str]:
         """See `Images`. Removes what interrupted writes left."""
@@ -183,8 +192,11 @@ class ImageFolder:
         if not self._lost.exists():
             self._lost.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._folder)
-        path = self._path(sha256)
-        path.replace(self._lost / sha256)
+        path, lost = self._path(sha256), self._lost / sha256
+        if lost.exists() and not _is_good(path, sha256):
+            # The one that is there may be good, and is what its name says.
+            lost = lost.with_name(f"{sha256}.damaged-{secrets.token_hex(4)}")
+        path.replace(lost)
         sync_folder(self._lost)
         sync_folder(path.parent)
 
@@ -192,7 +204,7 @@ class ImageFolder:
         """See `Images`."""
         lost, path = self._lost / sha256, self._path(sha256)
         try:
-            if path.exists() or hashlib.sha256(lost.read_bytes()).hexdigest() != sha256:
+            if path.exists() or not _is_good(lost, sha256):
                 return False
             path.parent.mkdir(mode=0o700, exist_ok=True)
             lost.replace(path)
@@ -239,10 +251,11 @@ class ImageMemory:
             raise DamagedImage("it is gone")
         return data[offset : offset + size]
 
-    def drop(self, hashes: list[str]) -> None:
+    def drop(self, hashes: list[str]) -> list[str]:
         """See `Images`."""
         for sha256 in hashes:
             self._held.pop(sha256, None)
+        return []
 
     def hashes(self) -> Iterator[str]:
         """See `Images`."""
@@ -303,6 +316,14 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_good(path: Path, sha256: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except OSError:
+        return False
 
 
 def _holds(path: Path, data: bytes) -> bool:

@@ -40,8 +40,8 @@ class NamedImages:
         execute = self._connection.execute
         named = {row[0] for row in execute("SELECT DISTINCT sha256 FROM images")}
         intended = {row[0] for row in execute("SELECT sha256 FROM image_intents")}
-        self._images.drop(sorted(intended - named))
-        unnamed = [sha256 for sha256 in self._images.hashes() if sha256 not in named]
+        left = set(self._images.drop(sorted(intended - named)))
+        unnamed = [sha256 for sha256 in self._images.hashes() if sha256 not in named and sha256 not in left]
         for sha256 in unnamed:
             self._images.set_aside(sha256)
         if unnamed:
@@ -56,8 +56,7 @@ class NamedImages:
         put_back = sum(self._images.put_back(sha256) for sha256 in named) if self._images.lost()[0] else 0
         if put_back:
             log.warning("store.images_put_back", extra={"count": put_back})
-        if intended:
-            execute("DELETE FROM image_intents")
+        self._settle(intended - left)
 
     def put(self, sha256: str, data: bytes, owner: str) -> None:
         """Keeps an image of a job that has not ended.
@@ -105,8 +104,12 @@ class NamedImages:
     def drop_unnamed(self, hashes: Collection[str]) -> None:
         """Removes those that no job names any more, and that none is about to name."""
         gone = [sha256 for sha256 in hashes if not self.is_pending(sha256) and not self._is_named(sha256)]
-        self._images.drop(gone)
-        settled = [sha256 for sha256 in hashes if not self.is_pending(sha256)]
+        left = self._images.drop(gone)
+        self._settle([sha256 for sha256 in hashes if not self.is_pending(sha256) and sha256 not in left])
+
+    def _settle(self, hashes: Iterable[str]) -> None:
+        """Nothing is left to do about these."""
+        settled = list(hashes)
         for start in range(0, len(settled), _AT_ONCE):
             part = settled[start : start + _AT_ONCE]
             marks = ", ".join("?" * len(part))

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.callers import NOBODY, current_caller
 from chromarpc_server.domain.errors import QuotaExceeded
 from chromarpc_server.transport.access.authentication import OPEN_SERVICES
 from chromarpc_server.transport.access.interceptor import Call
@@ -88,9 +88,13 @@ class CallRates:
         if call.service not in OPEN_SERVICES:
             caller, peer = current_caller(), peer_address(call.peer)
             per_caller = caller.limits.max_calls_per_minute
-            _require(self._of_callers.wait_s(caller.name, per_caller), "caller", per_caller, "you make")
+            # Where nobody is known, all are one caller: one of them must not use up what the others may send.
+            is_known = caller.name != NOBODY.name
+            if is_known:
+                _require(self._of_callers.wait_s(caller.name, per_caller), "caller", per_caller, "you make")
             _require(self._of_peers.wait_s(peer, self._per_peer), "peer", self._per_peer, "your address makes")
-            self._of_callers.take(caller.name, per_caller)
+            if is_known:
+                self._of_callers.take(caller.name, per_caller)
             self._of_peers.take(peer, self._per_peer)
         yield
 
