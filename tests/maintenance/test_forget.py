@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import chromarpc
+from chromarpc_server.__main__ import main
 from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE
 from chromarpc_server.jobs.store.lock import StoreLock
 from tests.conftest import RunningServer
