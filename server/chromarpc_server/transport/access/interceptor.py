@@ -147,6 +147,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _answer(self, answer: Callable[..., Awaitable[Any]], method: str, parse: Any) -> Any:
         async def intercepted(requests: AsyncIterator[bytes], context: Any) -> Any:
+            call: Call | None = None
             try:
                 call = Call(method, context, streams=False)
                 async with self._within(call):
@@ -156,12 +157,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
             try:
                 return await _end(context, ending)
             finally:
-                del ending, requests, context
+                del ending, requests, context, call
 
         return intercepted
 
     def _stream(self, stream: Callable[..., AsyncGenerator[Any, None]], method: str, parse: Any) -> Any:
         async def intercepted(requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+            call: Call | None = None
             try:
                 call = Call(method, context, streams=True)
                 async with self._within(call):
@@ -182,7 +184,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             try:
                 await _end(context, ending)
             finally:
-                del ending, requests, context
+                del ending, requests, context, call
 
         return intercepted
 
