@@ -20,7 +20,10 @@ def one_job_for_a_request_id(index: Index) -> Iterator[Problem]:
     for (owner, request_id), records in by_id.items():
         records.sort(key=lambda record: record.told_s)
         for first, second in itertools.pairwise(records):
-            if not first.may_be_deleted(second.told_s) and not _may_be_given_up(index, first):
+            # Told by calls that overlap, the one that is seen later may have been made first, and given up.
+            overlap = second.shown[0].begun_s < first.shown[0].ended_s
+            is_given_up = _may_be_given_up(index, first) or (overlap and _may_be_given_up(index, second))
+            if not first.may_be_deleted(second.told_s) and not is_given_up:
                 numbers = (first.shown[0].number, second.shown[0].number)
                 text = f"{owner}'s request id {request_id} made it, and had made {first.job_id}"
                 yield Problem("doubled", text, second.job_id, numbers)
