@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chromarpc_server.adapters.damage import report_healed
-from chromarpc_server.adapters.durable import is_out_of_space, make_folder, sync_folder, write_file
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.adapters.names import HASH_PREFIX, SUFFIX, display_name, hash_in
 from chromarpc_server.adapters.owners import note_of, note_text, owners_of, read_owners, shorten_note
@@ -27,6 +26,7 @@ from chromarpc_server.adapters.process_folder import ProcessFolder
 from chromarpc_server.adapters.stored_lora import LoraSource, StoredLora
 from chromarpc_server.disk_room import RETRY_AFTER_S
 from chromarpc_server.domain.errors import DiskFull, LoraChanged, LoraDamaged, LoraNotFound
+from chromarpc_server.durable import is_out_of_space, make_folder, sync_folder, write_file
 
 
 class ContentStore:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from chromarpc_server.adapters.damage import report_damage
-from chromarpc_server.adapters.durable import overwrite_file
 from chromarpc_server.domain.callers import NOBODY
+from chromarpc_server.durable import overwrite_file
 
 NOTE_SUFFIX = ".json"
 

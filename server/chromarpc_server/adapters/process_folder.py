@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from chromarpc_server.adapters.durable import make_folder
+from chromarpc_server.durable import make_folder
 
 PART_SUFFIX = ".part"
 _LOCK = "lock"

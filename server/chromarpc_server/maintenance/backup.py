@@ -13,19 +13,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.durable import make_folder, sync_file, sync_folder
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
 from chromarpc_server.maintenance.contents import contents_of
-from chromarpc_server.maintenance.files import (
-    Damaged,
-    copy_whole,
-    damage_of,
-    make_private,
-    sha256_of,
-    sync_file,
-    sync_tree,
-)
+from chromarpc_server.maintenance.files import Damaged, copy_whole, damage_of, sha256_of, sync_tree
 from chromarpc_server.maintenance.layout import DataFolder
 from chromarpc_server.maintenance.manifest import FILE as MANIFEST
 from chromarpc_server.maintenance.manifest import Manifest
@@ -69,7 +61,7 @@ def _make_part(target: Path) -> Path:
         raise CannotBeDone(f"{target} is a disk's own folder, which cannot be made at once: name a folder in it")
     part = target.with_name(f"{target.name}.part")
     try:
-        make_private(part.parent)
+        make_folder(part.parent)
         part.mkdir(mode=0o700)
     except FileExistsError:
         raise CannotBeDone(
@@ -91,7 +83,7 @@ class _Backup:
     def write(self, *, with_downloads: bool) -> None:
         begun = _now()
         for folder in (self._target.images, self._target.loras, self._target.downloads):
-            make_private(folder)
+            make_folder(folder)
         schema, database_sha256 = self._copy_jobs() if self._source.database.exists() else (0, "")
         self._copy_contents(self._source.loras, self._target.loras, "uploads")
         if with_downloads:
@@ -150,7 +142,7 @@ class _Backup:
             source, target = self._source.image(sha256), self._target.image(sha256)
             if target.exists():
                 continue
-            make_private(target.parent)
+            make_folder(target.parent)
             try:
                 copy_whole(source, target, sha256)
             except (Damaged, FileNotFoundError) as error:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE, sync_folder
+from chromarpc_server.durable import make_folder, sync_folder
+from chromarpc_server.jobs.store.images import OWNER_ATTRIBUTE
 
 _BLOCK_BYTES = 1024**2
 _NO_FILE = "it is no plain file"
@@ -151,17 +152,6 @@ def set_owners(path: Path, owners: frozenset[str]) -> None:
     os.setxattr(path, OWNER_ATTRIBUTE, "\n".join(sorted(owners)).encode())
 
 
-def make_private(folder: Path) -> None:
-    """Makes a folder, and those above it, for this user alone; does nothing where it is there.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    if not folder.parent.is_dir():
-        make_private(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
-
-
 def move_aside(path: Path, folder: Path) -> Path:
     """Moves a file or a folder into another folder, which is made; what is there is never overwritten.
 
@@ -171,7 +161,7 @@ def move_aside(path: Path, folder: Path) -> Path:
     Raises:
         OSError: it cannot be moved.
     """
-    make_private(folder)
+    make_folder(folder)
     target, number = folder / path.name, 0
     while target.exists() or target.is_symlink():
         number += 1
@@ -191,17 +181,7 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield Path(root, name)
 
 
-def sync_file(path: Path) -> None:
-    """Makes a file's bytes survive a power cut.
-
-    Raises:
-        OSError: the disk does not take them.
-    """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def sync_tree(folder: Path) -> None:
-    """The same for all folders below it, and itself."""
+    """Makes the names in a folder, and in all below it, outlast a power failure."""
     for root, _, _ in os.walk(folder, topdown=False):
         sync_folder(Path(root))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from chromarpc_server.adapters.content_store import ContentStore
 from chromarpc_server.adapters.stored_lora import LoraSource
-from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.durable import make_folder, sync_file, sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.check import repair_command
 from chromarpc_server.maintenance.contents import contents_of, remove_half_written, remove_leftovers
-from chromarpc_server.maintenance.files import files_below, make_private, sync_file
+from chromarpc_server.maintenance.files import files_below
 from chromarpc_server.maintenance.kept import disown_kept, is_note, owners_kept, remove_kept
 from chromarpc_server.maintenance.layout import REBUILT_SUFFIX, REPLACED, DataFolder
 from chromarpc_server.maintenance.report import CannotBeDone, Report
@@ -40,7 +40,7 @@ def forget(folder: DataFolder, name: str, report: Report) -> None:
     """
     folder.require_store()
     folder.require_ours()
-    make_private(folder.jobs)
+    make_folder(folder.jobs)
     lock = StoreLock(folder.jobs)
     lock.acquire()
     try:

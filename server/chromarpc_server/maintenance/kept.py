@@ -7,9 +7,9 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from chromarpc_server.adapters.durable import write_file
 from chromarpc_server.adapters.names import SUFFIX
 from chromarpc_server.adapters.owners import NOTE_SUFFIX, note_text, owners_of
+from chromarpc_server.durable import write_file
 from chromarpc_server.jobs.store.images import owners_noted
 from chromarpc_server.maintenance.contents import Content
 from chromarpc_server.maintenance.files import ListedFile, files_below, set_owners

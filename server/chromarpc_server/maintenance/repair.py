@@ -13,11 +13,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.durable import make_folder, sync_file, sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.contents import contents_of, remove_half_written, remove_leftovers
-from chromarpc_server.maintenance.files import damage_of, make_private, move_aside, sync_file
+from chromarpc_server.maintenance.files import damage_of, move_aside
 from chromarpc_server.maintenance.kept import ROWS
 from chromarpc_server.maintenance.layout import REBUILT_SUFFIX, DataFolder
 from chromarpc_server.maintenance.report import Report
@@ -34,7 +34,7 @@ def repair(folder: DataFolder, report: Report) -> None:
     """
     folder.require_store()
     folder.require_ours()
-    make_private(folder.jobs)
+    make_folder(folder.jobs)
     lock = StoreLock(folder.jobs)
     lock.acquire()
     try:
@@ -107,7 +107,7 @@ def _keep_damaged(folder: DataFolder) -> Path:
         if earlier.samefile(folder.database):
             return earlier.parent  # by a repair that was cut
     kept = folder.quarantine / "jobs" / datetime.now(UTC).strftime("damaged-%Y%m%dT%H%M%S.%fZ")
-    make_private(kept)
+    make_folder(kept)
     for name in (folder.database.name, f"{folder.database.name}-wal"):
         path = folder.jobs / name
         if path.exists():
@@ -130,7 +130,7 @@ def _repair_rows(database: sqlite3.Connection, folder: DataFolder, report: Repor
             report.done.append(f"left: {why}: run that version, or delete the job")
             continue
         kept = folder.quarantine / "jobs" / ROWS
-        make_private(kept)
+        make_folder(kept)
         values = {name: value.hex() if isinstance(value, bytes) else value for name, value in dict(found).items()}
         path = _keep_row(kept, number, json.dumps(values))
         database.execute("DELETE FROM jobs WHERE number = ?", (number,))
@@ -162,7 +162,7 @@ def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Rep
                 f"moved {folder.name_of(path)} to {move_aside(path, folder.quarantine / 'jobs' / 'images')}: {why}"
             )
         if damage_of(lost, sha256) is None:
-            make_private(path.parent)
+            make_folder(path.parent)
             lost.rename(path)
             sync_folder(path.parent)
             report.done.append(f"put {folder.name_of(path)} back, which lay in lost+found")
@@ -173,7 +173,7 @@ def _repair_images(database: sqlite3.Connection, folder: DataFolder, report: Rep
     kept = named.keys() | databases.intended_images(database)
     unnamed = [path for path in folder.image_files() if path.name not in kept]
     for path in unnamed:
-        make_private(folder.lost_and_found)
+        make_folder(folder.lost_and_found)
         lost = folder.lost_and_found / path.name
         if lost.exists() and damage_of(path, path.name) is not None:
             move_aside(path, folder.quarantine / "jobs" / "images")  # the one that lies there may be good

@@ -9,18 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chromarpc_server.adapters.owners import NOTE_SUFFIX
-from chromarpc_server.jobs.store.images import sync_folder
+from chromarpc_server.durable import make_folder, sync_folder
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.maintenance import databases
 from chromarpc_server.maintenance.backup import verify
-from chromarpc_server.maintenance.files import (
-    Damaged,
-    copy_whole,
-    files_below,
-    make_private,
-    move_aside,
-    sync_tree,
-)
+from chromarpc_server.maintenance.files import Damaged, copy_whole, files_below, move_aside, sync_tree
 from chromarpc_server.maintenance.layout import HASH, REPLACED, STAGING, DataFolder
 from chromarpc_server.maintenance.manifest import Manifest, read_manifest
 from chromarpc_server.maintenance.report import CannotBeDone, Report
@@ -50,7 +43,7 @@ def restore(
     if report.problems and not is_partial:
         report.done.append("nothing was restored: with --partial what is damaged is left out")
         return
-    make_private(folder.jobs)
+    make_folder(folder.jobs)
     lock = StoreLock(folder.jobs)
     lock.acquire()
     try:
@@ -94,7 +87,7 @@ def _stage(backup: DataFolder, staged: DataFolder, manifest: Manifest, report: R
     """Copies what is whole; every byte is verified once more while it is copied."""
     shutil.rmtree(staged.root, ignore_errors=True)
     for folder in (staged.images, staged.loras, staged.downloads):
-        make_private(folder)
+        make_folder(folder)
     damaged = {problem.subject for problem in report.problems}
     for area, what in ((backup.images, "images"), (backup.loras, "adapters"), (backup.downloads, "adapters")):
         report.count(what, 0)
@@ -113,7 +106,7 @@ def _stage(backup: DataFolder, staged: DataFolder, manifest: Manifest, report: R
 
 
 def _copy(path: Path, target: Path, sha256: str) -> None:
-    make_private(target.parent)
+    make_folder(target.parent)
     try:
         copy_whole(path, target, sha256)
     except Damaged as error:

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from chromarpc_server.adapters.content_store import ContentStore
-from chromarpc_server.adapters.durable import is_out_of_space
 from chromarpc_server.adapters.process_folder import PART_SUFFIX
 from chromarpc_server.disk_room import DiskRoom
+from chromarpc_server.durable import is_out_of_space
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from chromarpc_server.durable import sync_file, sync_folder
+
 LOST_AND_FOUND: Final = "lost+found"
 """Folder of files that no job names, below that of images."""
 OWNER_ATTRIBUTE: Final = "user.chromarpc.owner"
@@ -20,8 +21,6 @@ OWNER_ATTRIBUTE: Final = "user.chromarpc.owner"
 BLOCK_BYTES: Final = 128 * 1024
 """Checked, and read, at once."""
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
-_NO_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
-"""What file systems answer that sync no folders."""
 
 
 class DamagedImage(Exception):
@@ -101,7 +100,7 @@ class ImageFolder:
         if _holds(path, data):
             note_owner(path, owner)
             # Its writer may have failed between the name and the sync.
-            _sync_file(path)
+            sync_file(path)
             sync_folder(path.parent)
             return
         if not path.parent.exists():
@@ -289,33 +288,6 @@ def note_owner(path: Path, owner: str) -> None:
         return
     with suppress(OSError, AttributeError):
         os.setxattr(path, OWNER_ATTRIBUTE, "\n".join(sorted((known or frozenset()) | {owner})).encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in a folder outlast a power failure.
-
-    Raises:
-        OSError: the disk does not take it. Systems that cannot open or sync folders need nothing.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_good(path: Path, sha256: str) -> bool:

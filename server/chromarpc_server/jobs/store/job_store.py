@@ -15,11 +15,12 @@ from chromarpc_server.domain.errors import JobDamaged
 from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Failed, ImageHeader
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.store_facts import StoreFacts
+from chromarpc_server.durable import sync_folder
 from chromarpc_server.jobs.job import AnyJob, DamagedJob, EndedJob, Job
 from chromarpc_server.jobs.log import LoggedEvent, StoredEvent
 from chromarpc_server.jobs.store import records, stored_jobs
 from chromarpc_server.jobs.store.database import Database
-from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images, sync_folder
+from chromarpc_server.jobs.store.images import ImageFolder, ImageMemory, Images
 from chromarpc_server.jobs.store.lock import StoreLock
 from chromarpc_server.jobs.store.records import KnownAdapter
 from chromarpc_server.jobs.store.rows import CANCELLED, FAILED, SUCCEEDED, AnyRow, EndRow, NewRow, StoreSize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shlex
 import sqlite3
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+from chromarpc_server.durable import is_out_of_space
 from chromarpc_server.jobs.store.ballast import Ballast
 from chromarpc_server.jobs.store.schema import MIGRATIONS
 from chromarpc_server.jobs.store.unusable import StoreInUse, StoreUnusable
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 FILE: Final = "jobs.sqlite3"
 _BUSY_S: Final = 5.0
 """A tool that reads beside the server may be waited for."""
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_ROOM_CODES: Final = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_TRUNCATE}
 )
@@ -32,7 +31,7 @@ def is_out_of_room(error: BaseException) -> bool:
     """Whether something could not be written because there is no room for it."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", None) in _NO_ROOM_CODES
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
+    return isinstance(error, OSError) and is_out_of_space(error)
 
 
 def is_damage(error: BaseException) -> bool:

@@ -34,6 +34,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Makes a file's bytes outlast a power failure.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder, and those above it, for this user alone, where there is none.
 
