@@ -3,12 +3,11 @@ import {
   type CallOptions,
   Code,
   createClient,
-  type Interceptor,
   type Client as ServiceClient,
   type Transport,
 } from "@connectrpc/connect";
+import { Connection } from "./connection.js";
 import {
-  type ChromarpcError,
   cancelledHere,
   DeadlineExceeded,
   Draining,
@@ -28,7 +27,15 @@ import { JobService, type JobState as JobStateNumber } from "./gen/chromarpc/v1/
 import { type LoraInspection, LoraService, type StoredLora } from "./gen/chromarpc/v1/lora_service_pb.js";
 import { type GetServerInfoResponse, type Model, ModelService } from "./gen/chromarpc/v1/model_service_pb.js";
 import type { GeneratedImage } from "./images.js";
-import { type Job, type JobState, jobOf, stateNumber } from "./jobs.js";
+import { type Job, jobOf, stateNumber } from "./jobs.js";
+import type {
+  CallControl,
+  ClientOptions,
+  GenerateControl,
+  ListJobsOptions,
+  RedrawOptions,
+  WatchControl,
+} from "./options.js";
 import { buildRequest, type GenerateOptions, type Prompts } from "./request.js";
 import { ImageAssembler, imageOf, StreamReader } from "./stream.js";
 import { type UploadOptions, upload } from "./upload.js";
@@ -42,58 +49,6 @@ const INSPECT_TIMEOUT_MS = 120_000;
 const LEAVE_TIMEOUT_MS = 2000;
 /** Waits before the tries that follow a lost connection; an event that arrives starts over. */
 const RECONNECT_DELAYS_MS = [250, 500, 1000, 2000, 4000, 8000, 8000, 8000, 8000, 8000];
-
-/** How one call goes. */
-export interface CallControl {
-  /** Stops the call, and the job of a `generate`. */
-  readonly signal?: AbortSignal | undefined;
-  /** Deadline in milliseconds: of a whole generation, or of a single short call. */
-  readonly timeoutMs?: number | undefined;
-}
-
-/** How a generation goes. */
-export interface GenerateControl extends CallControl {
-  /**
-   * Lets the job outlive a lost connection: the iteration goes on by itself at the next event once the server can be
-   * reached again. Leaving the iteration, the signal and the deadline still cancel the job; a process that dies does
-   * not. Needs a server with `JobService`.
-   */
-  readonly reattach?: boolean | undefined;
-}
-
-/** How a job is watched. */
-export interface WatchControl extends CallControl {
-  /** The last sequence that the watcher has; all events when left out. */
-  readonly afterSequence?: number | undefined;
-  /** Told when the connection is lost, with the tries so far, and with 0 when it is back. */
-  readonly onReconnect?: ((attempt: number, error: ChromarpcError | undefined) => void) | undefined;
-  /** Goes on trying to reach the server for as long as the signal allows, instead of for about a minute. */
-  readonly persistent?: boolean | undefined;
-}
-
-/** How a job is drawn again. */
-export interface RedrawOptions extends CallControl {
-  /** A UUID of the new job, under which the call may be repeated; drawn where left out. */
-  readonly requestId?: string | undefined;
-}
-
-/** Which jobs to list. */
-export interface ListJobsOptions extends CallControl {
-  /** All where left out. */
-  readonly states?: readonly JobState[] | undefined;
-  /** The most that are listed, newest first; 100 when left out. */
-  readonly limit?: number | undefined;
-}
-
-/** How a client connects. */
-export interface ClientOptions {
-  /** Sent as `authorization: Bearer …` with every call. A function is asked before each call. */
-  readonly token?: string | (() => string | undefined) | undefined;
-  /** Deadline of every call that sets none, in milliseconds. */
-  readonly timeoutMs?: number | undefined;
-  /** Sends the token over plain HTTP to a host that is not this machine. */
-  readonly allowInsecureToken?: boolean | undefined;
-}
 
 /** Speaks to one server. */
 export class BaseClient {
@@ -461,60 +416,4 @@ export class BaseClient {
   #connection(control: CallControl): Connection {
     return new Connection(control.signal, control.timeoutMs ?? this.#timeoutMs);
   }
-}
-
-/** One stream's signal: the caller's, and our own for a loop that is left. */
-class Connection {
-  readonly call: CallOptions;
-  readonly given: AbortSignal | undefined;
-  readonly #own = new AbortController();
-  readonly #forward = (): void => this.#own.abort(this.given?.reason);
-
-  constructor(given: AbortSignal | undefined, timeoutMs: number | undefined) {
-    this.given = given;
-    if (given?.aborted) this.#forward();
-    given?.addEventListener("abort", this.#forward, { once: true });
-    this.call = { signal: this.#own.signal, ...(timeoutMs !== undefined && { timeoutMs }) };
-  }
-
-  close(): void {
-    this.given?.removeEventListener("abort", this.#forward);
-    this.#own.abort();
-  }
-}
-
-/**
- * Sends the token with every call.
- *
- * @throws TypeError a token that no header can hold, or that would travel in plain text.
- */
-export function authorization(target: string, options: ClientOptions): Interceptor[] {
-  const { token, allowInsecureToken = false } = options;
-  if (token === undefined) return [];
-  if (!allowInsecureToken && !isPrivate(target)) {
-    throw new TypeError(
-      `the token would travel to ${target} in plain text: use https, or allowInsecureToken`,
-    );
-  }
-  if (typeof token === "string") assertToken(token);
-  return [
-    (next) => (request) => {
-      const current = typeof token === "string" ? token : token();
-      if (current !== undefined) {
-        assertToken(current);
-        request.header.set("authorization", `Bearer ${current}`);
-      }
-      return next(request);
-    },
-  ];
-}
-
-function assertToken(token: string): void {
-  if (!/^[\x21-\x7e]+$/.test(token))
-    throw new TypeError("the token is empty or holds characters that no header can carry");
-}
-
-function isPrivate(target: string): boolean {
-  const { protocol, hostname } = new URL(target);
-  return protocol === "https:" || /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
 }

@@ -2,7 +2,9 @@
 import type { ClientSessionOptions, SecureClientSessionOptions } from "node:http2";
 import { connect } from "node:net";
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
-import { authorization, BaseClient, type ClientOptions } from "./client.js";
+import { BaseClient } from "./client.js";
+import { authorization } from "./connection.js";
+import type { ClientOptions } from "./options.js";
 
 export * from "./common.js";
 

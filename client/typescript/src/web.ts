@@ -1,6 +1,8 @@
 /** In browsers: gRPC-Web, through a gateway such as `chromarpc-server web`. */
 import { createGrpcWebTransport } from "@connectrpc/connect-web";
-import { authorization, BaseClient, type ClientOptions } from "./client.js";
+import { BaseClient } from "./client.js";
+import { authorization } from "./connection.js";
+import type { ClientOptions } from "./options.js";
 
 export * from "./common.js";
 
