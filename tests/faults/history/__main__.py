@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import random
 import tempfile
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tests.faults.history import planted
 from tests.faults.history.choices import DEFAULT_FAULTS, FAULTS
+from tests.faults.history.judge import judge
 from tests.faults.history.run import Plan, plan_of_plant, run
 
 
@@ -22,8 +24,15 @@ def main() -> None:
     parser.add_argument("--faults", help=f"all, none, or some of {','.join(FAULTS)}")
     parser.add_argument("--plant", choices=planted.PLANTS, help="break this on purpose, and end once it is found")
     parser.add_argument("--json", type=Path, help="also write the report there")
-    parser.add_argument("--folder", type=Path, help="leave the data and the server's log in this new folder")
+    parser.add_argument("--folder", type=Path, help="leave data, history and the server's log in this new folder")
+    parser.add_argument(
+        "--judge", type=Path, metavar="FILE", help="run nothing: judge the history that an earlier run left"
+    )
     options = parser.parse_args()
+    if options.judge is not None:
+        problems = judge(pickle.loads(options.judge.read_bytes()))  # noqa: S301 - a file of our own
+        print("\n".join(map(str, problems)) or "nothing found")
+        raise SystemExit(1 if problems else 0)
     if options.plant is None:
         seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
         plan = Plan(seed, options.seconds, _kinds(parser, options.faults or ",".join(DEFAULT_FAULTS)))

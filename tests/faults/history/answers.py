@@ -79,7 +79,7 @@ def _plans(record: JobRecord) -> Iterator[tuple[str, int]]:
     for call in record.shown:
         if call.plan and call.job_id == record.job_id:
             yield call.plan, call.number
-    for call, view in record.views():
+    for call, view in record.seen:
         yield view.plan, call.number
 
 
@@ -87,7 +87,7 @@ def _images(record: JobRecord) -> Iterator[tuple[str, int]]:
     for call in record.shown:
         if call.job_id == record.job_id:
             yield from ((image.sha256, call.number) for image in call.images)
-    for call, view in record.views():
+    for call, view in record.seen:
         yield from ((sha256, call.number) for sha256 in view.images)
 
 
@@ -95,8 +95,8 @@ def one_plan_a_job(index: Index) -> Iterator[Problem]:
     """What a job draws, and when it was accepted, never changes."""
     for record in index.jobs.values():
         plans = {call.plan: call.number for call in record.streams() if call.plan}
-        plans |= {view.plan: call.number for call, view in record.views()}
-        created = {view.created_us: call.number for call, view in record.views()}
+        plans |= {view.plan: call.number for call, view in record.seen}
+        created = {view.created_us: call.number for call, view in record.seen}
         if len(plans) > 1 or len(created) > 1:
             numbers = (*plans.values(), *created.values())
             yield Problem("plan", "its plan, or when it was accepted, changed", record.job_id, numbers)
@@ -141,7 +141,7 @@ def errors_have_a_cause(index: Index) -> Iterator[Problem]:
         outcome = call.outcome
         if outcome.status == "OK" or outcome.is_cut or outcome.reason in _REASONS[call.method]:
             continue
-        if not _is_disturbed(index, call) and not _is_told_end(call) and not _is_damaged(index, call):
+        if not any(is_cause(index, call) for is_cause in _CAUSES):
             text = f"{call.method} failed with {outcome.status} {outcome.reason}: {outcome.message}"
             yield Problem("status", text, call.job_id, (call.number,))
 
@@ -171,7 +171,7 @@ def _is_out_of_room(index: Index, call: Call) -> bool:
     return any(fault.kind in FULLS for fault in index.disturbances(call, STORE_RECOVERY_S))
 
 
-def _is_told_end(call: Call) -> bool:
+def _is_told_end(_: Index, call: Call) -> bool:
     """Whether `Generate` ended with what its job ended with."""
     last = call.events[-1] if call.events else None
     return (
@@ -179,6 +179,17 @@ def _is_told_end(call: Call) -> bool:
         and last is not None
         and last.kind == "failed"
         and (last.reason == call.outcome.reason)
+    )
+
+
+def _is_deleted_meanwhile(index: Index, call: Call) -> bool:
+    """Whether `Generate` met a job under its request id, and that job was deleted before its events were read."""
+    if call.method != "Generate" or call.outcome.reason != "JOB_NOT_FOUND":
+        return False
+    return any(
+        delete.begun_s < call.ended_s and call.begun_s < delete.ended_s
+        for record in index.under(call.owner, call.asked.request_id)
+        for delete in record.deletes
     )
 
 
@@ -195,8 +206,11 @@ def _is_damaged(index: Index, call: Call) -> bool:
     deletes = (delete for delete in record.deletes if delete.begun_s < call.ended_s)
     if any(_is_out_of_room(index, delete) for delete in deletes):
         return True  # where there is no room to write, a job's images are deleted before it is
-    images = {sha256 for _, view in record.views() for sha256 in view.images}
+    images = {sha256 for _, view in record.seen for sha256 in view.images}
     return any(fault.damaged in images and not _is_healed(index, fault, call) for fault in faults)
+
+
+_CAUSES = (_is_disturbed, _is_told_end, _is_deleted_meanwhile, _is_damaged)
 
 
 def _is_healed(index: Index, fault: Fault, call: Call) -> bool:
@@ -204,7 +218,7 @@ def _is_healed(index: Index, fault: Fault, call: Call) -> bool:
     for record in index.jobs.values():
         if any(made.existed is False and fault.ended_s < made.begun_s for made in _makers(record)) and any(
             view.state == SUCCEEDED and fault.damaged in view.images and told.ended_s < call.begun_s
-            for told, view in record.views()
+            for told, view in record.seen
         ):
             return True
     return False

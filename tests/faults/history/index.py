@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.faults.history.recorded import MAKING, Call, Fault, History, JobView
@@ -35,6 +35,8 @@ class JobRecord:
     """Those of its owner that may have deleted it."""
     cancels: list[Call] = field(default_factory=list)
     """Those of its owner that may have cancelled it."""
+    seen: list[tuple[Call, JobView]] = field(default_factory=list)
+    """It, as answers told it."""
     created_us: int | None = None
     request_id: str = ""
 
@@ -47,13 +49,6 @@ class JobRecord:
     def begun_s(self) -> float:
         """When it may have been made at the earliest, as far as it is known."""
         return min(call.begun_s for call in self.shown)
-
-    def views(self) -> Iterator[tuple[Call, JobView]]:
-        """It, as answers told it."""
-        for call in self.shown:
-            for view in call.views:
-                if view.job_id == self.job_id:
-                    yield call, view
 
     def streams(self) -> Iterator[Call]:
         """Calls that told its events."""
@@ -73,6 +68,7 @@ class Index:
         self.made: dict[tuple[str, str], list[Call]] = defaultdict(list)
         """Calls of one owner that ask for a job under one request id, or under none."""
         self.owner_of_making: dict[str, str] = {}
+        self._by_request: dict[tuple[str, str], list[JobRecord]] = defaultdict(list)
         self._making: dict[str, Call] = {}
         """By job: a call that made or found it, as the one that asks for what it draws."""
         for call in history.calls:
@@ -86,6 +82,7 @@ class Index:
                 self._record(job_id, call.owner).shown.append(call)
             for view in call.views:
                 record = self.jobs[view.job_id]
+                record.seen.append((call, view))
                 record.created_us, record.request_id = view.created_us, view.request_id
         self._add_rest()
 
@@ -96,18 +93,17 @@ class Index:
         return record
 
     def _add_rest(self) -> None:
-        by_request: dict[tuple[str, str], list[JobRecord]] = defaultdict(list)
         for record in self.jobs.values():
             for call in record.shown:
                 if call.method in MAKING and record.job_id in (call.job_id, call.outcome.told_job):
                     record.request_id = record.request_id or call.asked.request_id
             if record.request_id:
-                by_request[record.owner, record.request_id].append(record)
+                self._by_request[record.owner, record.request_id].append(record)
         for call in self.history.calls:
             named = self.jobs.get(call.asked.job_id)
-            own = [named] if named is not None and named.owner == call.owner else []
+            own: Sequence[JobRecord] = [named] if named is not None and named.owner == call.owner else []
             if call.method == "CancelJob" and call.asked.request_id:
-                own = by_request[call.owner, call.asked.request_id]
+                own = self.under(call.owner, call.asked.request_id)
             for record in own:
                 if call.outcome.reason == "JOB_NOT_FOUND" and call.asked.job_id and not call.events:
                     record.missing.append(call)
@@ -123,7 +119,7 @@ class Index:
         places: dict[str, list[tuple[tuple[int, str], float]]] = defaultdict(list)
         for record in self.jobs.values():
             if record.created_us is not None:
-                told_s = min(call.ended_s for call, _ in record.views())
+                told_s = min(call.ended_s for call, _ in record.seen)
                 places[record.owner].append(((record.created_us, record.job_id), told_s))
         for jobs in places.values():
             jobs.sort()
@@ -140,6 +136,10 @@ class Index:
             for (_, job_id), told_s in jobs[low:high]:
                 if told_s < call.begun_s and job_id not in here:
                     yield call, job_id
+
+    def under(self, owner: str, request_id: str) -> Sequence[JobRecord]:
+        """Jobs of an owner that were made under a request id."""
+        return self._by_request.get((owner, request_id), ()) if request_id else ()
 
     def first_drawn(self, job_id: str) -> str:
         """The job that this one draws again, or itself."""

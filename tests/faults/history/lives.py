@@ -47,7 +47,7 @@ def _one_ending(record: JobRecord) -> Iterator[Problem]:
         for call in record.streams()
         if call.end_state
     }
-    views = {view.ending: (call, view) for call, view in record.views() if view.is_ended}
+    views = {view.ending: (call, view) for call, view in record.seen if view.is_ended}
     plain = {(state, sequence): call.number for (state, sequence, _), call in events.items()}
     plain |= {(view.state, view.last_sequence): call.number for call, view in views.values()}
     if len(events) > 1 or len(views) > 1 or len(plain) > 1:
@@ -58,11 +58,11 @@ def _one_ending(record: JobRecord) -> Iterator[Problem]:
 
 def _never_undone(record: JobRecord) -> Iterator[Problem]:
     ended = [call for call in record.streams() if call.end_state]
-    ended += [call for call, view in record.views() if view.is_ended]
+    ended += [call for call, view in record.seen if view.is_ended]
     if not ended:
         return
     first = min(ended, key=lambda call: call.ended_s)
-    for call, view in record.views():
+    for call, view in record.seen:
         if first.ended_s < call.begun_s and not view.is_ended:
             text = f"it had ended, and is {view.state} again"
             yield Problem("one_end", text, record.job_id, (first.number, call.number))
@@ -103,7 +103,7 @@ def cancelled_for_a_reason(index: Index) -> Iterator[Problem]:
 
 def _end_states(record: JobRecord) -> set[str]:
     states = {call.end_state for call in record.streams()}
-    return (states | {view.state for _, view in record.views() if view.is_ended}) - {""}
+    return (states | {view.state for _, view in record.seen if view.is_ended}) - {""}
 
 
 _STORE_REASONS = frozenset({"STORE_UNAVAILABLE", "DISK_FULL"})
@@ -113,11 +113,11 @@ _STORE_REASONS = frozenset({"STORE_UNAVAILABLE", "DISK_FULL"})
 def fails_for_a_reason(index: Index) -> Iterator[Problem]:
     """A job fails only for what happened."""
     for record in index.jobs.values():
-        for call, view in record.views():
+        for call, view in record.seen:
             if view.reason in _STORE_REASONS and not view.done_steps:
                 text = f"it failed with {view.reason} before it had drawn anything"
                 yield Problem("failure", text, record.job_id, (call.number,))
-        reasons = {view.reason: call for call, view in record.views() if view.state == FAILED}
+        reasons = {view.reason: call for call, view in record.seen if view.state == FAILED}
         reasons |= {call.events[-1].reason: call for call in record.streams() if call.end_state == FAILED}
         for reason, call in reasons.items():
             if not _may_fail(index, record, reason, call):
@@ -192,25 +192,19 @@ def _same_events(record: JobRecord) -> Iterator[Problem]:
 
 
 def _never_falls(record: JobRecord) -> Iterator[Problem]:
-    by_end = sorted(record.shown, key=lambda call: call.ended_s)
-    floor, told, position = 0, 0, 0
-    for call in sorted(record.shown, key=lambda call: call.begun_s):
-        while position < len(by_end) and by_end[position].ended_s < call.begun_s:
-            highest = _highest(by_end[position], record.job_id)
-            if highest > floor:
-                floor, told = highest, by_end[position].number
+    told = [(call, view.last_sequence) for call, view in record.seen]
+    told += [(call, max(event.sequence for event in call.events)) for call in record.streams()]
+    told.sort(key=lambda one: one[0].ended_s)
+    floor, floor_call, position = 0, 0, 0
+    for call, view in sorted(record.seen, key=lambda one: one[0].begun_s):
+        while position < len(told) and told[position][0].ended_s < call.begun_s:
+            if told[position][1] > floor:
+                floor, floor_call = told[position][1], told[position][0].number
             position += 1
-        for view in call.views:
-            if view.job_id == record.job_id and view.last_sequence < floor:
-                text = f"its last event was {floor}, and is {view.last_sequence}"
-                yield Problem("sequence", text, record.job_id, (told, call.number))
-                return
-
-
-def _highest(call: Call, job_id: str) -> int:
-    views = [view.last_sequence for view in call.views if view.job_id == job_id]
-    events = [event.sequence for event in call.events] if call.job_id == job_id else []
-    return max((*views, *events), default=0)
+        if view.last_sequence < floor:
+            text = f"its last event was {floor}, and is {view.last_sequence}"
+            yield Problem("sequence", text, record.job_id, (floor_call, call.number))
+            return
 
 
 def settled(index: Index) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ def one_job_for_a_request_id(index: Index) -> Iterator[Problem]:
 
 
 def _may_be_given_up(index: Index, record: JobRecord) -> bool:
-    ends = {view.state for _, view in record.views() if view.is_ended}
+    ends = {view.state for _, view in record.seen if view.is_ended}
     ends |= {call.end_state for call in record.streams()} - {""}
     calls = index.made[record.owner, record.request_id]
     has_caller = any(call.method == "Generate" and not call.asked.is_detached for call in calls)
@@ -58,10 +58,11 @@ def made_once(index: Index) -> Iterator[Problem]:
 
 def made_by_somebody(index: Index) -> Iterator[Problem]:
     """There is no job that no call can have made."""
+    explained = {key: {call.job_id for call in calls} for key, calls in index.made.items()}
     unexplained: dict[str, list[JobRecord]] = defaultdict(list)
     for record in index.jobs.values():
         calls = index.made[record.owner, record.request_id]
-        if any(call.job_id == record.job_id for call in calls):
+        if record.job_id in explained.get((record.owner, record.request_id), ()):
             continue
         if not record.request_id:
             unexplained[record.owner].append(record)

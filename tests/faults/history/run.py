@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ JOB_ATTEMPTS = 3
 LOOK_EVERY_S = 1.0
 """How often a run that ends at a problem is judged."""
 SERVER = "chromarpc_server"
+HISTORY = "history.pickle"
+"""Everything that was told, for judging it again; as safe to read as its writer."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def run(plan: Plan, folder: Path) -> Report:
             life.close()
     (folder / "server.log").write_text("\n".join(life.logs))
     history = recorder.history(max_attempts=JOB_ATTEMPTS, is_settled=not found)
+    (folder / HISTORY).write_bytes(pickle.dumps(history))
     counted = report(plan, history, judge(history), starts=life.starts)
     filled_by = data_disk.how if FULLS & counted.faults.keys() else ""
     return replace(counted, skipped=skipped, disk_filled_by=filled_by)

@@ -277,6 +277,15 @@ def test_a_repeated_generate_may_meet_a_damaged_image_too(made: Made) -> None:
     assert made.rules(Fault("flip_image", 2.2, 2.4, damaged=SHA256)) == set()
 
 
+def test_a_repeated_generate_may_meet_a_job_that_is_being_deleted(made: Made) -> None:
+    made.create(asked=under(), view=job(state="succeeded", request_id="r"))
+    delete = made.about("DeleteJob")
+    made.call("Generate", asked=under(), outcome=NOT_FOUND, beside=delete.begun_s)
+    assert made.rules() == set()
+    made.call("Generate", asked=under(), outcome=NOT_FOUND)
+    assert made.rules() == {"status"}
+
+
 def test_a_server_is_away_only_while_something_happens_to_it(made: Made) -> None:
     made.about("GetJob", outcome=AWAY)
     assert made.rules() == {"status"}
