@@ -39,6 +39,7 @@ from chromarpc_server.pipeline import (
 from chromarpc_server.ports import require_free
 from chromarpc_server.runtime.device_thread import DeviceThread
 from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
+from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.settings import ServerSettings, parse_size
 from chromarpc_server.transport.access.authentication import Authentication
 from chromarpc_server.transport.access.callers_file import CallersFile
@@ -128,8 +129,10 @@ class App:
         library, adapters = await asyncio.to_thread(self._adapters)
         retention = settings.retention()
         folder = settings.data_dir / "jobs" if settings.store == "disk" else None
+        running_time = RunningTime()
         engine = Engine(
-            DeviceThread(choice, settings.budgets(), settings.device_timeouts()),
+            DeviceThread(choice, running_time, settings.budgets(), settings.device_timeouts()),
+            running_time,
             model_files=model_files,
             adapters=adapters,
             store=await JobStore.open(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.engine import EngineStatus
 from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.observability.metrics import Metrics
-from chromarpc_server.pipeline import DeviceDescription
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.settings import ServerSettings
 

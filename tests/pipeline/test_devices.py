@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from chromarpc_server.pipeline import DeviceChoice, DeviceDescription
+from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.pipeline import DeviceChoice
 from chromarpc_server.pipeline.weights import staging
 from chromarpc_server.runtime import device_thread
 from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.running_time import RunningTime
 
 SECOND = torch.device("cuda", 1)
 
@@ -26,7 +28,7 @@ async def test_the_devices_thread_selects_its_device(monkeypatch: pytest.MonkeyP
     description = DeviceDescription("cuda:1", "a GPU", 1, "bfloat16")
     monkeypatch.setattr(device_thread, "describe_device", lambda _: description)
     monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
-    device = DeviceThread(DeviceChoice(SECOND, torch.bfloat16))
+    device = DeviceThread(DeviceChoice(SECOND, torch.bfloat16), RunningTime())
     try:
         assert await device.open() == description
     finally:

@@ -18,7 +18,7 @@ from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.queue import ScheduledJob
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.tasks import Tasks
-from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.device import Device
 from chromarpc_server.runtime.model_cache import SetKey
 from chromarpc_server.runtime.work import Work
 
@@ -35,7 +35,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        device: DeviceThread,
+        device: Device,
         backlog: Backlog,
         recorder: AttemptRecorder,
         completion: Completion,

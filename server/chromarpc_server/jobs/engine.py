@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chromarpc_server.adapters.sources import AdapterSources
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import ChromaError, StoreError
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
@@ -35,10 +36,10 @@ from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.rows import StoreSize
 from chromarpc_server.jobs.submission import Submission
 from chromarpc_server.jobs.tasks import Tasks
-from chromarpc_server.pipeline import DeviceDescription
-from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.device import Device
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.runtime.model_files import ModelFiles
+from chromarpc_server.runtime.running_time import RunningTime
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Engine:
 
     def __init__(
         self,
-        device: DeviceThread,
+        device: Device,
+        running_time: RunningTime,
         *,
         model_files: ModelFiles,
         adapters: AdapterSources,
@@ -85,6 +87,7 @@ class Engine:
 
         Args:
             device: runs jobs; closed by `drain`.
+            running_time: started and closed here.
             model_files: where models lie.
             adapters: where adapters come from.
             store: keeps jobs; closed by `drain`.
@@ -93,6 +96,7 @@ class Engine:
             observers: are notified of every event of every job.
         """
         self._device = device
+        self._running_time = running_time
         self._model_files = model_files
         self._adapters = adapters
         self._store = store
@@ -105,7 +109,7 @@ class Engine:
             store,
             self._completion,
             estimates,
-            device.running_time,
+            running_time,
             max_jobs=rules.max_queued_jobs,
         )
         self._attendance = Attendance(
@@ -113,7 +117,7 @@ class Engine:
             self._completion,
             store,
             self._tasks,
-            device.running_time,
+            running_time,
             reattach_s=rules.restarts.reattach_s,
         )
         self._admission = Admission(
@@ -149,7 +153,7 @@ class Engine:
             ChromaError: the device cannot be used.
         """
         description = await self._device.open()
-        self._device.running_time.start()
+        self._running_time.start()
         self._housekeeper = asyncio.create_task(keep_house(self._completion, self._store), name="housekeeper")
         self._backlog.open()
         self._is_started = True
@@ -250,7 +254,7 @@ class Engine:
             await self._completion.store_unstored()
         await self._tasks.join()  # jobs that were cancelled in the last moment
         await self._store.close()
-        self._device.running_time.close()
+        self._running_time.close()
         self._device.close()
         self._encoder.close()
 

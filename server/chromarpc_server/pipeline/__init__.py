@@ -9,7 +9,6 @@ from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.checkpoint import Checkpoint
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
-    DeviceDescription,
     choose_device,
     describe_device,
     library_versions,
@@ -44,7 +43,6 @@ __all__ = [
     "CheckpointFiles",
     "DenoiseStep",
     "DeviceChoice",
-    "DeviceDescription",
     "LoadContext",
     "LoadProgress",
     "NumericsProfile",

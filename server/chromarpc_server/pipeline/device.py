@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import DeviceLost, WeightsInvalid
 from chromarpc_server.pipeline.memory_errors import translate_memory_error
 
@@ -27,16 +28,6 @@ class DeviceChoice:
 
     device: torch.device
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class DeviceDescription:
-    """A device as it is described to clients."""
-
-    id: str
-    name: str
-    memory_bytes: int
-    dtype: str
 
 
 def choose_device(device: str, dtype: str, *, threads: int | None = None) -> DeviceChoice:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from chromarpc_server.domain.errors import DeviceLost
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.domain.errors import DeviceError, DeviceLost
 from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import (
     CheckpointFiles,
     DeviceChoice,
-    DeviceDescription,
     describe_device,
     select_device,
     translate_memory_error,
@@ -29,20 +30,23 @@ class DeviceThread:
     """Runs work on one device, in the order in which it is given."""
 
     def __init__(
-        self, choice: DeviceChoice, budgets: Budgets | None = None, timeouts: DeviceTimeouts | None = None
+        self,
+        choice: DeviceChoice,
+        running_time: RunningTime,
+        budgets: Budgets | None = None,
+        timeouts: DeviceTimeouts | None = None,
     ) -> None:
         """Starts nothing; see `open`.
 
         Args:
             choice: the device and its dtype.
+            running_time: of the event loop that gives it work, started by whoever has both.
             budgets: how much may be resident there.
             timeouts: how long each thing may take before the device is taken to hang.
         """
         self._choice = choice
         self._budgets = budgets or Budgets()
-        self.running_time = RunningTime()
-        """Of the event loop that gives it work; whoever has the device starts and closes it."""
-        self._watchdog = Watchdog(timeouts or DeviceTimeouts(), self.running_time)
+        self._watchdog = Watchdog(timeouts or DeviceTimeouts(), running_time)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._snapshot = CacheSnapshot()
         self._opened: tuple[DeviceWorker, DeviceDescription] | None = None
@@ -87,6 +91,15 @@ class DeviceThread:
 
         run = partial(self._worker.run, work, hand_over)
         return await self._watchdog.guard(loop.run_in_executor(self._thread, run))
+
+    async def lost(self) -> DeviceError:
+        """Never returns: whether a device still works shows once it is to do something."""
+        never: asyncio.Future[DeviceError] = asyncio.get_running_loop().create_future()
+        return await never
+
+    def has_parsed(self, file: AdapterFile) -> bool:
+        """Whether an adapter is resident, and so need not be read from its file."""
+        return any(file == held for kept in self._snapshot.sets for held, _ in kept.key.adapters)
 
     @property
     def description(self) -> DeviceDescription:

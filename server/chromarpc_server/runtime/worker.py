@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import ChromaError, DeviceLost
 from chromarpc_server.domain.events import (
     Loading,
@@ -24,7 +25,6 @@ from chromarpc_server.pipeline import (
     SILENT,
     CheckpointFiles,
     DeviceChoice,
-    DeviceDescription,
     LoadContext,
     LoadProgress,
     Pipeline,

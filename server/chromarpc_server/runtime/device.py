@@ -1,0 +1,123 @@
+"""What computes one job after the other, as the event loop sees it: a thread here, or another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Protocol
+
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.domain.devices import DeviceDescription, DeviceState
+from chromarpc_server.domain.errors import DeviceError
+from chromarpc_server.pipeline import CheckpointFiles
+from chromarpc_server.runtime.model_cache import CacheCounters, CacheSnapshot
+from chromarpc_server.runtime.work import Emit, Work, WorkDone
+
+
+class Device(Protocol):
+    """Lives on the event loop. Everything that touches a tensor is behind it."""
+
+    @property
+    def description(self) -> DeviceDescription:
+        """What it is, once opened."""
+        ...
+
+    @property
+    def snapshot(self) -> CacheSnapshot:
+        """What is resident there; answers at once, on any thread."""
+        ...
+
+    async def open(self) -> DeviceDescription:
+        """Opens it.
+
+        Raises:
+            ChromaError: it cannot be used.
+        """
+        ...
+
+    async def load(
+        self, model_id: str, files: CheckpointFiles, profile: str, sizes: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Makes a model resident, warmed up for images of these sizes (width, height in pixels).
+
+        Raises:
+            WeightsInvalid, OutOfMemory: it cannot be loaded.
+            DeviceError: the device is lost or hangs.
+        """
+        ...
+
+    async def run(self, work: Work, emit: Emit) -> WorkDone:
+        """Does the work.
+
+        Args:
+            work: what to do.
+            emit: called on the event loop with every report, before this returns; after a `DeviceError`
+                reports may still come, and are to be ignored.
+
+        Raises:
+            ChromaError: what ended it early; a `DeviceError` where the device is lost or hangs.
+        """
+        ...
+
+    async def lost(self) -> DeviceError:
+        """Waits until it is found to be lost while it runs nothing; for ever where nothing looks meanwhile."""
+        ...
+
+    def has_parsed(self, file: AdapterFile) -> bool:
+        """Whether an adapter need not be read from its file; answers at once."""
+        ...
+
+    def memory_used_bytes(self) -> int:
+        """What is held of its memory now, of the host's on a CPU; answers at once, on any thread."""
+        ...
+
+    def close(self) -> None:
+        """Lets it end once it has done what it was given."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """A device now."""
+
+    description: DeviceDescription
+    state: DeviceState
+    cache: CacheSnapshot
+    memory_used_bytes: int
+    jobs: int = 0
+    """That it was given since it joined."""
+    busy_s: float = 0.0
+    """That it spent on them."""
+    lost_because: str = ""
+    """One sentence, where it is lost."""
+
+
+def merged(snapshots: Sequence[CacheSnapshot]) -> CacheSnapshot:
+    """What is resident on several devices together: bytes and counters summed, sets of all, the first one's plans.
+
+    Parsed adapters lie in the host's memory once for all of its devices, so they are not summed.
+    """
+    return reduce(_both, snapshots, CacheSnapshot())
+
+
+def _both(one: CacheSnapshot, other: CacheSnapshot) -> CacheSnapshot:
+    return replace(
+        other,
+        resident_bytes=_summed(one.resident_bytes, other.resident_bytes),
+        trainer_parts_bytes=_summed(one.trainer_parts_bytes, other.trainer_parts_bytes),
+        sets=(*one.sets, *other.sets),
+        counters=CacheCounters(
+            one.counters.hits + other.counters.hits,
+            one.counters.switches + other.counters.switches,
+            one.counters.builds + other.counters.builds,
+            one.counters.evictions + other.counters.evictions,
+        ),
+        adapter_bytes=max(one.adapter_bytes, other.adapter_bytes),
+        memory={**other.memory, **one.memory},
+        fallbacks=(*one.fallbacks, *(found for found in other.fallbacks if found not in one.fallbacks)),
+    )
+
+
+def _summed(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
