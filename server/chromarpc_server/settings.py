@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from chromarpc_server.device_settings import DeviceNames
 from chromarpc_server.domain.limits import (
     Budgets,
     DeviceTimeouts,
@@ -133,7 +134,17 @@ class ServerSettings(BaseSettings):
         description="TOML file of who may call: names, hashes of their tokens, limits; `chromarpc-server token "
         "NAME` makes an entry; without it everyone who can connect may call",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="the one device to compute on: auto, cpu, cuda or cuda:N")
+    devices: DeviceNames | None = Field(
+        None,
+        description="several devices, each of which computes a job of its own: all (every GPU here), a list such "
+        "as cuda:0,cuda:2 or cpu,cpu, or ray, ray:N, ray:MIN-MAX (GPUs of a Ray cluster; needs chromarpc[ray])",
+    )
+    cfg_parallel: bool = Field(
+        False,
+        description="take devices in pairs, in the order named: one computes guidance's conditional pass, the "
+        "other the unconditional one, so that an image takes about half the time",
+    )
     dtype: Dtype = Field(
         "auto",
         description="computation type; auto is float32 on a CPU, bfloat16 on a GPU; with float32 the profile "
@@ -339,6 +350,10 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.devices is not None and "device" in self.model_fields_set:
+            raise ValueError("--device names one device and --devices several; give one of them")
+        if self.cfg_parallel and self.devices is None:
+            raise ValueError("--cfg-parallel needs --devices")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key come together")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -7,9 +7,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import DeviceLost, WeightsInvalid
 from chromarpc_server.pipeline.memory_errors import translate_memory_error
+from chromarpc_server.pipeline.profiles import served_profiles
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,17 @@ class DeviceChoice:
 
     device: torch.device
     dtype: torch.dtype
+    id: str = ""
+    """Unique among a server's devices; the device's own where it is empty."""
+    profiles: tuple[str, ...] = ()
+    """Numerics profiles that it can compute, as far as an operator wants its dtype."""
+    second: torch.device | None = None
+    """The other card of a pair, which computes the unconditional pass."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and to clients."""
+        return self.id or str(self.device)
 
 
 def choose_device(device: str, dtype: str, *, threads: int | None = None) -> DeviceChoice:
@@ -55,9 +67,64 @@ def choose_device(device: str, dtype: str, *, threads: int | None = None) -> Dev
         chosen = torch.device("cuda", chosen.index or 0)
         if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
             raise WeightsInvalid(f"device {device} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    profiles = served_profiles(chosen, dtype)
     if dtype == "auto":
         dtype = "float32" if chosen.type == "cpu" else "bfloat16"
-    return DeviceChoice(chosen, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    computed = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return DeviceChoice(chosen, computed, profiles=profiles)
+
+
+def choose_devices(
+    devices: Sequence[str], dtype: str, *, threads: int | None = None, in_pairs: bool = False
+) -> list[DeviceChoice]:
+    """Reads the settings' words for several devices.
+
+    Args:
+        devices: `all` alone (every GPU that torch sees), or `cpu` and `cuda:N`, a CPU as often as wanted.
+        dtype: as for `choose_device`.
+        threads: CPU threads of each; None: torch's own choice, shared out evenly among CPUs.
+        in_pairs: two after the other are one device, which makes both passes of guidance at the same time.
+
+    Raises:
+        WeightsInvalid: one is not there, is named twice, or has no equal one to go with.
+    """
+    if list(devices) == ["all"]:
+        if not torch.cuda.is_available():
+            raise WeightsInvalid("devices all: torch sees no GPU; name cpu to compute on this one")
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    cpus = devices.count("cpu")
+    if threads is None and cpus > 1:
+        threads = max(1, torch.get_num_threads() // cpus)
+    choices: list[DeviceChoice] = []
+    for device in devices:
+        choice = choose_device(device, dtype, threads=threads)
+        if choice.device.type == "cuda" and any(other.device == choice.device for other in choices):
+            raise WeightsInvalid(f"device {choice.device} is named twice")
+        same = sum(other.device == choice.device for other in choices)
+        choices.append(replace(choice, id=f"cpu:{same}" if choice.device.type == "cpu" and cpus > 1 else ""))
+    return _paired(choices) if in_pairs else choices
+
+
+def _paired(choices: Sequence[DeviceChoice]) -> list[DeviceChoice]:
+    names = ", ".join(choice.name for choice in choices)
+    if len(choices) % 2:
+        raise WeightsInvalid(f"cfg-parallel takes devices in pairs, and {names} are {len(choices)}")
+    pairs = []
+    for first, second in zip(choices[::2], choices[1::2], strict=True):
+        models = [describe_device(choice).name for choice in (first, second)]
+        if first.device.type != second.device.type or models[0] != models[1]:
+            raise WeightsInvalid(
+                f"cfg-parallel needs equal devices: {first.name} is {models[0]}, {second.name} is {models[1]}"
+            )
+        pairs.append(replace(first, id=f"{first.name}+{second.name}", second=second.device))
+    return pairs
+
+
+def idle_gpus(used: Sequence[DeviceChoice]) -> list[str]:
+    """GPUs that torch sees and none of these uses, as `cuda:0`."""
+    taken = {str(device) for choice in used for device in (choice.device, choice.second) if device is not None}
+    every = [f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return [name for name in every if name not in taken]
 
 
 def select_device(device: torch.device) -> None:
@@ -80,9 +147,17 @@ def describe_device(choice: DeviceChoice) -> DeviceDescription:
     dtype = str(choice.dtype).removeprefix("torch.")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return DeviceDescription(str(device), properties.name, properties.total_memory, dtype)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DeviceDescription(str(device), _processor_name(), memory, dtype)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name, memory = _processor_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DeviceDescription(
+        choice.name,
+        name,
+        memory,
+        dtype,
+        profiles=choice.profiles,
+        second="" if choice.second is None else str(choice.second),
+    )
 
 
 def _processor_name() -> str:
