@@ -1,0 +1,36 @@
+"""What Ray runs on a host. Knows Ray as little as Ray knows it: a class with one long method."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """How an actor reaches its server. Ray carries it; nothing of a request is in it."""
+
+    host: str
+    port: int
+    trusted: str = field(repr=False)
+    """The server's certificate, PEM."""
+    actor: str
+    token: str = field(repr=False)
+    """Good for one connection."""
+
+
+class DeviceActor:
+    """One GPU of a cluster."""
+
+    def serve(self, invitation: Invitation) -> None:
+        """Computes for the server until the connection ends; ends the process then.
+
+        Whatever its device's thread does meanwhile is for nobody.
+        """
+        # Read when torch first allocates, which is after this.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # Here, so that a host without torch answers in a sentence, and the driver needs none.
+        from chromarpc_server.cluster.host_server import serve  # noqa: PLC0415
+
+        serve(invitation)
+        os._exit(0)
