@@ -54,6 +54,11 @@ class HostsPort:
         )
 
     @property
+    def is_open(self) -> bool:
+        """Whether it listens."""
+        return self._server is not None
+
+    @property
     def port(self) -> int:
         """Where it listens."""
         if self._server is None:
@@ -79,6 +84,7 @@ class HostsPort:
         """Listens no longer."""
         if self._server is not None:
             self._server.close()
+            self._server = None
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(reader, writer)

@@ -142,9 +142,8 @@ class RayDevice:
         except TimeoutError:
             raise self._end(DeviceHung(f"the device on {self._host} was not open in {OPEN_S:g} s")) from None
         if opened.description is None:
-            error = opened.error or DeviceLost(f"the device on {self._host} cannot be used")
-            self._end(DeviceLost(error.message))
-            raise error
+            # The connection stays: whoever has it decides how long the actor keeps its GPU.
+            raise opened.error or DeviceLost(f"the device on {self._host} cannot be used")
         self._description = opened.description
         self._start(self._read())
         self._start(self._watch())
@@ -193,6 +192,11 @@ class RayDevice:
     def snapshot(self) -> CacheSnapshot:
         """What is resident there, as it last said."""
         return self._snapshot
+
+    @property
+    def host(self) -> str:
+        """The actor's."""
+        return self._host
 
     @property
     def is_gone(self) -> bool:
