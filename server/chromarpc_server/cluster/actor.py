@@ -3,20 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Invitation:
-    """How an actor reaches its server. Ray carries it; nothing of a request is in it."""
-
-    host: str
-    port: int
-    trusted: str = field(repr=False)
-    """The server's certificate, PEM."""
-    actor: str
-    token: str = field(repr=False)
-    """Good for one connection."""
+from chromarpc_server.cluster.invitation import Invitation
 
 
 class DeviceActor:

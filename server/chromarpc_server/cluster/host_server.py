@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from chromarpc_server.cluster.actor import Invitation
 from chromarpc_server.cluster.certificate import NAME, make_actor_tls
 from chromarpc_server.cluster.drawing import Drawing
 from chromarpc_server.cluster.host_files import HostFiles, Pieces
 from chromarpc_server.cluster.host_log import LogSender
+from chromarpc_server.cluster.invitation import Invitation
 from chromarpc_server.cluster.link import Link
 from chromarpc_server.cluster.messages import (
     Beat,

@@ -50,7 +50,7 @@ class Link:
         """
         await self._writer.drain()
 
-    async def receive(self) -> Any:  # noqa: ANN401 - whichever message comes
+    async def receive(self) -> Any:
         """The next message.
 
         Raises:

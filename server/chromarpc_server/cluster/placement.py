@@ -9,12 +9,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from chromarpc_server.cluster.actor import Invitation
+from chromarpc_server.cluster.invitation import Invitation
 from chromarpc_server.runtime.running_time import RunningTime
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from chromarpc_server.cluster.messages import (
     Beat,
     Cancel,
     Ended,
-    HashedFile,
     HostSettings,
     Load,
     Logged,
@@ -247,7 +246,7 @@ class RayDevice:
 
         try:
             self._link.send(call(current.epoch))
-            with cancellation.heard_by(lambda: loop.call_soon_threadsafe(cancel)):
+            with cancellation.heard_by(lambda: _later(loop, cancel)):
                 return await self._ended(current, cancellation)
         except asyncio.CancelledError:
             self._link.send(Cancel(current.epoch, DeviceLost("the server stops")))
@@ -261,7 +260,8 @@ class RayDevice:
     async def _ended(self, current: _Call, cancellation: Cancellation) -> WorkDone | None:
         """Waits for the end of a call, and looks at its deadline, which only this end knows."""
         while True:
-            await asyncio.wait({current.ended, self._gone}, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            awaited: set[asyncio.Future[Any]] = {current.ended, self._gone}
+            await asyncio.wait(awaited, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             if current.ended.done():
                 return current.ended.result()
             if self._gone.done():
@@ -285,7 +285,7 @@ class RayDevice:
         except NotOurs as error:
             self._end(DeviceLost(f"the actor on {self._host} sends what cannot be understood: {error}"))
 
-    def _take(self, message: Any) -> None:  # noqa: ANN401 - whichever message comes
+    def _take(self, message: Any) -> None:
         match message:
             case Reports(epoch=epoch, reports=reports):
                 call = self._call
@@ -339,7 +339,7 @@ class RayDevice:
         known = self._files.here(sha256, size_bytes)
         return known or AdapterFile(Path(sha256), size_bytes, 0, 0, 0, Path(), sha256)
 
-    def _start(self, work: Any) -> None:  # noqa: ANN401 - a coroutine
+    def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -353,3 +353,7 @@ class RayDevice:
             for task in self._tasks - {current}:
                 task.cancel()
         return self._gone.result()
+
+
+def _later(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(call)

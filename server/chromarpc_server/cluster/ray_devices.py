@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from chromarpc_server.cluster.actor import Invitation
 from chromarpc_server.cluster.cluster_size import ClusterSize
 from chromarpc_server.cluster.hosts_port import Greeting, HostsPort
+from chromarpc_server.cluster.invitation import Invitation
 from chromarpc_server.cluster.link import Link
 from chromarpc_server.cluster.messages import HostSettings
 from chromarpc_server.cluster.outgoing_files import OutgoingFiles
@@ -235,9 +235,7 @@ class RayDevices:
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         self._slots[actor] = _Slot(actor, number)
         token = self._port.expect(actor)
-        self._placement.start_actor(
-            Invitation(self._address, self._port.port, self._port.trusted, actor, token)
-        )
+        self._placement.start_actor(Invitation(self._address, self._port.port, self._port.trusted, actor, token))
 
     def _drop(self, slot: _Slot) -> None:
         """Nothing of it is wanted any more."""

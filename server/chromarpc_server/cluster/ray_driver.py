@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from chromarpc_server.cluster.actor import DeviceActor, Invitation
+from chromarpc_server.cluster.actor import DeviceActor
+from chromarpc_server.cluster.invitation import Invitation
 
 WAIT_S = 0.1
 """How long an order, or the end of an actor, may go unnoticed."""
@@ -26,6 +28,7 @@ TELL_EVERY_S = 1.0
 OWN_STORE_BYTES = 80 * 1024**2
 """Ray's object store, which holds nothing of ours, in a cluster of our own; the least that Ray takes."""
 _LEAVE_S = 5.0
+CONNECT_S = 3.0
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Driver:
         leaving.start()
         leaving.join(_LEAVE_S)
 
-    def _obey(self, ray: Any, kind: Any) -> bool:  # noqa: ANN401 - Ray's modules and classes
+    def _obey(self, ray: Any, kind: Any) -> bool:
         """Does what was ordered meanwhile; False once there are no more orders."""
         wait_s = 0.0 if self._actors else WAIT_S
         while True:
@@ -88,7 +91,7 @@ class Driver:
             elif (placed := self._actors.pop(name, None)) is not None:
                 ray.kill(placed.handle, no_restart=True)
 
-    def _notice_ends(self, ray: Any) -> None:  # noqa: ANN401
+    def _notice_ends(self, ray: Any) -> None:
         by_reference = {placed.ended: name for name, placed in self._actors.items()}
         if not by_reference:
             return
@@ -103,7 +106,7 @@ class Driver:
             else:
                 self._tell(ended=name, why="")
 
-    def _tell_cluster(self, ray: Any) -> None:  # noqa: ANN401
+    def _tell_cluster(self, ray: Any) -> None:
         pause = threading.Event()
         while True:
             try:
@@ -128,7 +131,7 @@ class Driver:
                 pass
 
 
-def _connect(ray: Any, address: str | None, least: int, *, on_cpus: bool) -> tuple[str, bool]:  # noqa: ANN401
+def _connect(ray: Any, address: str | None, least: int, *, on_cpus: bool) -> tuple[str, bool]:
     """Joins a running cluster, or starts one of its own where none is named and none runs.
 
     Returns its address, and whether it is one of its own.
@@ -136,6 +139,7 @@ def _connect(ray: Any, address: str | None, least: int, *, on_cpus: bool) -> tup
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
     named = address or os.environ.get("RAY_ADDRESS")
     if named:
+        _require_reachable(named)
         return _address(ray.init(address=named, **quiet)), False
     try:
         return _address(ray.init(address="auto", **quiet)), False
@@ -153,7 +157,18 @@ def _connect(ray: Any, address: str | None, least: int, *, on_cpus: bool) -> tup
         return "", True
 
 
-def _address(context: Any) -> str:  # noqa: ANN401
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for a minute.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+
+
+def _address(context: Any) -> str:
     return str(context.address_info.get("gcs_address") or context.address_info.get("address") or "")
 
 
@@ -164,7 +179,11 @@ def _first_line(error: BaseException) -> str:
 def _why(error: BaseException) -> str:
     """Why an actor ended: what Python said there, if it did; Ray's traceback ends with it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and " " not in line.partition(":")[0]]
+    raised = [
+        line
+        for line in lines
+        if line.partition(":")[0].endswith(("Error", "Exception")) and " " not in line.partition(":")[0]
+    ]
     return (raised[-1] if raised else lines[0] if lines else type(error).__name__)[:500]
 
 

@@ -78,7 +78,7 @@ def decode(text: bytes, blobs: Sequence[bytes], file_of: FileOf | None = None) -
         raise NotOurs(f"not a value of ours: {type(error).__name__}") from None
 
 
-def _plain(value: Any, blobs: list[bytes]) -> Any:  # noqa: ANN401 - any value that crosses
+def _plain(value: Any, blobs: list[bytes]) -> Any:
     match value:
         case Enum():
             return {"enum": type(value).__name__, "is": value.value}
@@ -104,7 +104,7 @@ def _plain(value: Any, blobs: list[bytes]) -> Any:  # noqa: ANN401 - any value t
     return {"value": name, "of": [_plain(getattr(value, field.name), blobs) for field in fields(value)]}
 
 
-def _value(plain: Any, blobs: Sequence[bytes], file_of: FileOf | None) -> Any:  # noqa: ANN401
+def _value(plain: Any, blobs: Sequence[bytes], file_of: FileOf | None) -> Any:
     if isinstance(plain, list):
         return tuple(_value(item, blobs, file_of) for item in plain)
     if not isinstance(plain, dict):
@@ -121,9 +121,7 @@ def _value(plain: Any, blobs: Sequence[bytes], file_of: FileOf | None) -> Any:  
         return Path(plain["path"])
     if "file" in plain and file_of is not None:
         return file_of(plain["file"], plain["size"])
-    message, violations, metadata, retry_after_s, quota = (
-        _value(item, blobs, file_of) for item in plain["of"]
-    )
+    message, violations, metadata, retry_after_s, quota = (_value(item, blobs, file_of) for item in plain["of"])
     return _ERRORS[plain["error"]](
         message, violations=violations, metadata=metadata, retry_after_s=retry_after_s, quota=quota
     )

@@ -79,9 +79,11 @@ class AttemptRecorder:
         job = attempt.job
         match report:
             case RenderedImage() | RenderedPreview() | EncodedImage():
-                is_encoded = isinstance(report, EncodedImage)
-                keeping = self._keep(attempt, report) if is_encoded else self._encode(attempt, report)
-                task = self._tasks.start(keeping)
+                task = self._tasks.start(
+                    self._keep(attempt, report)
+                    if isinstance(report, EncodedImage)
+                    else self._encode(attempt, report)
+                )
                 job.encodings.add(task)
                 task.add_done_callback(job.encodings.discard)
             case StageDone():
