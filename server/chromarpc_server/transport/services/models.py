@@ -9,6 +9,7 @@ import grpc
 
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.adapters.library import AdapterLibrary
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
@@ -79,6 +80,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> model_service_pb2.GetServerInfoResponse:
         """Answers version, limits, numerics profiles and device."""
         serving, device, status = self._serving, self._engine.description, self._engine.status()
+        device = device or DeviceDescription("", "", 0, "")
         caller = current_caller()
         return model_service_pb2.GetServerInfoResponse(
             version=self._version,
