@@ -18,8 +18,9 @@ from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
+from chromarpc_server.devices import device_source, require_profile
 from chromarpc_server.disk_room import DiskRoom
-from chromarpc_server.domain.errors import ChromaError, InvalidParameter
+from chromarpc_server.domain.errors import ChromaError, 
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.jobs.engine import DeviceCalls, Engine, EngineRules
@@ -30,16 +31,11 @@ from chromarpc_server.observability.probes import StatusPort
 from chromarpc_server.observability.tracing import Tracing
 from chromarpc_server.pipeline import (
     PROFILES,
-    TRAINER_CHOICES,
-    choose_device,
-    choose_devices,
-    idle_gpus,
     import_ahead,
     library_versions,
 )
 from chromarpc_server.ports import require_free
 from chromarpc_server.runtime.device import DeviceSource
-from chromarpc_server.runtime.local_devices import LocalDevices
 from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
 from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.settings import ServerSettings, parse_size
@@ -132,7 +128,7 @@ class App:
         require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
         running_time = RunningTime()
-        devices = self._devices(running_time)
+        devices = device_source(settings, running_time)
         serving = self._serving(devices)
         model_files = ModelFiles(settings.model_folder)
         access = self._access()
@@ -172,7 +168,7 @@ class App:
             library_versions=library_versions(),
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
         )
-        device = await engine.start()
+        await engine.start()
         listening: Listening | None = None
         try:
             await engine.recover(serving.models)
@@ -204,10 +200,7 @@ class App:
                 self._listening = listening
                 engine.begin()
                 self._set_available(engine.is_available)
-                told = {} if device is None else {"device_name": device.name, "dtype": device.dtype}
-                names = ",".join(one.description.id for one in engine.status().devices)
-                log.info("server.serving", extra={"device": names, **told})
-                await self._announce(listening, model_files)
+                await self._announce(engine, listening, model_files)
                 if started is not None:
                     started.set_result(listening.port)
                 await stopping
@@ -223,26 +216,6 @@ class App:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
 
-    def _devices(self, running_time: RunningTime) -> DeviceSource:
-        """Where jobs are computed.
-
-        Raises:
-            WeightsInvalid: a device is not there.
-        """
-        settings = self._settings
-        if settings.devices is None:
-            choices = [choose_device(settings.device, settings.dtype, threads=settings.threads)]
-            if idle := idle_gpus(choices) if choices[0].device.type == "cuda" else []:
-                log.warning("device.idle_ones", extra={"devices": ",".join(idle), "advice": "--devices all"})
-        else:
-            choices = choose_devices(
-                settings.devices.split(","),
-                settings.dtype,
-                threads=settings.threads,
-                in_pairs=settings.cfg_parallel,
-            )
-        return LocalDevices(choices, running_time, settings.budgets(), settings.device_timeouts())
-
     def _serving(self, devices: DeviceSource) -> Serving:
         """What requests may ask for.
 
@@ -250,14 +223,7 @@ class App:
             InvalidParameter: the default profile is not among them.
         """
         settings = self._settings
-        if settings.profile not in devices.profiles:
-            is_other_dtype = settings.dtype not in TRAINER_CHOICES and settings.profile == "preview-exact"
-            needs = (
-                f"computes in bfloat16, as the trainer does, and --dtype says {settings.dtype}"
-                if is_other_dtype
-                else "needs a GPU of compute capability 8.9 or more"
-            )
-            raise InvalidParameter(f"the profile {settings.profile} {needs}")
+        require_profile(settings, devices)
         return Serving(
             aliases=settings.alias,
             profiles=devices.profiles,
@@ -359,8 +325,15 @@ class App:
             except OSError:
                 log.exception("housekeeping.failed")
 
-    async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
+    async def _announce(self, engine: Engine, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
+        devices = [one.description for one in engine.status().devices]
+        told = {
+            "device": ",".join(device.id for device in devices),
+            "device_name": ",".join(sorted({device.name for device in devices})),
+            "dtype": ",".join(sorted({device.dtype for device in devices})),
+        }
+        log.info("server.serving", extra=told)
         print(
             f"chromarpc-server listens on {joined(settings.host, listening.port)} ({self._admits()})", flush=True
         )

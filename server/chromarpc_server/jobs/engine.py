@@ -175,9 +175,8 @@ class Engine:
         self._housekeeper: asyncio.Task[None] | None = None
         self._is_started = False
 
-    async def start(self) -> DeviceDescription | None:
-        """Opens the devices and begins to take jobs, which wait until `begin`. Returns the first device, if there is
-        one already.
+    async def start(self) -> None:
+        """Opens the devices and begins to take jobs, which wait until `begin`.
 
         Raises:
             ChromaError: a device cannot be used.
@@ -187,7 +186,6 @@ class Engine:
         self._housekeeper = asyncio.create_task(keep_house(self._completion, self._store), name="housekeeper")
         self._backlog.open()
         self._is_started = True
-        return self.description
 
     async def recover(self, models: Mapping[str, ModelSpec]) -> int:
         """Takes over what an earlier process was to run, from `begin` on. Returns how many jobs.

@@ -9,8 +9,8 @@ import grpc
 
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.adapters.library import AdapterLibrary
-from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
