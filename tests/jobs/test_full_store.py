@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import Draining, StoreUnavailable
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.models import REGISTRY
@@ -198,8 +199,7 @@ async def test_an_attempt_that_was_never_counted_is_not_taken_back(
 class Device:
     """Has nothing to do in these tests."""
 
-    class description:  # noqa: N801
-        dtype = "float32"
+    description = DeviceDescription("cpu", "a processor", 0, "float32")
 
     class snapshot:  # noqa: N801
         @staticmethod

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreError, StoreUnavailable
 from chromarpc_server.domain.events import AdapterReport, Completed, ImageHeader, Prepared, Step
 from chromarpc_server.jobs.completion import Completion, stopping, unforeseen
@@ -28,8 +29,8 @@ class Attempt:
     """One run of a job, and what is known of it so far."""
 
     job: Job
-    device_dtype: str
-    """What the device computes in, for the images' records."""
+    device: DeviceDescription
+    """What runs it."""
     prepared: Prepared | None = None
     """What it runs with, once that is known."""
     encoding_s: float = 0.0
@@ -85,7 +86,9 @@ class AttemptRecorder:
                 pixels = prompt.width * prompt.height
                 job.pixel_steps_done += pixels
                 job.done_steps += 1
-                self._estimates.observe(job.plan.served_model, job.plan.profile, pixels, report.duration_s)
+                self._estimates.observe(
+                    attempt.device.name, job.plan.served_model, job.plan.profile, pixels, report.duration_s
+                )
                 job.log.append(report)
             case _:
                 job.log.append(report)
@@ -176,7 +179,7 @@ def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:
     plan = attempt.job.plan
     if attempt.prepared is None or not plan.output.picture_record:
         return None
-    return picture_record(plan, prompt_index, attempt.prepared, device_dtype=attempt.device_dtype)
+    return picture_record(plan, prompt_index, attempt.prepared, device_dtype=attempt.device.dtype)
 
 
 def changed_adapter(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:

@@ -30,6 +30,28 @@ ROOM_EVERY_POLLS = 10
 """A store that has no room is tried again every 2 s; whether the job is stopped, every 0.2 s."""
 
 
+class _DeviceTaker:
+    """The device as the queue sees it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.used_s = 0.0
+
+    @property
+    def model(self) -> str:
+        return self._device.description.name
+
+    def can_compute(self, job: Job) -> bool:
+        profiles = self._device.description.profiles
+        return not profiles or job.plan.profile in profiles
+
+    def is_resident(self, key: SetKey) -> bool:
+        return self._device.snapshot.holds(key)
+
+    def has_parsed(self, job: Job) -> bool:
+        return all(map(self._device.has_parsed, job.adapter_files))
+
+
 class Dispatcher:
     """Serves one device."""
 
@@ -56,6 +78,7 @@ class Dispatcher:
             on_device_lost: called when nothing can be computed in this process any more.
         """
         self._device = device
+        self._taker = _DeviceTaker(device)
         self._backlog = backlog
         self._recorder = recorder
         self._completion = completion
@@ -69,7 +92,8 @@ class Dispatcher:
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Runs jobs from now on."""
+        """Runs jobs from now on; the device is open."""
+        self._backlog.join(self._taker)
         self._loop = asyncio.create_task(self._dispatch(), name="dispatcher")
         self._loop.add_done_callback(self._loop_ended)
 
@@ -96,27 +120,26 @@ class Dispatcher:
 
     async def _dispatch(self) -> None:
         while not self._device_failed:
-            scheduled = await self._backlog.next(self._is_resident)
+            scheduled = await self._backlog.next(self._taker)
             self._running = scheduled
             self._idle.clear()
+            began = time.monotonic()
             try:
                 await self._run(scheduled)
             finally:
-                self._backlog.ran(scheduled)
+                self._taker.used_s += time.monotonic() - began
+                self._backlog.ran(self._taker)
                 self._running = None
                 self._idle.set()
                 # An idle server holds on to no job's images.
                 del scheduled
-
-    def _is_resident(self, key: SetKey) -> bool:
-        return self._device.snapshot.holds(key)
 
     async def _run(self, scheduled: ScheduledJob) -> None:
         job = scheduled.job
         job.started_at = time.monotonic()
         job.started = datetime.now(UTC)
         job.stop_expiry()
-        attempt = Attempt(job, self._device.description.dtype)
+        attempt = Attempt(job, self._device.description)
         is_counted = False
         try:
             # Counted before it is made: a job that takes the process down with it must not do so for ever.
@@ -162,6 +185,7 @@ class Dispatcher:
     def _fail(self) -> None:
         """Nothing can be computed in this process any more."""
         self._backlog.close()
+        self._backlog.leave(self._taker)
         self._device_failed = True
         self._on_device_lost()
 
