@@ -160,8 +160,8 @@ class Story:
         message.completed.timings.total.FromMilliseconds(1500)
         return message
 
-    def restarted(self, attempt: int) -> JobEvent:
-        return self(restarted=job_event_pb2.Restarted(attempt=attempt))
+    def restarted(self, attempt: int, **more: Any) -> JobEvent:
+        return self(restarted=job_event_pb2.Restarted(attempt=attempt, **more))
 
     def heartbeat(self) -> JobEvent:
         return JobEvent(sequence=self.sequence, heartbeat=job_event_pb2.Heartbeat())
