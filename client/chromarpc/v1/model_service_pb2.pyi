@@ -507,19 +507,22 @@ class GetServerInfoResponse(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_BECAUSE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of chromarpc."""
     default_profile: _builtins.str
     """The profile of requests that name none."""
     caller: _builtins.str
     """Who the server takes the caller for; empty where it does not ask."""
+    unavailable_because: _builtins.str
+    """Why no device is there now, so that jobs only wait, in a sentence for people; empty where one is."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that the numbers depend on."""
 
     @_builtins.property
     def device(self) -> Global___Device:
-        """The device that computes; of several, the first of `devices`."""
+        """The device that computes; of several, the first of `devices`. Left out where there is none."""
 
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Profile]:
@@ -549,10 +552,11 @@ class GetServerInfoResponse(_message.Message):
         queue: Global___QueueState | None = ...,
         caller: _builtins.str = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
+        unavailable_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "devices", b"devices", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "devices", b"devices", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "unavailable_because", b"unavailable_because", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

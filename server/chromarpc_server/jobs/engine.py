@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from chromarpc_server.adapters.sources import AdapterSources
-from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.domain.devices import DeviceDescription, DeviceState
 from chromarpc_server.domain.errors import ChromaError, StoreError
 from chromarpc_server.domain.limits import JobRetention, RestartLimits
 from chromarpc_server.domain.models import ModelSpec
@@ -36,7 +36,7 @@ from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.rows import StoreSize
 from chromarpc_server.jobs.submission import Submission
 from chromarpc_server.jobs.tasks import Tasks
-from chromarpc_server.runtime.device import Device
+from chromarpc_server.runtime.device import Device, DeviceStatus, merged
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.runtime.model_files import ModelFiles
 from chromarpc_server.runtime.running_time import RunningTime
@@ -63,9 +63,15 @@ class EngineStatus:
 
     queued_jobs: int
     running_jobs: int
-    cache: CacheSnapshot
+    devices: tuple[DeviceStatus, ...]
+    """In the order in which they joined, lost ones included."""
     stored: StoreSize = StoreSize(0, 0)
     """Jobs that ended and are kept."""
+
+    @property
+    def cache(self) -> CacheSnapshot:
+        """What is resident on all devices that work together."""
+        return merged([one.cache for one in self.devices if one.state is not DeviceState.LOST])
 
 
 class Engine:
@@ -194,9 +200,23 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """What the engine is doing now; answers at once, on any thread."""
-        return EngineStatus(
-            self._backlog.waiting_jobs, self._backlog.running_jobs, self._device.snapshot, self._store.size
+        device, running = self._device, self._backlog.running_jobs
+        status = DeviceStatus(
+            device.description,
+            DeviceState.BUSY if running else DeviceState.IDLE,
+            device.snapshot,
+            device.memory_used_bytes(),
         )
+        return EngineStatus(self._backlog.waiting_jobs, running, (status,), self._store.size)
+
+    @property
+    def is_available(self) -> bool:
+        """Whether a device is there."""
+        return True
+
+    def missing_devices(self) -> str:
+        """Why no device is there, in one sentence."""
+        return ""
 
     def store_facts(self) -> StoreFacts:
         """What is known of the store and its disk now; answers at once, on any thread."""
