@@ -205,8 +205,8 @@ class _EngineCollector(Collector):
         self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
-        status, cache = self._engine.status(), self._engine.status().cache
-        device = self._engine.description
+        status = self._engine.status()
+        cache = status.cache
         yield _gauge("chromarpc_ready", "1 while requests are taken, else 0", int(self._is_ready()))
         yield _gauge(
             "chromarpc_queued_jobs", "Jobs waiting for their downloads or for the device", status.queued_jobs
@@ -246,18 +246,20 @@ class _EngineCollector(Collector):
             "Memory of the device (of the host on a CPU): total, and used by this process",
             labels=["device", "state"],
         )
-        memory.add_metric([device.id, "total"], device.memory_bytes)
-        memory.add_metric([device.id, "used"], self._engine.memory_used_bytes())
+        for device in status.devices:
+            memory.add_metric([device.description.id, "total"], device.description.memory_bytes)
+            memory.add_metric([device.description.id, "used"], device.memory_used_bytes)
         yield memory
-        missed = {fallback.without for fallback in cache.fallbacks}
         fallback = GaugeMetricFamily(
             "chromarpc_device_fallback",
             "1 where the device does without what makes it fast, else 0: "
             "kernels, attention, decoder, step_graphs, encoder_graph",
             labels=["device", "without"],
         )
-        for part in Part:
-            fallback.add_metric([device.id, part.value], int(part in missed))
+        for device in status.devices:
+            missed = {fallback.without for fallback in device.cache.fallbacks}
+            for part in Part:
+                fallback.add_metric([device.description.id, part.value], int(part in missed))
         yield fallback
 
     def describe(self) -> Iterator[Metric]:
