@@ -186,7 +186,7 @@ class Dispatcher:
         """Has the device run a job. Returns why the device is lost, where it is."""
         job, description = scheduled.job, self.device.description
         job.started_at = began_s = time.monotonic()
-        job.started = datetime.now(UTC)
+        job.started, job.device_id = datetime.now(UTC), description.id
         job.stop_expiry()
         attempt = Attempt(job, description)
         is_counted = False
@@ -237,8 +237,11 @@ class Dispatcher:
             attempts = {"attempts": str(job.attempts)}
             self._completion.end_early(job, AttemptsExhausted(message, metadata=attempts))
         else:
-            log.warning("job.moved", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
-            job.begin_anew(Restarted(job.attempts + 1))
+            log.warning(
+                "job.moved",
+                extra={"job_id": job.id, "caller": job.owner, "reason": error.reason, "device": job.device_id},
+            )
+            job.begin_anew(Restarted(job.attempts + 1, moved_from=job.device_id))
             self._backlog.requeue(scheduled)
 
     async def _begin(self, job: Job) -> None:

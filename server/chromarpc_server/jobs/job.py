@@ -42,6 +42,8 @@ class Job:
     """When it last began to run."""
     attempts: int = 0
     """How often it began to run, in earlier processes too."""
+    device_id: str = ""
+    """Of the device that runs it, or ran it last; empty before."""
     attached: int = 0
     """Callers that hold on to it."""
     done_steps: int = 0
