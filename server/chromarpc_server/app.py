@@ -20,7 +20,7 @@ from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.devices import device_source, require_profile
 from chromarpc_server.disk_room import DiskRoom
-from chromarpc_server.domain.errors import ChromaError, 
+from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.jobs.engine import DeviceCalls, Engine, EngineRules

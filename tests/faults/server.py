@@ -1,7 +1,7 @@
 """The server as it is shipped, with one fault planted in its pipeline.
 
-Run as `FAULT=name python -m tests.faults.server` with the server's own flags. The fault happens once, or `FAULT_TIMES`
-times, before the second step of the next job.
+Run as `FAULT=name python -m tests.faults.server` with the server's own flags. The fault happens once, or
+`FAULT_TIMES` times, before the second step of the next job.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class Engine:
         return await self._recovery.recover(models)
 
     async def preload(self, spec: ModelSpec, profile: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Makes a model resident on every device before a request asks for it, warmed up for images of these sizes.
+        """Makes a model resident on every device before a job asks for it, warmed up for images of these sizes.
 
         Raises:
             WeightsMissing, WeightsInvalid, OutOfMemory: it cannot be loaded.
