@@ -82,7 +82,10 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
 def test_the_process_ends_once_every_device_is_lost_and_keeps_its_jobs(
     faulty: Start, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with faulty("device_lost", "--job-attempts", "3", times=2) as server, chromarpc.Client(server.target) as client:
+    with (
+        faulty("device_lost", "--job-attempts", "3", times=2) as server,
+        chromarpc.Client(server.target) as client,
+    ):
         running = client.create_job("a", **SMALL).job_id
         with pytest.raises(chromarpc.StatusError) as told:
             list(client.watch_job(running))

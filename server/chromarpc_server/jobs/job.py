@@ -76,6 +76,12 @@ class Job:
         self.done_steps = self.pixel_steps_done = self.position = 0
         self.log.begin_anew(event)
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says of it: which job, whose, and on which device once it ran."""
+        fields = {"job_id": self.id, "caller": self.owner}
+        return fields | {"device": self.device_id} if self.device_id else fields
+
     def stop_expiry(self) -> None:
         """It need not be ended for having waited too long any more."""
         if self.expiry is not None:

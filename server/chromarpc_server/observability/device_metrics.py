@@ -1,6 +1,6 @@
 """Metrics of the devices, each with the id of its device: what they do, what they did, what is resident there.
 
-Of a lost device only its state and its counters go on: nothing is known of its memory, and nothing in it can be used.
+Of a lost device only state and counters go on: nothing is known of its memory, and nothing in it can be used.
 """
 
 from __future__ import annotations
