@@ -293,6 +293,7 @@ class App:
             metrics.registry,
             is_alive=lambda: health.is_alive,
             is_ready=lambda: health.is_ready,
+            why_not_ready=lambda: "" if engine.is_available else engine.missing_devices(),
         )
         self.metrics_port = port.port
         log.info("metrics.listening", extra={"host": self._settings.metrics_host, "port": port.port})

@@ -133,7 +133,7 @@ class Dispatcher:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
             if self._running is not None:
-                log.warning("job.grace_over", extra={"job_id": self._running.job.id, "grace_s": grace_s})
+                log.warning("job.grace_over", extra={**self._running.job.log_fields, "grace_s": grace_s})
             self.stop_running()
             await self._idle.wait()
 
@@ -186,7 +186,7 @@ class Dispatcher:
         """Has the device run a job. Returns why the device is lost, where it is."""
         job, description = scheduled.job, self.device.description
         job.started_at = began_s = time.monotonic()
-        job.started = datetime.now(UTC)
+        job.started, job.device_id = datetime.now(UTC), description.id
         job.stop_expiry()
         attempt = Attempt(job, description)
         is_counted = False
@@ -197,7 +197,7 @@ class Dispatcher:
             is_counted = True
             job.attempts += 1
             work = Work(job.id, job.plan, scheduled.model_files, job.adapter_files, job.cancellation)
-            log.info("job.begun", extra={"job_id": job.id, "device": description.id, "attempt": job.attempts})
+            log.info("job.begun", extra={**job.log_fields, "attempt": job.attempts})
             done = await self.device.run(work, partial(self._recorder.take, attempt))
         except DeviceError as error:
             attempt.is_over = True
@@ -237,8 +237,8 @@ class Dispatcher:
             attempts = {"attempts": str(job.attempts)}
             self._completion.end_early(job, AttemptsExhausted(message, metadata=attempts))
         else:
-            log.warning("job.moved", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
-            job.begin_anew(Restarted(job.attempts + 1))
+            log.warning("job.moved", extra={**job.log_fields, "reason": error.reason})
+            job.begin_anew(Restarted(job.attempts + 1, moved_from=job.device_id))
             self._backlog.requeue(scheduled)
 
     async def _begin(self, job: Job) -> None:

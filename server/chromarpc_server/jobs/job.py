@@ -42,6 +42,8 @@ class Job:
     """When it last began to run."""
     attempts: int = 0
     """How often it began to run, in earlier processes too."""
+    device_id: str = ""
+    """Of the device that runs it, or ran it last; empty before."""
     attached: int = 0
     """Callers that hold on to it."""
     done_steps: int = 0
@@ -73,6 +75,12 @@ class Job:
         self.started_at = self.started = None
         self.done_steps = self.pixel_steps_done = self.position = 0
         self.log.begin_anew(event)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says of it: which job, whose, and on which device once it ran."""
+        fields = {"job_id": self.id, "caller": self.owner}
+        return fields | {"device": self.device_id} if self.device_id else fields
 
     def stop_expiry(self) -> None:
         """It need not be ended for having waited too long any more."""
