@@ -372,7 +372,7 @@ class ServerSettings(BaseSettings):
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")
         for model_id, folder in self.model_folder.items():
-            if not folder.is_dir():
+            if not in_ray and not folder.is_dir():
                 raise ValueError(f"--model-folder {model_id}={folder}: not a folder")
         for source, target in self.alias.items():
             if target in self.alias:

@@ -295,7 +295,7 @@ export class BaseClient {
     return (await this.#ask(control, (call) => this.#models.listModels({}, call))).models;
   }
 
-  /** Version, device, numerics profiles, limits and queue of the server. */
+  /** Version, devices, numerics profiles, limits and queue of the server. */
   async serverInfo(control: CallControl = {}): Promise<GetServerInfoResponse> {
     return this.#ask(control, (call) => this.#models.getServerInfo({}, call));
   }

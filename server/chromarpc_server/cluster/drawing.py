@@ -50,7 +50,7 @@ class Drawing:
         """
         try:
             await asyncio.gather(*self._encodings)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - only what it means is changed
             raise translate_memory_error(error) or error from None
 
     async def give_up(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from chromarpc_server.cluster.wire import FileOf, NotOurs, decode, encode
@@ -97,10 +98,8 @@ class Link:
     async def close(self) -> None:
         """Ends the connection once what was sent has left."""
         self._writer.close()
-        try:
+        with suppress(OSError):
             await self._writer.wait_closed()
-        except OSError:
-            pass
 
     async def _read(self, size: int) -> bytes:
         if size <= _READ_BYTES:

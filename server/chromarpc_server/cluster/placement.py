@@ -1,4 +1,4 @@
-"""Where actors are placed: the process that talks to Ray, as the event loop sees it. It is started again when it ends."""
+"""Where actors are placed: the process that talks to Ray, as the event loop sees it; started anew when it ends."""
 
 from __future__ import annotations
 

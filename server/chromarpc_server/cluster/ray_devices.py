@@ -19,7 +19,7 @@ from chromarpc_server.cluster.placement import RayPlacement
 from chromarpc_server.cluster.ray_device import OtherWeights, RayDevice, Revisions
 from chromarpc_server.cluster.versions import differences, own_versions
 from chromarpc_server.domain.errors import ChromaError, DeviceLost
-from chromarpc_server.runtime.device import Device
+from chromarpc_server.runtime.device import Device, DeviceWithdrawn
 from chromarpc_server.runtime.running_time import RunningTime
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class ClusterSettings:
 
     size: ClusterSize
     hosts: HostSettings
+    profiles: tuple[str, ...] = ()
+    """Numerics profiles that may be asked for."""
     bind: str | None = None
     """Where actors reach this server; by default this machine's address as Ray knows it."""
     port: int = 0
@@ -87,6 +89,8 @@ class RayDevices:
         """Hosts that were refused, until when."""
         self._join: Callable[[Device], None] = lambda _: None
         self._jobs: Callable[[], int] = lambda: 0
+        self._on_missing: Callable[[], None] = lambda: None
+        self._was_missing = ""
         self._why = "the Ray cluster is being joined"
         """Why there is no device, where there is none."""
         self._failures = 0
@@ -96,9 +100,19 @@ class RayDevices:
         self._failed_to_listen: OSError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def follow(self, jobs: Callable[[], int]) -> None:
-        """`jobs`: how many wait and run; asked every second, where the number of devices follows it."""
-        self._jobs = jobs
+    def follow(self, jobs: Callable[[], int], on_missing: Callable[[], None]) -> None:
+        """Lets the number of devices follow the queue.
+
+        Args:
+            jobs: how many wait and run; asked every second.
+            on_missing: called when `missing` has another answer than before.
+        """
+        self._jobs, self._on_missing = jobs, on_missing
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Those that a GPU can compute; what each can do is known once it is there."""
+        return self._settings.profiles
 
     async def open(self, join: Callable[[Device], None]) -> None:
         """Joins the cluster; gives every device to `join` as soon as it is there, also after this returned.
@@ -197,6 +211,9 @@ class RayDevices:
         while not self._is_closed:
             await asyncio.sleep(LOOK_EVERY_S)
             self._look()
+            was_missing, self._was_missing = self._was_missing, self.missing()
+            if self._was_missing != was_missing:
+                self._on_missing()
 
     def _look(self) -> None:
         if self._is_closed or not self._placement.is_answering or not self._port.is_open:
@@ -222,7 +239,7 @@ class RayDevices:
             if len(self._slots) <= wanted or device is None or not slot.is_joined or device.is_busy:
                 continue
             if now - device.idle_since >= self._settings.idle_s:
-                device.retire(DeviceLost(f"{device.host} was given back after {self._settings.idle_s:g} s"))
+                device.retire(DeviceWithdrawn(f"{device.host} was given back after {self._settings.idle_s:g} s"))
 
     def _wanted(self) -> int:
         cluster = self._placement.cluster

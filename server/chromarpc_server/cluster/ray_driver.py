@@ -1,9 +1,9 @@
 """The one process that Ray runs in on the server's side: it asks Ray for actors, and says when one ended.
 
 A process of its own, because Ray takes over whatever it is loaded into: it replaces signal handlers, and ends the
-process when the cluster's head is gone for long. This one may be ended and started again at any time; its actors end
-with it. It is told what to do on standard input and answers on standard output, a line of JSON each; nothing of a
-request ever comes here.
+process when the cluster's head is gone for long. This one may be ended and started again at any time; its actors
+end with it. It is told what to do on standard input and answers on standard output, in lines of JSON. Nothing of
+a request ever comes here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import socket
 import sys
 import threading
@@ -29,6 +30,7 @@ OWN_STORE_BYTES = 80 * 1024**2
 """Ray's object store, which holds nothing of ours, in a cluster of our own; the least that Ray takes."""
 _LEAVE_S = 5.0
 CONNECT_S = 3.0
+_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 @dataclass
@@ -179,11 +181,7 @@ def _first_line(error: BaseException) -> str:
 def _why(error: BaseException) -> str:
     """Why an actor ended: what Python said there, if it did; Ray's traceback ends with it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [
-        line
-        for line in lines
-        if line.partition(":")[0].endswith(("Error", "Exception")) and " " not in line.partition(":")[0]
-    ]
+    raised = [line for line in lines if _ERROR.match(line)]
     return (raised[-1] if raised else lines[0] if lines else type(error).__name__)[:500]
 
 

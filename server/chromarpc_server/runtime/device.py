@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.devices import DeviceDescription, DeviceState
-from chromarpc_server.domain.errors import DeviceError
+from chromarpc_server.domain.errors import DeviceError, DeviceLost
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.model_cache import CacheCounters, CacheSnapshot
 from chromarpc_server.runtime.work import Emit, Work, WorkDone
+
+
+class DeviceWithdrawn(DeviceLost):
+    """A device leaves in good order: it was given back, or is asked to end."""
 
 
 class Device(Protocol):
@@ -74,6 +78,34 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Lets it end once it has done what it was given."""
+        ...
+
+
+class DeviceSource(Protocol):
+    """Where a server's devices come from. Lives on the event loop."""
+
+    waits_for_more: bool
+    """Whether more may join later, so that a server that has none for the moment is not done for."""
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Numerics profiles that one of its devices can compute, as far as that is known."""
+        ...
+
+    async def open(self, join: Callable[[Device], None]) -> None:
+        """Opens the devices of the start, and gives each to `join`; later ones too, where there may be any.
+
+        Raises:
+            ChromaError: one cannot be used, or there is none and none will come.
+        """
+        ...
+
+    def missing(self) -> str:
+        """Why there is no device now, in one sentence; empty where there need be none until a job comes."""
+        ...
+
+    def close(self) -> None:
+        """Lets no more devices join; those that did are closed by whoever has them."""
         ...
 
 
