@@ -275,9 +275,10 @@ class RayDevices:
         elif greeting.host in self._barred:
             self._hold(slot, link, self._barred[greeting.host])
         else:
-            self._start(self._open_device(slot, greeting.host, link))
+            self._start(self._open_device(slot, greeting, link))
 
-    async def _open_device(self, slot: _Slot, host: str, link: Link) -> None:
+    async def _open_device(self, slot: _Slot, greeting: Greeting, link: Link) -> None:
+        host = greeting.host
         device = RayDevice(
             f"ray:{slot.number}",
             host,
@@ -301,7 +302,13 @@ class RayDevices:
         self._failures = 0
         log.info(
             "device.opened",
-            extra={"device": description.id, "device_name": description.name, "host": description.host},
+            extra={
+                "device": description.id,
+                "device_name": description.name,
+                "host": host,
+                "peer": link.peer,
+                "pid": greeting.pid,
+            },
         )
         slot.is_joined = True
         self._join(device)

@@ -47,6 +47,8 @@ _ERRORS: dict[str, type[errors.ChromaError]] = {
     for found in _classes(errors, lambda one: issubclass(one, errors.ChromaError))
     if issubclass(found, errors.ChromaError)
 }
+_NAMES: dict[type, tuple[str, ...]] = {}
+"""Their fields, in order."""
 _VALUES["QuotaViolation"] = errors.QuotaViolation
 _VALUES["FieldViolation"] = errors.FieldViolation
 
@@ -54,6 +56,10 @@ _VALUES["FieldViolation"] = errors.FieldViolation
 def register(*kinds: type) -> None:
     """Lets frozen dataclasses of this package cross too."""
     _VALUES.update({kind.__name__: kind for kind in kinds})
+    _NAMES.update({kind: tuple(field.name for field in fields(kind)) for kind in kinds})
+
+
+register(*_VALUES.values())
 
 
 def encode(value: object) -> tuple[bytes, list[bytes]]:
@@ -99,9 +105,10 @@ def _plain(value: Any, blobs: list[bytes]) -> Any:
             parts = (value.message, value.violations, value.metadata, value.retry_after_s, value.quota)
             return {"error": type(value).__name__, "of": [_plain(part, blobs) for part in parts]}
     name = type(value).__name__
-    if _VALUES.get(name) is not type(value):
+    kind = _VALUES.get(name)
+    if kind is None or not isinstance(value, kind):
         raise TypeError(f"{name} does not cross")
-    return {"value": name, "of": [_plain(getattr(value, field.name), blobs) for field in fields(value)]}
+    return {"value": name, "of": [_plain(getattr(value, name), blobs) for name in _NAMES[kind]]}
 
 
 def _value(plain: Any, blobs: Sequence[bytes], file_of: FileOf | None) -> Any:
