@@ -55,16 +55,12 @@ class RayServer(ServerProcess):
     def pid(self, device: str) -> int:
         return int(self.opened()[device]["pid"])
 
-    def peer(self, device: str) -> str:
-        """The address of the device's host."""
-        return self.opened()[device]["peer"]
-
     def await_devices(self, count: int, limit_s: float = 90.0) -> None:
         """Returns once so many work."""
-        until(lambda: len(self.devices()) == count, f"{count} devices: {self.log}", limit_s)
+        until(lambda: len(self.devices()) == count, f"{count} devices", limit_s, told=lambda: self.log)
 
     def await_health(self, *, serving: bool, limit_s: float = 90.0) -> None:
-        until(lambda: self.client.health() is serving, f"serving={serving}: {self.log}", limit_s)
+        until(lambda: (self.client.health() is chromarpc.HealthStatus.SERVING) is serving, f"serving={serving}", limit_s, told=lambda: self.log)
 
     def close(self) -> None:
         self.client.close()
