@@ -66,7 +66,8 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
         sequences = [event.sequence for event in events]
         assert sequences == sorted(set(sequences))
         (restarted,) = (event for event in events if isinstance(event, chromarpc.Restarted))
-        assert restarted.attempt == 2
+        assert (restarted.attempt, restarted.bits_may_differ) == (2, False)
+        assert restarted.moved_from in ("cpu:0", "cpu:1")
         before = [event for event in events if event.sequence < restarted.sequence]
         assert any(isinstance(event, chromarpc.Step) for event in before)
         (image,) = (event for event in events if isinstance(event, chromarpc.ImageReady))

@@ -216,6 +216,10 @@ class Backlog:
         self._queue.put_back(scheduled)
         self._hand_over(job)
 
+    def offer(self, job: Job) -> None:
+        """More devices may run a job that waits: a free one gets it at once."""
+        self._hand_over(job)
+
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
         if not isinstance(job, Job) or job.log.sealed:

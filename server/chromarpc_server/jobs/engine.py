@@ -23,7 +23,7 @@ from chromarpc_server.jobs.attempt import AttemptRecorder
 from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
-from chromarpc_server.jobs.dispatcher import Dispatcher
+from chromarpc_server.jobs.dispatcher import Dispatcher, Left
 from chromarpc_server.jobs.encoding import ImageEncoder
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.fleet import Fleet, Preload
@@ -152,7 +152,7 @@ class Engine:
         self._encoder = ImageEncoder()
         recorder = AttemptRecorder(store, self._completion, self._tasks, self._encoder, estimates, observers)
 
-        def dispatcher_of(device: Device, on_lost: Callable[[Dispatcher, DeviceError], bool]) -> Dispatcher:
+        def dispatcher_of(device: Device, on_lost: Callable[[Dispatcher, DeviceError], Left]) -> Dispatcher:
             return Dispatcher(
                 device,
                 self._backlog,
