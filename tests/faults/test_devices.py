@@ -48,7 +48,6 @@ def test_two_devices_run_two_jobs_at_once(tiny_checkpoint: Path, tmp_path: Path)
         until_step(second, 2)  # it began although the first one goes on
         third = client.create_job("c", **SMALL).job_id
         assert client.get_job(third).queue_position == 1
-        assert [device.id for device in client.get_server_info().devices] == ["cpu:0", "cpu:1"]
         first.close()
         assert isinstance(list(client.watch_job(third))[-1], chromarpc.Completed)  # while the second one goes on
         until_step(second, 3)
@@ -71,7 +70,7 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
         before = [event for event in events if event.sequence < restarted.sequence]
         assert any(isinstance(event, chromarpc.Step) for event in before)
         (image,) = (event for event in events if isinstance(event, chromarpc.ImageReady))
-        assert image.sha256 == undisturbed
+        assert image.image.sha256 == undisturbed
         assert client.get_job(events[0].job_id).attempt_count == 2
         assert client.health()  # readiness stays
         assert "device.out" in server.log
@@ -82,16 +81,14 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
 def test_the_process_ends_once_every_device_is_lost_and_keeps_its_jobs(
     faulty: Start, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with (
-        faulty("device_lost", "--job-attempts", "3", times=2) as server,
-        chromarpc.Client(server.target) as client,
-    ):
+    three = ("--job-attempts", "3")
+    with faulty("device_lost", *three, times=2) as server, chromarpc.Client(server.target) as client:
         running = client.create_job("a", **SMALL).job_id
         with pytest.raises(chromarpc.StatusError) as told:
             list(client.watch_job(running))
         assert told.value.reason == "DEVICE_LOST"
         assert server.wait() == 70
-    with server_process(tiny_checkpoint, tmp_path) as server, chromarpc.Client(server.target) as client:
+    with server_process(tiny_checkpoint, tmp_path, *three) as server, chromarpc.Client(server.target) as client:
         assert isinstance(list(client.watch_job(running))[-1], chromarpc.Completed)
         assert client.get_job(running).attempt_count == 3
 

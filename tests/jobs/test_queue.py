@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.queue import MAX_OVERTAKEN, JobQueue, ScheduledJob
 from chromarpc_server.runtime.cancellation import Cancellation
-from chromarpc_server.runtime.model_cache import SetKey
+from tests.jobs.takers import StubTaker
 
 FILES: Any = None
 
@@ -35,16 +34,14 @@ def _waiting(owner: str, model: str = "m") -> ScheduledJob:
     return ScheduledJob(Job(plan, (), Cancellation(), owner=owner), FILES, FoundAdapters(()))
 
 
-def _nothing(_: SetKey) -> bool:
-    return False
-
-
-def _holds(model: str) -> Callable[[SetKey], bool]:
-    return lambda key: key.model_id == model
+def _taken(queue: JobQueue, taker: StubTaker | None = None) -> ScheduledJob:
+    scheduled = queue.take(taker or StubTaker())
+    assert scheduled is not None
+    return scheduled
 
 
 def _drain(queue: JobQueue) -> list[ScheduledJob]:
-    return [queue.take(_nothing) for _ in range(len(queue))]
+    return [_taken(queue) for _ in range(len(queue))]
 
 
 def test_a_caller_with_many_jobs_does_not_keep_another_waiting() -> None:
@@ -62,7 +59,7 @@ def test_a_caller_that_comes_back_waits_for_its_turn() -> None:
     one, two, three = _waiting("a"), _waiting("b"), _waiting("b")
     for waiting in (one, two, three):
         queue.add(waiting)
-    assert queue.take(_nothing) is one
+    assert _taken(queue) is one
     again = _waiting("a")
     queue.add(again)
     assert _drain(queue) == [two, again, three]
@@ -86,7 +83,7 @@ def test_residents_go_first_but_not_for_ever() -> None:
     taken = []
     for _ in range(MAX_OVERTAKEN + 1):
         queue.add(_waiting("b", "warm"))
-        taken.append(queue.take(_holds("warm")))
+        taken.append(_taken(queue, StubTaker(resident={"warm"})))
     assert [waiting.job.plan.model for waiting in taken] == ["warm"] * MAX_OVERTAKEN + ["cold"]
 
 
