@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Protocol
 
 from chromarpc_server.adapters.sources import FoundAdapters
@@ -21,6 +21,9 @@ from chromarpc_server.runtime.model_cache import SetKey
 
 MAX_OVERTAKEN = 4
 """How many jobs may run before one whose turn it is because their weights are resident."""
+
+LOOK_AHEAD = 64
+"""Among how many jobs one is looked for whose weights are resident."""
 
 
 class Taker(Protocol):
@@ -77,9 +80,10 @@ class _Lane:
 class JobQueue:
     """Lives on the event loop; bounded by whoever adds to it."""
 
-    def __init__(self, max_overtaken: int = MAX_OVERTAKEN) -> None:
-        """`max_overtaken`: how many jobs may go before one because their weights are resident."""
+    def __init__(self, max_overtaken: int = MAX_OVERTAKEN, look_ahead: int = LOOK_AHEAD) -> None:
+        """See `MAX_OVERTAKEN` and `LOOK_AHEAD`."""
         self._max_overtaken = max_overtaken
+        self._look_ahead = look_ahead
         self._lanes: dict[str, _Lane] = {}
         """By caller; nobody in it is without a job."""
         self._turns = count(1)
@@ -132,7 +136,8 @@ class JobQueue:
 
     def _choose(self, taker: Taker, may_go: Callable[[ScheduledJob], bool]) -> ScheduledJob | None:
         passed: list[ScheduledJob] = []
-        for scheduled in filter(may_go, self._in_turn(taker.can_compute)):
+        order = filter(may_go, self._in_turn(taker.can_compute))
+        for scheduled in islice(order, self._look_ahead):
             if taker.is_resident(scheduled.job.set_key):
                 for other in passed:
                     other.job.overtaken += 1
