@@ -35,6 +35,8 @@ class Attempt:
     """What it runs with, once that is known."""
     encoding_s: float = 0.0
     images: int = 0
+    is_over: bool = False
+    """Whether its device was lost, so that nothing counts that it still reports."""
     unstored: StoreError | None = None
     """Why one of its images could not be stored."""
 
@@ -71,6 +73,8 @@ class AttemptRecorder:
     def take(self, attempt: Attempt, report: Report) -> None:
         """The device has something to report."""
         job = attempt.job
+        if attempt.is_over:
+            return
         match report:
             case RenderedImage() | RenderedPreview():
                 task = self._tasks.start(self._encode(attempt, report))
@@ -140,18 +144,22 @@ class AttemptRecorder:
         started = time.monotonic()
         try:
             if isinstance(report, RenderedPreview):
-                job.log.append(await self._encoder.preview(report))
+                preview = await self._encoder.preview(report)
+                if not attempt.is_over:
+                    job.log.append(preview)
                 return
             header, data = await self._encoder.image(
                 report, job.plan.output, _record(attempt, report.prompt_index)
             )
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            if attempt.is_over:
+                return
             failure: ChromaError = translate_memory_error(error) or unforeseen(job, error)
             job.cancellation.cancel(failure)
             self._completion.end_early(job, failure)
             return
         attempt.encoding_s += time.monotonic() - started
-        if job.log.sealed:
+        if job.log.sealed or attempt.is_over:
             return
         attempt.images += 1
         job.log.append(header)

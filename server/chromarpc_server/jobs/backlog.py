@@ -80,6 +80,11 @@ class Backlog:
         return len(self._queue) + len(self._fetching)
 
     @property
+    def waiting(self) -> tuple[ScheduledJob, ...]:
+        """Those that wait for a device, in the order in which they will run."""
+        return tuple(self._queue)
+
+    @property
     def running_jobs(self) -> int:
         """How many run; may be asked from any thread."""
         return len(self._running)
@@ -213,6 +218,10 @@ class Backlog:
         job.position = job.done_steps = job.pixel_steps_done = 0
         job.started = job.started_at = None
         self._queue.put_back(scheduled)
+        self._arrived(scheduled)
+
+    def offer(self, scheduled: ScheduledJob) -> None:
+        """More devices may run a job that waits: a free one gets it at once."""
         self._arrived(scheduled)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
