@@ -222,7 +222,7 @@ class Backlog:
 
     def offer(self, scheduled: ScheduledJob) -> None:
         """More devices may run a job that waits: a free one gets it at once."""
-        self._arrived(scheduled)
+        self._hand_over(scheduled.job)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -299,9 +299,12 @@ class Backlog:
         self._arrived(scheduled)
 
     def _arrived(self, scheduled: ScheduledJob) -> None:
-        """A job has come to wait. The best of the free devices that can compute it gets it at once."""
+        """A job has come to wait."""
         self._positions.changed(scheduled)
-        job = scheduled.job
+        self._hand_over(scheduled.job)
+
+    def _hand_over(self, job: Job) -> None:
+        """The best of the free devices that can compute a job that waits gets it at once."""
         able = [taker for taker, handed in self._free.items() if not handed.done() and taker.can_compute(job)]
         if able:
             key = job.set_key

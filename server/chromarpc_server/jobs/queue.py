@@ -40,7 +40,7 @@ class Taker(Protocol):
         ...
 
     def can_compute(self, job: Job) -> bool:
-        """Whether it can compute the job; always the same for a model and a profile."""
+        """Whether it can compute the job; the same for all jobs of a model and profile that may run anywhere."""
         ...
 
     def is_resident(self, key: SetKey) -> bool:
