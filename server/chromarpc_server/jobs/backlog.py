@@ -216,9 +216,9 @@ class Backlog:
         self._queue.put_back(scheduled)
         self._arrived(scheduled)
 
-    def offer(self, job: Job) -> None:
+    def offer(self, scheduled: ScheduledJob) -> None:
         """More devices may run a job that waits: a free one gets it at once."""
-        self._hand_over(job)
+        self._arrived(scheduled)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""

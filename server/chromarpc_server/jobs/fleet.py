@@ -186,7 +186,7 @@ class Fleet:
                 job.stays_on = ""
                 moved_from = lost.device.description.id
                 job.log.append(Restarted(job.attempts + 1, moved_from, bits_may_differ=True))
-                self._backlog.offer(job)
+                self._backlog.offer(scheduled)
             if not left.more_may_come and not any(other.can_compute(job) for other in left.devices):
                 self._backlog.cancel(job, no_device_for(job))
 
