@@ -137,10 +137,10 @@ class AttemptRecorder:
         started = time.monotonic()
         try:
             if isinstance(report, RenderedPreview):
-                job.log.append(await self._encoder.preview(report))
+                job.log.append(await self._encoder.preview(job.id, report))
                 return
             header, data = await self._encoder.image(
-                report, job.plan.output, _record(attempt, report.prompt_index)
+                job.id, report, job.plan.output, _record(attempt, report.prompt_index)
             )
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             failure: ChromaError = translate_memory_error(error) or unforeseen(job, error)

@@ -1,6 +1,6 @@
 """The engine: the parts of a job's life, put together for one device.
 
-Lives on the event loop. The device thread, the image encoder and the store are executors of one thread each;
+Lives on the event loop. Device thread, image encoder and store are executors with threads of their own;
 nothing here waits for them without yielding.
 """
 

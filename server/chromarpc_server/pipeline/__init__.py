@@ -10,6 +10,8 @@ from chromarpc_server.pipeline.checkpoint import Checkpoint
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
+    compute_with,
+    cpu_threads,
     describe_device,
     library_versions,
     peak_memory_bytes,
@@ -22,7 +24,7 @@ from chromarpc_server.pipeline.device import (
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
-from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
+from chromarpc_server.pipeline.memory_errors import forget_frames, lacks_host_memory, translate_memory_error
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
@@ -53,10 +55,13 @@ __all__ = [
     "TokenizedPrompt",
     "Transformer",
     "choose_device",
+    "compute_with",
+    "cpu_threads",
     "describe_device",
     "finished_steps",
     "forget_frames",
     "import_ahead",
+    "lacks_host_memory",
     "library_versions",
     "lies_beside",
     "peak_memory_bytes",

@@ -136,6 +136,21 @@ def select_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def cpu_threads() -> int:
+    """How many threads a CPU computes with for the calling thread."""
+    return torch.get_num_threads()
+
+
+def compute_with(threads: int) -> None:
+    """Has a CPU compute with so many threads for the calling thread.
+
+    A thread that says nothing takes over what another one has at the moment when it first computes, which may be
+    a number that holds for a while only.
+    """
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """The same for a while, for code that does not know which thread it runs on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
@@ -27,6 +27,7 @@ from chromarpc_server.pipeline.fallbacks import unusable
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.memory import pin
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
@@ -287,6 +288,26 @@ def read_all(
     return {name: tensor for file in files for name, tensor in reading.read(file)}
 
 
+class UnfusedAttention(TorchFunctionMode):
+    """Attention inside is computed as a chain of operations, whichever kernel torch would choose.
+
+    Calls what `sdpa_kernel(SDPBackend.MATH)` has torch call, but leaves alone which kernels the process allows:
+    that is one setting for all threads, and this mode belongs to the thread.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Every call into torch comes by here."""
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _reference_attention(device: torch.device) -> Iterator[None]:
     """The attention that the reference's embeddings come from: unfused, its float32 products in TF32 on a GPU.
@@ -294,17 +315,8 @@ def _reference_attention(device: torch.device) -> Iterator[None]:
     transformers 5.17 hands the position bias over in a layout that no fused kernel takes; later versions do
     not, so the choice is made here.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        if device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "tf32"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+    with UnfusedAttention(), float32_products(device, "tf32"):
+        yield
 
 
 class RecordedEncoder:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
-from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer, UnfusedAttention
 from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
 from chromarpc_server.pipeline.weights.quantizers import (
@@ -50,7 +49,7 @@ def encode_as_trainer(model: T5EncoderModel, ids: Tensor, settings: TrainerSetti
     transformers 5.5, which the trainer has, computes attention by hand; on a GPU the vectors were recorded with
     5.17, whose position bias no fused kernel takes. Later versions choose otherwise, so the choice is made here.
     """
-    attention = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cuda" else nullcontext()
+    attention = UnfusedAttention() if model.device.type == "cuda" else nullcontext()
     with attention, trainer_arithmetic(model.device, settings):
         embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds
