@@ -10,9 +10,11 @@ from chromarpc_server.pipeline.checkpoint import Checkpoint
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
+    choose_devices,
     compute_with,
     cpu_threads,
     describe_device,
+    idle_gpus,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -29,7 +31,7 @@ from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTra
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
-from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
+from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
@@ -38,6 +40,7 @@ from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 __all__ = [
     "PROFILES",
     "SILENT",
+    "TRAINER_CHOICES",
     "Adapter",
     "AdapterSet",
     "Check",
@@ -55,11 +58,13 @@ __all__ = [
     "TokenizedPrompt",
     "Transformer",
     "choose_device",
+    "choose_devices",
     "compute_with",
     "cpu_threads",
     "describe_device",
     "finished_steps",
     "forget_frames",
+    "idle_gpus",
     "import_ahead",
     "lacks_host_memory",
     "library_versions",
