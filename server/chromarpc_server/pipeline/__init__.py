@@ -36,6 +36,7 @@ from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadP
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 __all__ = [
     "PROFILES",
@@ -57,6 +58,7 @@ __all__ = [
     "SwitchReport",
     "TokenizedPrompt",
     "Transformer",
+    "WeightFiles",
     "choose_device",
     "choose_devices",
     "compute_with",

@@ -160,11 +160,11 @@ def describe_device(choice: DeviceChoice) -> DeviceDescription:
     """Name and memory of the device."""
     device = choice.device
     dtype = str(choice.dtype).removeprefix("torch.")
+    name = model_name(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        name, memory = _processor_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceDescription(
         choice.name,
         name,
@@ -173,6 +173,11 @@ def describe_device(choice: DeviceChoice) -> DeviceDescription:
         profiles=choice.profiles,
         second="" if choice.second is None else str(choice.second),
     )
+
+
+def model_name(device: torch.device) -> str:
+    """Of a GPU or the processor. Devices of one model compute the same bits."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else _processor_name()
 
 
 def _processor_name() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chromarpc_server.domain.limits import Budgets
+from chromarpc_server.pipeline import WeightFiles
 from chromarpc_server.runtime.adapter_cache import AdapterCache
 
 
@@ -14,8 +15,10 @@ class HostShare:
 
     adapters: AdapterCache
     """Parsed files, within one budget."""
+    weights: WeightFiles
+    """Checkpoints' files, and what of them lies in the host's memory: as long as a device holds the checkpoint."""
 
     @classmethod
     def within(cls, budgets: Budgets) -> HostShare:
         """An empty one."""
-        return cls(AdapterCache(budgets.adapter_bytes))
+        return cls(AdapterCache(budgets.adapter_bytes), WeightFiles())

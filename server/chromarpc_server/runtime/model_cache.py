@@ -173,6 +173,7 @@ class ModelCache:
             dtype=self._device.dtype,
             memory=self._budgets.memory,
             context=context,
+            weights=self._share.weights,
         )
         self._checkpoints[model_id] = loaded
         seconds = round(time.monotonic() - began, 2)
@@ -326,6 +327,7 @@ class ModelCache:
         self._counters = replace(self._counters, evictions=self._counters.evictions + evicted)
 
     def _evict_checkpoint(self) -> None:
+        synchronize(self._device.device)  # copies may be on their way out of what the host has for it
         _, evicted = self._checkpoints.popitem(last=False)
         before = len(self._slots)
         self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -34,13 +34,13 @@ def read_master(
     """
     if plan is not None and plan.master == "device":
         return _onto_device(reading, file, device)
-    if plan is None or plan.master != "host":
+    if plan is None:
         return _mapped(reading, file)
     made = False
 
-    def make() -> Mapping[str, Tensor]:
+    def make(note_progress: Callable[[], None]) -> Mapping[str, Tensor]:
         nonlocal made
-        made = True
+        made, reading.note_progress = True, note_progress
         return _mapped(reading, file)[0]
 
     master = files.pinned(("master", file.identity), device, make, reading.check)
