@@ -1,6 +1,6 @@
 """The engine: the parts of a job's life, put together.
 
-Lives on the event loop. A device's thread, the image encoder and the store are executors of one thread each;
+Lives on the event loop. Device threads, image encoder and store are executors with threads of their own;
 nothing here waits for them without yielding.
 """
 

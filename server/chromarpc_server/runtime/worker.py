@@ -31,6 +31,7 @@ from chromarpc_server.pipeline import (
     PromptEmbedding,
     finished_steps,
     forget_frames,
+    lacks_host_memory,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -136,7 +137,7 @@ class DeviceWorker:
         if out_of_memory is not None:
             forget_frames(error)
             try:
-                self._cache.clear()
+                self._cache.clear(host=lacks_host_memory(error))
             except Exception:  # the probe finds out whether the device still works
                 log.exception("memory.not_freed", extra=fields)
         self._watchdog.other("probing the device")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -42,7 +42,7 @@ def kernels_fallback(device: torch.device) -> DeviceFallback | None:
     return _form(device).fallback
 
 
-@lru_cache(maxsize=8)
+@cache
 def _form(device: torch.device) -> _Form:
     if device.type != "cuda":
         return _Form(plain)
