@@ -125,6 +125,8 @@ class Prepared:
     device: str
     weights: WeightsReport
     warnings: tuple[PlanWarning, ...]
+    second_device: str = ""
+    """Of a pair of devices: the id of the one that makes the unconditional passes."""
 
 
 @dataclass(frozen=True)

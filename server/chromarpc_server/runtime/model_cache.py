@@ -159,6 +159,7 @@ class ModelCache:
             files,
             device=self._device.device,
             dtype=self._device.dtype,
+            second=self._device.second,
             memory=self._budgets.memory,
             context=context,
         )
@@ -232,7 +233,8 @@ class ModelCache:
 
     def clear(self) -> None:
         """Drops everything; the next job loads anew."""
-        synchronize(self._device.device)  # copies may be on their way out of what is dropped
+        for card in self._device.cards:
+            synchronize(card)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
         self._adapters.clear()

@@ -21,6 +21,7 @@ def prepared_event(
     model_revision: str,
     versions: Mapping[str, str],
     device: str,
+    second_device: str = "",
     weights: WeightsReport,
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
@@ -29,6 +30,7 @@ def prepared_event(
 
     Args:
         negative: the negative prompts, where the profile honours them.
+        second_device: of a pair, the card that makes the unconditional passes.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
     """
@@ -51,6 +53,7 @@ def prepared_event(
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
         device=device,
+        second_device=second_device,
         weights=weights,
         warnings=(
             *_prompt_warnings(tokenized, "prompt"),
