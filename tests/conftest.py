@@ -59,7 +59,8 @@ def start_server(**settings: Any) -> RunningServer:
     holder: dict[str, Any] = {}
 
     async def serve() -> None:
-        app = App(ServerSettings(port=0, device="cpu", **settings))
+        where = {} if "devices" in settings else {"device": "cpu"}
+        app = App(ServerSettings(port=0, **where, **settings))
         started = asyncio.get_running_loop().create_future()
         holder.update(app=app, loop=asyncio.get_running_loop())
         serving = asyncio.create_task(app.run(started))

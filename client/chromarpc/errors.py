@@ -38,8 +38,8 @@ ChromarpcError
 │   ├── AccessDenied             UNAUTHENTICATED, PERMISSION_DENIED     no token, or not the right one
 │   └── ServerError              INTERNAL, UNKNOWN and all other codes  an error id, if any, is in `metadata`
 │       ├── AttemptsExhausted    ATTEMPTS_EXHAUSTED                     stopped each time it ran the job
-│       ├── DeviceHung           DEVICE_HUNG                            the device does not answer; it restarts
-│       ├── DeviceLost           DEVICE_LOST                            the device is gone; it restarts
+│       ├── DeviceHung           DEVICE_HUNG                            its last device does not answer
+│       ├── DeviceLost           DEVICE_LOST                            its last device is gone
 │       └── DataLoss             DATA_LOSS                              what was stored is damaged
 │           ├── ImageDamaged     IMAGE_DAMAGED                          `redraw_job` draws it again
 │           ├── JobDamaged       JOB_DAMAGED                            this job's record cannot be read
@@ -263,11 +263,11 @@ class AttemptsExhausted(ServerError):
 
 
 class DeviceHung(ServerError):
-    """The server's device does not answer; the server restarts."""
+    """The server's last device does not answer; the server restarts."""
 
 
 class DeviceLost(ServerError):
-    """The server's device cannot be used any more; the server restarts."""
+    """The server's last device cannot be used any more; the server restarts."""
 
 
 class DataLoss(ServerError):

@@ -241,9 +241,14 @@ class Prepared(_Event):
     versions: Mapping[str, str]
     """Of everything that the numbers depend on: `torch`, `diffusers`, `transformers`, `chromarpc`."""
     device: str
+    """Name of the device that computes: the model of the GPU or CPU."""
     weights: WeightsReport
     warnings: tuple[JobWarning, ...]
     """Those that needed files or the tokenizer, such as `PROMPT_TRUNCATED`."""
+    device_id: str = ""
+    """Id of the device, as `server_info` lists it; of a pair, the pair's; empty from an older server."""
+    second_device: str = ""
+    """The card that computes the unconditional pass, such as `cuda:1`, where guidance is computed on two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +312,14 @@ class Heartbeat(_Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Restarted(_Event):
-    """The server was stopped while the job ran, and runs it again: steps count from 1, images come again."""
+    """The server was stopped, or the job's device lost: the job runs again from step 1, and images come again."""
 
     attempt: int
     """The one that is to come, from 1."""
+    moved_from: str = ""
+    """Id of the device that was lost or hung; empty where the server itself was restarted."""
+    bits_may_differ: bool = False
+    """Whether the job goes on on a device of another model, so that images may differ by roundings."""
 
 
 Event: TypeAlias = (

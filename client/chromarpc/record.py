@@ -43,6 +43,8 @@ def run_record(image: GeneratedImage) -> dict[str, object]:
             "versions": dict(prepared.versions),
             "device": prepared.device,
         }
+        if prepared.second_device:
+            record["guidance_on_two_devices"] = True
     if image.warnings:
         record["warnings"] = [{"code": w.code, "field": w.field, "message": w.message} for w in image.warnings]
     return record

@@ -123,7 +123,7 @@ class StreamReader:
             case "restarted":
                 self._prepared, self._images_read = None, 0
                 self._forget_image()
-                return events.Restarted(sequence=sequence, time=time, attempt=message.restarted.attempt)
+                return _restarted(sequence, time, message.restarted)
         return None
 
     def finish(self) -> None:
@@ -342,6 +342,8 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
         token_counts=tuple(events.TokenCount(used=t.used, cut=t.cut) for t in message.token_counts),
         versions=dict(message.versions),
         device=message.device,
+        device_id=message.device_id,
+        second_device=message.second_device,
         weights=events.WeightsReport(
             source=_WEIGHTS_SOURCES.get(message.weights.source, events.WeightsSource.UNKNOWN),
             rewritten_tensor_count=message.weights.rewritten_tensor_count,
@@ -351,6 +353,16 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
             resident_bytes=message.weights.resident_bytes,
         ),
         warnings=_warnings(message.warnings),
+    )
+
+
+def _restarted(sequence: int, time: datetime, message: job_event_pb2.Restarted) -> events.Restarted:
+    return events.Restarted(
+        sequence=sequence,
+        time=time,
+        attempt=message.attempt,
+        moved_from=message.moved_from,
+        bits_may_differ=message.bits_may_differ,
     )
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
+THREADS_END_S = 5.0
+"""How long a device's thread may take to end, once nothing is left for it to do."""
 
 _Settings = TypeVar("_Settings", bound="ServerSettings")
 
@@ -91,18 +94,26 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _leave(code: int) -> int:
-    """Ends the process at once where something failed: Python would wait for a device thread that hangs.
+    """Ends the process at once where something failed, or a device's thread hangs: Python would wait for it.
 
     Whoever asks once more for an end that has come, as with a second SIGTERM, does not change how it is told.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if code:
+    if code or _hangs():
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _hangs() -> bool:
+    """Whether a device's thread does not end, although it has nothing to do any more."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("device")]
+    for thread in threads:
+        thread.join(THREADS_END_S)
+    return any(thread.is_alive() for thread in threads)
 
 
 def _web(arguments: list[str]) -> int:

@@ -18,11 +18,12 @@ from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
+from chromarpc_server.devices import device_source, require_profile
 from chromarpc_server.disk_room import DiskRoom
-from chromarpc_server.domain.errors import ChromaError, InvalidParameter
+from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import PictureRecords, Serving
-from chromarpc_server.jobs.engine import Engine, EngineRules
+from chromarpc_server.jobs.engine import DeviceCalls, Engine, EngineRules
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.observability.audit_log import AuditLog
 from chromarpc_server.observability.metrics import Metrics
@@ -30,14 +31,11 @@ from chromarpc_server.observability.probes import StatusPort
 from chromarpc_server.observability.tracing import Tracing
 from chromarpc_server.pipeline import (
     PROFILES,
-    DeviceChoice,
-    choose_device,
     import_ahead,
     library_versions,
-    served_profiles,
 )
 from chromarpc_server.ports import require_free
-from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.device import DeviceSource
 from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
 from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.settings import ServerSettings, parse_size
@@ -72,6 +70,8 @@ class App:
         self._callers: CallersFile | None = None
         self._audit_log: AuditLog | None = None
         self._engine: Engine | None = None
+        self._listening: Listening | None = None
+        """Once requests are to be served."""
         self.metrics_port: int | None = None
         """Where metrics are served, once they are."""
 
@@ -95,9 +95,17 @@ class App:
             self._engine.hurry()
         self.stop()
 
-    def _device_lost(self) -> None:
+    def _all_lost(self) -> None:
         self._exit_code = EXIT_DEVICE_LOST
         self._stop.set()
+
+    def _set_available(self, is_available: bool) -> None:
+        """A device is there, or none is for the moment: readiness follows, once everything is preloaded."""
+        if self._listening is None or self._stop.is_set():
+            return
+        if not is_available and self._engine is not None:
+            log.error("server.no_device", extra={"reason": self._engine.missing_devices()})
+        self._listening.set_serving(is_available)
 
     async def run(self, started: asyncio.Future[int] | None = None) -> int:
         """Serves until stopped. Returns the process's exit code.
@@ -119,8 +127,9 @@ class App:
         settings = self._settings
         require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
-        choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
-        serving = self._serving(choice)
+        running_time = RunningTime()
+        devices = device_source(settings, running_time)
+        serving = self._serving(devices)
         model_files = ModelFiles(settings.model_folder)
         access = self._access()
         version = metadata.version("chromarpc")
@@ -129,9 +138,8 @@ class App:
         library, adapters = await asyncio.to_thread(self._adapters)
         retention = settings.retention()
         folder = settings.data_dir / "jobs" if settings.store == "disk" else None
-        running_time = RunningTime()
         engine = Engine(
-            DeviceThread(choice, running_time, settings.budgets(), settings.device_timeouts()),
+            devices,
             running_time,
             model_files=model_files,
             adapters=adapters,
@@ -147,7 +155,7 @@ class App:
                 restarts=settings.restarts(),
                 picture_records=settings.picture_records() is PictureRecords.WRITTEN,
             ),
-            on_device_lost=self._device_lost,
+            calls=DeviceCalls(self._all_lost, self._set_available),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         self._engine = engine
@@ -160,7 +168,7 @@ class App:
             library_versions=library_versions(),
             profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
         )
-        device = await engine.start()
+        await engine.start()
         listening: Listening | None = None
         try:
             await engine.recover(serving.models)
@@ -189,13 +197,10 @@ class App:
             if not self._stop.is_set():
                 await preloading
                 # Jobs run from here on, and not before: one that was resumed would keep the models waiting.
-                listening.set_serving(True)
+                self._listening = listening
                 engine.begin()
-                log.info(
-                    "server.serving",
-                    extra={"device": device.id, "device_name": device.name, "dtype": device.dtype},
-                )
-                await self._announce(listening, model_files)
+                self._set_available(engine.is_available)
+                await self._announce(engine, listening, model_files)
                 if started is not None:
                     started.set_result(listening.port)
                 await stopping
@@ -211,25 +216,17 @@ class App:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
 
-    def _serving(self, choice: DeviceChoice) -> Serving:
+    def _serving(self, devices: DeviceSource) -> Serving:
         """What requests may ask for.
 
         Raises:
             InvalidParameter: the default profile is not among them.
         """
         settings = self._settings
-        profiles = served_profiles(choice.device, settings.dtype)
-        if settings.profile not in profiles:
-            is_other_dtype = settings.profile in served_profiles(choice.device)
-            needs = (
-                f"computes in bfloat16, as the trainer does, and --dtype says {settings.dtype}"
-                if is_other_dtype
-                else "needs a GPU of compute capability 8.9 or more"
-            )
-            raise InvalidParameter(f"the profile {settings.profile} {needs}")
+        require_profile(settings, devices)
         return Serving(
             aliases=settings.alias,
-            profiles=profiles,
+            profiles=devices.profiles,
             default_profile=settings.profile,
             limits=settings.limits.limits(),
             picture_records=settings.picture_records(),
@@ -296,6 +293,7 @@ class App:
             metrics.registry,
             is_alive=lambda: health.is_alive,
             is_ready=lambda: health.is_ready,
+            why_not_ready=lambda: "" if engine.is_available else engine.missing_devices(),
         )
         self.metrics_port = port.port
         log.info("metrics.listening", extra={"host": self._settings.metrics_host, "port": port.port})
@@ -328,8 +326,15 @@ class App:
             except OSError:
                 log.exception("housekeeping.failed")
 
-    async def _announce(self, listening: Listening, model_files: ModelFiles) -> None:
+    async def _announce(self, engine: Engine, listening: Listening, model_files: ModelFiles) -> None:
         settings = self._settings
+        devices = [one.description for one in engine.status().devices]
+        told = {
+            "device": ",".join(device.id for device in devices),
+            "device_name": ",".join(sorted({device.name for device in devices})),
+            "dtype": ",".join(sorted({device.dtype for device in devices})),
+        }
+        log.info("server.serving", extra=told)
         print(
             f"chromarpc-server listens on {joined(settings.host, listening.port)} ({self._admits()})", flush=True
         )

@@ -160,8 +160,8 @@ class Story:
         message.completed.timings.total.FromMilliseconds(1500)
         return message
 
-    def restarted(self, attempt: int) -> JobEvent:
-        return self(restarted=job_event_pb2.Restarted(attempt=attempt))
+    def restarted(self, attempt: int, **more: Any) -> JobEvent:
+        return self(restarted=job_event_pb2.Restarted(attempt=attempt, **more))
 
     def heartbeat(self) -> JobEvent:
         return JobEvent(sequence=self.sequence, heartbeat=job_event_pb2.Heartbeat())
@@ -241,6 +241,12 @@ class FakeServer:
     ended: threading.Event = field(default_factory=threading.Event)
     """Set when a `Generate` call is over on the server's side, for whatever reason."""
     target: str = ""
+    devices: list[model_service_pb2.Device] = field(
+        default_factory=lambda: [
+            model_service_pb2.Device(id="cpu", name="a CPU", memory_bytes=2**30, dtype="float32")
+        ]
+    )
+    unavailable_because: str = ""
 
     def Generate(self, request: Request, context: Any) -> Iterator[generation_service_pb2.GenerateResponse]:  # noqa: N802
         self.requests.append(request)
@@ -265,7 +271,15 @@ class FakeServer:
                 defaults=model_service_pb2.ModelDefaults(width=1024, height=1024, sample_steps=25),
             ),
             model_service_pb2.Model(
-                id="chroma-mini", weights_present=True, resident=True, resident_bytes=16 * 2**20
+                id="chroma-mini",
+                weights_present=True,
+                resident=True,
+                resident_bytes=16 * 2**20,
+                residences=[model_service_pb2.ModelResidence(device_id=one.id) for one in self.devices],
+                resident_sets=[
+                    model_service_pb2.ResidentSet(profile="exact", size_bytes=2**20, device_id=one.id)
+                    for one in self.devices
+                ],
             ),
         ]
         return model_service_pb2.ListModelsResponse(models=models)
@@ -273,7 +287,9 @@ class FakeServer:
     def GetServerInfo(self, request: Any, context: Any) -> model_service_pb2.GetServerInfoResponse:  # noqa: N802
         return model_service_pb2.GetServerInfoResponse(
             version="1.2.3",
-            device=model_service_pb2.Device(id="cpu", name="a CPU", memory_bytes=2**30, dtype="float32"),
+            device=self.devices[0] if self.devices else None,
+            devices=self.devices,
+            unavailable_because=self.unavailable_because,
             profiles=[model_service_pb2.Profile(id="reference", description="the default")],
             default_profile="reference",
             limits=model_service_pb2.Limits(max_prompts=64, max_pixels=2**40),

@@ -103,6 +103,7 @@ PREVIEW: Final = changed(
     ],
     tokens={"used": 512, "cut": 7},
     tiled=True,
+    guidance_on_two_devices=True,
     versions={"diffusers": "0.36.0", "Torch": "2", "torch": "2.13.0"},
 )
 SAME_PREVIEW: Final = {

@@ -72,7 +72,26 @@ def test_a_restart_makes_what_came_before_void() -> None:
     )
     assert [type(event) for event in events] == [Accepted, Prepared, Restarted, Prepared, ImageReady, Completed]
     assert isinstance(events[2], Restarted)
-    assert events[2].attempt == 2
+    assert (events[2].attempt, events[2].moved_from, events[2].bits_may_differ) == (2, "", False)
+
+
+def test_a_job_that_moves_to_another_device_says_from_where_and_what_to_expect() -> None:
+    story = Story()
+    events = read(
+        story.accepted(REQUEST),
+        story.prepared(REQUEST, device_id="cuda:0+cuda:1", second_device="cuda:1"),
+        story.restarted(2, moved_from="cuda:0+cuda:1", bits_may_differ=True),
+        story.prepared(REQUEST, device_id="cuda:2"),
+        *story.image(DATA),
+        story.completed(),
+    )
+    before, moved, after = events[1:4]
+    assert isinstance(before, Prepared)
+    assert isinstance(moved, Restarted)
+    assert isinstance(after, Prepared)
+    assert (before.device_id, before.second_device) == ("cuda:0+cuda:1", "cuda:1")
+    assert (moved.moved_from, moved.bits_may_differ) == ("cuda:0+cuda:1", True)
+    assert (after.device_id, after.second_device) == ("cuda:2", "")
 
 
 def test_an_image_carries_its_plan_and_only_its_own_warnings() -> None:

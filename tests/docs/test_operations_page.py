@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.domain.devices import DeviceDescription, DeviceState
 from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.domain.store_facts import StoreFacts
 from chromarpc_server.jobs.engine import EngineStatus
 from chromarpc_server.limit_settings import LimitSettings
 from chromarpc_server.observability.metrics import Metrics
+from chromarpc_server.runtime.device import DeviceStatus
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.settings import ServerSettings
 
@@ -22,16 +23,13 @@ ROWS = re.findall(r"^\| `([^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILI
 
 
 class IdleEngine:
-    description = DeviceDescription("cpu", "a CPU", 1, "float32")
-
     def status(self) -> EngineStatus:
-        return EngineStatus(0, 0, CacheSnapshot(resident_bytes={"chroma": 1}))
+        description = DeviceDescription("cpu", "a CPU", 1, "float32")
+        device = DeviceStatus(description, DeviceState.IDLE, CacheSnapshot(resident_bytes={"chroma": 1}), 1)
+        return EngineStatus(0, 0, (device,))
 
     def store_facts(self) -> StoreFacts:
         return StoreFacts(free_bytes=1)
-
-    def memory_used_bytes(self) -> int:
-        return 1
 
 
 def metric_names() -> set[str]:

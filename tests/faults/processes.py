@@ -30,7 +30,8 @@ class ServerProcess:
         """`flags`: further ones of `chromarpc-server`; `module`: what is run instead of it; `awaits_serving`: off
         where the test calls `await_serving`; `threads`: of the computation.
         """
-        command = [sys.executable, "-m", module, "--port", "0", "--device", "cpu", "--threads", str(threads)]
+        command = [sys.executable, "-m", module, "--port", "0", "--threads", str(threads)]
+        command += [] if "--devices" in flags else ["--device", "cpu"]
         command += ["--model-folder", f"chroma-mini={checkpoint}", "--data-dir", str(data_dir), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._log: list[str] = []

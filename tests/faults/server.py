@@ -1,7 +1,7 @@
 """The server as it is shipped, with one fault planted in its pipeline.
 
-Run as `FAULT=name python -m tests.faults.server` with the server's own flags. The fault happens once, before the
-second step of the first job.
+Run as `FAULT=name python -m tests.faults.server` with the server's own flags. The fault happens once, or
+`FAULT_TIMES` times, before the second step of the next job.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def _raise(error: BaseException) -> Callable[[], None]:
 
 
 def _lose_device() -> None:
-    def probe(_: torch.device) -> None:
-        raise worker.DeviceLost("the device failed and cannot be used any more")
+    lost, real = threading.get_ident(), worker.probe_device
+
+    def probe(device: torch.device) -> None:
+        if threading.get_ident() == lost:
+            raise worker.DeviceLost("the device failed and cannot be used any more")
+        real(device)
 
     worker.probe_device = probe
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -76,12 +80,11 @@ FAULTS: Mapping[str, Callable[[], None]] = {
 def plant(name: str) -> None:
     """Puts the fault into its place."""
     real = pipeline.denoise_from
-    happened = threading.Event()
+    left = threading.Semaphore(int(os.environ.get("FAULT_TIMES", "1")))
 
     def denoise_from(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         for index, step in enumerate(real(*arguments, **keywords)):
-            if index == 1 and not happened.is_set():
-                happened.set()
+            if index == 1 and left.acquire(blocking=False):
                 FAULTS[name]()
             yield step
 

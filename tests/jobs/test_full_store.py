@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import Draining, StoreUnavailable
 from chromarpc_server.domain.limits import JobRetention
 from chromarpc_server.domain.models import REGISTRY
@@ -20,7 +21,7 @@ from chromarpc_server.jobs.absences import not_back
 from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
-from chromarpc_server.jobs.dispatcher import Dispatcher
+from chromarpc_server.jobs.dispatcher import Dispatcher, Left
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.recovery import SEQUENCES_A_START, Recovery, RecoveryRules
@@ -178,7 +179,8 @@ async def test_an_attempt_that_was_never_counted_is_not_taken_back(
         parts.completion,
         parts.store,
         parts.tasks,
-        on_device_lost=lambda: None,
+        max_attempts=2,
+        on_lost=lambda *_: Left(),
     )
     dispatcher.start()
     await waiting.wait()
@@ -198,10 +200,17 @@ async def test_an_attempt_that_was_never_counted_is_not_taken_back(
 class Device:
     """Has nothing to do in these tests."""
 
-    class description:  # noqa: N801
-        dtype = "float32"
+    description = DeviceDescription("cpu", "a processor", 0, "float32")
 
     class snapshot:  # noqa: N801
         @staticmethod
         def holds(_: object) -> bool:
             return False
+
+    @staticmethod
+    def has_parsed(_: object) -> bool:
+        return False
+
+    @staticmethod
+    async def lost() -> None:
+        await asyncio.Event().wait()

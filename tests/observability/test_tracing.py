@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,10 +18,22 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 import chromarpc
 from chromarpc.v1 import generation_service_pb2, generation_service_pb2_grpc
 from chromarpc_server import app as app_module
+from chromarpc_server.domain.events import (
+    Accepted,
+    Completed,
+    Prepared,
+    Queued,
+    Restarted,
+    Timings,
+    WeightsReport,
+    WeightsSource,
+)
 from chromarpc_server.observability.tracing import Tracing
+from chromarpc_server.runtime.work import StageDone
 from tests.conftest import RunningServer
 
 SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
+PREPARED = Prepared((), "ab" * 32, (), {}, "NVIDIA H100", WeightsReport(WeightsSource.BUILT, 0, 0.0, 1, 1), ())
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -127,3 +142,50 @@ def test_without_the_extra_the_start_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert 'pip install "chromarpc[server,otel]"' in done.stderr
+
+
+def test_a_job_that_moves_says_from_where_and_waits_twice() -> None:
+    kept = Kept()
+    tracing = Tracing(version="1", exporter=kept)
+    plan: Any = SimpleNamespace(served_model="chroma", profile="exact", prompts=["a"], loras=[], pixel_steps=1)
+    job: Any = SimpleNamespace(id="a job", plan=plan, device_id="", started_at=None)
+
+    def begin(device_id: str) -> None:
+        job.device_id, job.started_at = device_id, time.monotonic()
+        tracing.observer.on_event(job, replace(PREPARED, device_id=device_id))
+        tracing.observer.on_stage(job, StageDone("denoising_s", 0.0, time.time_ns(), 0))
+
+    tracing.observer.on_event(job, Accepted("a job", plan))
+    begin("cuda:0")
+    job.started_at = None
+    tracing.observer.on_event(job, Restarted(2, moved_from="cuda:0"))
+    tracing.observer.on_event(job, Queued(1, None))
+    begin("cuda:2")
+    tracing.observer.on_event(job, Completed(Timings(), 1, 1))
+    tracing.close()
+    attributes = [(span.name, (span.attributes or {}).get("chromarpc.device_id")) for span in kept.spans]
+    assert attributes == [
+        ("queue", None),
+        ("steps", "cuda:0"),
+        ("queue", None),
+        ("steps", "cuda:2"),
+        ("job", "cuda:2"),
+    ]
+    (event,) = kept.spans[-1].events
+    assert event.name == "restarted"
+    assert dict(event.attributes or {}) == {"chromarpc.device_id": "cuda:0", "chromarpc.attempt": 2}
+    first, second = (span for span in kept.spans if span.name == "queue")
+    assert (second.start_time or 0) >= (first.end_time or 0)
+
+
+def test_a_job_of_a_pair_names_the_other_card_too() -> None:
+    kept = Kept()
+    tracing = Tracing(version="1", exporter=kept)
+    plan: Any = SimpleNamespace(served_model="chroma", profile="exact", prompts=["a"], loras=[], pixel_steps=1)
+    job: Any = SimpleNamespace(id="a job", plan=plan, device_id="cuda:0+cuda:1", started_at=time.monotonic())
+    tracing.observer.on_event(job, Accepted("a job", plan))
+    tracing.observer.on_event(job, replace(PREPARED, device_id="cuda:0+cuda:1", second_device="cuda:1"))
+    tracing.observer.on_event(job, Completed(Timings(), 1, 1))
+    tracing.close()
+    told = kept.spans[-1].attributes or {}
+    assert (told["chromarpc.device_id"], told["chromarpc.second_device"]) == ("cuda:0+cuda:1", "cuda:1")

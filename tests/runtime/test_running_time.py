@@ -120,7 +120,7 @@ async def test_a_pause_is_no_hung_device_and_a_hung_one_is_found_after_it(
     monkeypatch.setattr(watchdog_module, "LOOK_EVERY_S", 0.01)
     clock = Clock()
     running = RunningTime(clock=clock)
-    watchdog = Watchdog(DeviceTimeouts(step_s=5.0), running)
+    watchdog = Watchdog(DeviceTimeouts(step_s=5.0), running, device_id="cuda:1")
     work: Future[str] = Future()
     watchdog.step()
     guard = asyncio.create_task(guarded(watchdog, work))
@@ -135,6 +135,8 @@ async def test_a_pause_is_no_hung_device_and_a_hung_one_is_found_after_it(
         await asyncio.sleep(0.02)
     with pytest.raises(DeviceHung, match="a denoising step takes too long"):
         await asyncio.wait_for(guard, 10)
+    (hung,) = (record for record in caplog.records if record.getMessage() == "device.hung")
+    assert vars(hung)["device"] == "cuda:1"
 
 
 async def test_work_that_a_pause_came_between_ends_as_it_would_have(monkeypatch: pytest.MonkeyPatch) -> None:

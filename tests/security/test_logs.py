@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import chromarpc
 from chromarpc_server.domain.callers import Caller, set_current_caller
+from chromarpc_server.domain.devices import set_current_device_id
 from chromarpc_server.observability.logs import JsonFormatter, TextFormatter
 from tests.conftest import RunningServer
 from tests.security.conftest import TOKENS
@@ -46,6 +48,14 @@ async def test_whoever_calls_is_in_every_line_of_the_call() -> None:
     assert "caller=alice" in TextFormatter().format(record())
 
 
+def test_what_a_device_s_thread_logs_says_which_device() -> None:
+    with ThreadPoolExecutor(1, initializer=set_current_device_id, initargs=("cuda:1",)) as thread:
+        said = json.loads(thread.submit(JsonFormatter().format, record()).result())
+        named = json.loads(thread.submit(JsonFormatter().format, record(device="cuda:0")).result())
+    assert (said["device"], named["device"]) == ("cuda:1", "cuda:0")
+    assert "device" not in json.loads(JsonFormatter().format(record())), "any other thread is no device's"
+
+
 def test_a_job_s_lines_have_its_id_and_its_caller(
     serve: Callable[..., RunningServer],
     callers_file: Callable[..., Path],
@@ -56,8 +66,9 @@ def test_a_job_s_lines_have_its_id_and_its_caller(
     with chromarpc.Client(server.target, token=TOKENS["alice"]) as client:
         client.generate_images("a", model="chroma-mini", width=64, height=64, sample_steps=1)
     lines = [found for found in caplog.records if found.getMessage().startswith("job.")]
-    assert [found.getMessage() for found in lines] == ["job.accepted", "job.completed"]
+    assert [found.getMessage() for found in lines] == ["job.accepted", "job.begun", "job.completed"]
     assert {found.__dict__["caller"] for found in lines} == {"alice"}
+    assert [found.__dict__.get("device") for found in lines] == [None, "cpu", "cpu"]
     assert len({found.__dict__["job_id"] for found in lines}) == 1
 
 

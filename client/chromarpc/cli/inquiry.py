@@ -11,7 +11,7 @@ import typer
 from chromarpc.cli.connection import with_client
 from chromarpc.cli.event_json import message_json
 from chromarpc.cli.exits import ExitCode, printable
-from chromarpc.cli.progress import bytes_text
+from chromarpc.cli.progress import bytes_text, seconds_text
 from chromarpc.client import Client
 from chromarpc.health import HealthStatus
 from chromarpc.v1 import model_service_pb2
@@ -34,7 +34,7 @@ def models(client: Client, *, as_json: AsJson = False) -> None:
 
 @with_client
 def info(client: Client, *, as_json: AsJson = False) -> None:
-    """Describe a server: device, limits, queue."""
+    """Describe a server: devices, limits, queue."""
     found = client.server_info()
     if as_json:
         typer.echo(json.dumps(message_json(found), indent=2))
@@ -68,7 +68,8 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
     if model.alias_of:
         yield f"served by {model.alias_of}"
     elif model.resident:
-        yield f"in memory ({bytes_text(model.resident_bytes)})"
+        on = ", ".join(residence.device_id for residence in model.residences)
+        yield f"in memory ({bytes_text(model.resident_bytes)})" + (f" of {on}" if on else "")
     elif model.weights_present:
         yield "ready"
     else:
@@ -77,7 +78,8 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
     for held in model.resident_sets:
         adapters = [f"{adapter.sha256[:12]} x {adapter.network_multiplier:g}" for adapter in held.adapters]
         merged = " + ".join(adapters) or "no adapters"
-        yield f"prepared: {merged}, {held.profile} ({bytes_text(held.size_bytes)})"
+        on = f" on {held.device_id}" if held.device_id else ""
+        yield f"prepared: {merged}, {held.profile} ({bytes_text(held.size_bytes)}){on}"
     if model.description:
         yield model.description
     if model.HasField("defaults"):
@@ -92,14 +94,38 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
             yield f"in {profile.id}: sizes are floored to {profile.resolution_divisor}{neg}"
 
 
+def _device_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:
+    if found.unavailable_because:
+        yield f"device     none now, jobs wait: {found.unavailable_because}"
+    if len(found.devices) > 1:
+        yield f"devices    {len(found.devices)}"
+        for device in found.devices:
+            name = f"{device.name} on {device.host}" if device.host else device.name
+            yield f"  {device.id} ({name}, {bytes_text(device.memory_bytes)}, {device.dtype}): {_doing(device)}"
+            yield from (f"    {fallback.message}" for fallback in device.fallbacks)
+    elif found.HasField("device"):
+        device = found.device
+        yield f"device     {device.id} ({device.name}, {bytes_text(device.memory_bytes)}, {device.dtype})"
+        yield from (f"  {fallback.message}" for fallback in device.fallbacks)
+
+
+def _doing(device: model_service_pb2.Device) -> str:
+    """What a device does now, or why it does nothing any more."""
+    state = model_service_pb2.DeviceState.Name(device.state).removeprefix("DEVICE_STATE_").lower()
+    if device.lost_because:
+        return f"{state}, {device.lost_because}"
+    if not device.job_count:
+        return state
+    jobs = "1 job" if device.job_count == 1 else f"{device.job_count} jobs"
+    return f"{state}, {jobs} in {seconds_text(device.busy_time.ToTimedelta().total_seconds())}"
+
+
 def _info_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:
-    device, limits, queue = found.device, found.limits, found.queue
+    limits, queue = found.limits, found.queue
     yield f"chromarpc  {found.version}"
     for name, version in sorted(found.library_versions.items()):
         yield f"  {name}: {version}"
-    yield f"device     {device.id} ({device.name}, {bytes_text(device.memory_bytes)}, {device.dtype})"
-    for fallback in device.fallbacks:
-        yield f"  {fallback.message}"
+    yield from _device_lines(found)
     yield f"queue      {queue.running_jobs} running, {queue.queued_jobs} waiting"
     yield "profiles"
     for profile in found.profiles:

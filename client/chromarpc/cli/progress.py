@@ -81,6 +81,8 @@ class Lines:
             case Restarted():
                 self._stage = ""
                 say(restart_text(event))
+            case Prepared(second_device=second) if second:
+                say(pair_text(event))
             case Loading(stage=stage) if stage != self._stage:
                 self._stage = stage
                 say(f"loading: {stage}")
@@ -147,6 +149,8 @@ class Bars:
                 self._wait(f"loading: {event.stage}", event.fraction, amount if event.total_bytes else "")
             case Prepared():
                 self._end_wait()
+                if event.second_device:
+                    self._print(pair_text(event))
             case Step():
                 self._end_wait()
                 self._step(event)
@@ -216,8 +220,18 @@ def queue_text(event: Queued) -> str:
 
 
 def restart_text(event: Restarted) -> str:
-    """That everything begins again."""
-    return f"the server was restarted; attempt {event.attempt} begins"
+    """That everything begins again, why, and whether the image may be another one."""
+    if not event.moved_from:
+        return f"the server was restarted; attempt {event.attempt} begins"
+    elsewhere = (
+        "a device of another model, so images may differ a little" if event.bits_may_differ else "another one"
+    )
+    return f"device {event.moved_from} was lost; attempt {event.attempt} begins on {elsewhere}"
+
+
+def pair_text(event: Prepared) -> str:
+    """That two devices draw."""
+    return f"guidance is computed on two devices: {event.device_id}"
 
 
 def image_text(event: ImageReady, path: Path | None) -> str:

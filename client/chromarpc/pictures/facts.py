@@ -31,6 +31,7 @@ _ORDER: Final = (
     r"scheduler",
     r"guidance_scale",
     r"guidance",
+    r"guidance_on_two_devices",
     r"loras\.\d+\.network_multiplier",
     r"loras\.\d+\.placement",
     r"loras\.\d+\..*",

@@ -15,6 +15,7 @@ LARGEST_SCALE: Final = 10**300
 SAMPLER: Final = Fact("flowmatch", "Euler steps along the flow", same_as="euler")
 SCHEDULER: Final = Fact("flowmatch", "evenly spaced, shifted by the picture's size")
 GUIDANCE: Final = Fact("classifier-free", "one pass at 1 and below")
+ON_TWO_DEVICES: Final = "a pass on each, which changes no bit in exact and rounds otherwise in other profiles"
 PREVIEW_PROFILES: Final = ("preview", "preview-exact")
 DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 """The trainer's other words for types."""
@@ -84,6 +85,8 @@ def recorded_facts(text: str) -> PictureFacts:
         facts["tokens"] = Fact(f"{tokens.get('used')} read, {tokens.get('cut')} cut off")
     if record.get("tiled"):
         facts["tiled"] = Fact(True, "decoded in tiles, which changes pixels a little")
+    if record.get("guidance_on_two_devices"):
+        facts["guidance_on_two_devices"] = Fact(True, ON_TWO_DEVICES)
     version = versions.get("chromarpc", record.get("client_version", ""))
     return PictureFacts(
         program=f"{OURS} {version}".rstrip(), facts=facts, request=request, urls=tuple(_urls(request))

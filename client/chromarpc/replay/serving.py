@@ -25,6 +25,7 @@ class Server:
 
     version: str
     device: str
+    """The model of its device; of several, each model once, since any of them may draw."""
     dtype: str
     model: str
     served_model: str
@@ -74,7 +75,7 @@ def choose(
                                   info.limits.max_queued_jobs_per_caller) if limit > 0]  # fmt: skip
     server = Server(
         version=info.version,
-        device=info.device.name or info.device.id,
+        device=_models_of_devices(info),
         dtype=info.device.dtype,
         model=found.id,
         served_model=found.alias_of or found.id,
@@ -82,6 +83,12 @@ def choose(
         profile=chosen,
     )
     return server, min([in_flight, *limits])
+
+
+def _models_of_devices(info: model_service_pb2.GetServerInfoResponse) -> str:
+    devices = info.devices or [info.device]  # older servers have no list
+    found = {f"{one.name or one.id}{', guidance on two' if one.second else ''}" for one in devices}
+    return "; ".join(sorted(found))
 
 
 def _model(

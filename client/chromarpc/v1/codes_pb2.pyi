@@ -88,8 +88,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     after `RetryInfo`, under the same `request_id`.
     """
     ERROR_REASON_ATTEMPTS_EXHAUSTED: _ErrorReason.ValueType  # 17
-    """INTERNAL. The server was stopped, or died, each time it ran the job. What to do: send the request again once
-    the operator has looked.
+    """INTERNAL. Each time the job ran, the server was stopped or died, or the device was lost. What to do: send the
+    request again once the operator has looked.
     """
     ERROR_REASON_LORA_CHANGED: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION. An adapter is not what it was when the job was admitted, or is gone. What to do: send the
@@ -133,12 +133,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     time, or detach the job.
     """
     ERROR_REASON_DEVICE_LOST: _ErrorReason.ValueType  # 30
-    """INTERNAL. The device cannot be used any more: health turns NOT_SERVING, and the process exits with 70. What to
-    do: come back after the restart: the job is kept and run again.
+    """INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
+    with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
+    back after the restart: the job is kept and run again.
     """
     ERROR_REASON_DEVICE_HUNG: _ErrorReason.ValueType  # 31
-    """INTERNAL. The device does not answer: health turns NOT_SERVING, and the process exits with 70. What to do:
-    come back after the restart: the job is kept and run again.
+    """INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
+    While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
+    after the restart: the job is kept and run again.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 32
     """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What
@@ -237,8 +239,8 @@ ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 16
 after `RetryInfo`, under the same `request_id`.
 """
 ERROR_REASON_ATTEMPTS_EXHAUSTED: ErrorReason.ValueType  # 17
-"""INTERNAL. The server was stopped, or died, each time it ran the job. What to do: send the request again once
-the operator has looked.
+"""INTERNAL. Each time the job ran, the server was stopped or died, or the device was lost. What to do: send the
+request again once the operator has looked.
 """
 ERROR_REASON_LORA_CHANGED: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION. An adapter is not what it was when the job was admitted, or is gone. What to do: send the
@@ -282,12 +284,14 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 29
 time, or detach the job.
 """
 ERROR_REASON_DEVICE_LOST: ErrorReason.ValueType  # 30
-"""INTERNAL. The device cannot be used any more: health turns NOT_SERVING, and the process exits with 70. What to
-do: come back after the restart: the job is kept and run again.
+"""INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
+with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
+back after the restart: the job is kept and run again.
 """
 ERROR_REASON_DEVICE_HUNG: ErrorReason.ValueType  # 31
-"""INTERNAL. The device does not answer: health turns NOT_SERVING, and the process exits with 70. What to do:
-come back after the restart: the job is kept and run again.
+"""INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
+While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
+after the restart: the job is kept and run again.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 32
 """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What

@@ -189,7 +189,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def restarted(self) -> Global___Restarted:
-        """The server was restarted, and runs the job again from its beginning."""
+        """The job is run again from its beginning: the server was restarted, or the job's device was lost."""
 
     def __init__(
         self,
@@ -400,23 +400,32 @@ Global___PlannedLora: _TypeAlias = PlannedLora  # noqa: Y015
 
 @_typing.final
 class Restarted(_message.Message):
-    """The server was stopped while the job ran, and runs it again from its beginning, with the same seeds and the same
-    adapters. What came before is void: steps are counted from 1 again, and images come again, with the same bytes.
+    """The server was stopped while the job ran, or the device that ran it was lost. The job is run again from its
+    beginning, with the same seeds and the same adapters. What came before is void: steps are counted from 1 again, and
+    images come again, with the same bytes unless `bits_may_differ`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    MOVED_FROM_FIELD_NUMBER: _builtins.int
+    BITS_MAY_DIFFER_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """The attempt that is to come, from 1."""
+    moved_from: _builtins.str
+    """Id of the device that was lost or hung while it ran the job; empty where the server itself was restarted."""
+    bits_may_differ: _builtins.bool
+    """Whether the job goes on on a device of another model, so that images may differ by roundings."""
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
+        moved_from: _builtins.str = ...,
+        bits_may_differ: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bits_may_differ", b"bits_may_differ", "moved_from", b"moved_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,7 +433,7 @@ Global___Restarted: _TypeAlias = Restarted  # noqa: Y015
 
 @_typing.final
 class Queued(_message.Message):
-    """The job waits for the device."""
+    """The job waits for a device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -625,10 +634,18 @@ class Prepared(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    SECOND_DEVICE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Content hash of the model's weights, hexadecimal."""
     device: _builtins.str
     """Name of the device that computes."""
+    device_id: _builtins.str
+    """Id of the device that computes, as `GetServerInfo` lists it; of a pair, the pair's."""
+    second_device: _builtins.str
+    """Where guidance is computed on two devices: the one of the pair that computes the unconditional pass, such as
+    `cuda:1`. Empty where one device computes both passes.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport]:
         """One for each adapter, in the order of application."""
@@ -659,10 +676,12 @@ class Prepared(_message.Message):
         device: _builtins.str = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
         weights: Global___WeightsReport | None = ...,
+        device_id: _builtins.str = ...,
+        second_device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "model_revision", b"model_revision", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "device_id", b"device_id", "model_revision", b"model_revision", "second_device", b"second_device", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -685,7 +704,7 @@ class WeightsReport(_message.Message):
     rewritten_tensor_count: _builtins.int
     """Tensors of the transformer that were written; 0 where the set was in memory."""
     resident_set_count: _builtins.int
-    """Prepared weights in memory now."""
+    """Prepared weights in the device's memory now."""
     resident_bytes: _builtins.int
     """Their size together."""
     evicted_set_count: _builtins.int

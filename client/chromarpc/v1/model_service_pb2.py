@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chromarpc/v1/model_service.proto\x12\x0c\x63hromarpc.v1\"\x13\n\x11ListModelsRequest\"g\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chromarpc.v1.Model\x12,\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x1d.chromarpc.v1.CacheStatistics\"~\n\x0f\x43\x61\x63heStatistics\x12\x11\n\thit_count\x18\x01 \x01(\x04\x12\x14\n\x0cswitch_count\x18\x02 \x01(\x04\x12\x13\n\x0b\x62uild_count\x18\x03 \x01(\x04\x12\x16\n\x0e\x65viction_count\x18\x04 \x01(\x04\x12\x15\n\radapter_bytes\x18\x05 \x01(\x04\"c\n\x0bResidentSet\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12/\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1d.chromarpc.v1.ResidentAdapter\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"=\n\x0fResidentAdapter\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x1a\n\x12network_multiplier\x18\x02 \x01(\x01\"\xb9\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61se_checkpoint\x18\x03 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x04 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x05 \x01(\x05\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.chromarpc.v1.ModelDefaults\x12\x17\n\x0fweights_present\x18\x07 \x01(\x08\x12\x15\n\rfetch_command\x18\x08 \x01(\t\x12\x10\n\x08resident\x18\t \x01(\x08\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\x17\n\x0fignored_options\x18\x0b \x03(\t\x12\x17\n\x0frefused_options\x18\x0c \x03(\t\x12\x30\n\rresident_sets\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ResidentSet\x12-\n\x0bmemory_plan\x18\x0e \x01(\x0b\x32\x18.chromarpc.v1.MemoryPlan\x12,\n\x08profiles\x18\x0f \x03(\x0b\x32\x1a.chromarpc.v1.ModelProfile\"\x7f\n\x0cModelProfile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x02 \x01(\x05\x12\x13\n\x0bmin_size_px\x18\x03 \x01(\x05\x12\x13\n\x0bhonours_neg\x18\x04 \x01(\x08\x12\x1d\n\x15takes_trainer_options\x18\x05 \x01(\x08\"\xa3\x01\n\nMemoryPlan\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x14\n\x0ctext_encoder\x18\x02 \x01(\t\x12\x0e\n\x06master\x18\x03 \x01(\t\x12\x18\n\x10tile_autoencoder\x18\x04 \x01(\x08\x12\x15\n\rrecord_graphs\x18\x05 \x01(\x08\x12\x17\n\x0f\x65stimated_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cusable_bytes\x18\x07 \x01(\x04\"\x86\x01\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x14\n\x0csample_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1a\n\x12network_multiplier\x18\x06 \x01(\x01\"\x16\n\x14GetServerInfoRequest\"\xfb\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12R\n\x10library_versions\x18\x02 \x03(\x0b\x32\x38.chromarpc.v1.GetServerInfoResponse.LibraryVersionsEntry\x12$\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x14.chromarpc.v1.Device\x12\'\n\x08profiles\x18\x04 \x03(\x0b\x32\x15.chromarpc.v1.Profile\x12\x17\n\x0f\x64\x65\x66\x61ult_profile\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.chromarpc.v1.Limits\x12\'\n\x05queue\x18\x07 \x01(\x0b\x32\x18.chromarpc.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"x\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12/\n\tfallbacks\x18\x05 \x03(\x0b\x32\x1c.chromarpc.v1.DeviceFallback\"2\n\x0e\x44\x65viceFallback\x12\x0f\n\x07without\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"*\n\x07Profile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xc2\x02\n\x06Limits\x12\x13\n\x0bmax_prompts\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x11\n\tmax_loras\x18\x03 \x01(\x05\x12\x17\n\x0fmax_pixel_steps\x18\x04 \x01(\x04\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x05\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x08 \x01(\x05\x12\"\n\x1amax_queued_jobs_per_caller\x18\t \x01(\x05\x12\x18\n\x10max_upload_bytes\x18\n \x01(\x04\x12$\n\x1cmax_uploads_bytes_per_caller\x18\x0b \x01(\x04\x12\x1c\n\x14max_calls_per_minute\x18\x0c \x01(\x05\"7\n\nQueueState\x12\x13\n\x0bqueued_jobs\x18\x01 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x02 \x01(\x05\x32\xc3\x01\n\x0cModelService\x12T\n\nListModels\x12\x1f.chromarpc.v1.ListModelsRequest\x1a .chromarpc.v1.ListModelsResponse\"\x03\x90\x02\x01\x12]\n\rGetServerInfo\x12\".chromarpc.v1.GetServerInfoRequest\x1a#.chromarpc.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x42\x9c\x01\n\x0c\x63hromarpc.v1B\x11ModelServiceProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chromarpc/v1/model_service.proto\x12\x0c\x63hromarpc.v1\x1a\x1egoogle/protobuf/duration.proto\"\x13\n\x11ListModelsRequest\"g\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.chromarpc.v1.Model\x12,\n\x05\x63\x61\x63he\x18\x02 \x01(\x0b\x32\x1d.chromarpc.v1.CacheStatistics\"~\n\x0f\x43\x61\x63heStatistics\x12\x11\n\thit_count\x18\x01 \x01(\x04\x12\x14\n\x0cswitch_count\x18\x02 \x01(\x04\x12\x13\n\x0b\x62uild_count\x18\x03 \x01(\x04\x12\x16\n\x0e\x65viction_count\x18\x04 \x01(\x04\x12\x15\n\radapter_bytes\x18\x05 \x01(\x04\"v\n\x0bResidentSet\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12/\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1d.chromarpc.v1.ResidentAdapter\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\t\"=\n\x0fResidentAdapter\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x1a\n\x12network_multiplier\x18\x02 \x01(\x01\"\xeb\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61se_checkpoint\x18\x03 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x04 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x05 \x01(\x05\x12-\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x1b.chromarpc.v1.ModelDefaults\x12\x17\n\x0fweights_present\x18\x07 \x01(\x08\x12\x15\n\rfetch_command\x18\x08 \x01(\t\x12\x10\n\x08resident\x18\t \x01(\x08\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\x17\n\x0fignored_options\x18\x0b \x03(\t\x12\x17\n\x0frefused_options\x18\x0c \x03(\t\x12\x30\n\rresident_sets\x18\r \x03(\x0b\x32\x19.chromarpc.v1.ResidentSet\x12-\n\x0bmemory_plan\x18\x0e \x01(\x0b\x32\x18.chromarpc.v1.MemoryPlan\x12,\n\x08profiles\x18\x0f \x03(\x0b\x32\x1a.chromarpc.v1.ModelProfile\x12\x30\n\nresidences\x18\x10 \x03(\x0b\x32\x1c.chromarpc.v1.ModelResidence\"j\n\x0eModelResidence\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\x12-\n\x0bmemory_plan\x18\x03 \x01(\x0b\x32\x18.chromarpc.v1.MemoryPlan\"\x7f\n\x0cModelProfile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12resolution_divisor\x18\x02 \x01(\x05\x12\x13\n\x0bmin_size_px\x18\x03 \x01(\x05\x12\x13\n\x0bhonours_neg\x18\x04 \x01(\x08\x12\x1d\n\x15takes_trainer_options\x18\x05 \x01(\x08\"\xa3\x01\n\nMemoryPlan\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x14\n\x0ctext_encoder\x18\x02 \x01(\t\x12\x0e\n\x06master\x18\x03 \x01(\t\x12\x18\n\x10tile_autoencoder\x18\x04 \x01(\x08\x12\x15\n\rrecord_graphs\x18\x05 \x01(\x08\x12\x17\n\x0f\x65stimated_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cusable_bytes\x18\x07 \x01(\x04\"\x86\x01\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x14\n\x0csample_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1a\n\x12network_multiplier\x18\x06 \x01(\x01\"\x16\n\x14GetServerInfoRequest\"\xbf\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12R\n\x10library_versions\x18\x02 \x03(\x0b\x32\x38.chromarpc.v1.GetServerInfoResponse.LibraryVersionsEntry\x12$\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x14.chromarpc.v1.Device\x12\'\n\x08profiles\x18\x04 \x03(\x0b\x32\x15.chromarpc.v1.Profile\x12\x17\n\x0f\x64\x65\x66\x61ult_profile\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.chromarpc.v1.Limits\x12\'\n\x05queue\x18\x07 \x01(\x0b\x32\x18.chromarpc.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x12%\n\x07\x64\x65vices\x18\t \x03(\x0b\x32\x14.chromarpc.v1.Device\x12\x1b\n\x13unavailable_because\x18\n \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc4\x02\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12/\n\tfallbacks\x18\x05 \x03(\x0b\x32\x1c.chromarpc.v1.DeviceFallback\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.chromarpc.v1.DeviceState\x12\x10\n\x08profiles\x18\x07 \x03(\t\x12\x0c\n\x04host\x18\x08 \x01(\t\x12\x0e\n\x06second\x18\t \x01(\t\x12\x11\n\tjob_count\x18\n \x01(\x04\x12,\n\tbusy_time\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11memory_used_bytes\x18\x0c \x01(\x04\x12\x14\n\x0clost_because\x18\r \x01(\t\"2\n\x0e\x44\x65viceFallback\x12\x0f\n\x07without\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"*\n\x07Profile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xc2\x02\n\x06Limits\x12\x13\n\x0bmax_prompts\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x11\n\tmax_loras\x18\x03 \x01(\x05\x12\x17\n\x0fmax_pixel_steps\x18\x04 \x01(\x04\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x05\x12\x12\n\nmax_pixels\x18\x07 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x08 \x01(\x05\x12\"\n\x1amax_queued_jobs_per_caller\x18\t \x01(\x05\x12\x18\n\x10max_upload_bytes\x18\n \x01(\x04\x12$\n\x1cmax_uploads_bytes_per_caller\x18\x0b \x01(\x04\x12\x1c\n\x14max_calls_per_minute\x18\x0c \x01(\x05\"7\n\nQueueState\x12\x13\n\x0bqueued_jobs\x18\x01 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x02 \x01(\x05*\x8a\x01\n\x0b\x44\x65viceState\x12\x1c\n\x18\x44\x45VICE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_STATE_OPENING\x10\x01\x12\x15\n\x11\x44\x45VICE_STATE_IDLE\x10\x02\x12\x15\n\x11\x44\x45VICE_STATE_BUSY\x10\x03\x12\x15\n\x11\x44\x45VICE_STATE_LOST\x10\x04\x32\xc3\x01\n\x0cModelService\x12T\n\nListModels\x12\x1f.chromarpc.v1.ListModelsRequest\x1a .chromarpc.v1.ListModelsResponse\"\x03\x90\x02\x01\x12]\n\rGetServerInfo\x12\".chromarpc.v1.GetServerInfoRequest\x1a#.chromarpc.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x42\x9c\x01\n\x0c\x63hromarpc.v1B\x11ModelServiceProtoP\x01Z\x18\x63hromarpc/v1;chromarpcv1\xa2\x02\x03\x43RP\xaa\x02\x0c\x43hromarpc.V1\xba\x02\rChromarpc_V1_\xca\x02\x0c\x43hromarpc\\V1\xe2\x02\x18\x43hromarpc\\V1\\GPBMetadata\xea\x02\rChromarpc::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,40 +39,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['ListModels']._serialized_options = b'\220\002\001'
   _globals['_MODELSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001'
-  _globals['_LISTMODELSREQUEST']._serialized_start=50
-  _globals['_LISTMODELSREQUEST']._serialized_end=69
-  _globals['_LISTMODELSRESPONSE']._serialized_start=71
-  _globals['_LISTMODELSRESPONSE']._serialized_end=174
-  _globals['_CACHESTATISTICS']._serialized_start=176
-  _globals['_CACHESTATISTICS']._serialized_end=302
-  _globals['_RESIDENTSET']._serialized_start=304
-  _globals['_RESIDENTSET']._serialized_end=403
-  _globals['_RESIDENTADAPTER']._serialized_start=405
-  _globals['_RESIDENTADAPTER']._serialized_end=466
-  _globals['_MODEL']._serialized_start=469
-  _globals['_MODEL']._serialized_end=910
-  _globals['_MODELPROFILE']._serialized_start=912
-  _globals['_MODELPROFILE']._serialized_end=1039
-  _globals['_MEMORYPLAN']._serialized_start=1042
-  _globals['_MEMORYPLAN']._serialized_end=1205
-  _globals['_MODELDEFAULTS']._serialized_start=1208
-  _globals['_MODELDEFAULTS']._serialized_end=1342
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1344
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1366
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1369
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1748
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=1694
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=1748
-  _globals['_DEVICE']._serialized_start=1750
-  _globals['_DEVICE']._serialized_end=1870
-  _globals['_DEVICEFALLBACK']._serialized_start=1872
-  _globals['_DEVICEFALLBACK']._serialized_end=1922
-  _globals['_PROFILE']._serialized_start=1924
-  _globals['_PROFILE']._serialized_end=1966
-  _globals['_LIMITS']._serialized_start=1969
-  _globals['_LIMITS']._serialized_end=2291
-  _globals['_QUEUESTATE']._serialized_start=2293
-  _globals['_QUEUESTATE']._serialized_end=2348
-  _globals['_MODELSERVICE']._serialized_start=2351
-  _globals['_MODELSERVICE']._serialized_end=2546
+  _globals['_DEVICESTATE']._serialized_start=2833
+  _globals['_DEVICESTATE']._serialized_end=2971
+  _globals['_LISTMODELSREQUEST']._serialized_start=82
+  _globals['_LISTMODELSREQUEST']._serialized_end=101
+  _globals['_LISTMODELSRESPONSE']._serialized_start=103
+  _globals['_LISTMODELSRESPONSE']._serialized_end=206
+  _globals['_CACHESTATISTICS']._serialized_start=208
+  _globals['_CACHESTATISTICS']._serialized_end=334
+  _globals['_RESIDENTSET']._serialized_start=336
+  _globals['_RESIDENTSET']._serialized_end=454
+  _globals['_RESIDENTADAPTER']._serialized_start=456
+  _globals['_RESIDENTADAPTER']._serialized_end=517
+  _globals['_MODEL']._serialized_start=520
+  _globals['_MODEL']._serialized_end=1011
+  _globals['_MODELRESIDENCE']._serialized_start=1013
+  _globals['_MODELRESIDENCE']._serialized_end=1119
+  _globals['_MODELPROFILE']._serialized_start=1121
+  _globals['_MODELPROFILE']._serialized_end=1248
+  _globals['_MEMORYPLAN']._serialized_start=1251
+  _globals['_MEMORYPLAN']._serialized_end=1414
+  _globals['_MODELDEFAULTS']._serialized_start=1417
+  _globals['_MODELDEFAULTS']._serialized_end=1551
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1553
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1575
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1578
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2025
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=1971
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=2025
+  _globals['_DEVICE']._serialized_start=2028
+  _globals['_DEVICE']._serialized_end=2352
+  _globals['_DEVICEFALLBACK']._serialized_start=2354
+  _globals['_DEVICEFALLBACK']._serialized_end=2404
+  _globals['_PROFILE']._serialized_start=2406
+  _globals['_PROFILE']._serialized_end=2448
+  _globals['_LIMITS']._serialized_start=2451
+  _globals['_LIMITS']._serialized_end=2773
+  _globals['_QUEUESTATE']._serialized_start=2775
+  _globals['_QUEUESTATE']._serialized_end=2830
+  _globals['_MODELSERVICE']._serialized_start=2974
+  _globals['_MODELSERVICE']._serialized_end=3169
 # @@protoc_insertion_point(module_scope)

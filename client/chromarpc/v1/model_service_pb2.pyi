@@ -5,8 +5,10 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +19,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DeviceState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_STATE_UNSPECIFIED: _DeviceState.ValueType  # 0
+    """Not known."""
+    DEVICE_STATE_OPENING: _DeviceState.ValueType  # 1
+    """It is being opened, or loads what is preloaded."""
+    DEVICE_STATE_IDLE: _DeviceState.ValueType  # 2
+    """It waits for a job."""
+    DEVICE_STATE_BUSY: _DeviceState.ValueType  # 3
+    """It runs a job."""
+    DEVICE_STATE_LOST: _DeviceState.ValueType  # 4
+    """It failed or hung, and is out until the server is started again."""
+
+class DeviceState(_DeviceState, metaclass=_DeviceStateEnumTypeWrapper):
+    """What a device does now."""
+
+DEVICE_STATE_UNSPECIFIED: DeviceState.ValueType  # 0
+"""Not known."""
+DEVICE_STATE_OPENING: DeviceState.ValueType  # 1
+"""It is being opened, or loads what is preloaded."""
+DEVICE_STATE_IDLE: DeviceState.ValueType  # 2
+"""It waits for a job."""
+DEVICE_STATE_BUSY: DeviceState.ValueType  # 3
+"""It runs a job."""
+DEVICE_STATE_LOST: DeviceState.ValueType  # 4
+"""It failed or hung, and is out until the server is started again."""
+Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -49,7 +83,7 @@ class ListModelsResponse(_message.Message):
 
     @_builtins.property
     def cache(self) -> Global___CacheStatistics:
-        """What the cache of prepared weights did since the server started."""
+        """What the caches of prepared weights did since the server started, those of all devices together."""
 
     def __init__(
         self,
@@ -112,10 +146,13 @@ class ResidentSet(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
     """Numerics profile."""
     size_bytes: _builtins.int
     """Bytes of memory."""
+    device_id: _builtins.str
+    """Id of the device that has them."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentAdapter]:
         """The adapters, in the order of application; none for the bare base."""
@@ -126,10 +163,11 @@ class ResidentSet(_message.Message):
         profile: _builtins.str = ...,
         adapters: _abc.Iterable[Global___ResidentAdapter] | None = ...,
         size_bytes: _builtins.int = ...,
+        device_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "profile", b"profile", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device_id", b"device_id", "profile", b"profile", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,6 +220,7 @@ class Model(_message.Message):
     RESIDENT_SETS_FIELD_NUMBER: _builtins.int
     MEMORY_PLAN_FIELD_NUMBER: _builtins.int
     PROFILES_FIELD_NUMBER: _builtins.int
+    RESIDENCES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -197,9 +236,9 @@ class Model(_message.Message):
     fetch_command: _builtins.str
     """The command that fetches them, where they are not."""
     resident: _builtins.bool
-    """Whether the weights are in memory now."""
+    """Whether the weights are in memory now, of one device at least."""
     resident_bytes: _builtins.int
-    """Bytes of memory they take, where they are."""
+    """Bytes of memory they take, where they are: on all devices together."""
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
         """What is filled in for what a request leaves out."""
@@ -214,15 +253,21 @@ class Model(_message.Message):
 
     @_builtins.property
     def resident_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentSet]:
-        """Prepared weights in memory, least recently used first."""
+        """Prepared weights in memory, device by device, of each least recently used first."""
 
     @_builtins.property
     def memory_plan(self) -> Global___MemoryPlan:
-        """What of it stays where; left out on a CPU, and where it is not in memory."""
+        """What of it stays where; left out on a CPU, and where it is not in memory. Of several devices the first one's;
+        `residences` has all.
+        """
 
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelProfile]:
         """What differs between the numerics profiles that this server serves; one for each."""
+
+    @_builtins.property
+    def residences(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelResidence]:
+        """The devices that have its weights in memory, in the order of `GetServerInfoResponse.devices`."""
 
     def __init__(
         self,
@@ -242,14 +287,47 @@ class Model(_message.Message):
         resident_sets: _abc.Iterable[Global___ResidentSet] | None = ...,
         memory_plan: Global___MemoryPlan | None = ...,
         profiles: _abc.Iterable[Global___ModelProfile] | None = ...,
+        residences: _abc.Iterable[Global___ModelResidence] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "memory_plan", b"memory_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "profiles", b"profiles", "refused_options", b"refused_options", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "profiles", b"profiles", "refused_options", b"refused_options", "residences", b"residences", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelResidence(_message.Message):
+    """A device that has a model's weights in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_PLAN_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """Id of the device."""
+    resident_bytes: _builtins.int
+    """Bytes of its memory that they take, prepared weights included."""
+    @_builtins.property
+    def memory_plan(self) -> Global___MemoryPlan:
+        """What of the model stays where; left out on a CPU."""
+
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        resident_bytes: _builtins.int = ...,
+        memory_plan: Global___MemoryPlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory_plan", b"memory_plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "memory_plan", b"memory_plan", "resident_bytes", b"resident_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelResidence: _TypeAlias = ModelResidence  # noqa: Y015
 
 @_typing.final
 class ModelProfile(_message.Message):
@@ -428,19 +506,23 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_BECAUSE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of chromarpc."""
     default_profile: _builtins.str
     """The profile of requests that name none."""
     caller: _builtins.str
     """Who the server takes the caller for; empty where it does not ask."""
+    unavailable_because: _builtins.str
+    """Why no device is there now, so that jobs only wait, in a sentence for people; empty where one is."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that the numbers depend on."""
 
     @_builtins.property
     def device(self) -> Global___Device:
-        """The device that computes."""
+        """The device that computes; of several, the first of `devices`. Left out where there is none."""
 
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Profile]:
@@ -454,6 +536,10 @@ class GetServerInfoResponse(_message.Message):
     def queue(self) -> Global___QueueState:
         """The queue now."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
+        """Every device that computes a job of its own, those that were lost among them."""
+
     def __init__(
         self,
         *,
@@ -465,10 +551,12 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___Limits | None = ...,
         queue: Global___QueueState | None = ...,
         caller: _builtins.str = ...,
+        devices: _abc.Iterable[Global___Device] | None = ...,
+        unavailable_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "devices", b"devices", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "unavailable_because", b"unavailable_because", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,7 +564,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
-    """A device that computes."""
+    """A device that computes one job at a time."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -485,17 +573,45 @@ class Device(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     FALLBACKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    JOB_COUNT_FIELD_NUMBER: _builtins.int
+    BUSY_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    LOST_BECAUSE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """`cpu` or `cuda:0`."""
+    """`cpu` or `cuda:0`; `cuda:0+cuda:1` for a pair, `cpu:0`, `cpu:1` where a CPU is used more than once."""
     name: _builtins.str
     """The device's own name."""
     memory_bytes: _builtins.int
-    """Memory in bytes."""
+    """Memory in bytes; of one card, in a pair too."""
     dtype: _builtins.str
     """Type of the computation: `float32` or `bfloat16`."""
+    state: Global___DeviceState.ValueType
+    """What it does now."""
+    host: _builtins.str
+    """The machine that it is in; empty for the server's own."""
+    second: _builtins.str
+    """Of a pair that computes guidance together: the card that computes the unconditional pass. Empty for one card."""
+    job_count: _builtins.int
+    """Jobs that it was given since it joined, each attempt counted."""
+    memory_used_bytes: _builtins.int
+    """What the server holds of its memory now; of the host's on a CPU."""
+    lost_because: _builtins.str
+    """Why it is out, in a sentence for people; empty unless it was lost."""
     @_builtins.property
     def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceFallback]:
         """What it does without though it should not have to, as far as anything was tried. Empty on a CPU."""
+
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Numerics profiles that it can compute."""
+
+    @_builtins.property
+    def busy_time(self) -> _duration_pb2.Duration:
+        """Time that it spent on them."""
 
     def __init__(
         self,
@@ -505,10 +621,18 @@ class Device(_message.Message):
         memory_bytes: _builtins.int = ...,
         dtype: _builtins.str = ...,
         fallbacks: _abc.Iterable[Global___DeviceFallback] | None = ...,
+        state: Global___DeviceState.ValueType = ...,
+        profiles: _abc.Iterable[_builtins.str] | None = ...,
+        host: _builtins.str = ...,
+        second: _builtins.str = ...,
+        job_count: _builtins.int = ...,
+        busy_time: _duration_pb2.Duration | None = ...,
+        memory_used_bytes: _builtins.int = ...,
+        lost_because: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["busy_time", b"busy_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fallbacks", b"fallbacks", "id", b"id", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_time", b"busy_time", "dtype", b"dtype", "fallbacks", b"fallbacks", "host", b"host", "id", b"id", "job_count", b"job_count", "lost_because", b"lost_because", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "profiles", b"profiles", "second", b"second", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -645,7 +769,7 @@ class QueueState(_message.Message):
     queued_jobs: _builtins.int
     """Jobs waiting."""
     running_jobs: _builtins.int
-    """Jobs running."""
+    """Jobs running, one on each busy device."""
     def __init__(
         self,
         *,

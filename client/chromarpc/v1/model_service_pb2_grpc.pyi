@@ -36,7 +36,7 @@ class ModelServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
     """Lists the models, whether their weights are here, and what their options default to."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetServerInfoRequest, _model_service_pb2.GetServerInfoResponse]
-    """Answers version, limits, numerics profiles and device."""
+    """Answers version, limits, numerics profiles and devices."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -46,7 +46,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models, whether their weights are here, and what their options default to."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetServerInfoRequest, _model_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """Answers version, limits, numerics profiles and device."""
+    """Answers version, limits, numerics profiles and devices."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers what this server serves."""
@@ -65,6 +65,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetServerInfoResponse, _abc.Awaitable[_model_service_pb2.GetServerInfoResponse]]:
-        """Answers version, limits, numerics profiles and device."""
+        """Answers version, limits, numerics profiles and devices."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -5,7 +5,14 @@ export { BaseClient } from "./client.js";
 export * from "./errors.js";
 export type * from "./events.js";
 export { type LoraInspection, LoraSource, type StoredLora } from "./gen/chromarpc/v1/lora_service_pb.js";
-export type { GetServerInfoResponse, Model, ModelProfile } from "./gen/chromarpc/v1/model_service_pb.js";
+export {
+  type Device,
+  DeviceState,
+  type GetServerInfoResponse,
+  type Model,
+  type ModelProfile,
+  type ModelResidence,
+} from "./gen/chromarpc/v1/model_service_pb.js";
 export { GeneratedImage, type ImageFacts, type RequestJson, repeatRequest } from "./images.js";
 export type { ImageInfo, Job, JobState } from "./jobs.js";
 export type {

@@ -174,7 +174,15 @@ export interface Prepared extends EventBase {
   readonly tokenCounts: readonly { readonly used: number; readonly cut: number }[];
   /** Of everything that the numbers depend on: `torch`, `diffusers`, `transformers`, `chromarpc`. */
   readonly versions: Readonly<Record<string, string>>;
+  /** Name of the device that computes: the model of the GPU or CPU. */
   readonly device: string;
+  /** Id of the device, as `getServerInfo` lists it; of a pair, the pair's. Empty where an older server does not say. */
+  readonly deviceId: string;
+  /**
+   * Where guidance is computed on two devices: the one that computes the unconditional pass, such as `cuda:1`; else
+   * empty.
+   */
+  readonly secondDevice: string;
   readonly weights: WeightsReport;
   /** Those that needed files or the tokenizer, such as `PROMPT_TRUNCATED`. */
   readonly warnings: readonly JobWarning[];
@@ -236,13 +244,17 @@ export interface Heartbeat extends EventBase {
 }
 
 /**
- * The server was stopped while the job ran, and runs it again: what came before is void, steps count from 1, images
- * come again.
+ * The server was stopped, or the job's device was lost, and the job runs again: what came before is void, steps count
+ * from 1, images come again.
  */
 export interface Restarted extends EventBase {
   readonly type: "restarted";
   /** The attempt that is to come, from 1. */
   readonly attempt: number;
+  /** Id of the device that was lost or hung; empty where the server itself was restarted. */
+  readonly movedFrom: string;
+  /** Whether the job goes on on a device of another model, so that images may differ by roundings. */
+  readonly bitsMayDiffer: boolean;
 }
 
 /** Anything that `generate` yields. */

@@ -230,7 +230,13 @@ export class StreamReader {
         this.#prepared = undefined;
         this.#imagesRead = 0;
         this.#images.reset();
-        return { type: "restarted", ...base, attempt: event.value.attempt };
+        return {
+          type: "restarted",
+          ...base,
+          attempt: event.value.attempt,
+          movedFrom: event.value.movedFrom,
+          bitsMayDiffer: event.value.bitsMayDiffer,
+        };
       case undefined:
         return undefined;
     }
@@ -414,6 +420,8 @@ function preparedOf(message: pb.Prepared): Omit<Prepared, "type" | "sequence" | 
     tokenCounts: message.tokenCounts.map(({ used, cut }) => ({ used, cut })),
     versions: { ...message.versions },
     device: message.device,
+    deviceId: message.deviceId,
+    secondDevice: message.secondDevice,
     weights: {
       source: WEIGHTS_SOURCES[weights?.source ?? 0] ?? "unknown",
       rewrittenTensorCount: weights?.rewrittenTensorCount ?? 0,

@@ -1,4 +1,5 @@
 /** The page's frame: the form at the left, what comes of it at the right, earlier runs below. */
+import { type Device, DeviceState, type GetServerInfoResponse } from "chromarpc/web";
 import { useEffect, useRef } from "preact/hooks";
 import { CompareView } from "./compare-view.tsx";
 import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
@@ -71,10 +72,23 @@ function ServerLine() {
   const waiting = info.queue?.queuedJobs ?? 0;
   return (
     <p class="server-line">
-      <span class="dot" aria-hidden="true" /> {info.device?.name} · chromarpc {info.version}
+      <span class="dot" aria-hidden="true" />
+      <span title={info.devices.map(describe).join("\n")}> {devicesOf(info)}</span> · chromarpc {info.version}
       {waiting > 0 && ` · ${waiting} waiting`}
     </p>
   );
+}
+
+/** The server's devices in a few words: the model of one, how many of several work. */
+function devicesOf({ device, devices, unavailableBecause }: GetServerInfoResponse): string {
+  if (unavailableBecause) return `no device now: ${unavailableBecause}`;
+  if (devices.length < 2) return device?.name ?? "";
+  const lost = devices.filter(({ state }) => state === DeviceState.LOST).length;
+  return `${devices.length - lost} devices${lost > 0 ? `, ${lost} lost` : ""}`;
+}
+
+function describe({ id, name, state, lostBecause }: Device): string {
+  return `${id}: ${name}, ${lostBecause || (DeviceState[state]?.toLowerCase() ?? "")}`;
 }
 
 function TokenForm() {

@@ -73,6 +73,7 @@ export function RunView({ run }: { run: Run }) {
 }
 
 function Progress({ run }: { run: Run }) {
+  const again = whyAgain(run);
   return (
     <div class="progress">
       {/* Nothing else ever stands where Cancel stood. */}
@@ -92,6 +93,7 @@ function Progress({ run }: { run: Run }) {
         )}
       </div>
       <progress aria-label="Progress" max={1} {...barOf(run)} />
+      {again && <p class="warning">{again}</p>}
       {run.reconnects > 0 && <p class="warning">The connection is lost; the job goes on. Trying again …</p>}
       {run.error && (
         <p class="error" role="alert">
@@ -100,6 +102,15 @@ function Progress({ run }: { run: Run }) {
       )}
     </div>
   );
+}
+
+/** Why a job began again; once it has ended, only where its pictures may be other ones for it. */
+function whyAgain({ restarted, state }: Run): string | undefined {
+  if (restarted === undefined || (hasEnded(state) && !restarted.bitsMayDiffer)) return undefined;
+  const { movedFrom, bitsMayDiffer } = restarted;
+  if (movedFrom === "") return "The server was restarted; the job begins again.";
+  const differs = bitsMayDiffer ? " of another model, so pictures may differ a little" : "";
+  return `Device ${movedFrom} was lost; the job begins again on another one${differs}.`;
 }
 
 /** What the bar shows: the loading stage, or the steps; it runs to and fro while nothing is known. */
@@ -208,7 +219,10 @@ function Facts({ run }: { run: Run }) {
         {prepared && (
           <>
             <dt>Device</dt>
-            <dd>{prepared.device}</dd>
+            <dd>
+              {prepared.device}
+              {prepared.secondDevice && `, guidance on two: ${prepared.deviceId}`}
+            </dd>
             <dt>Weights</dt>
             <dd>
               {prepared.weights.source}, in {duration(prepared.weights.durationMs)}

@@ -17,6 +17,7 @@ import {
   NotFound,
   type Plan,
   type Prepared,
+  type Restarted,
   ServerError,
 } from "chromarpc/web";
 import { client, isTokenWanted, noteFailure, serverState, token } from "./connection.ts";
@@ -46,6 +47,8 @@ export interface Run {
   readonly estimatedWaitMs: number | undefined;
   readonly loading: Loading | undefined;
   readonly prepared: Prepared | undefined;
+  /** Why it began again, if it did. */
+  readonly restarted: Restarted | undefined;
   readonly doneSteps: number;
   readonly totalSteps: number;
   /** When it will probably be done, by this machine's clock in milliseconds. */
@@ -124,6 +127,7 @@ function update(jobId: string, values: Partial<Run>): void {
     estimatedWaitMs: undefined,
     loading: undefined,
     prepared: undefined,
+    restarted: undefined,
     doneSteps: 0,
     totalSteps: 0,
     endsAt: undefined,
@@ -206,6 +210,7 @@ function noteEvent(jobId: string, event: GenerationEvent): void {
         state: "queued",
         loading: undefined,
         prepared: undefined,
+        restarted: event,
         doneSteps: 0,
         endsAt: undefined,
       });

@@ -1,9 +1,22 @@
-"""Devices as they are described to clients."""
+"""Devices as they are described to clients, and which of them a thread belongs to."""
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
+
+_CURRENT: ContextVar[str] = ContextVar("device", default="")
+
+
+def current_device_id() -> str:
+    """Id of the device whose thread this is; empty on any other thread."""
+    return _CURRENT.get()
+
+
+def set_current_device_id(device_id: str) -> None:
+    """Says whose thread this is, for good: what is logged here, and what is handed over from here, is about it."""
+    _CURRENT.set(device_id)
 
 
 class DeviceState(StrEnum):

@@ -162,9 +162,9 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         17, errors.AttemptsExhausted, "INTERNAL", 500, Retry.NO,
-        when="The server was stopped, or died, each time it ran the job.",
+        when="Each time the job ran, the server was stopped or died, or the device was lost.",
         caller="Send the request again once the operator has looked.",
-        operator="Look at what ended the server, which may be this job; `--job-attempts`.",
+        operator="Look at what ended the server or its devices, which may be this job; `--job-attempts`.",
         more="operations.md#the-job-store",
     ),
     ErrorEntry(
@@ -245,14 +245,16 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         30, errors.DeviceLost, "INTERNAL", 500, Retry.YES,
-        when="The device cannot be used any more: health turns NOT_SERVING, and the process exits with 70.",
+        when="The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits "
+        "with 70. While another device is left, the job goes on there, and its events say `restarted`.",
         caller="Come back after the restart: the job is kept and run again.",
         operator="Let the supervisor restart on exit code 70; look at the GPU's own log.",
         more="operations.md#faults",
     ),
     ErrorEntry(
         31, errors.DeviceHung, "INTERNAL", 500, Retry.YES,
-        when="The device does not answer: health turns NOT_SERVING, and the process exits with 70.",
+        when="The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70. "
+        "While another device is left, the job goes on there, and its events say `restarted`.",
         caller="Come back after the restart: the job is kept and run again.",
         operator="Find every thread's stack in standard error; raise `--step-timeout-s` and `--load-timeout-s` "
         "where work is only slow.",

@@ -358,7 +358,7 @@ class JobDeadlineExceeded(ChromaError):
 
 
 class DeviceError(ChromaError):
-    """The process can compute nothing any more, and must be restarted."""
+    """A device can compute nothing any more; without another one the process must be restarted."""
 
 
 class DeviceHung(DeviceError):

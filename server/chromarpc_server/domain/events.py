@@ -20,10 +20,14 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The server was stopped while the job ran, and runs it again from its beginning."""
+    """The job is run again from its beginning: the server was stopped, or the job's device was lost."""
 
     attempt: int
     """The one that is to come, from 1."""
+    moved_from: str = ""
+    """Id of the device that was lost or hung; empty after a restart of the server."""
+    bits_may_differ: bool = False
+    """Whether a device of another model goes on, so that images may differ by roundings."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,13 @@ class Prepared:
     token_counts: tuple[TokenCount, ...]
     versions: Mapping[str, str]
     device: str
+    """Its name: the model of the GPU or CPU."""
     weights: WeightsReport
     warnings: tuple[PlanWarning, ...]
+    device_id: str = ""
+    """Of the device that computes; of a pair, the pair's. Jobs that an earlier version stored have none."""
     second_device: str = ""
-    """Of a pair of devices: the id of the one that makes the unconditional passes."""
+    """The card that computes the unconditional pass, where guidance is computed on two."""
 
 
 @dataclass(frozen=True)

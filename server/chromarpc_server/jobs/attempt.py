@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import ChromaError, LoraChanged, StoreError, StoreUnavailable
 from chromarpc_server.domain.events import AdapterReport, Completed, ImageHeader, Prepared, Step
 from chromarpc_server.jobs.completion import Completion, stopping, unforeseen
@@ -28,12 +29,14 @@ class Attempt:
     """One run of a job, and what is known of it so far."""
 
     job: Job
-    device_dtype: str
-    """What the device computes in, for the images' records."""
+    device: DeviceDescription
+    """What runs it."""
     prepared: Prepared | None = None
     """What it runs with, once that is known."""
     encoding_s: float = 0.0
     images: int = 0
+    is_over: bool = False
+    """Whether its device was lost, so that nothing counts that it still reports."""
     unstored: StoreError | None = None
     """Why one of its images could not be stored."""
 
@@ -70,6 +73,8 @@ class AttemptRecorder:
     def take(self, attempt: Attempt, report: Report) -> None:
         """The device has something to report."""
         job = attempt.job
+        if attempt.is_over:
+            return
         match report:
             case RenderedImage() | RenderedPreview():
                 task = self._tasks.start(self._encode(attempt, report))
@@ -85,7 +90,9 @@ class AttemptRecorder:
                 pixels = prompt.width * prompt.height
                 job.pixel_steps_done += pixels
                 job.done_steps += 1
-                self._estimates.observe(job.plan.served_model, job.plan.profile, pixels, report.duration_s)
+                self._estimates.observe(
+                    attempt.device.name, job.plan.served_model, job.plan.profile, pixels, report.duration_s
+                )
                 job.log.append(report)
             case _:
                 job.log.append(report)
@@ -137,18 +144,22 @@ class AttemptRecorder:
         started = time.monotonic()
         try:
             if isinstance(report, RenderedPreview):
-                job.log.append(await self._encoder.preview(report))
+                preview = await self._encoder.preview(report)
+                if not attempt.is_over:
+                    job.log.append(preview)
                 return
             header, data = await self._encoder.image(
                 report, job.plan.output, _record(attempt, report.prompt_index)
             )
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
+            if attempt.is_over:
+                return
             failure: ChromaError = translate_memory_error(error) or unforeseen(job, error)
             job.cancellation.cancel(failure)
             self._completion.end_early(job, failure)
             return
         attempt.encoding_s += time.monotonic() - started
-        if job.log.sealed:
+        if job.log.sealed or attempt.is_over:
             return
         attempt.images += 1
         job.log.append(header)
@@ -176,7 +187,7 @@ def _record(attempt: Attempt, prompt_index: int) -> PictureRecord | None:
     plan = attempt.job.plan
     if attempt.prepared is None or not plan.output.picture_record:
         return None
-    return picture_record(plan, prompt_index, attempt.prepared, device_dtype=attempt.device_dtype)
+    return picture_record(plan, prompt_index, attempt.prepared, device_dtype=attempt.device.dtype)
 
 
 def changed_adapter(job: Job, reports: Sequence[AdapterReport]) -> LoraChanged | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from chromarpc_server.adapters.sources import AdapterSources
@@ -19,13 +19,14 @@ from chromarpc_server.domain.errors import (
     QuotaViolation,
     StoreError,
 )
-from chromarpc_server.domain.events import Queued
 from chromarpc_server.jobs.completion import RETRY_AFTER_DRAIN_S, Completion
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.job import AnyJob, Job
-from chromarpc_server.jobs.queue import JobQueue, ScheduledJob
+from chromarpc_server.jobs.positions import Positions
+from chromarpc_server.jobs.queue import JobQueue, ScheduledJob, Taker
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import known_adapters
+from chromarpc_server.jobs.waits import Waits
 from chromarpc_server.runtime.model_cache import SetKey
 from chromarpc_server.runtime.running_time import RunningTime
 
@@ -60,18 +61,26 @@ class Backlog:
         self._running_time = running_time
         self._max_jobs = max_jobs
         self._queue = JobQueue()
+        self._positions = Positions(self._queue, self._waits)
         self._fetching: list[ScheduledJob] = []
         """Jobs whose adapters are being downloaded."""
         self._entering: Counter[str] = Counter()
         """How many jobs of each caller are being stored before they are scheduled."""
-        self._running: list[ScheduledJob] = []
-        self._arrived = asyncio.Event()
+        self._takers: list[Taker] = []
+        self._running: dict[Taker, ScheduledJob] = {}
+        self._free: dict[Taker, asyncio.Future[ScheduledJob]] = {}
+        """Devices that wait for a job, the first one first; none of them can compute any that waits."""
         self._is_open = False
 
     @property
     def waiting_jobs(self) -> int:
         """How many wait; may be asked from any thread."""
         return len(self._queue) + len(self._fetching)
+
+    @property
+    def waiting(self) -> tuple[ScheduledJob, ...]:
+        """Those that wait for a device, in the order in which they will run."""
+        return tuple(self._queue)
 
     @property
     def running_jobs(self) -> int:
@@ -107,13 +116,11 @@ class Backlog:
         if not self._is_open:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
         count = self.waiting_jobs + self._entering.total()
-        wait_s = self._wait_s(list(self._queue))
-        retry_after_s = max(1.0, wait_s / len(self._queue)) if wait_s and self._queue else 5.0
         if count >= self._max_jobs:
             message = f"{count} jobs are waiting already, and no more may"
             raise QueueFull(
                 message,
-                retry_after_s=retry_after_s,
+                retry_after_s=self._retry_after_s(),
                 quota=QuotaViolation("server", "max_queued_jobs", self._max_jobs, message),
             )
         own = sum(scheduled.job.owner == caller.name for scheduled in (*self._queue, *self._fetching))
@@ -124,7 +131,7 @@ class Backlog:
                 "max_queued_jobs",
                 caller.limits.max_queued_jobs,
                 f"{own} of your jobs are waiting already, and no more may",
-                retry_after_s=retry_after_s,
+                retry_after_s=self._retry_after_s(),
             )
 
     @contextmanager
@@ -157,24 +164,61 @@ class Backlog:
         else:
             self._enqueue(scheduled)
 
-    async def next(self, is_resident: Callable[[SetKey], bool]) -> ScheduledJob:
-        """Waits for a job to run, and counts it as running until `ran`.
+    def join(self, taker: Taker) -> None:
+        """A device is ready: how long jobs wait is computed with it from now on."""
+        self._takers.append(taker)
 
-        Args:
-            is_resident: whether a device has these prepared weights.
+    def leave(self, taker: Taker) -> None:
+        """A device is ready no longer: it is given no job. What it runs is its own until `ran` or `requeue`."""
+        if taker in self._takers:
+            self._takers.remove(taker)
+        self._free.pop(taker, None)
+
+    async def next(self, taker: Taker) -> ScheduledJob:
+        """Waits for a job for a free device to run, and counts it as running until `ran` or `requeue`. A wait that
+        is cancelled loses no job.
         """
-        while not self._queue:
-            self._arrived.clear()
-            await self._arrived.wait()
-        scheduled = self._queue.take(is_resident)
-        self._running.append(scheduled)
-        self._notify_positions()
+        scheduled = self._take(taker)
+        while scheduled is None:
+            handed = self._free[taker] = asyncio.get_running_loop().create_future()
+            try:
+                scheduled = await handed
+            except asyncio.CancelledError:
+                self._free.pop(taker, None)
+                self._give_back(taker)
+                raise
+            if not self._is_open:  # the server began to stop after the job was handed over
+                self._give_back(taker)
+                scheduled = None
         return scheduled
 
-    def ran(self, scheduled: ScheduledJob) -> None:
-        """A job runs no longer."""
-        self._running.remove(scheduled)
-        scheduled.adapters.release()
+    def ran(self, taker: Taker) -> None:
+        """A device's job runs no longer, or was put back before."""
+        scheduled = self._running.pop(taker, None)
+        if scheduled is not None:
+            scheduled.adapters.release()
+
+    def requeue(self, scheduled: ScheduledJob) -> None:
+        """Puts a job whose device was lost before all that wait, its files with it; another device may take it at
+        once.
+        """
+        for taker, running in self._running.items():
+            if running is scheduled:
+                del self._running[taker]
+                break
+        if not self._is_open:
+            scheduled.adapters.release()
+            self._completion.leave_to_next_process(scheduled.job)
+            return
+        job = scheduled.job
+        job.position = job.done_steps = job.pixel_steps_done = 0
+        job.started = job.started_at = None
+        self._queue.put_back(scheduled)
+        self._arrived(scheduled)
+
+    def offer(self, job: Job) -> None:
+        """More devices may run a job that waits: a free one gets it at once."""
+        self._hand_over(job)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -191,7 +235,7 @@ class Backlog:
                 self._queue.remove(scheduled)
                 scheduled.adapters.release()
                 self._completion.end_early(job, cause)
-                self._notify_positions()
+                self._positions.changed()
                 return
 
     def _expire(self, job: Job) -> None:
@@ -248,29 +292,45 @@ class Backlog:
 
     def _enqueue(self, scheduled: ScheduledJob) -> None:
         self._queue.add(scheduled)
-        self._notify_positions()
-        self._arrived.set()
+        self._arrived(scheduled)
 
-    def _notify_positions(self) -> None:
-        wait_s = self._wait_s([])
-        for position, scheduled in enumerate(self._queue, 1):
-            if scheduled.job.position != position:
-                scheduled.job.position = position
-                scheduled.job.log.append(Queued(position, wait_s))
-            own_s = self._left_s(scheduled.job)
-            wait_s = None if wait_s is None or own_s is None else wait_s + own_s
+    def _arrived(self, scheduled: ScheduledJob) -> None:
+        """A job has come to wait. The best of the free devices that can compute it gets it at once."""
+        self._positions.changed(scheduled)
+        job = scheduled.job
+        able = [taker for taker, handed in self._free.items() if not handed.done() and taker.can_compute(job)]
+        if able:
+            key = job.set_key
+            best = min(able, key=lambda taker: _preference(taker, job, key))
+            taken = self._take(best)
+            if taken is not None:
+                self._free.pop(best).set_result(taken)
 
-    def _wait_s(self, ahead: Sequence[ScheduledJob]) -> float | None:
-        """Seconds until the running jobs and those `ahead` are done; None while nothing was measured."""
-        total = 0.0
-        for scheduled in (*self._running, *ahead):
-            left_s = self._left_s(scheduled.job)
-            if left_s is None:
-                return None
-            total += left_s
-        return total
+    def _retry_after_s(self) -> float:
+        """Seconds until about one more may wait."""
+        all_s = self._waits().add_all(scheduled.job for scheduled in self._queue)
+        return max(1.0, all_s / len(self._queue)) if all_s and self._queue else 5.0
 
-    def _left_s(self, job: Job) -> float | None:
-        """Seconds that a job will still take; None while nothing was measured."""
-        left = job.plan.pixel_steps - job.pixel_steps_done
-        return self._estimates.estimate_s(job.plan.served_model, job.plan.profile, left)
+    def _take(self, taker: Taker) -> ScheduledJob | None:
+        scheduled = self._queue.take(taker)
+        if scheduled is not None:
+            self._running[taker] = scheduled
+            self._positions.changed()
+        return scheduled
+
+    def _give_back(self, taker: Taker) -> None:
+        """Of a job that was handed to a device that did not get to run it."""
+        scheduled = self._running.get(taker)
+        if scheduled is not None:
+            self.requeue(scheduled)
+
+    def _waits(self) -> Waits:
+        running = {taker: scheduled.job for taker, scheduled in self._running.items()}
+        return Waits(self._estimates, [(taker, running.get(taker)) for taker in self._takers])
+
+
+def _preference(taker: Taker, job: Job, key: SetKey) -> tuple[bool, bool, float]:
+    """The least is the best one for a job that has come: where it runs at once, then where its adapters need not
+    be read, then the one that was used least.
+    """
+    return not taker.is_resident(key), not taker.has_parsed(job), taker.used_s

@@ -87,7 +87,7 @@ class Completion:
         if job.cancelled_for_good is not None:
             self.end_early(job, job.cancelled_for_good)
             return
-        log.warning("job.set_aside", extra={"job_id": job.id, "caller": job.owner, "reason": error.reason})
+        log.warning("job.set_aside", extra={**job.log_fields, "reason": error.reason})
         job.log.suspend(error)
 
     async def wait_until_visible(self, job: Job) -> None:
@@ -169,7 +169,7 @@ class Completion:
         if job not in self._unstored:
             self._registry.ended(job)
         level = logging.WARNING if isinstance(event, Failed) else logging.INFO
-        log.log(level, _LOG_NAMES[type(event)], extra={"job_id": job.id, "caller": job.owner, **fields})
+        log.log(level, _LOG_NAMES[type(event)], extra={**job.log_fields, **fields})
 
     async def _store_when_there_is_room(self, job: Job, event: Terminal) -> bool:
         """Stores a job's end before anybody sees it: one that is told and not stored would have another end after
@@ -200,7 +200,7 @@ def unforeseen(job: Job, error: Exception) -> InternalError:
     log.error(
         "job.internal_error",
         exc_info=error,
-        extra={"job_id": job.id, "caller": job.owner, "error_id": error_id},
+        extra={**job.log_fields, "error_id": error_id},
     )
     return InternalError(f"internal error {error_id}", metadata={"error_id": error_id})
 

@@ -6,23 +6,25 @@ from chromarpc_server.domain.plan import Plan
 
 
 class StepTimes:
-    """Seconds for each pixel × step, by (model, profile), as a moving average."""
+    """Seconds for each pixel × step, by (device's model, model, profile), as a moving average."""
 
     _WEIGHT = 0.2
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, str], float] = {}
+        self._seconds: dict[tuple[str, str, str], float] = {}
 
-    def observe(self, model: str, profile: str, pixel_steps: int, duration_s: float) -> None:
-        """Takes in one measured step of `pixel_steps` = width × height."""
-        key = (model, profile)
+    def observe(self, device: str, model: str, profile: str, pixel_steps: int, duration_s: float) -> None:
+        """Takes in one step of `pixel_steps` = width × height, measured on a device of this model."""
+        key = (device, model, profile)
         measured = duration_s / pixel_steps
         before = self._seconds.get(key, measured)
         self._seconds[key] = before + self._WEIGHT * (measured - before)
 
-    def estimate_s(self, model: str, profile: str, pixel_steps: int) -> float | None:
-        """Seconds that `pixel_steps` will probably take; None while nothing was measured."""
-        rate = self._seconds.get((model, profile))
+    def estimate_s(self, device: str, model: str, profile: str, pixel_steps: int) -> float | None:
+        """Seconds that `pixel_steps` will probably take on a device of this model; None while nothing was
+        measured.
+        """
+        rate = self._seconds.get((device, model, profile))
         return None if rate is None else rate * pixel_steps
 
 

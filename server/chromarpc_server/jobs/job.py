@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.errors import ChromaError, JobDamaged
+from chromarpc_server.domain.events import Restarted
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.log import EndedLog, JobLog
 from chromarpc_server.runtime.cancellation import Cancellation
@@ -41,12 +42,16 @@ class Job:
     """When it last began to run."""
     attempts: int = 0
     """How often it began to run, in earlier processes too."""
+    device_id: str = ""
+    """Of the device that runs it, or ran it last; empty before."""
     attached: int = 0
     """Callers that hold on to it."""
     done_steps: int = 0
     pixel_steps_done: int = 0
     overtaken: int = 0
     """How many jobs ran first although it was this one's turn, because their weights were resident."""
+    stays_on: str = ""
+    """Model of the devices that alone may run it, where one has begun it and others of the same kind are left."""
     adapter_hashes: tuple[str | None, ...] = ()
     """SHA-256 of each adapter as it was read before: by an earlier process, or for the job that is redrawn."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
@@ -66,6 +71,18 @@ class Job:
     def set_key(self) -> SetKey:
         """The prepared weights it needs."""
         return set_key(self.plan, self.adapter_files)
+
+    def begin_anew(self, event: Restarted) -> None:
+        """Nothing of its last attempt counts: its device was lost, and another one is to run it."""
+        self.started_at = self.started = None
+        self.done_steps = self.pixel_steps_done = self.position = 0
+        self.log.begin_anew(event)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says of it: which job, whose, and on which device once it ran."""
+        fields = {"job_id": self.id, "caller": self.owner}
+        return fields | {"device": self.device_id} if self.device_id else fields
 
     def stop_expiry(self) -> None:
         """It need not be ended for having waited too long any more."""

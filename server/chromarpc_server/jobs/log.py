@@ -16,12 +16,14 @@ from datetime import UTC, datetime
 
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.events import (
+    Accepted,
     Event,
     ImageChunk,
     ImageHeader,
     Loading,
     Preview,
     Queued,
+    Restarted,
     Step,
     Terminal,
     may_coalesce,
@@ -145,6 +147,14 @@ class JobLog:
         may come twice.
         """
         self._last_sequence = max(self._last_sequence, sequence)
+
+    def begin_anew(self, event: Restarted) -> None:
+        """Drops all but what was admitted: the attempt that it tells of came to nothing. Its numbers are not given
+        again, and readers go on with `event`. Once the end is decided it does nothing.
+        """
+        if self._ending is None:
+            self._entries = [entry for entry in self._entries if isinstance(entry.event, Accepted)]
+            self.append(event)
 
     def seal(self, event: Terminal) -> LoggedEvent:
         """Decides on the terminal event. Replaces an earlier decision that readers have not seen.

@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 
 from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.devices import current_device_id
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -18,9 +19,9 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     """What was logged beside the event, and who makes the call that it was logged in."""
     fields = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-    if "caller" not in fields:
-        fields["caller"] = current_caller().name
-    return {key: value for key, value in fields.items() if key != "caller" or value}
+    fields.setdefault("caller", current_caller().name)
+    fields.setdefault("device", current_device_id())
+    return {key: value for key, value in fields.items() if key not in ("caller", "device") or value}
 
 
 def _one_line(value: object) -> str:

@@ -1,4 +1,7 @@
-"""Metrics for Prometheus. No label comes from a client: models, profiles, methods and reasons are fixed sets."""
+"""Metrics for Prometheus.
+
+No label comes from a client: models, profiles, methods, reasons and devices are sets that the server decides on.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from chromarpc_server.adapters.damage import damaged_adapters
@@ -21,11 +24,11 @@ from chromarpc_server.domain.events import (
     Restarted,
     Step,
 )
-from chromarpc_server.domain.fallbacks import Part
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.jobs.observer import JobObserver
+from chromarpc_server.observability.device_metrics import DeviceCollector
 from chromarpc_server.observability.store_metrics import StoreCollector
 from chromarpc_server.transport.access.interceptor import Call
 from chromarpc_server.transport.access.outcomes import outcome
@@ -64,6 +67,12 @@ class Metrics:
             ["model", "profile"],
             registry=registry,
         )
+        self._moves = Counter(
+            "chromarpc_job_moves",
+            "Jobs that are run again because the device that ran them was lost, by that device",
+            ["device"],
+            registry=registry,
+        )
         self._job_s = Histogram(
             "chromarpc_job_seconds",
             "Time from a job's admission to its success",
@@ -73,7 +82,7 @@ class Metrics:
         )
         self._wait_s = Histogram(
             "chromarpc_queue_wait_seconds",
-            "Time a job waited for its downloads and for the device",
+            "Time a job waited for its downloads and for a device",
             ["model"],
             buckets=_LONG_S,
             registry=registry,
@@ -110,7 +119,8 @@ class Metrics:
         )
         self._peak = Gauge(
             "chromarpc_job_peak_memory_bytes",
-            "Most device memory in use at once during the last job that succeeded",
+            "Most of the device's memory in use at once during the last job that succeeded there",
+            ["device"],
             registry=registry,
         )
         self._lag_s = Histogram(
@@ -137,8 +147,9 @@ class Metrics:
         ).set(1)
 
     def observe_engine(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
-        """Collects the engine's state and its store's too, as they are at each scrape."""
+        """Collects the engine's state, its devices' and its store's too, as they are at each scrape."""
         self.registry.register(_EngineCollector(engine, is_ready))
+        self.registry.register(DeviceCollector(lambda: engine.status().devices))
         self.registry.register(StoreCollector(engine.store_facts, damaged_adapters))
 
     @property
@@ -152,6 +163,8 @@ class Metrics:
             case Prepared(weights=weights):
                 self._weights.labels(model, weights.source.value).inc()
                 self._switch_s.labels(weights.source.value).observe(weights.duration_s)
+            case Restarted(moved_from=device) if device:
+                self._moves.labels(device).inc()
             case Restarted():
                 self._restarts.labels(model, profile).inc()
             case Step(prompt_index=index, duration_s=seconds):
@@ -166,7 +179,7 @@ class Metrics:
                 self._job_s.labels(model, profile).observe(timings.total_s)
                 for stage in ("loading", "text_encoding", "denoising", "decoding", "image_encoding"):
                     self._stage_s.labels(model, profile, stage).observe(getattr(timings, f"{stage}_s"))
-                self._peak.set(peak)
+                self._peak.labels(job.device_id).set(peak)
             case Failed(error=error):
                 self._jobs.labels(model, profile, "failed", error.reason).inc()
             case Cancelled(error=error):
@@ -205,60 +218,14 @@ class _EngineCollector(Collector):
         self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
-        status, cache = self._engine.status(), self._engine.status().cache
-        device = self._engine.description
+        status = self._engine.status()
         yield _gauge("chromarpc_ready", "1 while requests are taken, else 0", int(self._is_ready()))
         yield _gauge(
-            "chromarpc_queued_jobs", "Jobs waiting for their downloads or for the device", status.queued_jobs
+            "chromarpc_queued_jobs", "Jobs waiting for their downloads or for a device", status.queued_jobs
         )
-        yield _gauge("chromarpc_running_jobs", "Jobs on the device", status.running_jobs)
+        yield _gauge("chromarpc_running_jobs", "Jobs on devices", status.running_jobs)
         yield _gauge("chromarpc_stored_jobs", "Jobs that ended and are kept", status.stored.jobs)
         yield _gauge("chromarpc_stored_bytes", "Of their events and images", status.stored.bytes)
-        counters = cache.counters
-        events = CounterMetricFamily(
-            "chromarpc_prepared_sets",
-            "What the cache of prepared weights did: hit, switch, build, eviction",
-            labels=["event"],
-        )
-        for event, count in (
-            ("hit", counters.hits),
-            ("switch", counters.switches),
-            ("build", counters.builds),
-            ("eviction", counters.evictions),
-        ):
-            events.add_metric([event], count)
-        yield events
-        resident = GaugeMetricFamily(
-            "chromarpc_resident_bytes",
-            "Memory of weights: checkpoint (of a model, all that is its included), prepared_sets (of a model), "
-            "trainer_parts (of a model: text encoders of the preview profiles), adapters (parsed, on the host)",
-            labels=["what", "model"],
-        )
-        for model, size in cache.resident_bytes.items():
-            resident.add_metric(["checkpoint", model], size)
-            sets = sum(held.size_bytes for held in cache.sets if held.key.model_id == model)
-            resident.add_metric(["prepared_sets", model], sets)
-            resident.add_metric(["trainer_parts", model], cache.trainer_parts_bytes.get(model, 0))
-        resident.add_metric(["adapters", ""], cache.adapter_bytes)
-        yield resident
-        memory = GaugeMetricFamily(
-            "chromarpc_device_memory_bytes",
-            "Memory of the device (of the host on a CPU): total, and used by this process",
-            labels=["device", "state"],
-        )
-        memory.add_metric([device.id, "total"], device.memory_bytes)
-        memory.add_metric([device.id, "used"], self._engine.memory_used_bytes())
-        yield memory
-        missed = {fallback.without for fallback in cache.fallbacks}
-        fallback = GaugeMetricFamily(
-            "chromarpc_device_fallback",
-            "1 where the device does without what makes it fast, else 0: "
-            "kernels, attention, decoder, step_graphs, encoder_graph",
-            labels=["device", "without"],
-        )
-        for part in Part:
-            fallback.add_metric([device.id, part.value], int(part in missed))
-        yield fallback
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: names are checked when they are collected."""

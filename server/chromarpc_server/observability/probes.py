@@ -61,8 +61,17 @@ class StatusPort:
         *,
         is_alive: Callable[[], bool],
         is_ready: Callable[[], bool],
+        why_not_ready: Callable[[], str] = lambda: "",
     ) -> None:
         """Opens it; port 0 picks one.
+
+        Args:
+            host: to bind.
+            port: to bind.
+            registry: what `/metrics` serves.
+            is_alive: whether the process is of any use.
+            is_ready: whether requests are taken.
+            why_not_ready: why not, in a sentence, where there is something to say.
 
         Raises:
             OSError: the address cannot be bound.
@@ -81,15 +90,17 @@ class StatusPort:
                     case "/livez":
                         self._answer_probe(is_alive())
                     case "/readyz":
-                        self._answer_probe(is_ready())
+                        self._answer_probe(is_ready(), why_not_ready)
                     case _:
                         self._answer(HTTPStatus.NOT_FOUND, b"try /metrics, /livez or /readyz\n")
 
-            def _answer_probe(self, is_so: bool) -> None:
+            def _answer_probe(self, is_so: bool, why_not: Callable[[], str] = lambda: "") -> None:
                 if is_so:
                     self._answer(HTTPStatus.OK, b"yes\n")
                 else:
-                    self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"no\n")
+                    reason = why_not()
+                    text = f"no: {reason}\n" if reason else "no\n"
+                    self._answer(HTTPStatus.SERVICE_UNAVAILABLE, text.encode())
 
             def _answer(self, status: HTTPStatus, body: bytes, media_type: str = "text/plain") -> None:
                 self.send_response(status)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chromarpc_server.domain.errors import Draining
-from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Event, Failed
+from chromarpc_server.domain.events import Accepted, Cancelled, Completed, Event, Failed, Prepared, Restarted
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.observer import JobObserver
 from chromarpc_server.runtime.work import StageDone
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 SPAN_NAMES = {"loading_s": "load", "text_encoding_s": "encode", "denoising_s": "steps", "decoding_s": "decode"}
 """What the spans of a job's stages are called."""
+DEVICE_ID = "chromarpc.device_id"
+"""The attribute of a job and of its stages that says which device; of a job that moved, the last one."""
 
 
 @dataclass
 class _JobSpan:
     span: Any
-    accepted_ns: int
+    queued_ns: int
+    """When it began to wait: once it was admitted, or its device was lost."""
     has_queue_span: bool = False
 
 
@@ -106,7 +109,14 @@ class Tracing:
         kept = self._jobs.get(job.id)
         if kept is None:
             return
+        if isinstance(event, Restarted):
+            if event.moved_from:
+                kept.span.add_event("restarted", {DEVICE_ID: event.moved_from, "chromarpc.attempt": event.attempt})
+            kept.queued_ns, kept.has_queue_span = time.time_ns(), False
+            return
         self._end_queue_span(job, kept)
+        if isinstance(event, Prepared) and event.second_device:
+            kept.span.set_attribute("chromarpc.second_device", event.second_device)
         if isinstance(event, Completed | Failed | Cancelled):
             del self._jobs[job.id]
             if not isinstance(event, Completed):
@@ -121,7 +131,9 @@ class Tracing:
         kept = self._jobs.get(job.id)
         if kept is not None and done.stage in SPAN_NAMES:
             self._end_queue_span(job, kept)
-            attributes = {} if done.prompt_index is None else {"chromarpc.prompt_index": done.prompt_index}
+            attributes: dict[str, str | int] = {DEVICE_ID: job.device_id}
+            if done.prompt_index is not None:
+                attributes["chromarpc.prompt_index"] = done.prompt_index
             started_ns = done.ended_ns - round(done.seconds * 1e9)
             self._child(kept, SPAN_NAMES[done.stage], started_ns, done.ended_ns, attributes)
 
@@ -129,11 +141,12 @@ class Tracing:
         if kept.has_queue_span or job.started_at is None:
             return
         kept.has_queue_span = True
-        waited_ns = round((job.started_at - job.admitted_at) * 1e9)
-        self._child(kept, "queue", kept.accepted_ns, kept.accepted_ns + waited_ns, {})
+        kept.span.set_attribute(DEVICE_ID, job.device_id)
+        ran_ns = round((time.monotonic() - job.started_at) * 1e9)
+        self._child(kept, "queue", kept.queued_ns, max(kept.queued_ns, time.time_ns() - ran_ns), {})
 
     def _child(
-        self, kept: _JobSpan, name: str, started_ns: int, ended_ns: int, attributes: dict[str, int]
+        self, kept: _JobSpan, name: str, started_ns: int, ended_ns: int, attributes: dict[str, str | int]
     ) -> None:
         from opentelemetry.trace import set_span_in_context  # noqa: PLC0415 - an extra
 

@@ -10,7 +10,9 @@ from chromarpc_server.pipeline.checkpoint import Checkpoint
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
+    choose_devices,
     describe_device,
+    idle_gpus,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -28,7 +30,7 @@ from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, Token
 from chromarpc_server.pipeline.pacing import finished_steps
 from chromarpc_server.pipeline.pair import Transformer, TransformerPair
 from chromarpc_server.pipeline.pipeline import Pipeline
-from chromarpc_server.pipeline.profiles import PROFILES, NumericsProfile, served_profiles
+from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
@@ -37,6 +39,7 @@ from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 __all__ = [
     "PROFILES",
     "SILENT",
+    "TRAINER_CHOICES",
     "Adapter",
     "AdapterSet",
     "Check",
@@ -55,9 +58,11 @@ __all__ = [
     "Transformer",
     "TransformerPair",
     "choose_device",
+    "choose_devices",
     "describe_device",
     "finished_steps",
     "forget_frames",
+    "idle_gpus",
     "import_ahead",
     "library_versions",
     "lies_beside",

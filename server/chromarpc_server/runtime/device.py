@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
@@ -74,6 +74,34 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Lets it end once it has done what it was given."""
+        ...
+
+
+class DeviceSource(Protocol):
+    """Where a server's devices come from. Lives on the event loop."""
+
+    waits_for_more: bool
+    """Whether more may join later, so that a server that has none for the moment is not done for."""
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Numerics profiles that one of its devices can compute, as far as that is known."""
+        ...
+
+    async def open(self, join: Callable[[Device], None]) -> None:
+        """Opens the devices of the start, and gives each to `join`; later ones too, where there may be any.
+
+        Raises:
+            ChromaError: one cannot be used, or there is none and none will come.
+        """
+        ...
+
+    def missing(self) -> str:
+        """Why there is no device now, in one sentence."""
+        ...
+
+    def close(self) -> None:
+        """Lets no more devices join; those that did are closed by whoever has them."""
         ...
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.domain.devices import DeviceDescription, set_current_device_id
 from chromarpc_server.domain.errors import DeviceError, DeviceLost
 from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import (
@@ -46,7 +46,7 @@ class DeviceThread:
         """
         self._choice = choice
         self._budgets = budgets or Budgets()
-        self._watchdog = Watchdog(timeouts or DeviceTimeouts(), running_time)
+        self._watchdog = Watchdog(timeouts or DeviceTimeouts(), running_time, device_id=choice.id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._snapshot = CacheSnapshot()
         self._opened: tuple[DeviceWorker, DeviceDescription] | None = None
@@ -129,6 +129,7 @@ class DeviceThread:
         return self._opened
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
+        set_current_device_id(self._choice.id)
         try:
             # The first thing that the device's thread does; whatever names no device there means this one.
             select_device(self._choice.device)

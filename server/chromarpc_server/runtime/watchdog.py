@@ -35,8 +35,15 @@ class _Doing:
 class Watchdog:
     """The device thread writes, the event loop reads; each value is replaced whole."""
 
-    def __init__(self, timeouts: DeviceTimeouts, running_time: RunningTime) -> None:
-        """`timeouts`: how long each thing may take; `running_time`: the event loop's."""
+    def __init__(self, timeouts: DeviceTimeouts, running_time: RunningTime, *, device_id: str = "") -> None:
+        """Begins idle.
+
+        Args:
+            timeouts: how long each thing may take.
+            running_time: the event loop's.
+            device_id: what is watched, for the log.
+        """
+        self._device_id = device_id
         self._timeouts = timeouts
         self._running_time = running_time
         self._doing: _Doing | None = None
@@ -68,7 +75,7 @@ class Watchdog:
             self._running_time.look()
             doing = self._doing
             if doing is not None and self._running_time.since(doing.begun_at) > doing.limit_s:
-                log.critical("device.hung", extra={"doing": doing.what})
+                log.critical("device.hung", extra={"device": self._device_id, "doing": doing.what})
                 with suppress(OSError, ValueError):  # standard error may be closed, or no file
                     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 future.cancel()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
 from chromarpc.json_request import parse_request_json
-from chromarpc_server.domain.events import Accepted, AdapterPlacement, Prepared
+from chromarpc_server.domain.events import Accepted, AdapterPlacement, Prepared, Restarted
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES
+from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.jobs.store import records
 from chromarpc_server.transport.messages.fingerprints import fingerprint
 from chromarpc_server.transport.messages.requests import generation_request
@@ -36,6 +41,29 @@ def test_events_stored_before_are_read() -> None:
     _, prepared = records.unpack_events(packed, Accepted("job", plan))
     assert isinstance(prepared.event, Prepared)
     assert [adapter.placement for adapter in prepared.event.adapters] == [AdapterPlacement.MERGED] * 2
+    assert (prepared.event.device_id, prepared.event.second_device) == ("", "")
+
+
+def test_a_restart_stored_before_moved_from_nowhere() -> None:
+    plan = records.read_plan(json.dumps(BEFORE["plan"]))
+    packed = zlib.compress(json.dumps([[2, 0, "Restarted", {"attempt": 2}]]).encode())
+    (restarted,) = records.unpack_events(packed, Accepted("job", plan))
+    assert restarted.event == Restarted(2, moved_from="", bits_may_differ=False)
+
+
+@pytest.mark.parametrize("field", ["device_id", "second_device"])
+def test_the_devices_that_drew_come_back(field: str) -> None:
+    plan = records.read_plan(json.dumps(BEFORE["plan"]))
+    packed = zlib.compress(json.dumps(BEFORE["events"]).encode())
+    _, before = records.unpack_events(packed, Accepted("job", plan))
+    assert isinstance(before.event, Prepared)
+    event = replace(before.event, **{field: "cuda:1"})
+    assert _stored_and_read(event) == event
+
+
+def test_the_device_that_a_job_moved_from_comes_back() -> None:
+    event = Restarted(2, moved_from="cuda:0", bits_may_differ=True)
+    assert _stored_and_read(event) == event
 
 
 def test_a_request_without_the_new_fields_is_known_by_its_old_fingerprint() -> None:
@@ -62,6 +90,13 @@ def test_negative_text_is_a_prompt_too_where_none_may_be_stored() -> None:
     plan = _trainers_plan()
     assert records.plan_json(plan, with_prompts=True).count(SECRET) == 2
     assert SECRET not in records.plan_json(plan, with_prompts=False)
+
+
+def _stored_and_read(event: Prepared | Restarted) -> object:
+    plan = records.read_plan(json.dumps(BEFORE["plan"]))
+    entry = LoggedEvent(3, datetime(2026, 5, 4, tzinfo=UTC), event)
+    (stored,) = records.unpack_events(records.pack_events([entry]), Accepted("job", plan))
+    return stored.event
 
 
 def _trainers_plan() -> Plan:

@@ -52,6 +52,7 @@ const ORDER = [
   /^scheduler$/,
   /^guidance_scale$/,
   /^guidance$/,
+  /^guidance_on_two_devices$/,
   /^loras\.\d+\.network_multiplier$/,
   /^loras\.\d+\.placement$/,
   /^loras\.\d+\..*$/,

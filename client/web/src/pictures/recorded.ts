@@ -7,6 +7,7 @@ const MAX_ADAPTERS = 100;
 /** Of versions, and of a trainer's options. */
 const MAX_NAMES = 50;
 const LARGEST_SCALE = 10n ** 300n;
+const ON_TWO_DEVICES = "a pass on each, which changes no bit in exact and rounds otherwise in other profiles";
 const PREVIEW_PROFILES: readonly Json[] = ["preview", "preview-exact"];
 const SCALES: readonly string[] = ["guidance_scale", "network_multiplier"];
 const PLACED: Readonly<Record<string, string>> = {
@@ -68,6 +69,9 @@ export function recordedFacts(text: string): PictureFacts {
   }
   if (isTruthy(record.get("tiled"))) {
     facts.set("tiled", fact(true, "decoded in tiles, which changes pixels a little"));
+  }
+  if (isTruthy(record.get("guidance_on_two_devices"))) {
+    facts.set("guidance_on_two_devices", fact(true, ON_TWO_DEVICES));
   }
   const version = versions.has("chromarpc")
     ? versions.get("chromarpc")

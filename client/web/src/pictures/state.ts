@@ -160,6 +160,7 @@ function withPlan(picture: OpenedPicture, { plan, prepared, index }: DrawnHere):
     tokens: prepared?.tokenCounts[index],
     versions: prepared?.versions,
     device: prepared?.device,
+    guidance_on_two_devices: Boolean(prepared?.secondDevice),
   };
   return { ...picture, facts: recordedFacts(JSON.stringify(record)) };
 }

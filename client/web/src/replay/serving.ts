@@ -1,5 +1,5 @@
 /** Which of a server's models and profiles a run is drawn with. */
-import { type BaseClient, DEFAULT_MODEL, type Model } from "chromarpc/web";
+import { type BaseClient, DEFAULT_MODEL, type GetServerInfoResponse, type Model } from "chromarpc/web";
 import { shownOf } from "./python-values.ts";
 import type { TrainingRun } from "./settings.ts";
 
@@ -22,6 +22,7 @@ export class ModelWanted extends Unusable {
 /** Where it is drawn. */
 export interface Server {
   readonly version: string;
+  /** The model of its device; of several, each model once, since any of them may draw. */
   readonly device: string;
   readonly model: string;
   readonly servedModel: string;
@@ -58,7 +59,7 @@ export async function choose(
   return {
     server: {
       version: info.version,
-      device: info.device?.name || info.device?.id || "",
+      device: modelsOfDevices(info),
       model: found.id,
       servedModel: found.aliasOf || found.id,
       baseCheckpoint: found.baseCheckpoint,
@@ -66,6 +67,12 @@ export async function choose(
     },
     inFlight: Math.min(inFlight, ...limits),
   };
+}
+
+function modelsOfDevices({ device, devices }: GetServerInfoResponse): string {
+  const all = devices.length > 0 || device === undefined ? devices : [device]; // older servers have no list
+  const found = all.map(({ id, name, second }) => `${name || id}${second ? ", guidance on two" : ""}`);
+  return [...new Set(found)].sort().join("; ");
 }
 
 function modelOf(

@@ -40,6 +40,8 @@ def job_event(logged: LoggedEvent) -> job_event_pb2.JobEvent:
             message.accepted.CopyFrom(accepted_message(event.job_id, event.plan))
         case events.Restarted():
             message.restarted.attempt = event.attempt
+            message.restarted.moved_from = event.moved_from
+            message.restarted.bits_may_differ = event.bits_may_differ
         case events.Queued():
             message.queued.CopyFrom(_queued(event))
         case events.Loading():
@@ -247,6 +249,8 @@ def _whole_prepared(event: events.Prepared) -> job_event_pb2.Prepared:
         token_counts=[job_event_pb2.TokenCount(used=count.used, cut=count.cut) for count in event.token_counts],
         versions=dict(event.versions),
         device=event.device,
+        device_id=event.device_id,
+        second_device=event.second_device,
         weights=job_event_pb2.WeightsReport(
             source=_WEIGHTS_SOURCES[event.weights.source],
             rewritten_tensor_count=event.weights.rewritten_tensors,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grpc
 
 from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.devices import DeviceState
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
 from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.runtime.model_cache import CacheSnapshot
+from chromarpc_server.runtime.device import DeviceStatus, merged
 from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
+from chromarpc_server.transport.messages.values import duration, shorten
+
+_STATES = {state: model_service_pb2.DeviceState.Value(f"DEVICE_STATE_{state.name}") for state in DeviceState}
 
 
 def _int32(limit: int) -> int:
@@ -23,7 +27,7 @@ def _int32(limit: int) -> int:
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
-    """Answers from snapshots; never waits for the device."""
+    """Answers from snapshots; never waits for a device."""
 
     def __init__(
         self,
@@ -57,10 +61,11 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         present = await asyncio.to_thread(
             lambda: [self._model_files.find(self._served(spec)) is not None for spec in specs]
         )
-        cache = self._engine.status().cache
+        devices = self._engine.status().devices
+        cache = merged([device.cache for device in devices])
         hidden = await asyncio.to_thread(self._library.hidden_from, current_caller().name)
         return model_service_pb2.ListModelsResponse(
-            models=[self._model(spec, here, cache, hidden) for spec, here in zip(specs, present, strict=True)],
+            models=[self._model(spec, here, devices, hidden) for spec, here in zip(specs, present, strict=True)],
             cache=model_service_pb2.CacheStatistics(
                 hit_count=cache.counters.hits,
                 switch_count=cache.counters.switches,
@@ -77,22 +82,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             model_service_pb2.GetServerInfoRequest, model_service_pb2.GetServerInfoResponse
         ],
     ) -> model_service_pb2.GetServerInfoResponse:
-        """Answers version, limits, numerics profiles and device."""
-        serving, device, status = self._serving, self._engine.description, self._engine.status()
+        """Answers version, limits, numerics profiles and devices."""
+        serving, status = self._serving, self._engine.status()
+        devices = [_device(device) for device in status.devices]
         caller = current_caller()
         return model_service_pb2.GetServerInfoResponse(
             version=self._version,
             library_versions=dict(self._library_versions),
-            device=model_service_pb2.Device(
-                id=device.id,
-                name=device.name,
-                memory_bytes=device.memory_bytes,
-                dtype=device.dtype,
-                fallbacks=[
-                    model_service_pb2.DeviceFallback(without=str(fallback.without), message=fallback.message)
-                    for fallback in status.cache.fallbacks
-                ],
-            ),
+            device=devices[0] if devices else None,
+            devices=devices,
+            unavailable_because="" if self._engine.is_available else shorten(self._engine.missing_devices()),
             profiles=[
                 model_service_pb2.Profile(id=name, description=self._profile_descriptions[name])
                 for name in serving.profiles
@@ -120,10 +119,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return self._serving.models[self._serving.aliases.get(spec.id, spec.id)]
 
     def _model(
-        self, spec: ModelSpec, present: bool, cache: CacheSnapshot, hidden: frozenset[str]
+        self, spec: ModelSpec, present: bool, devices: Sequence[DeviceStatus], hidden: frozenset[str]
     ) -> model_service_pb2.Model:
         served = self._served(spec)
-        resident_bytes = cache.resident_bytes.get(served.id)
+        residences = list(_residences(served, devices))
         defaults = spec.defaults
         return model_service_pb2.Model(
             id=spec.id,
@@ -141,8 +140,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             ),
             weights_present=present,
             fetch_command="" if present else fetch_command(served),
-            resident=resident_bytes is not None,
-            resident_bytes=resident_bytes or 0,
+            resident=bool(residences),
+            resident_bytes=sum(residence.resident_bytes for residence in residences),
             ignored_options=IGNORED_OPTIONS,
             refused_options=REFUSED_OPTIONS,
             resident_sets=[
@@ -153,12 +152,17 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                         for sha256, multiplier in held.adapters
                     ],
                     size_bytes=held.size_bytes,
+                    device_id=device.description.id,
                 )
-                for held in cache.sets
+                for device in _working(devices)
+                for held in device.cache.sets
                 if held.key.model_id == served.id and hidden.isdisjoint(sha256 for sha256, _ in held.adapters)
             ],
-            memory_plan=_memory_plan(cache.memory.get(served.id)),
+            memory_plan=next(
+                (residence.memory_plan for residence in residences if residence.HasField("memory_plan")), None
+            ),
             profiles=[_profile(name, served) for name in self._serving.profiles],
+            residences=residences,
         )
 
 
@@ -171,6 +175,44 @@ def _profile(name: str, served: ModelSpec) -> model_service_pb2.ModelProfile:
         honours_neg=is_preview,
         takes_trainer_options=is_preview,
     )
+
+
+def _device(status: DeviceStatus) -> model_service_pb2.Device:
+    device = status.description
+    return model_service_pb2.Device(
+        id=device.id,
+        name=device.name,
+        memory_bytes=device.memory_bytes,
+        dtype=device.dtype,
+        fallbacks=[
+            model_service_pb2.DeviceFallback(without=str(fallback.without), message=fallback.message)
+            for fallback in status.cache.fallbacks
+        ],
+        state=_STATES[status.state],
+        profiles=device.profiles,
+        host=device.host,
+        second=device.second,
+        job_count=status.jobs,
+        busy_time=duration(status.busy_s),
+        memory_used_bytes=status.memory_used_bytes,
+        lost_because=shorten(status.lost_because),
+    )
+
+
+def _working(devices: Sequence[DeviceStatus]) -> Iterator[DeviceStatus]:
+    """Those whose memory still counts: of a lost one nothing can be used again."""
+    return (device for device in devices if device.state is not DeviceState.LOST)
+
+
+def _residences(served: ModelSpec, devices: Sequence[DeviceStatus]) -> Iterator[model_service_pb2.ModelResidence]:
+    for device in _working(devices):
+        resident_bytes = device.cache.resident_bytes.get(served.id)
+        if resident_bytes is not None:
+            yield model_service_pb2.ModelResidence(
+                device_id=device.description.id,
+                resident_bytes=resident_bytes,
+                memory_plan=_memory_plan(device.cache.memory.get(served.id)),
+            )
 
 
 def _memory_plan(plan: MemoryPlan | None) -> model_service_pb2.MemoryPlan | None:

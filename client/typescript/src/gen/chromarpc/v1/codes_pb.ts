@@ -156,8 +156,8 @@ export enum ErrorReason {
   STORE_UNAVAILABLE = 16,
 
   /**
-   * INTERNAL. The server was stopped, or died, each time it ran the job. What to do: send the request again once
-   * the operator has looked.
+   * INTERNAL. Each time the job ran, the server was stopped or died, or the device was lost. What to do: send the
+   * request again once the operator has looked.
    *
    * @generated from enum value: ERROR_REASON_ATTEMPTS_EXHAUSTED = 17;
    */
@@ -257,16 +257,18 @@ export enum ErrorReason {
   DEADLINE_EXCEEDED = 29,
 
   /**
-   * INTERNAL. The device cannot be used any more: health turns NOT_SERVING, and the process exits with 70. What to
-   * do: come back after the restart: the job is kept and run again.
+   * INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
+   * with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
+   * back after the restart: the job is kept and run again.
    *
    * @generated from enum value: ERROR_REASON_DEVICE_LOST = 30;
    */
   DEVICE_LOST = 30,
 
   /**
-   * INTERNAL. The device does not answer: health turns NOT_SERVING, and the process exits with 70. What to do:
-   * come back after the restart: the job is kept and run again.
+   * INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
+   * While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
+   * after the restart: the job is kept and run again.
    *
    * @generated from enum value: ERROR_REASON_DEVICE_HUNG = 31;
    */

@@ -2,15 +2,17 @@
 // @generated from file chromarpc/v1/model_service.proto (package chromarpc.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { Duration } from "@bufbuild/protobuf/wkt";
+import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file chromarpc/v1/model_service.proto.
  */
 export const file_chromarpc_v1_model_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQiYwoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBCI9Cg9SZXNpZGVudEFkYXB0ZXISDgoGc2hhMjU2GAEgASgJEhoKEm5ldHdvcmtfbXVsdGlwbGllchgCIAEoASK5AwoFTW9kZWwSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSFwoPYmFzZV9jaGVja3BvaW50GAMgASgJEhAKCGFsaWFzX29mGAQgASgJEhoKEnJlc29sdXRpb25fZGl2aXNvchgFIAEoBRItCghkZWZhdWx0cxgGIAEoCzIbLmNocm9tYXJwYy52MS5Nb2RlbERlZmF1bHRzEhcKD3dlaWdodHNfcHJlc2VudBgHIAEoCBIVCg1mZXRjaF9jb21tYW5kGAggASgJEhAKCHJlc2lkZW50GAkgASgIEhYKDnJlc2lkZW50X2J5dGVzGAogASgEEhcKD2lnbm9yZWRfb3B0aW9ucxgLIAMoCRIXCg9yZWZ1c2VkX29wdGlvbnMYDCADKAkSMAoNcmVzaWRlbnRfc2V0cxgNIAMoCzIZLmNocm9tYXJwYy52MS5SZXNpZGVudFNldBItCgttZW1vcnlfcGxhbhgOIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuEiwKCHByb2ZpbGVzGA8gAygLMhouY2hyb21hcnBjLnYxLk1vZGVsUHJvZmlsZSJ/CgxNb2RlbFByb2ZpbGUSCgoCaWQYASABKAkSGgoScmVzb2x1dGlvbl9kaXZpc29yGAIgASgFEhMKC21pbl9zaXplX3B4GAMgASgFEhMKC2hvbm91cnNfbmVnGAQgASgIEh0KFXRha2VzX3RyYWluZXJfb3B0aW9ucxgFIAEoCCKjAQoKTWVtb3J5UGxhbhIPCgd3ZWlnaHRzGAEgASgJEhQKDHRleHRfZW5jb2RlchgCIAEoCRIOCgZtYXN0ZXIYAyABKAkSGAoQdGlsZV9hdXRvZW5jb2RlchgEIAEoCBIVCg1yZWNvcmRfZ3JhcGhzGAUgASgIEhcKD2VzdGltYXRlZF9ieXRlcxgGIAEoBBIUCgx1c2FibGVfYnl0ZXMYByABKAQihgEKDU1vZGVsRGVmYXVsdHMSDQoFd2lkdGgYASABKAUSDgoGaGVpZ2h0GAIgASgFEhQKDHNhbXBsZV9zdGVwcxgDIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgEIAEoARIMCgRzZWVkGAUgASgDEhoKEm5ldHdvcmtfbXVsdGlwbGllchgGIAEoASIWChRHZXRTZXJ2ZXJJbmZvUmVxdWVzdCL7AgoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSUgoQbGlicmFyeV92ZXJzaW9ucxgCIAMoCzI4LmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2UuTGlicmFyeVZlcnNpb25zRW50cnkSJAoGZGV2aWNlGAMgASgLMhQuY2hyb21hcnBjLnYxLkRldmljZRInCghwcm9maWxlcxgEIAMoCzIVLmNocm9tYXJwYy52MS5Qcm9maWxlEhcKD2RlZmF1bHRfcHJvZmlsZRgFIAEoCRIkCgZsaW1pdHMYBiABKAsyFC5jaHJvbWFycGMudjEuTGltaXRzEicKBXF1ZXVlGAcgASgLMhguY2hyb21hcnBjLnYxLlF1ZXVlU3RhdGUSDgoGY2FsbGVyGAggASgJGjYKFExpYnJhcnlWZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEieAoGRGV2aWNlEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSFAoMbWVtb3J5X2J5dGVzGAMgASgEEg0KBWR0eXBlGAQgASgJEi8KCWZhbGxiYWNrcxgFIAMoCzIcLmNocm9tYXJwYy52MS5EZXZpY2VGYWxsYmFjayIyCg5EZXZpY2VGYWxsYmFjaxIPCgd3aXRob3V0GAEgASgJEg8KB21lc3NhZ2UYAiABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSLCAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQSHAoUbWF4X2NhbGxzX3Blcl9taW51dGUYDCABKAUiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUywwEKDE1vZGVsU2VydmljZRJUCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZSIDkAIBEl0KDUdldFNlcnZlckluZm8SIi5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIy5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlIgOQAgFCnAEKDGNocm9tYXJwYy52MUIRTW9kZWxTZXJ2aWNlUHJvdG9QAVoYY2hyb21hcnBjL3YxO2Nocm9tYXJwY3YxogIDQ1JQqgIMQ2hyb21hcnBjLlYxugINQ2hyb21hcnBjX1YxX8oCDENocm9tYXJwY1xWMeICGENocm9tYXJwY1xWMVxHUEJNZXRhZGF0YeoCDUNocm9tYXJwYzo6VjFiBnByb3RvMw");
+  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQidgoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBBIRCglkZXZpY2VfaWQYBCABKAkiPQoPUmVzaWRlbnRBZGFwdGVyEg4KBnNoYTI1NhgBIAEoCRIaChJuZXR3b3JrX211bHRpcGxpZXIYAiABKAEi6wMKBU1vZGVsEgoKAmlkGAEgASgJEhMKC2Rlc2NyaXB0aW9uGAIgASgJEhcKD2Jhc2VfY2hlY2twb2ludBgDIAEoCRIQCghhbGlhc19vZhgEIAEoCRIaChJyZXNvbHV0aW9uX2Rpdmlzb3IYBSABKAUSLQoIZGVmYXVsdHMYBiABKAsyGy5jaHJvbWFycGMudjEuTW9kZWxEZWZhdWx0cxIXCg93ZWlnaHRzX3ByZXNlbnQYByABKAgSFQoNZmV0Y2hfY29tbWFuZBgIIAEoCRIQCghyZXNpZGVudBgJIAEoCBIWCg5yZXNpZGVudF9ieXRlcxgKIAEoBBIXCg9pZ25vcmVkX29wdGlvbnMYCyADKAkSFwoPcmVmdXNlZF9vcHRpb25zGAwgAygJEjAKDXJlc2lkZW50X3NldHMYDSADKAsyGS5jaHJvbWFycGMudjEuUmVzaWRlbnRTZXQSLQoLbWVtb3J5X3BsYW4YDiABKAsyGC5jaHJvbWFycGMudjEuTWVtb3J5UGxhbhIsCghwcm9maWxlcxgPIAMoCzIaLmNocm9tYXJwYy52MS5Nb2RlbFByb2ZpbGUSMAoKcmVzaWRlbmNlcxgQIAMoCzIcLmNocm9tYXJwYy52MS5Nb2RlbFJlc2lkZW5jZSJqCg5Nb2RlbFJlc2lkZW5jZRIRCglkZXZpY2VfaWQYASABKAkSFgoOcmVzaWRlbnRfYnl0ZXMYAiABKAQSLQoLbWVtb3J5X3BsYW4YAyABKAsyGC5jaHJvbWFycGMudjEuTWVtb3J5UGxhbiJ/CgxNb2RlbFByb2ZpbGUSCgoCaWQYASABKAkSGgoScmVzb2x1dGlvbl9kaXZpc29yGAIgASgFEhMKC21pbl9zaXplX3B4GAMgASgFEhMKC2hvbm91cnNfbmVnGAQgASgIEh0KFXRha2VzX3RyYWluZXJfb3B0aW9ucxgFIAEoCCKjAQoKTWVtb3J5UGxhbhIPCgd3ZWlnaHRzGAEgASgJEhQKDHRleHRfZW5jb2RlchgCIAEoCRIOCgZtYXN0ZXIYAyABKAkSGAoQdGlsZV9hdXRvZW5jb2RlchgEIAEoCBIVCg1yZWNvcmRfZ3JhcGhzGAUgASgIEhcKD2VzdGltYXRlZF9ieXRlcxgGIAEoBBIUCgx1c2FibGVfYnl0ZXMYByABKAQihgEKDU1vZGVsRGVmYXVsdHMSDQoFd2lkdGgYASABKAUSDgoGaGVpZ2h0GAIgASgFEhQKDHNhbXBsZV9zdGVwcxgDIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgEIAEoARIMCgRzZWVkGAUgASgDEhoKEm5ldHdvcmtfbXVsdGlwbGllchgGIAEoASIWChRHZXRTZXJ2ZXJJbmZvUmVxdWVzdCK/AwoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSUgoQbGlicmFyeV92ZXJzaW9ucxgCIAMoCzI4LmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2UuTGlicmFyeVZlcnNpb25zRW50cnkSJAoGZGV2aWNlGAMgASgLMhQuY2hyb21hcnBjLnYxLkRldmljZRInCghwcm9maWxlcxgEIAMoCzIVLmNocm9tYXJwYy52MS5Qcm9maWxlEhcKD2RlZmF1bHRfcHJvZmlsZRgFIAEoCRIkCgZsaW1pdHMYBiABKAsyFC5jaHJvbWFycGMudjEuTGltaXRzEicKBXF1ZXVlGAcgASgLMhguY2hyb21hcnBjLnYxLlF1ZXVlU3RhdGUSDgoGY2FsbGVyGAggASgJEiUKB2RldmljZXMYCSADKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEhsKE3VuYXZhaWxhYmxlX2JlY2F1c2UYCiABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASLEAgoGRGV2aWNlEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSFAoMbWVtb3J5X2J5dGVzGAMgASgEEg0KBWR0eXBlGAQgASgJEi8KCWZhbGxiYWNrcxgFIAMoCzIcLmNocm9tYXJwYy52MS5EZXZpY2VGYWxsYmFjaxIoCgVzdGF0ZRgGIAEoDjIZLmNocm9tYXJwYy52MS5EZXZpY2VTdGF0ZRIQCghwcm9maWxlcxgHIAMoCRIMCgRob3N0GAggASgJEg4KBnNlY29uZBgJIAEoCRIRCglqb2JfY291bnQYCiABKAQSLAoJYnVzeV90aW1lGAsgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhkKEW1lbW9yeV91c2VkX2J5dGVzGAwgASgEEhQKDGxvc3RfYmVjYXVzZRgNIAEoCSIyCg5EZXZpY2VGYWxsYmFjaxIPCgd3aXRob3V0GAEgASgJEg8KB21lc3NhZ2UYAiABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSLCAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQSHAoUbWF4X2NhbGxzX3Blcl9taW51dGUYDCABKAUiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUqigEKC0RldmljZVN0YXRlEhwKGERFVklDRV9TVEFURV9VTlNQRUNJRklFRBAAEhgKFERFVklDRV9TVEFURV9PUEVOSU5HEAESFQoRREVWSUNFX1NUQVRFX0lETEUQAhIVChFERVZJQ0VfU1RBVEVfQlVTWRADEhUKEURFVklDRV9TVEFURV9MT1NUEAQywwEKDE1vZGVsU2VydmljZRJUCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZSIDkAIBEl0KDUdldFNlcnZlckluZm8SIi5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIy5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlIgOQAgFCnAEKDGNocm9tYXJwYy52MUIRTW9kZWxTZXJ2aWNlUHJvdG9QAVoYY2hyb21hcnBjL3YxO2Nocm9tYXJwY3YxogIDQ1JQqgIMQ2hyb21hcnBjLlYxugINQ2hyb21hcnBjX1YxX8oCDENocm9tYXJwY1xWMeICGENocm9tYXJwY1xWMVxHUEJNZXRhZGF0YeoCDUNocm9tYXJwYzo6VjFiBnByb3RvMw", [file_google_protobuf_duration]);
 
 /**
  * Nothing to choose yet.
@@ -41,7 +43,7 @@ export type ListModelsResponse = Message<"chromarpc.v1.ListModelsResponse"> & {
   models: Model[];
 
   /**
-   * What the cache of prepared weights did since the server started.
+   * What the caches of prepared weights did since the server started, those of all devices together.
    *
    * @generated from field: chromarpc.v1.CacheStatistics cache = 2;
    */
@@ -130,6 +132,13 @@ export type ResidentSet = Message<"chromarpc.v1.ResidentSet"> & {
    * @generated from field: uint64 size_bytes = 3;
    */
   sizeBytes: bigint;
+
+  /**
+   * Id of the device that has them.
+   *
+   * @generated from field: string device_id = 4;
+   */
+  deviceId: string;
 };
 
 /**
@@ -230,14 +239,14 @@ export type Model = Message<"chromarpc.v1.Model"> & {
   fetchCommand: string;
 
   /**
-   * Whether the weights are in memory now.
+   * Whether the weights are in memory now, of one device at least.
    *
    * @generated from field: bool resident = 9;
    */
   resident: boolean;
 
   /**
-   * Bytes of memory they take, where they are.
+   * Bytes of memory they take, where they are: on all devices together.
    *
    * @generated from field: uint64 resident_bytes = 10;
    */
@@ -258,14 +267,15 @@ export type Model = Message<"chromarpc.v1.Model"> & {
   refusedOptions: string[];
 
   /**
-   * Prepared weights in memory, least recently used first.
+   * Prepared weights in memory, device by device, of each least recently used first.
    *
    * @generated from field: repeated chromarpc.v1.ResidentSet resident_sets = 13;
    */
   residentSets: ResidentSet[];
 
   /**
-   * What of it stays where; left out on a CPU, and where it is not in memory.
+   * What of it stays where; left out on a CPU, and where it is not in memory. Of several devices the first one's;
+   * `residences` has all.
    *
    * @generated from field: chromarpc.v1.MemoryPlan memory_plan = 14;
    */
@@ -277,6 +287,13 @@ export type Model = Message<"chromarpc.v1.Model"> & {
    * @generated from field: repeated chromarpc.v1.ModelProfile profiles = 15;
    */
   profiles: ModelProfile[];
+
+  /**
+   * The devices that have its weights in memory, in the order of `GetServerInfoResponse.devices`.
+   *
+   * @generated from field: repeated chromarpc.v1.ModelResidence residences = 16;
+   */
+  residences: ModelResidence[];
 };
 
 /**
@@ -285,6 +302,41 @@ export type Model = Message<"chromarpc.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 5);
+
+/**
+ * A device that has a model's weights in memory.
+ *
+ * @generated from message chromarpc.v1.ModelResidence
+ */
+export type ModelResidence = Message<"chromarpc.v1.ModelResidence"> & {
+  /**
+   * Id of the device.
+   *
+   * @generated from field: string device_id = 1;
+   */
+  deviceId: string;
+
+  /**
+   * Bytes of its memory that they take, prepared weights included.
+   *
+   * @generated from field: uint64 resident_bytes = 2;
+   */
+  residentBytes: bigint;
+
+  /**
+   * What of the model stays where; left out on a CPU.
+   *
+   * @generated from field: chromarpc.v1.MemoryPlan memory_plan = 3;
+   */
+  memoryPlan?: MemoryPlan | undefined;
+};
+
+/**
+ * Describes the message chromarpc.v1.ModelResidence.
+ * Use `create(ModelResidenceSchema)` to create a new message.
+ */
+export const ModelResidenceSchema: GenMessage<ModelResidence> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_model_service, 6);
 
 /**
  * How a model is served in one numerics profile.
@@ -333,7 +385,7 @@ export type ModelProfile = Message<"chromarpc.v1.ModelProfile"> & {
  * Use `create(ModelProfileSchema)` to create a new message.
  */
 export const ModelProfileSchema: GenMessage<ModelProfile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 6);
+  messageDesc(file_chromarpc_v1_model_service, 7);
 
 /**
  * What of a model stays where on a GPU, chosen from the memory that may be used.
@@ -396,7 +448,7 @@ export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
  * Use `create(MemoryPlanSchema)` to create a new message.
  */
 export const MemoryPlanSchema: GenMessage<MemoryPlan> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 7);
+  messageDesc(file_chromarpc_v1_model_service, 8);
 
 /**
  * What is filled in for what a request leaves out.
@@ -452,7 +504,7 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 8);
+  messageDesc(file_chromarpc_v1_model_service, 9);
 
 /**
  * Nothing to choose.
@@ -467,7 +519,7 @@ export type GetServerInfoRequest = Message<"chromarpc.v1.GetServerInfoRequest"> 
  * Use `create(GetServerInfoRequestSchema)` to create a new message.
  */
 export const GetServerInfoRequestSchema: GenMessage<GetServerInfoRequest> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 9);
+  messageDesc(file_chromarpc_v1_model_service, 10);
 
 /**
  * What this server is and allows.
@@ -490,7 +542,7 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
   libraryVersions: { [key: string]: string };
 
   /**
-   * The device that computes.
+   * The device that computes; of several, the first of `devices`. Left out where there is none.
    *
    * @generated from field: chromarpc.v1.Device device = 3;
    */
@@ -530,6 +582,20 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
    * @generated from field: string caller = 8;
    */
   caller: string;
+
+  /**
+   * Every device that computes a job of its own, those that were lost among them.
+   *
+   * @generated from field: repeated chromarpc.v1.Device devices = 9;
+   */
+  devices: Device[];
+
+  /**
+   * Why no device is there now, so that jobs only wait, in a sentence for people; empty where one is.
+   *
+   * @generated from field: string unavailable_because = 10;
+   */
+  unavailableBecause: string;
 };
 
 /**
@@ -537,16 +603,16 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
  * Use `create(GetServerInfoResponseSchema)` to create a new message.
  */
 export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 10);
+  messageDesc(file_chromarpc_v1_model_service, 11);
 
 /**
- * A device that computes.
+ * A device that computes one job at a time.
  *
  * @generated from message chromarpc.v1.Device
  */
 export type Device = Message<"chromarpc.v1.Device"> & {
   /**
-   * `cpu` or `cuda:0`.
+   * `cpu` or `cuda:0`; `cuda:0+cuda:1` for a pair, `cpu:0`, `cpu:1` where a CPU is used more than once.
    *
    * @generated from field: string id = 1;
    */
@@ -560,7 +626,7 @@ export type Device = Message<"chromarpc.v1.Device"> & {
   name: string;
 
   /**
-   * Memory in bytes.
+   * Memory in bytes; of one card, in a pair too.
    *
    * @generated from field: uint64 memory_bytes = 3;
    */
@@ -579,6 +645,62 @@ export type Device = Message<"chromarpc.v1.Device"> & {
    * @generated from field: repeated chromarpc.v1.DeviceFallback fallbacks = 5;
    */
   fallbacks: DeviceFallback[];
+
+  /**
+   * What it does now.
+   *
+   * @generated from field: chromarpc.v1.DeviceState state = 6;
+   */
+  state: DeviceState;
+
+  /**
+   * Numerics profiles that it can compute.
+   *
+   * @generated from field: repeated string profiles = 7;
+   */
+  profiles: string[];
+
+  /**
+   * The machine that it is in; empty for the server's own.
+   *
+   * @generated from field: string host = 8;
+   */
+  host: string;
+
+  /**
+   * Of a pair that computes guidance together: the card that computes the unconditional pass. Empty for one card.
+   *
+   * @generated from field: string second = 9;
+   */
+  second: string;
+
+  /**
+   * Jobs that it was given since it joined, each attempt counted.
+   *
+   * @generated from field: uint64 job_count = 10;
+   */
+  jobCount: bigint;
+
+  /**
+   * Time that it spent on them.
+   *
+   * @generated from field: google.protobuf.Duration busy_time = 11;
+   */
+  busyTime?: Duration | undefined;
+
+  /**
+   * What the server holds of its memory now; of the host's on a CPU.
+   *
+   * @generated from field: uint64 memory_used_bytes = 12;
+   */
+  memoryUsedBytes: bigint;
+
+  /**
+   * Why it is out, in a sentence for people; empty unless it was lost.
+   *
+   * @generated from field: string lost_because = 13;
+   */
+  lostBecause: string;
 };
 
 /**
@@ -586,7 +708,7 @@ export type Device = Message<"chromarpc.v1.Device"> & {
  * Use `create(DeviceSchema)` to create a new message.
  */
 export const DeviceSchema: GenMessage<Device> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 11);
+  messageDesc(file_chromarpc_v1_model_service, 12);
 
 /**
  * Something that makes a GPU fast and that this one does without.
@@ -615,7 +737,7 @@ export type DeviceFallback = Message<"chromarpc.v1.DeviceFallback"> & {
  * Use `create(DeviceFallbackSchema)` to create a new message.
  */
 export const DeviceFallbackSchema: GenMessage<DeviceFallback> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 12);
+  messageDesc(file_chromarpc_v1_model_service, 13);
 
 /**
  * A numerics profile.
@@ -643,7 +765,7 @@ export type Profile = Message<"chromarpc.v1.Profile"> & {
  * Use `create(ProfileSchema)` to create a new message.
  */
 export const ProfileSchema: GenMessage<Profile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 13);
+  messageDesc(file_chromarpc_v1_model_service, 14);
 
 /**
  * Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own.
@@ -741,7 +863,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
  * Use `create(LimitsSchema)` to create a new message.
  */
 export const LimitsSchema: GenMessage<Limits> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 14);
+  messageDesc(file_chromarpc_v1_model_service, 15);
 
 /**
  * The admission queue now.
@@ -757,7 +879,7 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
   queuedJobs: number;
 
   /**
-   * Jobs running.
+   * Jobs running, one on each busy device.
    *
    * @generated from field: int32 running_jobs = 2;
    */
@@ -769,7 +891,55 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
  * Use `create(QueueStateSchema)` to create a new message.
  */
 export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 15);
+  messageDesc(file_chromarpc_v1_model_service, 16);
+
+/**
+ * What a device does now.
+ *
+ * @generated from enum chromarpc.v1.DeviceState
+ */
+export enum DeviceState {
+  /**
+   * Not known.
+   *
+   * @generated from enum value: DEVICE_STATE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It is being opened, or loads what is preloaded.
+   *
+   * @generated from enum value: DEVICE_STATE_OPENING = 1;
+   */
+  OPENING = 1,
+
+  /**
+   * It waits for a job.
+   *
+   * @generated from enum value: DEVICE_STATE_IDLE = 2;
+   */
+  IDLE = 2,
+
+  /**
+   * It runs a job.
+   *
+   * @generated from enum value: DEVICE_STATE_BUSY = 3;
+   */
+  BUSY = 3,
+
+  /**
+   * It failed or hung, and is out until the server is started again.
+   *
+   * @generated from enum value: DEVICE_STATE_LOST = 4;
+   */
+  LOST = 4,
+}
+
+/**
+ * Describes the enum chromarpc.v1.DeviceState.
+ */
+export const DeviceStateSchema: GenEnum<DeviceState> = /*@__PURE__*/
+  enumDesc(file_chromarpc_v1_model_service, 0);
 
 /**
  * Answers what this server serves.
@@ -788,7 +958,7 @@ export const ModelService: GenService<{
     output: typeof ListModelsResponseSchema;
   },
   /**
-   * Answers version, limits, numerics profiles and device.
+   * Answers version, limits, numerics profiles and devices.
    *
    * @generated from rpc chromarpc.v1.ModelService.GetServerInfo
    */
