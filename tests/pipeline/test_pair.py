@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +177,53 @@ def test_a_switch_that_ends_between_the_two_is_repaired_by_the_next(
         raise JobCancelled("enough")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pair.second, "switch", stop)
+        patched.setattr(pair.first, "switch", stop)
         with pytest.raises(JobCancelled):
             pair.switch(other)
-    assert pair.first.switch(other).rewritten_tensors == 0, "the first had been switched"
+    assert pair.second.switch(other).rewritten_tensors == 0, "the second had been switched"
     pair.switch(one)
     assert _equal(_steps(pipeline), expected)
+
+
+@pytest.fixture
+def helper() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("profile", ["exact", "reference", "preview"])
+def test_work_that_another_thread_gives_the_second_device_draws_the_same(
+    profile: str, paired: Checkpoint, adapters: list[Adapter], helper: Executor
+) -> None:
+    wanted = [(adapters[0], 0.7)]
+    pipeline = paired.prepare(wanted, PROFILES[profile])
+    told: list[LoadProgress] = []
+    first, second = (paired.allocate(PROFILES[profile]).first for _ in range(2))  # type: ignore[attr-defined]
+    pair = TransformerPair(first, second, CPU, helper)
+    pair.switch(wanted, LoadContext(progress=told.append))
+    whole = 2 * sum(tensor.nbytes for tensor in paired.master.values())
+    assert (told[-1].done_bytes, told[-1].total_bytes) == (whole, whole)
+    with_helper = replace(pipeline, transformer=pair, dtype=torch.bfloat16)
+    alone = replace(pipeline, dtype=torch.bfloat16)
+    assert _equal(_steps(with_helper), _steps(alone))
+
+
+def test_what_fails_in_either_thread_ends_both(paired: Checkpoint, helper: Executor) -> None:
+    first, second = (paired.allocate(PROFILES["exact"]).first for _ in range(2))  # type: ignore[attr-defined]
+    pair = TransformerPair(first, second, CPU, helper)
+    calls = []
+
+    def check() -> None:
+        calls.append(threading.current_thread())
+        if len(calls) == 9:
+            raise JobCancelled("enough")
+
+    with pytest.raises(JobCancelled):
+        pair.switch((), LoadContext(check=check))
+    count = len(calls)
+    assert len(set(calls)) == 2
+    pair.switch(())
+    assert len(calls) == count, "nothing of the first switch went on"
 
 
 def test_an_adapter_that_overflows_leaves_both_usable(paired: Checkpoint, adapters: list[Adapter]) -> None:

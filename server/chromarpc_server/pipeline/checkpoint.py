@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
-from chromarpc_server.pipeline.device import usable_memory_bytes
+from chromarpc_server.pipeline.device import select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
@@ -203,7 +204,14 @@ class Checkpoint:
         first = self._allocate_on(self.device, profile, trainer)
         if self.second is None:
             return first
-        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second)
+        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second, self._helper)
+
+    @cached_property
+    def _helper(self) -> ThreadPoolExecutor | None:
+        """What gives a second GPU its work; a CPU has its threads for one thing at a time."""
+        if self.second is None or self.second.type != "cuda":
+            return None
+        return ThreadPoolExecutor(1, "second-device", initializer=select_device, initargs=(self.second,))
 
     def _allocate_on(
         self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None

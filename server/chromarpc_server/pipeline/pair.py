@@ -12,8 +12,10 @@ the same bits as on one device; one that packs both into one sequence differs fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
+from threading import Lock
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +28,10 @@ from chromarpc_server.pipeline.fused.check import kernels_fallback
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, SwitchReport
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.profiles import NumericsProfile
-from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
+from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress, Progress
 from chromarpc_server.pipeline.sampling import Velocity
+
+_T = TypeVar("_T")
 
 
 class Transformer(VelocityMaker, Protocol):
@@ -88,11 +92,22 @@ class Transformer(VelocityMaker, Protocol):
 class TransformerPair:
     """The same transformer on two devices. Belongs to the one thread that owns both."""
 
-    def __init__(self, first: Transformer, second: Transformer, device: torch.device) -> None:
-        """Takes two with nothing in them yet, or with the same adapters; `device` is where the second one lies."""
+    def __init__(
+        self, first: Transformer, second: Transformer, device: torch.device, helper: Executor | None = None
+    ) -> None:
+        """Takes two with nothing in them yet, or with the same adapters.
+
+        Args:
+            first: on the device that has the latents.
+            second: on the other one.
+            device: where the second one lies.
+            helper: another thread, which gives the second device its work where giving it takes as long as
+                computing it; None to give it all on one thread.
+        """
         self.first = first
         self.second = second
         self._device = device
+        self._helper = helper
 
     @property
     def config(self) -> ChromaConfig:
@@ -119,32 +134,39 @@ class TransformerPair:
         return max(self.first.growth_bytes(adapters), self.second.growth_bytes(adapters))
 
     def switch(self, adapters: AdapterSet, context: LoadContext = SILENT) -> SwitchReport:
-        """See `Transformer.switch`: first one, then the other, each from the same master weights.
+        """See `Transformer.switch`: both, each from the same master weights.
 
-        Each knows what is in it, so that a switch that ended between the two is repaired like any other.
+        Each knows what is in it, so that a switch of which only one was done is repaired like any other.
         """
-        one = self.first.switch(adapters, _half(context, 0))
-        with on_device(self._device):
-            other = self.second.switch(adapters, _half(context, 1))
-        return SwitchReport(max(one.rewritten_tensors, other.rewritten_tensors))
+        progress = _JointProgress(context.progress)
+
+        def one() -> SwitchReport:
+            return self.first.switch(adapters, LoadContext(context.check, progress.of(0)))
+
+        def other() -> SwitchReport:
+            return self.second.switch(adapters, LoadContext(context.check, progress.of(1)))
+
+        reports = self._both(one, other, self._helper)
+        return SwitchReport(max(report.rewritten_tensors for report in reports))
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`. Without guidance there is one pass, and the second device has no part."""
         conditional = self.first.velocity(texts[:1], timesteps, grid)
         if len(texts) == 1:
             return conditional
-        device = self._device
-        there = timesteps.to(device)
-        with on_device(device):
-            text = Text.of(texts[1].embeds, texts[1].mask, there)
-            unconditional = self.second.velocity([text], there, grid)
+        there = timesteps.to(self._device)
+        text = Text.of(texts[1].embeds, texts[1].mask, there)
+        unconditional = self._on_second(lambda: self.second.velocity([text], there, grid))
+        # A recorded step is given in no time. In float32 the owner's thread may keep other threads from products.
+        slow_to_give = not self.profile.fused and timesteps.dtype == torch.bfloat16
+        helper = self._helper if slow_to_give else None
 
         def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-            sent = latents.to(device)
-            with on_device(device):
-                other, _ = unconditional(sent, index)
-            own, _ = conditional(latents, index)
-            # Only now: the copy waits for all that the first device was given.
+            sent = latents.to(self._device)
+            (own, _), (other, _) = self._both(
+                lambda: conditional(latents, index), lambda: unconditional(sent, index), helper
+            )
+            # Only now: this copy waits for whatever the first device was given before.
             return own, other.to(latents.device)
 
         return velocity
@@ -158,10 +180,9 @@ class TransformerPair:
         """See `Transformer.record`."""
         self.first.record(texts[:1], latents, grid)
         there = latents.to(self._device)
-        with on_device(self._device):
-            others = [Text.of(text.embeds, text.mask, there) for text in texts[1:2]]
-            if others:
-                self.second.record(others, there, grid)
+        others = [Text.of(text.embeds, text.mask, there) for text in texts[1:]]
+        if others:
+            self._on_second(lambda: self.second.record(others, there, grid))
 
     @property
     def fallbacks(self) -> tuple[DeviceFallback, ...]:
@@ -170,12 +191,46 @@ class TransformerPair:
         found = (*self.first.fallbacks, *self.second.fallbacks, *([] if kernels is None else [kernels]))
         return tuple(dict.fromkeys(found))
 
+    def _on_second(self, work: Callable[[], _T]) -> _T:
+        """Gives the second device work, as the current one."""
+        with on_device(self._device):
+            return work()
 
-def _half(context: LoadContext, number: int) -> LoadContext:
-    """Of a switch of two transformers, the one of this number, which does half of it."""
+    def _both(self, one: Callable[[], _T], other: Callable[[], _T], helper: Executor | None) -> tuple[_T, _T]:
+        """Gives each device its work, the second one from another thread where there is one.
 
-    def report(progress: LoadProgress) -> None:
-        total = progress.total_bytes
-        context.progress(LoadProgress(progress.stage, number * total + progress.done_bytes, 2 * total))
+        When this returns or raises, nobody gives either of them more.
+        """
+        if helper is None:
+            found = self._on_second(other)
+            return one(), found
 
-    return LoadContext(context.check, report)
+        @torch.inference_mode()
+        def give() -> _T:
+            return self._on_second(other)
+
+        given = helper.submit(give)
+        try:
+            own = one()
+        finally:
+            wait([given])
+        return own, given.result()
+
+
+class _JointProgress:
+    """Reports two switches, which may run at the same time, as one of twice the size."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report = report
+        self._one_at_a_time = Lock()
+        self._done = [0, 0]
+
+    def of(self, number: int) -> Progress:
+        """What one of them reports to."""
+
+        def report(progress: LoadProgress) -> None:
+            with self._one_at_a_time:
+                self._done[number] = progress.done_bytes
+                self._report(LoadProgress(progress.stage, sum(self._done), 2 * progress.total_bytes))
+
+        return report

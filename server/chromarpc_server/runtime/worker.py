@@ -187,9 +187,7 @@ class DeviceWorker:
             clock.lap("text_encoding_s", index)
             check()
             self._draw(work, pipeline, embedding, index, remaining=remaining, clock=clock)
-        return WorkDone(
-            Timings(**clock.seconds), max(peak_memory_bytes(card) for card in self._choice.cards)
-        )
+        return WorkDone(Timings(**clock.seconds), max(peak_memory_bytes(card) for card in self._choice.cards))
 
     def _draw(
         self,
