@@ -171,6 +171,7 @@ class ModelCache:
             files,
             device=self._device.device,
             dtype=self._device.dtype,
+            second=self._device.second,
             memory=self._budgets.memory,
             context=context,
             weights=self._share.weights,
@@ -248,7 +249,8 @@ class ModelCache:
 
         `host`: also what all devices of the host can read again.
         """
-        synchronize(self._device.device)  # copies may be on their way out of what is dropped
+        for card in self._device.cards:
+            synchronize(card)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
         if host:

@@ -105,7 +105,8 @@ class DeviceWorker:
         pipeline, _ = self._cache.pipeline(checkpoint, (), key, SILENT)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
-            synchronize(self._choice.device)
+            for card in self._choice.cards:
+                synchronize(card)
 
     def run(self, work: Work, emit: Emit) -> WorkDone:
         """Does the work; `emit` takes every report.
@@ -142,7 +143,8 @@ class DeviceWorker:
                 log.exception("memory.not_freed", extra=fields)
         self._watchdog.other("probing the device")
         try:
-            probe_device(self._choice.device)
+            for card in self._choice.cards:
+                probe_device(card)
         except DeviceLost as lost:
             log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
@@ -151,7 +153,8 @@ class DeviceWorker:
     def _run(self, work: Work, emit: Emit) -> WorkDone:
         plan, check = work.plan, work.cancellation.check
         self._watchdog.other("preparing a job")
-        reset_peak_memory(self._choice.device)
+        for card in self._choice.cards:
+            reset_peak_memory(card)
         clock = _Clock(emit)
         check()
         context = LoadContext(check, _LoadingEvents(emit))
@@ -170,7 +173,7 @@ class DeviceWorker:
                 negative,
                 model_revision=checkpoint.revision,
                 versions=self._versions,
-                device=self._description.name,
+                device=self._description,
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
@@ -185,7 +188,7 @@ class DeviceWorker:
             clock.lap("text_encoding_s", index)
             check()
             self._draw(work, pipeline, embedding, index, remaining=remaining, clock=clock)
-        return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
+        return WorkDone(Timings(**clock.seconds), max(peak_memory_bytes(card) for card in self._choice.cards))
 
     def _draw(
         self,
