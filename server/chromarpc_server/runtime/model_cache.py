@@ -107,6 +107,8 @@ class CacheSnapshot:
     """Model id to what of it stays where on a GPU."""
     fallbacks: tuple[DeviceFallback, ...] = ()
     """What the device does without, as far as anything was tried."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Model id to the hash of its weights, as they were read."""
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
@@ -377,5 +379,6 @@ class ModelCache:
                 adapter_bytes=self._share.adapters.size_bytes,
                 memory=memory,
                 fallbacks=self._fallbacks,
+                revisions={model_id: held.revision for model_id, held in self._checkpoints.items()},
             )
         )
