@@ -26,7 +26,7 @@ from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline.fallbacks import unusable
 from chromarpc_server.pipeline.fused.check import fused_ops
-from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
@@ -196,8 +196,9 @@ def build_text_encoder(
     Raises:
         WeightsInvalid: tensors are missing or unknown.
     """
-    with torch.device("meta"):
-        model = libraries().t5_encoder(config)
+    t5_encoder = libraries().t5_encoder
+    with ONE_BUILDER, torch.device("meta"):
+        model = t5_encoder(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shared = weights.get(_SHARED, weights.get(_EMBED))
     if shared is None:
