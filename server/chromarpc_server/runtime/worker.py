@@ -31,6 +31,7 @@ from chromarpc_server.pipeline import (
     PromptEmbedding,
     finished_steps,
     forget_frames,
+    lacks_host_memory,
     library_versions,
     peak_memory_bytes,
     probe_device,
@@ -104,7 +105,8 @@ class DeviceWorker:
         pipeline, _ = self._cache.pipeline(checkpoint, (), key, SILENT)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
-            synchronize(self._choice.device)
+            for card in self._choice.cards:
+                synchronize(card)
 
     def run(self, work: Work, emit: Emit) -> WorkDone:
         """Does the work; `emit` takes every report.
@@ -136,12 +138,13 @@ class DeviceWorker:
         if out_of_memory is not None:
             forget_frames(error)
             try:
-                self._cache.clear()
+                self._cache.clear(host=lacks_host_memory(error))
             except Exception:  # the probe finds out whether the device still works
                 log.exception("memory.not_freed", extra=fields)
         self._watchdog.other("probing the device")
         try:
-            probe_device(self._choice.device)
+            for card in self._choice.cards:
+                probe_device(card)
         except DeviceLost as lost:
             log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
@@ -150,7 +153,8 @@ class DeviceWorker:
     def _run(self, work: Work, emit: Emit) -> WorkDone:
         plan, check = work.plan, work.cancellation.check
         self._watchdog.other("preparing a job")
-        reset_peak_memory(self._choice.device)
+        for card in self._choice.cards:
+            reset_peak_memory(card)
         clock = _Clock(emit)
         check()
         context = LoadContext(check, _LoadingEvents(emit))
@@ -169,7 +173,7 @@ class DeviceWorker:
                 negative,
                 model_revision=checkpoint.revision,
                 versions=self._versions,
-                device=self._description.name,
+                device=self._description,
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
@@ -184,7 +188,7 @@ class DeviceWorker:
             clock.lap("text_encoding_s", index)
             check()
             self._draw(work, pipeline, embedding, index, remaining=remaining, clock=clock)
-        return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
+        return WorkDone(Timings(**clock.seconds), max(peak_memory_bytes(card) for card in self._choice.cards))
 
     def _draw(
         self,
