@@ -139,11 +139,11 @@ class DeviceWorker:
             self._free(error, fields)
         self._watchdog.other("probing the device")
         try:
-            is_full = any([probe_device(card) for card in self._choice.cards])  # each is looked at
+            full = [probe_device(card) for card in self._choice.cards]
         except DeviceLost as lost:
             log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
-        if is_full and out_of_memory is None:
+        if any(full) and out_of_memory is None:
             # A library that said it in words that are not known.
             self._free(error, fields)
             return OutOfMemory("the device has too little memory")
