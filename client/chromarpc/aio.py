@@ -219,8 +219,8 @@ class AsyncClient:
     ) -> job_service_pb2.Job:
         """Has a job that ended drawn again: a new job gets its plan, seeds and adapters; `watch_job` follows it.
 
-        On the same device, with the same version and settings, it draws the same bytes. Damaged pictures of the
-        old job are then whole again too.
+        On the same model of device, with the same version and settings, it draws the same bytes. Damaged
+        pictures of the old job are then whole again too.
 
         Args:
             job_id: of the job that ended.
@@ -287,7 +287,7 @@ class AsyncClient:
         return tuple(response.models)
 
     async def server_info(self, *, timeout_s: float | None = None) -> model_service_pb2.GetServerInfoResponse:
-        """Version, device, numerics profiles, limits and queue of the server.
+        """Version, devices, numerics profiles, limits and queue of the server.
 
         Raises:
             StatusError: see `chromarpc.errors`.

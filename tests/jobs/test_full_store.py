@@ -21,7 +21,7 @@ from chromarpc_server.jobs.absences import not_back
 from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
-from chromarpc_server.jobs.dispatcher import Dispatcher
+from chromarpc_server.jobs.dispatcher import Dispatcher, Left
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.job import Job
 from chromarpc_server.jobs.recovery import SEQUENCES_A_START, Recovery, RecoveryRules
@@ -180,7 +180,7 @@ async def test_an_attempt_that_was_never_counted_is_not_taken_back(
         parts.store,
         parts.tasks,
         max_attempts=2,
-        on_lost=lambda *_: False,
+        on_lost=lambda *_: Left(),
     )
     dispatcher.start()
     await waiting.wait()

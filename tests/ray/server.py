@@ -28,7 +28,8 @@ class RayServer(ServerProcess):
         super().__init__(
             checkpoint,
             folder / "data",
-            *("--devices", devices, "--device", "cpu", "--ray.address", address, "--ray.adapter-folder", str(folder / "hosts")),
+            *("--devices", devices, "--device", "cpu", "--ray.address", address),
+            *("--ray.adapter-folder", str(folder / "hosts")),
             *("--step-timeout-s", str(STEP_TIMEOUT_S), "--job-attempts", "4"),
             *flags,
             module=module,

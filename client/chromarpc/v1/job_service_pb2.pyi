@@ -31,7 +31,7 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_UNSPECIFIED: _JobState.ValueType  # 0
     """Never sent."""
     JOB_STATE_QUEUED: _JobState.ValueType  # 1
-    """It waits for the device, or for its adapters to be fetched."""
+    """It waits for a device, or for its adapters to be fetched."""
     JOB_STATE_RUNNING: _JobState.ValueType  # 2
     """It runs."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 3
@@ -47,7 +47,7 @@ class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 """Never sent."""
 JOB_STATE_QUEUED: JobState.ValueType  # 1
-"""It waits for the device, or for its adapters to be fetched."""
+"""It waits for a device, or for its adapters to be fetched."""
 JOB_STATE_RUNNING: JobState.ValueType  # 2
 """It runs."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 3

@@ -249,8 +249,8 @@ export class BaseClient {
   /**
    * Has a job that ended drawn again, by a new job with its plan, seeds and adapters; `watchJob` follows it.
    *
-   * On the same device, with the same version and settings, it draws the same bytes. Pictures of the job that were
-   * damaged are then whole again too. A `requestId` is drawn where none is given, as for `createJob`.
+   * On the same model of device, with the same version and settings, it draws the same bytes. Pictures of the job
+   * that were damaged are then whole again too. A `requestId` is drawn where none is given, as for `createJob`.
    */
   async redrawJob(jobId: string, options: RedrawOptions = {}): Promise<Job> {
     const requestId = options.requestId ?? randomUuid();

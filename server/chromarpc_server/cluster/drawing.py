@@ -6,26 +6,25 @@ import asyncio
 import time
 
 from chromarpc_server.domain.events import Prepared
-from chromarpc_server.domain.plan import Plan
 from chromarpc_server.jobs.encoding import ImageEncoder
 from chromarpc_server.jobs.picture_record import picture_record
 from chromarpc_server.pipeline import translate_memory_error
-from chromarpc_server.runtime.work import Emit, EncodedImage, RenderedImage, RenderedPreview, Report
+from chromarpc_server.runtime.work import Emit, EncodedImage, RenderedImage, RenderedPreview, Report, Work
 
 
 class Drawing:
     """Takes what the device reports, and hands it on. Lives on the event loop."""
 
-    def __init__(self, plan: Plan, device_dtype: str, encoder: ImageEncoder, emit: Emit) -> None:
+    def __init__(self, work: Work, device_dtype: str, encoder: ImageEncoder, emit: Emit) -> None:
         """Begins with nothing.
 
         Args:
-            plan: what is drawn.
+            work: what is drawn.
             device_dtype: what the device computes in, for the images' records.
             encoder: makes files of pixels.
             emit: takes everything, with files instead of pixels.
         """
-        self._plan = plan
+        self._job_id, self._plan = work.id, work.plan
         self._device_dtype = device_dtype
         self._encoder = encoder
         self._emit = emit
@@ -62,12 +61,12 @@ class Drawing:
     async def _encode(self, report: RenderedImage | RenderedPreview) -> None:
         began = time.monotonic()
         if isinstance(report, RenderedPreview):
-            self._emit(await self._encoder.preview(report))
+            self._emit(await self._encoder.preview(self._job_id, report))
             return
         record = None
         if self._prepared is not None and self._plan.output.picture_record:
             record = picture_record(
                 self._plan, report.prompt_index, self._prepared, device_dtype=self._device_dtype
             )
-        header, data = await self._encoder.image(report, self._plan.output, record)
+        header, data = await self._encoder.image(self._job_id, report, self._plan.output, record)
         self._emit(EncodedImage(header, data, time.monotonic() - began))

@@ -221,13 +221,8 @@ class HostServer:
             await self._files.have(adapter, partial(self._fetch, adapter, cancellation))
             for adapter in message.adapters
         ]
-        drawing = Drawing(
-            message.plan,
-            device.description.dtype,
-            self._encoder,
-            partial(self._report, message.epoch),
-        )
         work = Work(message.id, message.plan, model_files, tuple(adapters), cancellation)
+        drawing = Drawing(work, device.description.dtype, self._encoder, partial(self._report, message.epoch))
         try:
             done = await device.run(work, drawing.take)
             await drawing.finish()

@@ -155,12 +155,12 @@ class AttemptRecorder:
         started = time.monotonic()
         try:
             if isinstance(report, RenderedPreview):
-                preview = await self._encoder.preview(report)
+                preview = await self._encoder.preview(job.id, report)
                 if not attempt.is_over:
                     job.log.append(preview)
                 return
             header, data = await self._encoder.image(
-                report, job.plan.output, _record(attempt, report.prompt_index)
+                job.id, report, job.plan.output, _record(attempt, report.prompt_index)
             )
         except Exception as error:  # noqa: BLE001 - the job's failure, with an id that the log has too
             if attempt.is_over:

@@ -19,14 +19,15 @@ from chromarpc_server.domain.errors import (
     QuotaViolation,
     StoreError,
 )
-from chromarpc_server.domain.events import Queued
 from chromarpc_server.jobs.completion import RETRY_AFTER_DRAIN_S, Completion
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.job import AnyJob, Job
+from chromarpc_server.jobs.positions import Positions
 from chromarpc_server.jobs.queue import JobQueue, ScheduledJob, Taker
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import known_adapters
 from chromarpc_server.jobs.waits import Waits
+from chromarpc_server.runtime.model_cache import SetKey
 from chromarpc_server.runtime.running_time import RunningTime
 
 
@@ -42,6 +43,7 @@ class Backlog:
         running_time: RunningTime,
         *,
         max_jobs: int,
+        queue: JobQueue | None = None,
     ) -> None:
         """Takes jobs from `open` on.
 
@@ -52,6 +54,7 @@ class Backlog:
             estimates: how long jobs take.
             running_time: the event loop's; jobs wait in it, for one that is paused serves nobody.
             max_jobs: no more may wait.
+            queue: says which is next; by default as its constants say.
         """
         self._adapters = adapters
         self._store = store
@@ -59,7 +62,8 @@ class Backlog:
         self._estimates = estimates
         self._running_time = running_time
         self._max_jobs = max_jobs
-        self._queue = JobQueue()
+        self._queue = JobQueue() if queue is None else queue
+        self._positions = Positions(self._queue, self._waits)
         self._fetching: list[ScheduledJob] = []
         """Jobs whose adapters are being downloaded."""
         self._entering: Counter[str] = Counter()
@@ -114,13 +118,11 @@ class Backlog:
         if not self._is_open:
             raise Draining("the server is starting or stopping", retry_after_s=RETRY_AFTER_DRAIN_S)
         count = self.waiting_jobs + self._entering.total()
-        all_s = self._waits().add_all(scheduled.job for scheduled in self._queue)
-        retry_after_s = max(1.0, all_s / len(self._queue)) if all_s and self._queue else 5.0
         if count >= self._max_jobs:
             message = f"{count} jobs are waiting already, and no more may"
             raise QueueFull(
                 message,
-                retry_after_s=retry_after_s,
+                retry_after_s=self._retry_after_s(),
                 quota=QuotaViolation("server", "max_queued_jobs", self._max_jobs, message),
             )
         own = sum(scheduled.job.owner == caller.name for scheduled in (*self._queue, *self._fetching))
@@ -131,7 +133,7 @@ class Backlog:
                 "max_queued_jobs",
                 caller.limits.max_queued_jobs,
                 f"{own} of your jobs are waiting already, and no more may",
-                retry_after_s=retry_after_s,
+                retry_after_s=self._retry_after_s(),
             )
 
     @contextmanager
@@ -167,12 +169,14 @@ class Backlog:
     def join(self, taker: Taker) -> None:
         """A device is ready: how long jobs wait is computed with it from now on."""
         self._takers.append(taker)
+        self._positions.devices_changed()
 
     def leave(self, taker: Taker) -> None:
         """A device is ready no longer: it is given no job. What it runs is its own until `ran` or `requeue`."""
         if taker in self._takers:
             self._takers.remove(taker)
         self._free.pop(taker, None)
+        self._positions.devices_changed()
 
     async def next(self, taker: Taker) -> ScheduledJob:
         """Waits for a job for a free device to run, and counts it as running until `ran` or `requeue`. A wait that
@@ -214,7 +218,11 @@ class Backlog:
         job.position = job.done_steps = job.pixel_steps_done = 0
         job.started = job.started_at = None
         self._queue.put_back(scheduled)
-        self._hand_over(job)
+        self._arrived(scheduled)
+
+    def offer(self, scheduled: ScheduledJob) -> None:
+        """More devices may run a job that waits: a free one gets it at once."""
+        self._hand_over(scheduled.job)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -231,7 +239,7 @@ class Backlog:
                 self._queue.remove(scheduled)
                 scheduled.adapters.release()
                 self._completion.end_early(job, cause)
-                self._notify_positions()
+                self._positions.changed()
                 return
 
     def _expire(self, job: Job) -> None:
@@ -288,25 +296,33 @@ class Backlog:
 
     def _enqueue(self, scheduled: ScheduledJob) -> None:
         self._queue.add(scheduled)
+        self._arrived(scheduled)
+
+    def _arrived(self, scheduled: ScheduledJob) -> None:
+        """A job has come to wait."""
+        self._positions.changed(scheduled)
         self._hand_over(scheduled.job)
 
     def _hand_over(self, job: Job) -> None:
-        """A job has come to wait: the best of the free devices gets it at once."""
+        """The best of the free devices that can compute a job that waits gets it at once."""
         able = [taker for taker, handed in self._free.items() if not handed.done() and taker.can_compute(job)]
         if able:
-            best = min(able, key=lambda taker: _preference(taker, job))
-            handed, scheduled = self._free.pop(best), self._take(best)
-            if scheduled is None:
-                raise RuntimeError("a free device was handed nothing although a job came that it can compute")
-            handed.set_result(scheduled)
-        else:
-            self._notify_positions()
+            key = job.set_key
+            best = min(able, key=lambda taker: _preference(taker, job, key))
+            taken = self._take(best)
+            if taken is not None:
+                self._free.pop(best).set_result(taken)
+
+    def _retry_after_s(self) -> float:
+        """Seconds until about one more may wait."""
+        all_s = self._waits().add_all(scheduled.job for scheduled in self._queue)
+        return max(1.0, all_s / len(self._queue)) if all_s and self._queue else 5.0
 
     def _take(self, taker: Taker) -> ScheduledJob | None:
         scheduled = self._queue.take(taker)
         if scheduled is not None:
             self._running[taker] = scheduled
-            self._notify_positions()
+            self._positions.changed()
         return scheduled
 
     def _give_back(self, taker: Taker) -> None:
@@ -315,21 +331,13 @@ class Backlog:
         if scheduled is not None:
             self.requeue(scheduled)
 
-    def _notify_positions(self) -> None:
-        waits = self._waits()
-        for position, scheduled in enumerate(self._queue, 1):
-            wait_s = waits.add(scheduled.job)
-            if scheduled.job.position != position:
-                scheduled.job.position = position
-                scheduled.job.log.append(Queued(position, wait_s))
-
     def _waits(self) -> Waits:
         running = {taker: scheduled.job for taker, scheduled in self._running.items()}
         return Waits(self._estimates, [(taker, running.get(taker)) for taker in self._takers])
 
 
-def _preference(taker: Taker, job: Job) -> tuple[bool, bool, float]:
+def _preference(taker: Taker, job: Job, key: SetKey) -> tuple[bool, bool, float]:
     """The least is the best one for a job that has come: where it runs at once, then where its adapters need not
     be read, then the one that was used least.
     """
-    return not taker.is_resident(job.set_key), not taker.has_parsed(job), taker.used_s
+    return not taker.is_resident(key), not taker.has_parsed(job), taker.used_s

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -40,6 +41,19 @@ ROOM_EVERY_POLLS = 10
 """A store that has no room is tried again every 2 s; whether the job is stopped, every 0.2 s."""
 
 
+@dataclass(frozen=True)
+class Left:
+    """What there is once a device is lost."""
+
+    devices: Sequence[Dispatcher] = ()
+    more_may_come: bool = False
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether no job can run in this process any more."""
+        return not self.devices and not self.more_may_come
+
+
 class Dispatcher:
     """Serves one device, and is that device to the queue."""
 
@@ -53,7 +67,7 @@ class Dispatcher:
         tasks: Tasks,
         *,
         max_attempts: int,
-        on_lost: Callable[[Dispatcher, DeviceError], bool],
+        on_lost: Callable[[Dispatcher, DeviceError], Left],
     ) -> None:
         """Starts nothing; see `start`.
 
@@ -65,7 +79,7 @@ class Dispatcher:
             store: counts attempts.
             tasks: those of the engine.
             max_attempts: a job that was begun as often on devices that were lost is not begun again.
-            on_lost: called once the device is lost; returns whether its job may go to another one.
+            on_lost: called once the device is lost; returns what is left for its job.
         """
         self.device = device
         self.state = DeviceState.OPENING
@@ -91,9 +105,9 @@ class Dispatcher:
         return self.device.description.name
 
     def can_compute(self, job: Job) -> bool:
-        """Whether the device has the job's profile."""
+        """Whether the device has the job's profile, and is of the model that the job is to stay on, if any."""
         profiles = self.device.description.profiles
-        return not profiles or job.plan.profile in profiles
+        return (not profiles or job.plan.profile in profiles) and job.stays_on in ("", self.model)
 
     def is_resident(self, key: SetKey) -> bool:
         """Whether the device has these prepared weights."""
@@ -122,8 +136,8 @@ class Dispatcher:
         self._loop = asyncio.create_task(self._dispatch(), name=f"dispatcher {self.device.description.id}")
         self._loop.add_done_callback(self._loop_ended)
 
-    def give_up(self, error: DeviceError) -> bool:
-        """The device is of no use any more. Returns whether its job may go to another one."""
+    def give_up(self, error: DeviceError) -> Left:
+        """The device is of no use any more. Returns what is left for its job."""
         self.state, self._lost_because = DeviceState.LOST, error.message
         return self._on_lost(self, error)
 
@@ -201,7 +215,7 @@ class Dispatcher:
             done = await self.device.run(work, partial(self._recorder.take, attempt))
         except DeviceError as error:
             attempt.is_over = True
-            self._after_loss(scheduled, error, may_move=self.give_up(error))
+            self._after_loss(scheduled, error, self.give_up(error))
             return error
         except ChromaError as error:
             if not isinstance(error, Draining):
@@ -219,26 +233,32 @@ class Dispatcher:
             self.used_s += time.monotonic() - began_s
         return None
 
-    def _after_loss(self, scheduled: ScheduledJob, error: DeviceError, *, may_move: bool) -> None:
-        """What becomes of the job that a device ran when it was lost."""
+    def _after_loss(self, scheduled: ScheduledJob, error: DeviceError, left: Left) -> None:
+        """What becomes of the job that the device ran when it was lost."""
         job = scheduled.job
-        cause = job.cancelled_for_good or job.cancellation.cause
         if job.log.sealed:
             return
+        cause = job.cancelled_for_good or job.cancellation.cause
+        able = [other for other in left.devices if other.can_compute(job)]
         if cause is not None and not isinstance(cause, Draining):
             self._completion.end_early(job, cause)
-        elif cause is not None or not may_move:
+        elif cause is not None or left.is_nothing:
             if self._store.is_durable:
                 self._completion.set_aside(job, error)
             else:
                 self._completion.end_early(job, cause or error)
         elif job.attempts >= self._max_attempts:
-            message = f"the job's device was lost {job.attempts} times, and it is tried no more"
+            message = f"the job's device was lost {job.attempts} times, and the job is tried no more"
             attempts = {"attempts": str(job.attempts)}
             self._completion.end_early(job, AttemptsExhausted(message, metadata=attempts))
+        elif not able and not left.more_may_come:
+            self._completion.end_early(job, no_device_for(job))
         else:
-            log.warning("job.moved", extra={**job.log_fields, "reason": error.reason})
-            job.begin_anew(Restarted(job.attempts + 1, moved_from=job.device_id))
+            has_same = any(other.model == self.model for other in able)
+            job.stays_on = self.model if has_same else ""
+            moved_from = self.device.description.id
+            log.warning("job.moved", extra={"job_id": job.id, "caller": job.owner, "device": moved_from})
+            job.begin_anew(Restarted(job.attempts + 1, moved_from, bits_may_differ=not has_same))
             self._backlog.requeue(scheduled)
 
     async def _begin(self, job: Job) -> None:
@@ -265,3 +285,8 @@ class Dispatcher:
         if not loop.cancelled() and loop.exception() is not None:
             log.critical("dispatcher.ended", exc_info=loop.exception())
             self.give_up(DeviceLost("what gives it jobs has ended"))
+
+
+def no_device_for(job: Job) -> DeviceLost:
+    """Why a job ends although the process goes on."""
+    return DeviceLost(f"the devices that compute the profile {job.plan.profile} are lost")

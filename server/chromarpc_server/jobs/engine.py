@@ -1,6 +1,6 @@
 """The engine: the parts of a job's life, put together.
 
-Lives on the event loop. A device's thread, the image encoder and the store are executors of one thread each;
+Lives on the event loop. Device threads, image encoder and store are executors with threads of their own;
 nothing here waits for them without yielding.
 """
 
@@ -23,7 +23,7 @@ from chromarpc_server.jobs.attempt import AttemptRecorder
 from chromarpc_server.jobs.attendance import Attendance
 from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.completion import Completion
-from chromarpc_server.jobs.dispatcher import Dispatcher
+from chromarpc_server.jobs.dispatcher import Dispatcher, Left
 from chromarpc_server.jobs.encoding import ImageEncoder
 from chromarpc_server.jobs.estimates import StepTimes
 from chromarpc_server.jobs.fleet import Fleet, Preload
@@ -152,7 +152,7 @@ class Engine:
         self._encoder = ImageEncoder()
         recorder = AttemptRecorder(store, self._completion, self._tasks, self._encoder, estimates, observers)
 
-        def dispatcher_of(device: Device, on_lost: Callable[[Dispatcher, DeviceError], bool]) -> Dispatcher:
+        def dispatcher_of(device: Device, on_lost: Callable[[Dispatcher, DeviceError], Left]) -> Dispatcher:
             return Dispatcher(
                 device,
                 self._backlog,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from chromarpc_server.domain.devices import DeviceState
 from chromarpc_server.domain.errors import ChromaError, DeviceError, DeviceLost
+from chromarpc_server.domain.events import Restarted
 from chromarpc_server.jobs.backlog import Backlog
-from chromarpc_server.jobs.dispatcher import Dispatcher
+from chromarpc_server.jobs.dispatcher import Dispatcher, Left, no_device_for
 from chromarpc_server.jobs.tasks import Tasks
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.device import Device, DeviceSource, DeviceStatus, DeviceWithdrawn
@@ -38,7 +39,7 @@ class Fleet:
     def __init__(
         self,
         source: DeviceSource,
-        dispatcher_of: Callable[[Device, Callable[[Dispatcher, DeviceError], bool]], Dispatcher],
+        dispatcher_of: Callable[[Device, Callable[[Dispatcher, DeviceError], Left]], Dispatcher],
         backlog: Backlog,
         tasks: Tasks,
         *,
@@ -49,8 +50,7 @@ class Fleet:
 
         Args:
             source: where devices come from; closed by `stop`.
-            dispatcher_of: makes the dispatcher of a device, with what it calls when the device is lost: that
-                returns whether jobs may go elsewhere.
+            dispatcher_of: makes the dispatcher of a device, with what it calls when the device is lost.
             backlog: has the jobs.
             tasks: those of the engine.
             on_all_lost: called when nothing can be computed in this process any more.
@@ -166,41 +166,41 @@ class Fleet:
         self._backlog.join(dispatcher)
         dispatcher.start()
 
-    def _lost(self, dispatcher: Dispatcher, error: DeviceError) -> bool:
-        """A device is lost. Returns whether its job may go to another one."""
+    def _lost(self, dispatcher: Dispatcher, error: DeviceError) -> Left:
+        """A device is lost. Returns what is left for its job."""
         self._backlog.leave(dispatcher)
-        left = self._working()
+        left = Left(self._working(), self._source.waits_for_more)
         device = dispatcher.device.description.id
         if isinstance(error, DeviceWithdrawn):
-            log.info("device.returned", extra={"device": device, "left": len(left)})
+            log.info("device.returned", extra={"device": device, "left": len(left.devices)})
             self._forget(dispatcher)
         else:
-            log.error("device.out", extra={"device": device, "reason": error.reason, "left": len(left)})
-            if self._source.waits_for_more:
+            log.error("device.out", extra={"device": device, "reason": error.reason, "left": len(left.devices)})
+            if left.more_may_come:
                 asyncio.get_running_loop().call_later(LOST_SHOWN_S, self._forget, dispatcher)
-        if left:
-            self._end_unserved(left)
-            return True
-        if self._source.waits_for_more:
+        if left.is_nothing:
+            self._backlog.close()
+            self._on_all_lost()
+            return left
+        if not left.devices:
             self._on_available(self.is_available)
-            return True
-        self._backlog.close()
-        self._on_all_lost()
-        return False
+        self._look_after_waiting(dispatcher, left)
+        return left
 
     def _forget(self, dispatcher: Dispatcher) -> None:
         self._dispatchers = [other for other in self._dispatchers if other is not dispatcher]
 
-    def _end_unserved(self, left: Sequence[Dispatcher]) -> None:
-        """Ends jobs that wait and that no device is left for."""
-        if self._source.waits_for_more:
-            return
+    def _look_after_waiting(self, lost: Dispatcher, left: Left) -> None:
+        """Jobs that wait for such a device as was lost go to others, or end where there is none for them."""
         for scheduled in self._backlog.waiting:
             job = scheduled.job
-            if not any(dispatcher.can_compute(job) for dispatcher in left):
-                self._backlog.cancel(
-                    job, DeviceLost(f"no device is left that computes the profile {job.plan.profile}")
-                )
+            if job.stays_on == lost.model and not any(other.model == lost.model for other in left.devices):
+                job.stays_on = ""
+                moved_from = lost.device.description.id
+                job.log.append(Restarted(job.attempts + 1, moved_from, bits_may_differ=True))
+                self._backlog.offer(scheduled)
+            if not left.more_may_come and not any(other.can_compute(job) for other in left.devices):
+                self._backlog.cancel(job, no_device_for(job))
 
 
 async def _load(device: Device, preload: Preload) -> None:

@@ -50,6 +50,8 @@ class Job:
     pixel_steps_done: int = 0
     overtaken: int = 0
     """How many jobs ran first although it was this one's turn, because their weights were resident."""
+    stays_on: str = ""
+    """Model of the devices that alone may run it, where one has begun it and others of the same kind are left."""
     adapter_hashes: tuple[str | None, ...] = ()
     """SHA-256 of each adapter as it was read before: by an earlier process, or for the job that is redrawn."""
     encodings: set[asyncio.Task[None]] = field(default_factory=set, repr=False)

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Protocol
 
 from chromarpc_server.adapters.sources import FoundAdapters
@@ -21,6 +21,9 @@ from chromarpc_server.runtime.model_cache import SetKey
 
 MAX_OVERTAKEN = 4
 """How many jobs may run before one whose turn it is because their weights are resident."""
+
+LOOK_AHEAD = 64
+"""Among how many jobs one is looked for whose weights are resident."""
 
 
 class Taker(Protocol):
@@ -37,7 +40,7 @@ class Taker(Protocol):
         ...
 
     def can_compute(self, job: Job) -> bool:
-        """Whether it can compute the job; always the same for a model and a profile."""
+        """Whether it can compute the job; the same for all jobs of a model and profile that may run anywhere."""
         ...
 
     def is_resident(self, key: SetKey) -> bool:
@@ -73,13 +76,17 @@ class _Lane:
     def turn_of(self, scheduled: ScheduledJob) -> int:
         return self.turn if scheduled.kept_turn is None else scheduled.kept_turn
 
+    def first_turn(self) -> int:
+        return self.turn_of(self.jobs[0])
+
 
 class JobQueue:
     """Lives on the event loop; bounded by whoever adds to it."""
 
-    def __init__(self, max_overtaken: int = MAX_OVERTAKEN) -> None:
-        """`max_overtaken`: how many jobs may go before one because their weights are resident."""
+    def __init__(self, max_overtaken: int = MAX_OVERTAKEN, look_ahead: int = LOOK_AHEAD) -> None:
+        """See `MAX_OVERTAKEN` and `LOOK_AHEAD`."""
         self._max_overtaken = max_overtaken
+        self._look_ahead = look_ahead
         self._lanes: dict[str, _Lane] = {}
         """By caller; nobody in it is without a job."""
         self._turns = count(1)
@@ -92,6 +99,17 @@ class JobQueue:
     def __iter__(self) -> Iterator[ScheduledJob]:
         """In the order in which they will run, as far as is known."""
         return self._in_turn(lambda _: True)
+
+    def position(self, scheduled: ScheduledJob) -> int:
+        """The place of one that is in the queue, from 1; looks at callers, not at all that wait."""
+        own = self._lanes[scheduled.job.owner]
+        before = own.jobs.index(scheduled)
+        found, is_ahead = 1, True
+        for lane in sorted(self._lanes.values(), key=_Lane.first_turn):
+            if lane is own:
+                is_ahead = False
+            found += min(before + 1 if is_ahead else before, len(lane.jobs))
+        return found
 
     def add(self, scheduled: ScheduledJob) -> None:
         """Puts a job behind its caller's others."""
@@ -132,7 +150,8 @@ class JobQueue:
 
     def _choose(self, taker: Taker, may_go: Callable[[ScheduledJob], bool]) -> ScheduledJob | None:
         passed: list[ScheduledJob] = []
-        for scheduled in filter(may_go, self._in_turn(taker.can_compute)):
+        order = filter(may_go, self._in_turn(taker.can_compute))
+        for scheduled in islice(order, self._look_ahead):
             if taker.is_resident(scheduled.job.set_key):
                 for other in passed:
                     other.job.overtaken += 1

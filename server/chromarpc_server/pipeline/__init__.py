@@ -11,6 +11,8 @@ from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
     choose_devices,
+    compute_with,
+    cpu_threads,
     describe_device,
     idle_gpus,
     library_versions,
@@ -24,16 +26,18 @@ from chromarpc_server.pipeline.device import (
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
-from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
+from chromarpc_server.pipeline.memory_errors import forget_frames, lacks_host_memory, translate_memory_error
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
-from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
+from chromarpc_server.pipeline.pair import Transformer, TransformerPair
+from chromarpc_server.pipeline.pipeline import Pipeline
 from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 __all__ = [
     "PROFILES",
@@ -55,13 +59,18 @@ __all__ = [
     "SwitchReport",
     "TokenizedPrompt",
     "Transformer",
+    "TransformerPair",
+    "WeightFiles",
     "choose_device",
     "choose_devices",
+    "compute_with",
+    "cpu_threads",
     "describe_device",
     "finished_steps",
     "forget_frames",
     "idle_gpus",
     "import_ahead",
+    "lacks_host_memory",
     "library_versions",
     "lies_beside",
     "peak_memory_bytes",

@@ -590,7 +590,7 @@ export enum JobState {
   UNSPECIFIED = 0,
 
   /**
-   * It waits for the device, or for its adapters to be fetched.
+   * It waits for a device, or for its adapters to be fetched.
    *
    * @generated from enum value: JOB_STATE_QUEUED = 1;
    */
@@ -707,8 +707,8 @@ export const JobService: GenService<{
   /**
    * Draws one of the caller's ended jobs again, however it ended: makes a new job, which goes on without callers, with
    * the same plan, the seeds that were drawn and the same adapters, by the SHA-256 that they were read with. On the
-   * same device, with the same version and settings, it draws the same bytes. Images are kept under their SHA-256, so
-   * an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
+   * same model of device, with the same version and settings, it draws the same bytes. Images are kept under their
+   * SHA-256, so an image of the earlier job that was damaged (`IMAGE_DAMAGED`) is then whole again too.
    *
    * With a `request_id` the call may be repeated: for the same `job_id` it gives the same new job, else it fails with
    * `REQUEST_ID_REUSED`. Fails with `JOB_NOT_ENDED` while the earlier job waits or runs; with `NOT_KEPT` where its
