@@ -61,7 +61,12 @@ class RayServer(ServerProcess):
         until(lambda: len(self.devices()) == count, f"{count} devices", limit_s, told=lambda: self.log)
 
     def await_health(self, *, serving: bool, limit_s: float = 90.0) -> None:
-        until(lambda: (self.client.health() is chromarpc.HealthStatus.SERVING) is serving, f"serving={serving}", limit_s, told=lambda: self.log)
+        wanted = chromarpc.HealthStatus.SERVING
+
+        def holds() -> bool:
+            return (self.client.health() is wanted) is serving
+
+        until(holds, f"serving={serving}", limit_s, told=lambda: self.log)
 
     def close(self) -> None:
         self.client.close()
