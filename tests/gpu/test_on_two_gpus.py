@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def memory_of_the_first() -> int:
     return free
 
 
-@pytest.fixture
-def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server on `cuda:1`: its address and its log so far."""
-    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--device", "cuda:1", "--store", "memory"]
-    command += ["--data-dir", str(tmp_path), "--preload", "chroma-mini"]
+@contextmanager
+def server_on(folder: Path, *flags: str) -> Iterator[tuple[str, list[str]]]:
+    """A server in a process of its own: its address and its log so far."""
+    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--store", "memory"]
+    command += ["--data-dir", str(folder), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -113,6 +114,13 @@ def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
         reader.join(60)
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.fixture
+def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server on `cuda:1`."""
+    with server_on(tmp_path, "--device", "cuda:1", "--preload", "chroma-mini") as running:
+        yield running
 
 
 def test_a_server_on_the_second_device_falls_back_on_nothing(second_device_server: tuple[str, list[str]]) -> None:

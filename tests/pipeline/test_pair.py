@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from chromarpc_server.pipeline import (
     finished_steps,
     read_adapter,
 )
+from chromarpc_server.verify import float32_cases, verify
 from tests.tiny_checkpoint import GOLDENS
 
 pytestmark = pytest.mark.slow
@@ -128,6 +131,26 @@ def test_a_pair_differs_by_rounding_where_passes_are_packed_and_always_draws_the
         assert _apart(found, truth) < 1.1 * _apart(expected, truth)
     else:
         assert _apart(found, expected) < 1e-5
+
+
+def test_a_pair_passes_by_the_recorded_vectors(
+    goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = float32_cases.prepare_transformer
+
+    def pair(*given: Any, **named: Any) -> TransformerPair:
+        return TransformerPair(made(*given, **named), made(*given, **named), CPU)
+
+    monkeypatch.setattr(float32_cases, "prepare_transformer", pair)
+    folder = tmp_path / "cpu_fp32"
+    folder.mkdir()
+    for name in ("pipeline_fp32.safetensors", "transformer_tiny.safetensors"):
+        (folder / name).symlink_to(goldens / "cpu_fp32" / name)
+    out = io.StringIO()
+    code = verify(tmp_path, device="cpu", as_json=True, out=out)
+    cases = [case for case in json.loads(out.getvalue())["cases"] if "pipeline_fp32" in case["case"]]
+    assert code == 0, [case for case in cases if case["outcome"] == "FAIL"]
+    assert sum(case["outcome"] == "PASS" for case in cases) >= 8
 
 
 @pytest.mark.parametrize("profile", PROFILES)
