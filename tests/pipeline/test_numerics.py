@@ -26,6 +26,7 @@ from chromarpc_server.pipeline.weights.quantization import (
     quantize_rows,
 )
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 pytestmark = pytest.mark.slow
 
@@ -224,10 +225,10 @@ def test_a_text_encoder_held_in_float8_gives_the_same_bits(tiny_checkpoint: Path
     ids = torch.randint(2, 60, (1, 512), generator=torch.Generator().manual_seed(1))
 
     def build(**options: bool) -> torch.nn.Module:
-        files = text_encoder.open_text_encoder(folder)
+        files = text_encoder.open_text_encoder(folder, WeightFiles())
         return text_encoder.build_text_encoder(
             text_encoder.text_encoder_config(folder),
-            {name: tensor for file in files for name, tensor in file.read()},
+            {name: tensor for file in files for name, tensor in file.header.read()},
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             quantize=True,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from PIL import Image
 
@@ -87,24 +89,35 @@ def encode_preview(preview: RenderedPreview) -> Preview:
 
 
 class ImageEncoder:
-    """Encodes on a thread of its own, so that neither the device nor the event loop waits."""
+    """Encodes on threads of its own, so that neither devices nor the event loop wait. Lives on the event loop.
+
+    A job has one thread at a time and its pixels' order, so there are no more threads at work than jobs, which
+    are as many as devices; and no more than the machine has cores.
+    """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
+        """Starts nothing; a thread begins where none is idle."""
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="image-encoder")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By job, as long as it has something to encode."""
 
     async def image(
-        self, image: RenderedImage, output: PlannedOutput, record: PictureRecord | None
+        self, job_id: str, image: RenderedImage, output: PlannedOutput, record: PictureRecord | None
     ) -> tuple[ImageHeader, bytes]:
-        """See `encode_image`."""
-        return await self._run(partial(encode_image, image, output, record))
+        """See `encode_image`; after what was given before for the same job."""
+        return await self._run(job_id, partial(encode_image, image, output, record))
 
-    async def preview(self, preview: RenderedPreview) -> Preview:
-        """See `encode_preview`."""
-        return await self._run(partial(encode_preview, preview))
+    async def preview(self, job_id: str, preview: RenderedPreview) -> Preview:
+        """See `encode_preview`; after what was given before for the same job."""
+        return await self._run(job_id, partial(encode_preview, preview))
 
     def close(self) -> None:
-        """Lets the thread end once it has done what it was given."""
-        self._thread.shutdown(wait=False)
+        """Lets the threads end once they have done what they were given."""
+        self._threads.shutdown(wait=False)
 
-    async def _run(self, encode: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+    async def _run(self, job_id: str, encode: Callable[[], _T]) -> _T:
+        turn = self._turns.get(job_id)
+        if turn is None:
+            turn = self._turns[job_id] = asyncio.Lock()
+        async with turn:  # which is given in the order in which it was asked for
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)

@@ -11,6 +11,8 @@ from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
     choose_devices,
+    compute_with,
+    cpu_threads,
     describe_device,
     idle_gpus,
     library_versions,
@@ -24,7 +26,7 @@ from chromarpc_server.pipeline.device import (
     used_memory_bytes,
 )
 from chromarpc_server.pipeline.libraries import import_ahead
-from chromarpc_server.pipeline.memory_errors import forget_frames, translate_memory_error
+from chromarpc_server.pipeline.memory_errors import forget_frames, lacks_host_memory, translate_memory_error
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
@@ -35,6 +37,7 @@ from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadP
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 __all__ = [
     "PROFILES",
@@ -57,13 +60,17 @@ __all__ = [
     "TokenizedPrompt",
     "Transformer",
     "TransformerPair",
+    "WeightFiles",
     "choose_device",
     "choose_devices",
+    "compute_with",
+    "cpu_threads",
     "describe_device",
     "finished_steps",
     "forget_frames",
     "idle_gpus",
     "import_ahead",
+    "lacks_host_memory",
     "library_versions",
     "lies_beside",
     "peak_memory_bytes",

@@ -22,7 +22,7 @@ from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
-from chromarpc_server.pipeline.device import select_device, usable_memory_bytes
+from chromarpc_server.pipeline.device import model_name, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
@@ -43,17 +43,12 @@ from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
+from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.master import read_master
 from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
-from chromarpc_server.pipeline.weights.reading import (
-    CheckpointFiles,
-    ReadingProgress,
-    open_weights,
-    read_json,
-    require_same_keys,
-    shard_paths,
-)
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json, require_same_keys, shard_paths
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
+from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -88,6 +83,8 @@ class Checkpoint:
     """The other device of a pair, which has a transformer's prepared weights and nothing else."""
     decoder_fallback: DeviceFallback | None = None
     """Why `fused_autoencoder` is not fused, where it should be."""
+    shared: tuple[object, ...] = field(repr=False, default=())
+    """What other devices of this host find as long as it is held here."""
 
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
@@ -104,6 +101,7 @@ class Checkpoint:
         second: torch.device | None = None,
         memory: MemoryChoice | None = None,
         context: LoadContext = SILENT,
+        weights: WeightFiles | None = None,
     ) -> Checkpoint:
         """Reads everything once.
 
@@ -114,28 +112,33 @@ class Checkpoint:
             second: the other device of a pair, where transformers are put as well.
             memory: what an operator decides about a GPU's memory.
             context: reports how far reading is; checked between tensors.
+            weights: what this host's devices have in common; by default nothing.
 
         Raises:
             WeightsInvalid: damaged files, or another model.
             OutOfMemory: the GPU has too little memory for it.
         """
-        transformer_file = open_weights(files.transformer)
-        encoder_files = text_encoder.open_text_encoder(files.text_encoder)
-        vae_files = tuple(open_weights(path) for path in shard_paths(files.vae))
-        config = ChromaConfig.from_shapes(transformer_file.shapes, transformer_file.metadata)
+        weights = weights or WeightFiles()
+        transformer_file = weights.open(files.transformer)
+        encoder_files = text_encoder.open_text_encoder(files.text_encoder, weights)
+        vae_files = tuple(weights.open(path) for path in shard_paths(files.vae))
+        header = transformer_file.header
+        config = ChromaConfig.from_shapes(header.shapes, header.metadata)
         with torch.device("meta"):
             expected = ChromaTransformer(config).state_dict()
-        require_same_keys(expected, transformer_file.tensors, files.transformer.name)
+        require_same_keys(expected, header.tensors, files.transformer.name)
 
         plan = None
         if device.type == "cuda":
             choice = memory or MemoryChoice()
-            sizes = _part_sizes(transformer_file, encoder_files, vae_files, dtype)
+            sizes = _part_sizes(
+                header, [file.header for file in encoder_files], [file.header for file in vae_files], dtype
+            )
             usable = usable_memory_bytes(device, choice.device_bytes)
             others = None if second is None else usable_memory_bytes(second, choice.device_bytes)
             plan = plan_memory(usable, sizes, choice, second_bytes=others)
         reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
-        master, revision = read_master(reading, transformer_file, device, plan)
+        master, revision = read_master(reading, transformer_file, weights, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
@@ -146,6 +149,12 @@ class Checkpoint:
             quantize=True,
             hold_float8=plan is not None,
             keep_in_host_memory=plan is not None and plan.text_encoder == "host",
+            pinned=lambda tensors: weights.pinned(
+                ("text encoder", *(file.identity for file in encoder_files), dtype, model_name(device)),
+                device,
+                lambda _: tensors,
+                context.check,
+            ),
         )
         vae = autoencoder.build_autoencoder(
             read_json(files.vae / "config.json"),
@@ -187,10 +196,13 @@ class Checkpoint:
                 keep_in_host_memory=plan is not None and plan.trainer_text_encoder == "host",
                 record=plan is not None and plan.record_graphs,
                 fits=partial(_fits_beside, device, plan, memory or MemoryChoice()),
+                weights=weights,
             ),
             memory=plan,
             second=second,
             decoder_fallback=next(iter(not_fused), None),
+            # Files stay mapped where the master is: a GPU has no more use for them.
+            shared=(transformer_file, *encoder_files, *vae_files, *(reading.mapped if plan is None else ())),
         )
 
     def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
@@ -378,9 +390,9 @@ def _part_sizes(
     return PartSizes(stored, count * wide, float8, text, pixels, beside=sides * RANK_BUCKETS[0] * wide)
 
 
-def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[SafetensorsFile]) -> torch.device | None:
+def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[SharedFile]) -> torch.device | None:
     """The device, where these files fit there as they are beside everything else; None where they do not."""
     if plan is None:
         return None
-    size = sum(entry.size_bytes for file in files for entry in file.tensors.values())
+    size = sum(entry.size_bytes for file in files for entry in file.header.tensors.values())
     return device if plan.usable_bytes - plan.estimated_bytes > size else None

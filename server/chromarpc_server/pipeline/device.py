@@ -141,6 +141,21 @@ def select_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def cpu_threads() -> int:
+    """How many threads a CPU computes with for the calling thread."""
+    return torch.get_num_threads()
+
+
+def compute_with(threads: int) -> None:
+    """Has a CPU compute with so many threads for the calling thread.
+
+    A thread that says nothing takes over what another one has at the moment when it first computes, which may be
+    a number that holds for a while only.
+    """
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """The same for a while, for code that does not know which thread it runs on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -150,11 +165,11 @@ def describe_device(choice: DeviceChoice) -> DeviceDescription:
     """Name and memory of the device."""
     device = choice.device
     dtype = str(choice.dtype).removeprefix("torch.")
+    name = model_name(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        name, memory = _processor_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceDescription(
         choice.name,
         name,
@@ -163,6 +178,11 @@ def describe_device(choice: DeviceChoice) -> DeviceDescription:
         profiles=choice.profiles,
         second="" if choice.second is None else str(choice.second),
     )
+
+
+def model_name(device: torch.device) -> str:
+    """Of a GPU or the processor. Devices of one model compute the same bits."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else _processor_name()
 
 
 def _processor_name() -> str:
@@ -250,8 +270,8 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def probe_device(device: torch.device) -> None:
-    """Has the device do a small sum and looks at what comes back.
+def probe_device(device: torch.device) -> bool:
+    """Has the device do a small sum and looks at what comes back. Returns whether its memory is full.
 
     A device that has no memory left for the sum, not even after what is unused was given back, is full and not
     lost: it said so itself.
@@ -266,10 +286,11 @@ def probe_device(device: torch.device) -> None:
             release_memory(device)
         failure = _failed_sum(device)
     if failure is None:
-        return
+        return False
     if translate_memory_error(failure) is None:
         raise DeviceLost("the device failed and cannot be used any more")
     log.warning("device.full", extra={"device": str(device)})
+    return True
 
 
 def _failed_sum(device: torch.device) -> Exception | None:

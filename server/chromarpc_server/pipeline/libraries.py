@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _ONE_IMPORTER = threading.Lock()
 """Two threads that import modules which import each other may see half of them."""
+ONE_BUILDER = threading.Lock()
+"""To be held while a model is constructed: transformers puts functions of its own in the place of torch's
+initializers for as long, and two threads would leave them there."""
 
 
 @dataclass(frozen=True)

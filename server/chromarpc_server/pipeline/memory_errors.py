@@ -50,6 +50,12 @@ def translate_memory_error(error: BaseException) -> OutOfMemory | None:
     return None
 
 
+def lacks_host_memory(error: BaseException) -> bool:
+    """Whether it is the host's memory that an exception means, and not a device's."""
+    first = next((link for link in _chain(error) if _is_of_the_host(link) or _is_of_the_device(link)), None)
+    return first is not None and _is_of_the_host(first)
+
+
 def forget_frames(error: BaseException) -> None:
     """Lets go of what the frames of a chain of exceptions hold: the tensors that filled the memory."""
     for link in _chain(error):

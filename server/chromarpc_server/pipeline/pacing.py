@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -103,6 +103,6 @@ def beside(device: torch.device) -> torch.cuda.StreamContext:
     return torch.cuda.stream(_stream_beside(device))
 
 
-@lru_cache(maxsize=8)
+@cache
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from chromarpc_server.pipeline.models.text_encoder import (
 )
 from chromarpc_server.pipeline.pacing import beside
 from chromarpc_server.pipeline.pair import Transformer
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.arithmetic import trainer_arithmetic
@@ -105,7 +106,7 @@ class Pipeline:
             noise_draw: `float32` or `legacy`.
         """
         noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
-        yield from denoise_from(
+        drawn = denoise_from(
             self.transformer,
             embedding,
             noise.to(device=self.device, dtype=self.dtype),
@@ -115,6 +116,16 @@ class Pipeline:
             guidance_scale,
             timestep_dtype=self.stored_dtype,
         )
+        while True:
+            with self._products():
+                step = next(drawn, None)
+            if step is None:
+                return
+            yield step
+
+    def _products(self) -> AbstractContextManager[None]:
+        """For whatever is computed in the pipeline's dtype; see `float32_products`."""
+        return float32_products(self.device) if self.dtype == torch.float32 else nullcontext()
 
     def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Draws a little at each size (width, height) with prompts of several lengths: kernels are compiled,
@@ -149,8 +160,8 @@ class Pipeline:
         """
         settings = self.transformer.settings
         rounding = None if settings is None else self.stored_dtype
-        unfused = not self.transformer.profile.fused
-        with trainer_arithmetic(self.device, settings) if settings is not None and unfused else nullcontext():
+        as_trainer = settings if not self.transformer.profile.fused else None
+        with trainer_arithmetic(self.device, as_trainer) if as_trainer else self._products():
             image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height), rounding)
         return autoencoder.to_pixels(image)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.weights.reading import read_json
 
 # ComfyUI's published factors for the Flux VAE, for latents as the transformer sees them.
@@ -77,7 +78,8 @@ class LatentPreview:
             (height, width, 3) uint8.
         """
         device = latents.device
-        rgb = torch.einsum("bchw,cr->brhw", latents.float(), self.factors.to(device))
+        with float32_products(device):
+            rgb = torch.einsum("bchw,cr->brhw", latents.float(), self.factors.to(device))
         rgb = rgb + self.bias.to(device)[None, :, None, None]
         longer = max(rgb.shape[-2:])
         if longer > max_side:

@@ -14,11 +14,14 @@ from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import (
     CheckpointFiles,
     DeviceChoice,
+    compute_with,
+    cpu_threads,
     describe_device,
     select_device,
     translate_memory_error,
     used_memory_bytes,
 )
+from chromarpc_server.runtime.host_share import HostShare
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.runtime.watchdog import Watchdog
@@ -35,6 +38,7 @@ class DeviceThread:
         running_time: RunningTime,
         budgets: Budgets | None = None,
         timeouts: DeviceTimeouts | None = None,
+        share: HostShare | None = None,
     ) -> None:
         """Starts nothing; see `open`.
 
@@ -43,9 +47,13 @@ class DeviceThread:
             running_time: of the event loop that gives it work, started by whoever has both.
             budgets: how much may be resident there.
             timeouts: how long each thing may take before the device is taken to hang.
+            share: what it has in common with other devices of this host; by default nothing.
         """
         self._choice = choice
         self._budgets = budgets or Budgets()
+        self._share = share or HostShare.within(self._budgets)
+        self._cpu_threads = cpu_threads()
+        """Of the thread that set it up, which read the settings."""
         self._watchdog = Watchdog(timeouts or DeviceTimeouts(), running_time, device_id=choice.id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._snapshot = CacheSnapshot()
@@ -98,8 +106,8 @@ class DeviceThread:
         return await never
 
     def has_parsed(self, file: AdapterFile) -> bool:
-        """Whether an adapter is resident, and so need not be read from its file."""
-        return any(file == held for kept in self._snapshot.sets for held, _ in kept.key.adapters)
+        """Whether an adapter is parsed on this host, for whichever of its devices; any thread may ask."""
+        return self._share.adapters.has_parsed(file)
 
     @property
     def description(self) -> DeviceDescription:
@@ -133,6 +141,7 @@ class DeviceThread:
         try:
             # The first thing that the device's thread does; whatever names no device there means this one.
             select_device(self._choice.device)
+            compute_with(self._cpu_threads)
             description = describe_device(self._choice)
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
@@ -142,7 +151,7 @@ class DeviceThread:
         def publish(snapshot: CacheSnapshot) -> None:
             loop.call_soon_threadsafe(self._note_snapshot, snapshot)
 
-        cache = ModelCache(self._choice, self._budgets, publish=publish)
+        cache = ModelCache(self._choice, self._budgets, publish=publish, share=self._share)
         return DeviceWorker(self._choice, description, cache, self._watchdog), description
 
     def _note_snapshot(self, snapshot: CacheSnapshot) -> None:

@@ -10,6 +10,7 @@ from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import PROFILES, DeviceChoice
 from chromarpc_server.runtime.device import Device
 from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.host_share import HostShare
 from chromarpc_server.runtime.running_time import RunningTime
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class LocalDevices:
             timeouts: how long each thing may take before a device is taken to hang.
         """
         self._choices = tuple(choices)
-        self._devices = [DeviceThread(choice, running_time, budgets, timeouts) for choice in choices]
+        share = HostShare.within(budgets or Budgets())
+        self._devices = [DeviceThread(choice, running_time, budgets, timeouts, share) for choice in choices]
 
     @property
     def profiles(self) -> tuple[str, ...]:

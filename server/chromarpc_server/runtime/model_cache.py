@@ -37,8 +37,8 @@ from chromarpc_server.pipeline import (
     synchronize,
     translate_memory_error,
 )
-from chromarpc_server.runtime.adapter_cache import AdapterCache
 from chromarpc_server.runtime.device_room import DeviceRoom
+from chromarpc_server.runtime.host_share import HostShare
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ class CacheSnapshot:
     """Model id to what of it stays where on a GPU."""
     fallbacks: tuple[DeviceFallback, ...] = ()
     """What the device does without, as far as anything was tried."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Model id to the hash of its weights, as they were read."""
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
@@ -127,9 +129,21 @@ class ModelCache:
     """Least recently used out first. What the running job uses stays: only a job's own call evicts."""
 
     def __init__(
-        self, device: DeviceChoice, budgets: Budgets, *, publish: Callable[[CacheSnapshot], None]
+        self,
+        device: DeviceChoice,
+        budgets: Budgets,
+        *,
+        publish: Callable[[CacheSnapshot], None],
+        share: HostShare | None = None,
     ) -> None:
-        """`publish` is called with every change, on the device thread."""
+        """Holds nothing yet.
+
+        Args:
+            device: where the weights lie.
+            budgets: how much may be resident there.
+            publish: called with every change, on the device thread.
+            share: what it has in common with other devices of this host; by default nothing.
+        """
         self._device = device
         self._budgets = budgets
         self._publish = publish
@@ -137,7 +151,7 @@ class ModelCache:
         self._slots: list[_Slot] = []
         """Least recently used first."""
         self._room = DeviceRoom(device, budgets, self._checkpoints, self._slots)
-        self._adapters = AdapterCache(budgets.adapter_bytes)
+        self._share = share or HostShare.within(budgets)
         self._counters = CacheCounters()
         self._fallbacks: tuple[DeviceFallback, ...] = ()
 
@@ -162,6 +176,7 @@ class ModelCache:
             second=self._device.second,
             memory=self._budgets.memory,
             context=context,
+            weights=self._share.weights,
         )
         self._checkpoints[model_id] = loaded
         seconds = round(time.monotonic() - began, 2)
@@ -179,7 +194,7 @@ class ModelCache:
         for index, (lora, file) in enumerate(zip(loras, files, strict=True)):
             check()
             try:
-                adapter = self._adapters.read(file, checkpoint.revision, checkpoint.targets, check=check)
+                adapter = self._share.adapters.read(file, checkpoint.revision, checkpoint.targets, check=check)
             except ChromaError as error:
                 raise error.at(f"loras.{index}.path") from None
             require_expected(lora, adapter.sha256, index)
@@ -209,7 +224,7 @@ class ModelCache:
                 self._counters = replace(self._counters, hits=self._counters.hits + 1)
             else:
                 slot, source, switched = self._make(checkpoint, adapters, key, context)
-                self._adapters.trim()  # what lies beside weights was made of them
+                self._share.adapters.trim()  # what lies beside weights was made of them
             missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
             self._make_room(missing, checkpoint, key, keep=slot)
             pipeline = checkpoint.pipeline(slot.transformer, context)
@@ -231,13 +246,17 @@ class ModelCache:
         if self._found_fallbacks() != self._fallbacks:
             self._publish_snapshot()
 
-    def clear(self) -> None:
-        """Drops everything; the next job loads anew."""
+    def clear(self, *, host: bool = True) -> None:
+        """Drops everything that is the device's; the next job loads anew.
+
+        `host`: also what all devices of the host can read again.
+        """
         for card in self._device.cards:
             synchronize(card)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
-        self._adapters.clear()
+        if host:
+            self._share.adapters.clear()
         self._room.free()
         self._publish_snapshot()
 
@@ -312,6 +331,7 @@ class ModelCache:
         self._counters = replace(self._counters, evictions=self._counters.evictions + evicted)
 
     def _evict_checkpoint(self) -> None:
+        synchronize(self._device.device)  # copies may be on their way out of what the host has for it
         _, evicted = self._checkpoints.popitem(last=False)
         before = len(self._slots)
         self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]
@@ -356,8 +376,9 @@ class ModelCache:
                 trainer_parts_bytes=parts,
                 sets=sets,
                 counters=self._counters,
-                adapter_bytes=self._adapters.size_bytes,
+                adapter_bytes=self._share.adapters.size_bytes,
                 memory=memory,
                 fallbacks=self._fallbacks,
+                revisions={model_id: held.revision for model_id, held in self._checkpoints.items()},
             )
         )

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chromarpc_server.pipeline.precision import float32_products
+
 Shape = tuple[int, ...]
 
 _KEPT = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -98,7 +100,9 @@ class LowRank:
 
     def difference(self, device: torch.device) -> Tensor:
         """(B @ A) · scale, float32."""
-        return torch.matmul(_float32(self.up, device), _float32(self.down, device)) * self.scale
+        with float32_products(device):
+            product = torch.matmul(_float32(self.up, device), _float32(self.down, device))
+        return product * self.scale
 
     @cached_property
     def factors(self) -> Factors:
@@ -119,7 +123,8 @@ class LowRank:
         """(out, in) → the same."""
         up = self.up.to(device=weight.device, dtype=weight.dtype)
         down = self.down.to(device=weight.device, dtype=weight.dtype)
-        delta = torch.matmul(up, down)
+        with float32_products(weight.device):
+            delta = torch.matmul(up, down)
         return weight + delta * (self.scale * multiplier)
 
 
@@ -173,7 +178,10 @@ class Factor:
     def matrix(self, device: torch.device) -> Tensor:
         """The product, float32."""
         left = _float32(self.left, device)
-        return left if self.right is None else torch.matmul(left, _float32(self.right, device))
+        if self.right is None:
+            return left
+        with float32_products(device):
+            return torch.matmul(left, _float32(self.right, device))
 
 
 @dataclass(frozen=True)

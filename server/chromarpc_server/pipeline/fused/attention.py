@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline.fallbacks import WrongResult, unusable
@@ -24,12 +24,6 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
 """Relative error against float32 beyond which a kernel is not trusted; bf16 itself gives 0.004."""
-_FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin, end in zip(spans.bounds[:-1], spans.bounds[1:], strict=True):
         one_q, one_k, one_v = (part[begin:end].transpose(0, 1)[None] for part in (q, k, v))
-        if q.is_cuda:
-            with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
-                attended = F.scaled_dot_product_attention(one_q, one_k, one_v)
+        if _fits_cudnn(one_q, one_k, one_v):
+            # By name: which kernels torch prefers is one setting for all threads, on which `exact` relies.
+            attended = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                one_q, one_k, one_v, attn_bias=None, compute_log_sumexp=False
+            )[0]
         else:
             attended = F.scaled_dot_product_attention(one_q, one_k, one_v)
         out[begin:end] = attended[0].transpose(0, 1)
     return out
+
+
+def _fits_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's kernel, the fastest that torch has, takes these."""
+    return q.is_cuda and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False))
 
 
 SDPA = Attention("torch", _sdpa, any_length=False)
@@ -99,7 +100,7 @@ def _flash3() -> Kernel:
     return kernel
 
 
-@lru_cache(maxsize=8)
+@cache
 def select_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
     """FlashAttention-3 where it is installed, runs and agrees with plain attention; else torch's own.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -20,6 +21,8 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
+_ONE_COMPILER = threading.Lock()
+"""Two devices that begin at once would compile each kernel twice."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,14 @@ def kernels_fallback(device: torch.device) -> DeviceFallback | None:
     return _form(device).fallback
 
 
-@lru_cache(maxsize=8)
+@cache
 def _form(device: torch.device) -> _Form:
     if device.type != "cuda":
         return _Form(plain)
     try:
         from chromarpc_server.pipeline.fused import kernels  # noqa: PLC0415 - needs Triton
 
-        with on_device(device):
+        with _ONE_COMPILER, on_device(device):
             check_kernels(kernels, device)
     except ImportError as problem:
         log.warning("kernels.unusable", extra={"device": str(device), "error": str(problem)[:300]})
@@ -98,8 +101,12 @@ def _run(ops: ModuleType, device: torch.device) -> list[Tensor]:
 def warm_up_kernels(config: ChromaConfig, device: torch.device) -> None:
     """Compiles every kernel for a model's widths, of all profiles: what a later request needs is there then."""
     ops = fused_ops(device)
-    if ops is plain:
-        return
+    if ops is not plain:
+        with _ONE_COMPILER:
+            _warm_up(ops, config, device)
+
+
+def _warm_up(ops: ModuleType, config: ChromaConfig, device: torch.device) -> None:
     hidden, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
 
     def zeros(*shape: int) -> Tensor:

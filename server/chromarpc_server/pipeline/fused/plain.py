@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chromarpc_server.pipeline.models.layers import NORM_EPS
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX
 
 SMALLEST_AMAX = 1e-12
@@ -130,7 +131,8 @@ def scaled_product(
         bias: (out,) in the dtype of the result.
         out: where to put it, (R, out), if given.
     """
-    product = F.linear(x.float() * x_scale, weight.float() * weight_scale[:, None].float()) + bias.float()
+    with float32_products(x.device):
+        product = F.linear(x.float() * x_scale, weight.float() * weight_scale[:, None].float()) + bias.float()
     return product.to(bias.dtype) if out is None else out.copy_(product)
 
 

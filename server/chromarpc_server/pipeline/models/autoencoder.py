@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.weights.reading import require_same_keys
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ def build_autoencoder(
     Raises:
         WeightsInvalid: tensors are missing or unknown.
     """
-    with torch.device("meta"):
-        model = libraries().autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    autoencoder = libraries().autoencoder
+    with ONE_BUILDER, torch.device("meta"):
+        model = autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     require_same_keys(model.state_dict(), weights, "autoencoder")
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     model.load_state_dict(placed, assign=True)

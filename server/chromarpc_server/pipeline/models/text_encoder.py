@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +20,21 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline.fallbacks import unusable
 from chromarpc_server.pipeline.fused.check import fused_ops
-from chromarpc_server.pipeline.libraries import libraries
+from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.memory import pin
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
+from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
-from chromarpc_server.pipeline.weights.reading import (
-    ReadingProgress,
-    open_weights,
-    read_json,
-    require_same_keys,
-    shard_paths,
-)
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
+from chromarpc_server.pipeline.weights.reading import read_json, require_same_keys, shard_paths
+from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5EncoderModel
@@ -179,6 +176,7 @@ def build_text_encoder(
     quantizer: Callable[[str, Tensor], QuantizedLinear] = _reference_float8,
     hold_float8: bool = False,
     keep_in_host_memory: bool = False,
+    pinned: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
     attention: str = "sdpa",
 ) -> T5EncoderModel:
     """A T5 encoder with these weights, built on `meta` and assigned.
@@ -192,13 +190,15 @@ def build_text_encoder(
         quantizer: how, given name and weight; by default to float8, as the reference's quantized encoder does.
         hold_float8: hold them in float8 where the quantizer's values are float8, and dequantize at every call.
         keep_in_host_memory: leave the layers there, and copy each to the device for as long as it computes.
+        pinned: gives page-locked copies of what stays in host memory; by default makes them.
         attention: transformers' name of an implementation.
 
     Raises:
         WeightsInvalid: tensors are missing or unknown.
     """
-    with torch.device("meta"):
-        model = libraries().t5_encoder(config)
+    t5_encoder = libraries().t5_encoder
+    with ONE_BUILDER, torch.device("meta"):
+        model = t5_encoder(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shared = weights.get(_SHARED, weights.get(_EMBED))
     if shared is None:
@@ -228,24 +228,27 @@ def build_text_encoder(
     held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict({**held, **placed}, assign=True)
     if keep_in_host_memory:
-        _stream(list(model.encoder.block), device)
+        _stream(list(model.encoder.block), device, pinned or partial(pin, device=device))
     model.set_attn_implementation(attention)
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
 
-def _stream(blocks: Iterable[nn.Module], device: torch.device) -> None:
+def _stream(
+    blocks: Iterable[nn.Module],
+    device: torch.device,
+    pinned: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> None:
     """Has each block's tensors on the device while it computes, and nowhere but in host memory else."""
     owners: dict[str, tuple[int, nn.Module, str]] = {}
-    hosted: dict[str, Tensor] = {}
+    placed: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 key = f"{index}.{path}.{name}"
                 owners[key] = (index, module, name)
-                hosted[key] = tensor.data
-    if device.type == "cuda":
-        hosted = pin(hosted, device)
+                placed[key] = tensor.data
+    hosted = pinned(placed) if device.type == "cuda" else placed
 
     def put(index: int, move: Callable[[Tensor], Tensor]) -> None:
         for key, (owner, module, name) in owners.items():
@@ -273,18 +276,43 @@ def text_encoder_config(folder: Path) -> T5Config:
     )
 
 
-def open_text_encoder(folder: Path) -> tuple[SafetensorsFile, ...]:
-    """The encoder's files, with their headers checked."""
-    return tuple(open_weights(path) for path in shard_paths(folder))
+def open_text_encoder(folder: Path, files: WeightFiles) -> tuple[SharedFile, ...]:
+    """The encoder's files, with their headers checked; `files`: what this host's devices have open."""
+    return tuple(files.open(path) for path in shard_paths(folder))
 
 
 def read_all(
-    files: tuple[SafetensorsFile, ...], reading: ReadingProgress, onto: torch.device | None = None
+    files: tuple[SharedFile, ...], reading: ReadingProgress, onto: torch.device | None = None
 ) -> dict[str, Tensor]:
     """Every tensor of several files, mapped, or on a device."""
-    if onto is not None:
-        return {name: tensor for file in files for name, tensor, _ in reading.read_onto(file, onto)}
-    return {name: tensor for file in files for name, tensor in reading.read(file)}
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with file.reading(reading.check):
+            if onto is None:
+                found.update(reading.read(file))
+            else:
+                found.update((name, tensor) for name, tensor, _ in reading.read_onto(file, onto))
+    return found
+
+
+class UnfusedAttention(TorchFunctionMode):
+    """Attention inside is computed as a chain of operations, whichever kernel torch would choose.
+
+    Calls what `sdpa_kernel(SDPBackend.MATH)` has torch call, but leaves alone which kernels the process allows:
+    that is one setting for all threads, and this mode belongs to the thread.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Every call into torch comes by here."""
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -294,17 +322,8 @@ def _reference_attention(device: torch.device) -> Iterator[None]:
     transformers 5.17 hands the position bias over in a layout that no fused kernel takes; later versions do
     not, so the choice is made here.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        if device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "tf32"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+    with UnfusedAttention(), float32_products(device, "tf32"):
+        yield
 
 
 class RecordedEncoder:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline.precision import float32_products
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TORCHAO_QTYPES = ("float8", "int8")
@@ -25,7 +26,11 @@ def multiplies_in_tf32(settings: TrainerSettings) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A CPU computes with one thread, whatever the process has set."""
+    """A CPU computes with one thread, whatever the process has set.
+
+    The number is the calling thread's own: other threads that have computed before keep theirs. One that computes
+    for the first time meanwhile would take this one over, so a device's thread names its number at first.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -37,20 +42,12 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def trainer_arithmetic(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
     """One thread on a CPU, and the trainer's precision of float32 products on a GPU, whatever is set besides."""
-    with one_thread() if device.type == "cpu" else trainer_precision(device, settings):
+    with one_thread() if device.type == "cpu" else nullcontext(), trainer_precision(device, settings):
         yield
 
 
 @contextmanager
 def trainer_precision(device: torch.device, settings: TrainerSettings) -> Iterator[None]:
     """The trainer's precision of float32 products on a GPU; nothing on a CPU, where there is one only."""
-    if device.type == "cpu":
+    with float32_products(device, "tf32" if multiplies_in_tf32(settings) else "ieee"):
         yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if multiplies_in_tf32(settings) else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,27 +14,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline.device import model_name
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
-from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
-from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
+from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer, UnfusedAttention
+from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
+from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.quantizers import (
     FLOAT8_QTYPES,
     QuantizedLinear,
     quantize_linear,
     require_finite,
 )
-from chromarpc_server.pipeline.weights.reading import (
-    CheckpointFiles,
-    ReadingProgress,
-    open_weights,
-    read_json,
-    shard_paths,
-)
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json, shard_paths
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -50,7 +46,7 @@ def encode_as_trainer(model: T5EncoderModel, ids: Tensor, settings: TrainerSetti
     transformers 5.5, which the trainer has, computes attention by hand; on a GPU the vectors were recorded with
     5.17, whose position bias no fused kernel takes. Later versions choose otherwise, so the choice is made here.
     """
-    attention = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cuda" else nullcontext()
+    attention = UnfusedAttention() if model.device.type == "cuda" else nullcontext()
     with attention, trainer_arithmetic(model.device, settings):
         embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds
@@ -91,6 +87,8 @@ class TrainerParts:
     fits: Callable[[int], bool] = field(repr=False, default=lambda _: True)
     """Whether this many bytes more can lie on the device; a text encoder for which they cannot stays in host
     memory, and is copied over layer by layer."""
+    weights: WeightFiles = field(repr=False, default_factory=WeightFiles)
+    """What this host's devices have in common."""
     _encoders: OrderedDict[EncoderKey, _KeptEncoder] = field(repr=False, default_factory=OrderedDict)
     """Least recently used first."""
     _autoencoders: dict[torch.dtype, AutoencoderKL] = field(repr=False, default_factory=dict)
@@ -122,8 +120,8 @@ class TrainerParts:
         """
         missing = 0 if encoder_key(settings) in self._encoders else self._encoder_bytes(settings)
         if dtype not in (like, *self._autoencoders):
-            pixels = [open_weights(path) for path in shard_paths(self.files.vae)]
-            elements = sum(math.prod(entry.shape) for file in pixels for entry in file.tensors.values())
+            pixels = [self.weights.open(path) for path in shard_paths(self.files.vae)]
+            elements = sum(math.prod(entry.shape) for file in pixels for entry in file.header.tensors.values())
             missing += elements * dtype.itemsize
         return missing
 
@@ -185,8 +183,8 @@ class TrainerParts:
         wide = TORCH_DTYPES[settings.dtype].itemsize
         float8 = self.hold_float8 and settings.quantize_te and settings.qtype in FLOAT8_QTYPES
         total, embeddings = 0, 0
-        for file in text_encoder.open_text_encoder(self.files.text_encoder):
-            for name, entry in file.tensors.items():
+        for file in text_encoder.open_text_encoder(self.files.text_encoder, self.weights):
+            for name, entry in file.header.tensors.items():
                 in_block = ".block." in name
                 if in_block and self.keep_in_host_memory:
                     continue
@@ -203,7 +201,7 @@ class TrainerParts:
         self, qtype: str | None, settings: TrainerSettings, on_host: bool, context: LoadContext
     ) -> RecordedEncoder:
         dtype = TORCH_DTYPES[settings.dtype]
-        files = text_encoder.open_text_encoder(self.files.text_encoder)
+        files = text_encoder.open_text_encoder(self.files.text_encoder, self.weights)
         reading = ReadingProgress(files, context)
         weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(files, reading).items()}
         total, done = sum(tensor.nbytes for tensor in weights.values()), 0
@@ -227,6 +225,9 @@ class TrainerParts:
             quantizer=quantize,
             hold_float8=self.hold_float8,
             keep_in_host_memory=on_host,
+            pinned=partial(
+                self._pinned, (encoder_key(settings), *(file.identity for file in files)), context.check
+            ),
             attention="sdpa" if self.device.type == "cuda" else "eager",
         )
         require_finite(finite, qtype)
@@ -235,12 +236,17 @@ class TrainerParts:
         record = self.record and not on_host
         return RecordedEncoder(model, record=record, run=partial(encode_as_trainer, settings=settings))
 
+    def _pinned(self, key: Hashable, check: Check, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Page-locked: those of a device of the same model, where it has made them."""
+        alike = ("trainer", self.hold_float8, model_name(self.device), key)
+        return self.weights.pinned(alike, self.device, lambda _: tensors, check)
+
     def autoencoder(self, dtype: torch.dtype, like: AutoencoderKL) -> AutoencoderKL:
         """The autoencoder in the trainer's dtype: `like` itself where that is its own."""
         if like.dtype == dtype:
             return like
         if dtype not in self._autoencoders:
-            vae_files = tuple(open_weights(path) for path in shard_paths(self.files.vae))
+            vae_files = tuple(self.weights.open(path) for path in shard_paths(self.files.vae))
             self._autoencoders[dtype] = autoencoder.build_autoencoder(
                 read_json(self.files.vae / "config.json"),
                 text_encoder.read_all(vae_files, ReadingProgress(vae_files, SILENT)),

@@ -1,28 +1,19 @@
-"""Weights from files to memory: single files and Hugging Face folders, with progress and cancellation."""
+"""Where a model's files lie, single or in Hugging Face folders, and what their headers have to say."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from chromarpc_server.domain.errors import WeightsInvalid
-from chromarpc_server.pipeline.progress import LoadContext, LoadProgress
 from chromarpc_server.pipeline.weights.safetensors_file import (
     SafetensorsError,
     SafetensorsFile,
     open_safetensors,
 )
-from chromarpc_server.pipeline.weights.staging import read_onto
-
-PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -103,60 +94,6 @@ def open_weights(path: Path) -> SafetensorsFile:
         return open_safetensors(path)
     except SafetensorsError as error:
         raise WeightsInvalid(f"{path.name}: {error}") from None
-
-
-class ReadingProgress:
-    """Counts bytes over several files and reports how far reading is."""
-
-    def __init__(self, files: tuple[SafetensorsFile, ...], context: LoadContext) -> None:
-        self._total = sum(entry.size_bytes for file in files for entry in file.tensors.values())
-        self._done = 0
-        self._context = context
-
-    def read(self, file: SafetensorsFile) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of one of the files.
-
-        Raises:
-            WeightsInvalid: the file cannot be read after all.
-        """
-        try:
-            mapped = list(file.read())
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="read") as pool:
-                # A mapped tensor's pages come one by one to whoever touches them first; here many threads do.
-                touched = [pool.submit(_touch, tensor) for _, tensor in mapped]
-                try:
-                    for (name, tensor), touch in zip(mapped, touched, strict=True):
-                        touch.result()
-                        self._context.check()
-                        yield name, tensor
-                        self._done += file.tensors[name].size_bytes
-                        self._context.progress(LoadProgress("reading", self._done, self._total))
-                finally:
-                    for touch in touched:
-                        touch.cancel()
-        except SafetensorsError as error:
-            raise WeightsInvalid(f"{file.path.name}: {error}") from None
-
-    def read_onto(self, file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str, Tensor, str]]:
-        """The same, on a device, each with its hash over name, dtype, shape and values.
-
-        Raises:
-            WeightsInvalid: the file cannot be read after all.
-        """
-        try:
-            for name, tensor, digest in read_onto(file, device):
-                self._context.check()
-                yield name, tensor, digest
-                self._done += file.tensors[name].size_bytes
-                self._context.progress(LoadProgress("reading", self._done, self._total))
-        except SafetensorsError as error:
-            raise WeightsInvalid(f"{file.path.name}: {error}") from None
-
-
-def _touch(tensor: Tensor) -> None:
-    """Has every page of a tensor's memory read."""
-    if tensor.is_contiguous() and tensor.nbytes >= PAGE_BYTES:
-        tensor.view(-1).view(torch.uint8)[::PAGE_BYTES].max()
 
 
 def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object], name: str) -> None:

@@ -61,8 +61,16 @@ def tensor_hash_prefix(name: str, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return f"{name}:{dtype}:{shape};".encode()
 
 
-def read_onto(file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str, Tensor, str]]:
+def read_onto(
+    file: SafetensorsFile, device: torch.device, descriptor: int | None = None, *, hashed: bool = True
+) -> Iterator[tuple[str, Tensor, str]]:
     """Every tensor of a file in its order, on the device, with its hash over name, dtype, shape and values.
+
+    Args:
+        file: as it was opened.
+        device: where the tensors are put.
+        descriptor: the file, open for reading, which stays open; by default it is opened here.
+        hashed: whether to hash the values; else hashes are of the rest alone.
 
     Raises:
         SafetensorsError: the file changed since its header was checked, or cannot be read.
@@ -72,12 +80,12 @@ def read_onto(file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str
     for _ in range(count):
         stages.put(_Stage.make(device))
     try:
-        descriptor = os.open(file.path, os.O_RDONLY)
+        source = os.open(file.path, os.O_RDONLY) if descriptor is None else descriptor
     except OSError as error:
         raise SafetensorsError(f"cannot be read: {error.strerror}") from None
     waiting: deque[tuple[str, Tensor, Future[str]]] = deque()
     try:
-        begins = file.require_unchanged(descriptor)
+        begins = file.require_unchanged(source)
 
         def fill(name: str, held: Tensor) -> str:
             entry = file.tensors[name]
@@ -87,11 +95,12 @@ def read_onto(file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str
                 for offset in range(0, entry.size_bytes, PIECE_BYTES):
                     size = min(PIECE_BYTES, entry.size_bytes - offset)
                     piece = stage.free_piece()[:size]
-                    _read(descriptor, piece, begins + entry.begin + offset)
+                    _read(source, piece, begins + entry.begin + offset)
                     values: memoryview = piece.numpy().data
                     held[offset : offset + size].copy_(piece, non_blocking=True)
                     stage.note_copy()
-                    digest.update(values)
+                    if hashed:
+                        digest.update(values)
             finally:
                 stages.put(stage)
             return digest.hexdigest()
@@ -116,7 +125,8 @@ def read_onto(file: SafetensorsFile, device: torch.device) -> Iterator[tuple[str
     finally:
         for _, _, filled in waiting:
             filled.cancel()
-        os.close(descriptor)
+        if descriptor is None:
+            os.close(source)
 
 
 def _read(descriptor: int, piece: Tensor, offset: int) -> None:
