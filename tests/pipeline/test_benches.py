@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,16 @@ def test_different_factors_are_not_called_equal_bits() -> None:
         assert not switching.same_bits(*made)
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """For tensors as small as the tiny checkpoint's more only wait for each other."""
+    threads = switching.torch.get_num_threads()
+    switching.torch.set_num_threads(1)
+    yield
+    switching.torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_a_pair_is_measured_beside_one_device(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
