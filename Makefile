@@ -136,6 +136,7 @@ bench: setup  ## Speed, error, the service around it, responsiveness, adapter sw
 	PYTHONPATH=. $(BIN)/python -m bench.service
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
 	PYTHONPATH=. $(BIN)/python -m bench.switching
+	PYTHONPATH=. $(BIN)/python -m bench.cfg_parallel
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
 
 performance: setup  ## Write docs/performance.md and its plot from bench/results

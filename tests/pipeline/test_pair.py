@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
@@ -138,10 +139,10 @@ def test_a_pair_passes_by_the_recorded_vectors(
 ) -> None:
     made = float32_cases.prepare_transformer
 
-    def pair(*given: Any, **named: Any) -> TransformerPair:
+    def doubled(*given: Any, **named: Any) -> TransformerPair:
         return TransformerPair(made(*given, **named), made(*given, **named), CPU)
 
-    monkeypatch.setattr(float32_cases, "prepare_transformer", pair)
+    monkeypatch.setattr(float32_cases, "prepare_transformer", doubled)
     folder = tmp_path / "cpu_fp32"
     folder.mkdir()
     for name in ("pipeline_fp32.safetensors", "transformer_tiny.safetensors"):
@@ -206,6 +207,39 @@ def test_a_switch_that_ends_between_the_two_is_repaired_by_the_next(
     assert pair.second.switch(other).rewritten_tensors == 0, "the second had been switched"
     pair.switch(one)
     assert _equal(_steps(pipeline), expected)
+
+
+def test_the_second_device_is_given_its_pass_before_the_first_ones(paired: Checkpoint) -> None:
+    """Both compute then; what comes back is copied once the first one has its own."""
+    pipeline = paired.prepare((), PROFILES["reference"])
+    pair = pipeline.transformer
+    assert isinstance(pair, TransformerPair)
+    given: list[str] = []
+
+    def noted(transformer: Any, name: str) -> None:
+        made = transformer.velocity
+
+        def velocity(*arguments: Any) -> Any:
+            computes = made(*arguments)
+            return lambda *step: (given.append(name), computes(*step))[1]
+
+        transformer.velocity = velocity
+
+    noted(pair.first, "first")
+    noted(pair.second, "second")
+    _steps(pipeline)
+    assert given == ["second", "first"] * 3
+
+
+def test_what_either_device_does_without_is_told(paired: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = paired.prepare((), PROFILES["reference"])
+    transformer: Any = pipeline.transformer
+    assert pipeline.fallbacks == ()
+    kernels = DeviceFallback(Part.KERNELS, "they do not compile")
+    graphs = DeviceFallback(Part.STEP_GRAPHS, "it fails here")
+    monkeypatch.setattr("chromarpc_server.pipeline.pair.kernels_fallback", lambda _: kernels)
+    transformer.first.run.fallback = transformer.second.run.fallback = graphs
+    assert pipeline.fallbacks == (graphs, kernels)
 
 
 @pytest.fixture
