@@ -142,7 +142,8 @@ def trace(load: Load) -> list[Arrival]:
 
 def read_trace(path: Path) -> list[Arrival]:
     """One that was recorded."""
-    return sorted((Arrival(**json.loads(line)) for line in path.open()), key=lambda arrival: arrival.at_s)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sorted((Arrival(**json.loads(line)) for line in lines), key=lambda arrival: arrival.at_s)
 
 
 class _Jump(selectors.SelectSelector):
