@@ -192,8 +192,10 @@ def test_a_device_that_opens_while_another_computes_with_one_thread_has_its_own_
     with ThreadPoolExecutor(1) as other:
         computing = other.submit(compute)
         assert asked.wait(60)
-        assert asyncio.run(open_and_count()) == 2
-        done.set()
+        try:
+            assert asyncio.run(open_and_count()) == 2
+        finally:
+            done.set()
         computing.result()
     device.close()
 
