@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-planted test-cuts soak test-gpu test-clients test-browser test-foreign \
+.PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-planted test-ray test-cuts soak test-gpu test-clients test-browser test-foreign \
 	check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers bench-mismatch performance \
 	fuzz clean
 
@@ -46,6 +46,14 @@ coverage: setup  ## Run the tests with coverage.py (twice as long), and list wha
 
 test-faults: setup  ## Crashes, hangs, full disks, lost devices, kill -9 (100 times: python -m tests.faults.kill_nine)
 	$(BIN)/python -m pytest tests/faults tests/security/test_hostile_connections.py tests/integration/test_lifecycle.py tests/integration/test_device_errors.py
+
+RAY_STAMP := $(VENV)/.ray-installed
+$(RAY_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]' -c constraints.txt
+	@touch $(RAY_STAMP)
+
+test-ray: $(RAY_STAMP)  ## Kill actors, hosts and heads of real Ray clusters on this machine (installs Ray into .venv)
+	$(BIN)/python -m pytest -m ray tests/ray
 
 SECONDS ?= 60
 test-history: setup  ## Random histories of a real server, judged from what clients were told (SECONDS=60, SEED=, FAULTS=all)

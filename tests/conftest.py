@@ -54,12 +54,14 @@ class RunningServer:
 
 
 def start_server(**settings: Any) -> RunningServer:
-    """Starts a server and waits until it is SERVING."""
+    """Starts a server and waits until it is SERVING; on one CPU where nothing else is said."""
+    if "devices" not in settings:
+        settings["device"] = "cpu"
     ready = threading.Event()
     holder: dict[str, Any] = {}
 
     async def serve() -> None:
-        app = App(ServerSettings(port=0, device="cpu", **settings))
+        app = App(ServerSettings(port=0, **settings))
         started = asyncio.get_running_loop().create_future()
         holder.update(app=app, loop=asyncio.get_running_loop())
         serving = asyncio.create_task(app.run(started))

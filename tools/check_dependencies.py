@@ -24,6 +24,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "client/chromarpc": (BASE,),
     "server/chromarpc_server": (BASE, "server"),
     "server/chromarpc_server/observability/tracing.py": (BASE, "server", "otel"),
+    "server/chromarpc_server/cluster/ray_driver.py": (BASE, "server", "ray"),
     "server/chromarpc_server/gateway/envoy.py": (BASE, "server", "web"),
     "server/chromarpc_server/pipeline/fused/attention.py": (BASE, "server", "fa3"),
     "tests": (BASE, "server", "otel", "web", "dev"),
@@ -33,6 +34,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
 """What the code below each path may import; the longest path that holds a file counts."""
 NOT_ON_EVERY_MACHINE: Mapping[str, str] = {
     "fa3_fwd_interface": "fa3-fwd",
+    "ray": "ray",
     "flash_attn_interface": "",  # built by hand from FlashAttention's sources
     "triton": "",  # comes with torch's CUDA builds
 }

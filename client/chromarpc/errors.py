@@ -263,11 +263,11 @@ class AttemptsExhausted(ServerError):
 
 
 class DeviceHung(ServerError):
-    """The server's last device does not answer; the server restarts."""
+    """The job's device does not answer, and the server has no other one for it."""
 
 
 class DeviceLost(ServerError):
-    """The server's last device cannot be used any more; the server restarts."""
+    """The job's device cannot be used any more, and the server has no other one for it."""
 
 
 class DataLoss(ServerError):

@@ -43,7 +43,7 @@ def run_record(image: GeneratedImage) -> dict[str, object]:
             "versions": dict(prepared.versions),
             "device": prepared.device,
         }
-        if prepared.second_device:
+        if prepared.second_device and image.prompt.guidance_scale > 1:
             record["guidance_on_two_devices"] = True
     if image.warnings:
         record["warnings"] = [{"code": w.code, "field": w.field, "message": w.message} for w in image.warnings]

@@ -87,6 +87,8 @@ def _serve(arguments: list[str]) -> int:
     if settings is None:
         return EXIT_USAGE
     extras.require(extras.SERVER)
+    if (settings.devices or "").startswith("ray"):
+        extras.require(extras.RAY, "server,ray")
     logs.configure(settings.log_level, as_json=settings.log_format == "json")
     from chromarpc_server.app import serve  # noqa: PLC0415 - torch takes seconds; --help and bad flags do not wait
 

@@ -18,7 +18,8 @@ from chromarpc_server.adapters.root import AdapterRoot
 from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
-from chromarpc_server.devices import device_source, require_profile
+from chromarpc_server.cluster.ray_devices import RayDevices
+from chromarpc_server.devices import device_source, model_files_of, require_profile
 from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.models import REGISTRY
@@ -130,7 +131,7 @@ class App:
         running_time = RunningTime()
         devices = device_source(settings, running_time)
         serving = self._serving(devices)
-        model_files = ModelFiles(settings.model_folder)
+        model_files = model_files_of(settings, devices)
         access = self._access()
         version = metadata.version("chromarpc")
         metrics = None if settings.metrics_port is None else Metrics(version=version)
@@ -158,7 +159,7 @@ class App:
             calls=DeviceCalls(self._all_lost, self._set_available),
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
-        self._engine = engine
+        self._use(engine, devices)
         models = ModelServicer(
             engine,
             serving,
@@ -178,7 +179,7 @@ class App:
                     GenerationServicer(engine, serving),
                     JobServicer(engine, serving),
                     models,
-                    LoraServicer(library, adapters, serving, model_files),
+                    LoraServicer(library, adapters, serving, ModelFiles(settings.model_folder)),
                 ),
                 access=access,
                 middleware=[] if metrics is None else [metrics.middleware],
@@ -215,6 +216,11 @@ class App:
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
         return self._exit_code
+
+    def _use(self, engine: Engine, devices: DeviceSource) -> None:
+        self._engine = engine
+        if isinstance(devices, RayDevices):
+            devices.follow(lambda: engine.unended_jobs, lambda: self._set_available(engine.is_available))
 
     def _serving(self, devices: DeviceSource) -> Serving:
         """What requests may ask for.

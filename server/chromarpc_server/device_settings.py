@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
+
+from chromarpc_server.transport.addresses import parse_tcp_host
 
 _RAY = re.compile(r"ray(:[1-9]\d*|:\d+-[1-9]\d*)?")
 _LOCAL = re.compile(r"all|(cpu|cuda|cuda:\d+)(,(cpu|cuda:\d+))*")
@@ -46,3 +49,26 @@ def ray_devices(text: str) -> RayDevices | None:
 
 
 DeviceNames = Annotated[str, AfterValidator(_checked)]
+
+
+class RaySettings(BaseModel):
+    """How devices of a Ray cluster are reached."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the cluster's head; by default RAY_ADDRESS, or a cluster that runs on this "
+        "machine, or one of the server's own",
+    )
+    host: Annotated[str, AfterValidator(parse_tcp_host)] | None = Field(
+        None, description="address that actors reach this server at; by default this machine's, as Ray knows it"
+    )
+    port: int = Field(0, ge=0, le=65535, description="port for actors; 0 picks a free one")
+    idle_s: float = Field(
+        300.0, gt=0, description="seconds after which an unused device is given back, down to MIN of ray:MIN-MAX"
+    )
+    adapter_folder: Path | None = Field(
+        None, description="folder on each host for adapters; by default one in its user's data folder"
+    )
+    adapter_bytes: ByteSize = Field(ByteSize(32 * 1024**3), description="room in that folder")

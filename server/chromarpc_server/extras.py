@@ -31,6 +31,7 @@ VERIFY = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transform
 FETCH = ("huggingface_hub", *VERIFY)
 TOKEN = ("pydantic",)
 STORE = (*SETTINGS, "filelock")
+RAY = ("ray",)
 
 
 class NotInstalled(Exception):

@@ -17,7 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from chromarpc_server.device_settings import DeviceNames
+from chromarpc_server.device_settings import DeviceNames, RaySettings, ray_devices
 from chromarpc_server.domain.limits import (
     Budgets,
     DeviceTimeouts,
@@ -140,6 +140,7 @@ class ServerSettings(BaseSettings):
         description="several devices, each of which computes a job of its own: all (every GPU here), a list such "
         "as cuda:0,cuda:2 or cpu,cpu, or ray, ray:N, ray:MIN-MAX (GPUs of a Ray cluster; needs chromarpc[ray])",
     )
+    ray: RaySettings = Field(default_factory=RaySettings, description="devices of a Ray cluster")
     cfg_parallel: bool = Field(
         False,
         description="take devices in pairs, in the order named: one computes guidance's conditional pass, the "
@@ -350,7 +351,10 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.devices is not None and "device" in self.model_fields_set:
+        in_ray = self.devices is not None and ray_devices(self.devices) is not None
+        if in_ray and (self.device not in ("auto", "cuda", "cpu") or self.cfg_parallel):
+            raise ValueError("--devices ray takes whole GPUs, or with --device cpu CPUs; Ray says which")
+        if self.devices is not None and not in_ray and "device" in self.model_fields_set:
             raise ValueError("--device names one device and --devices several; give one of them")
         if self.cfg_parallel and self.devices is None:
             raise ValueError("--cfg-parallel needs --devices")
@@ -368,7 +372,7 @@ class ServerSettings(BaseSettings):
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")
         for model_id, folder in self.model_folder.items():
-            if not folder.is_dir():
+            if not in_ray and not folder.is_dir():
                 raise ValueError(f"--model-folder {model_id}={folder}: not a folder")
         for source, target in self.alias.items():
             if target in self.alias:

@@ -1,15 +1,17 @@
 """Kills a server at random moments, again and again, and checks what it was trusted with.
 
     python -m tests.faults.kill_nine --rounds 100
+    python -m tests.faults.kill_nine --rounds 100 --devices 3
 
 In every round a client makes jobs until the server is killed with SIGKILL, somewhere between its first line and a
 few seconds later. A call whose outcome the client does not know is made again in the next round under the same
-request id. In the end:
+request id. With several devices, all but one of them are lost in most rounds before the kill, each in the middle
+of a job. In the end:
 
 - every job that was acknowledged is there, and has ended (lost: 0);
 - no request made two jobs, and no job's end, once seen, ever changed (duplicated: 0);
 - each picture has the bytes that its seed gives without any kill;
-- a job failed only because it was killed as often as it may be;
+- a job failed only because the server was killed, or its device was lost, as often as that may be;
 - the database is whole, and names exactly the pictures that lie beside it.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import sqlite3
 import tempfile
@@ -25,9 +28,12 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import chromarpc
 from chromarpc.v1 import job_service_pb2
@@ -55,6 +61,7 @@ class Report:
     of_which_made: int = 0
     """Those whose job was there afterwards."""
     killed_while_running: int = 0
+    devices_lost: int = 0
     lost: int = 0
     duplicated: int = 0
     problems: list[str] = field(default_factory=list)
@@ -71,7 +78,7 @@ class _Known:
     endings: dict[str, bytes] = field(default_factory=dict)
 
 
-def run(rounds: int, seed: int, folder: Path) -> Report:
+def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
     """Does everything; the folder is left for looking at."""
     chance = random.Random(seed)
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
@@ -79,9 +86,10 @@ def run(rounds: int, seed: int, folder: Path) -> Report:
     report, known = Report(), _Known()
     data_dir = folder / "data"
     for _ in range(rounds):
-        with server_process(checkpoint, data_dir) as server:
+        with _server(checkpoint, data_dir, devices) as server:
             _work_until_killed(server, chance, known, report)
         report.rounds += 1
+        report.devices_lost += server.log.count("device.out")
     with server_process(checkpoint, data_dir) as server:
         _finish(server, known, expected, report)
         code = server.stop()
@@ -89,6 +97,22 @@ def run(rounds: int, seed: int, folder: Path) -> Report:
             report.problems.append(f"the last server ended with {code}")
     _check_files(data_dir / "jobs", report)
     return report
+
+
+@contextmanager
+def _server(checkpoint: Path, data_dir: Path, devices: int) -> Iterator[ServerProcess]:
+    """One that loses all its devices but one, if it lives long enough."""
+    if devices == 1:
+        with server_process(checkpoint, data_dir) as server:
+            yield server
+        return
+    flags = ("--devices", ",".join(["cpu"] * devices), "--job-attempts", "3")
+    faulty = {"FAULT": "device_lost", "FAULT_TIMES": str(devices - 1)}
+    with (
+        mock.patch.dict(os.environ, faulty),
+        server_process(checkpoint, data_dir, *flags, module="tests.faults.server", threads=1) as server,
+    ):
+        yield server
 
 
 def _expected(checkpoint: Path, data_dir: Path) -> dict[int, str]:
@@ -203,10 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--devices", type=int, default=1, help="of the server; all but one of them may be lost")
     parser.add_argument("--json", type=Path, help="also write the report there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = run(options.rounds, options.seed, Path(folder))
+        report = run(options.rounds, options.seed, Path(folder), devices=options.devices)
     print(json.dumps(asdict(report), indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")

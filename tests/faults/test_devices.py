@@ -63,7 +63,7 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
     with faulty(fault, *flags) as server, chromarpc.Client(server.target) as client:
         events = list(client.generate("a", picture_record=False, **SMALL))
         assert isinstance(events[-1], chromarpc.Completed)
-        sequences = [event.sequence for event in events]
+        sequences = [event.sequence for event in events if not isinstance(event, chromarpc.Heartbeat)]
         assert sequences == sorted(set(sequences))
         (restarted,) = (event for event in events if isinstance(event, chromarpc.Restarted))
         assert (restarted.attempt, restarted.bits_may_differ) == (2, False)
@@ -73,7 +73,7 @@ def test_a_lost_device_gives_its_job_to_another_one_on_the_same_stream(
         (image,) = (event for event in events if isinstance(event, chromarpc.ImageReady))
         assert image.image.sha256 == undisturbed
         assert client.get_job(events[0].job_id).attempt_count == 2
-        assert client.health()  # readiness stays
+        assert client.health() is chromarpc.HealthStatus.SERVING  # readiness stays
         assert "device.out" in server.log
         assert client.generate_images("a", picture_record=False, **SMALL)[0].sha256 == undisturbed
         assert server.stop() == 0  # also beside a thread that hangs

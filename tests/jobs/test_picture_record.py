@@ -128,6 +128,15 @@ def test_a_record_holds_all_that_decided_the_picture() -> None:
     assert record().text.isascii()
 
 
+@pytest.mark.parametrize(("guidance", "said"), [(4.0, True), (1.0, None)])
+def test_a_record_says_that_two_devices_made_a_pass_each(guidance: float, said: bool | None) -> None:
+    which = plan(prompts=(PlannedPrompt("x", 64, 64, 1, guidance, 1),))
+    on_one = json.loads(record(which).text)
+    on_two = json.loads(record(which, prepared(second_device="cuda:1", device_id="cuda:0+cuda:1")).text)
+    assert on_two.pop("guidance_on_two_devices", None) is said
+    assert on_two == on_one
+
+
 def test_what_happened_to_come_differently_gives_the_same_record() -> None:
     other = prepared(
         weights=WeightsReport(WeightsSource.SWITCHED, 0, 0.1, 4, 5000),

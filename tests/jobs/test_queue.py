@@ -176,6 +176,7 @@ def test_on_several_kinds_of_devices_every_job_runs_once_and_nobody_is_passed_ov
             passed[job, operation, taken.job.owner] += job is not taken
         waiting.remove(taken)
         assert set(queue) == set(waiting)
+        assert [queue.position(job) for job in queue] == list(range(1, len(queue) + 1))
     assert not waiting
     assert max(passed.values(), default=0) <= 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import error, mismatch, speed, switching
+from bench import error, mismatch, scale, speed, switching
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +154,15 @@ def test_a_mismatch_is_measured_against_the_trainers_own_sample() -> None:
     without = mismatch.compare(mismatch.as_jpeg(artist.draw(mismatch.replace(right, adapter=None))), theirs)
     assert found.psnr_db > 40
     assert without.psnr_db < 30
+
+
+def test_scale_says_what_the_front_costs_beside_devices_that_only_take_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--counts", "2", "--jobs", "1", "--step-ms", "3", "--held-ms", "0.5"]
+    found = result(scale, tmp_path / "scale.json", monkeypatch, *options)
+    (figure,) = found["figures"]
+    assert (figure["count"], figure["jobs"], figure["ratio"]) == (2, 2, 1.0)
+    assert figure["step_ms"] >= 3.0
+    assert figure["thread_lag_p99_ms"] > 0
+    assert figure["lag_p99_ms"] >= figure["lag_p50_ms"] > 0

@@ -8,7 +8,7 @@ import pytest
 
 from chromarpc_server.domain.errors import OutOfMemory
 from chromarpc_server.domain.limits import MemoryChoice
-from chromarpc_server.pipeline.memory import PartSizes, estimate_bytes, plan_memory
+from chromarpc_server.pipeline.memory import PartSizes, estimate_bytes, estimate_second_bytes, plan_memory
 
 CHROMA = PartSizes(
     master=17_800_000_000,
@@ -82,3 +82,23 @@ def test_too_little_memory_is_said_with_numbers() -> None:
         plan_memory(8 * GB, CHROMA, MemoryChoice())
     with pytest.raises(OutOfMemory, match=r"needs"):
         plan_memory(24 * GB, CHROMA, MemoryChoice(weights="dequantized", text_encoder="device", tiling="off"))
+
+
+@pytest.mark.parametrize(
+    ("second", "weights", "master"),
+    [(80, "dequantized", "device"), (24, "dequantized", "device"), (14, "float8", "host")],
+)
+def test_a_pairs_second_device_needs_room_for_the_transformer_alone(
+    second: int, weights: str, master: str
+) -> None:
+    plan = plan_memory(80 * GB, CHROMA, MemoryChoice(), second_bytes=second * GB)
+    assert (plan.weights, plan.master) == (weights, master)
+    assert estimate_second_bytes(plan, CHROMA) <= second * GB
+    assert estimate_second_bytes(plan, CHROMA) < estimate_bytes(plan, CHROMA) == plan.estimated_bytes
+
+
+def test_a_pair_whose_second_device_is_too_small_is_told_so() -> None:
+    with pytest.raises(OutOfMemory, match="second device's memory"):
+        plan_memory(80 * GB, CHROMA, MemoryChoice(), second_bytes=8 * GB)
+    with pytest.raises(OutOfMemory, match="of the device's memory"):
+        plan_memory(8 * GB, CHROMA, MemoryChoice(), second_bytes=80 * GB)

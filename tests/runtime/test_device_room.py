@@ -22,6 +22,7 @@ from chromarpc_server.pipeline import (
     SILENT,
     Adapter,
     CheckpointFiles,
+    DeviceChoice,
     LoadContext,
     LoadProgress,
     read_adapter,
@@ -33,7 +34,7 @@ from tests.pipeline.adapters.conftest import values
 
 pytestmark = pytest.mark.slow
 
-CPU: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+CPU = DeviceChoice(torch.device("cpu"), torch.float32)
 FLOAT8 = TrainerSettings()
 INT8 = TrainerSettings(qtype="qint8")
 INT2 = TrainerSettings(qtype="qint2")
@@ -131,8 +132,22 @@ def test_a_gpu_without_a_budget_is_asked_what_is_free(
 ) -> None:
     monkeypatch.setattr(device_room, "usable_memory_bytes", lambda *_: free)
     monkeypatch.setattr(device_room, "release_memory", lambda _: None)
-    device = _Device(None, FLOAT8, device=SimpleNamespace(device=torch.device("cuda")))
+    device = _Device(None, FLOAT8, device=DeviceChoice(torch.device("cuda"), torch.bfloat16))
     assert device.make(100, FLOAT8) == evicted
+
+
+@pytest.mark.parametrize(("first", "second", "evicted"), [(100, 100, 0), (99, 100, 1), (100, 99, 1)])
+def test_of_a_pair_the_fuller_gpu_decides(
+    first: int, second: int, evicted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = torch.device("cuda", 0), torch.device("cuda", 1)
+    free = {cards[0]: FREE_BYTES + first, cards[1]: FREE_BYTES + second}
+    released: list[torch.device] = []
+    monkeypatch.setattr(device_room, "usable_memory_bytes", lambda card, _: free[card])
+    monkeypatch.setattr(device_room, "release_memory", released.append)
+    device = _Device(None, FLOAT8, device=DeviceChoice(cards[0], torch.bfloat16, second=cards[1]))
+    assert device.make(100, FLOAT8) == evicted
+    assert released == list(cards) * evicted
 
 
 # The cache with a real checkpoint.

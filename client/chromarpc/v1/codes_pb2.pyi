@@ -133,14 +133,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     time, or detach the job.
     """
     ERROR_REASON_DEVICE_LOST: _ErrorReason.ValueType  # 30
-    """INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
-    with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
-    back after the restart: the job is kept and run again.
+    """INTERNAL. The job's device cannot be used any more, and no other one is left for it (else the job goes on
+    there: `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do:
+    come back after the restart: the job is kept and run again.
     """
     ERROR_REASON_DEVICE_HUNG: _ErrorReason.ValueType  # 31
-    """INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
-    While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
-    after the restart: the job is kept and run again.
+    """INTERNAL. The job's device does not answer, and no other one is left for it (else the job goes on there:
+    `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do: come
+    back after the restart: the job is kept and run again.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 32
     """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What
@@ -284,14 +284,14 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 29
 time, or detach the job.
 """
 ERROR_REASON_DEVICE_LOST: ErrorReason.ValueType  # 30
-"""INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
-with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
-back after the restart: the job is kept and run again.
+"""INTERNAL. The job's device cannot be used any more, and no other one is left for it (else the job goes on
+there: `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do:
+come back after the restart: the job is kept and run again.
 """
 ERROR_REASON_DEVICE_HUNG: ErrorReason.ValueType  # 31
-"""INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
-While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
-after the restart: the job is kept and run again.
+"""INTERNAL. The job's device does not answer, and no other one is left for it (else the job goes on there:
+`restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do: come
+back after the restart: the job is kept and run again.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 32
 """INTERNAL. Something went wrong that nobody foresaw; the metadata's `error_id` is in the server's log too. What

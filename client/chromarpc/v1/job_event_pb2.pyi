@@ -413,7 +413,9 @@ class Restarted(_message.Message):
     attempt: _builtins.int
     """The attempt that is to come, from 1."""
     moved_from: _builtins.str
-    """Id of the device that was lost or hung while it ran the job; empty where the server itself was restarted."""
+    """Id of the device that was lost or hung, and that ran the job or was to run it; empty where the server itself was
+    restarted.
+    """
     bits_may_differ: _builtins.bool
     """Whether the job goes on on a device of another model, so that images may differ by roundings."""
     def __init__(

@@ -181,9 +181,9 @@ export class AccessDenied extends StatusError {}
 export class ServerError extends StatusError {}
 /** The server was stopped, or died, each time it ran the job. */
 export class AttemptsExhausted extends ServerError {}
-/** The server's last device does not answer; the server restarts. */
+/** The job's device does not answer, and the server has no other one for it. */
 export class DeviceHung extends ServerError {}
-/** The server's last device cannot be used any more; the server restarts. */
+/** The job's device cannot be used any more, and the server has no other one for it. */
 export class DeviceLost extends ServerError {}
 /** What the server stored is not there as it was stored; asking again does not help. */
 export class DataLoss extends ServerError {}

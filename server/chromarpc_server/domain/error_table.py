@@ -245,16 +245,16 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         30, errors.DeviceLost, "INTERNAL", 500, Retry.YES,
-        when="The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits "
-        "with 70. While another device is left, the job goes on there, and its events say `restarted`.",
+        when="The job's device cannot be used any more, and no other one is left for it (else the job goes on "
+        "there: `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70.",
         caller="Come back after the restart: the job is kept and run again.",
         operator="Let the supervisor restart on exit code 70; look at the GPU's own log.",
         more="operations.md#faults",
     ),
     ErrorEntry(
         31, errors.DeviceHung, "INTERNAL", 500, Retry.YES,
-        when="The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70. "
-        "While another device is left, the job goes on there, and its events say `restarted`.",
+        when="The job's device does not answer, and no other one is left for it (else the job goes on there: "
+        "`restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70.",
         caller="Come back after the restart: the job is kept and run again.",
         operator="Find every thread's stack in standard error; raise `--step-timeout-s` and `--load-timeout-s` "
         "where work is only slow.",

@@ -8,6 +8,9 @@ from chromarpc_server.domain.adapter_urls import is_url
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
 from chromarpc_server.domain.trainer import TrainerSettings
 
+GUIDANCE_THRESHOLD = 1.00001
+"""At or below it a single conditional pass is made, as in the reference."""
+
 
 @dataclass(frozen=True)
 class PlanWarning:
@@ -35,6 +38,11 @@ class PlannedPrompt:
     seed: int
     neg: str = field(default="", repr=False)
     """The unconditional text; always empty but in the preview profiles."""
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether each step makes an unconditional pass, too."""
+        return self.guidance_scale > GUIDANCE_THRESHOLD
 
     @property
     def pixel_steps(self) -> int:

@@ -21,7 +21,14 @@ from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.jobs.store.records import known_adapters
 from chromarpc_server.jobs.tasks import Tasks
 from chromarpc_server.pipeline import translate_memory_error
-from chromarpc_server.runtime.work import RenderedImage, RenderedPreview, Report, StageDone, WorkDone
+from chromarpc_server.runtime.work import (
+    EncodedImage,
+    RenderedImage,
+    RenderedPreview,
+    Report,
+    StageDone,
+    WorkDone,
+)
 
 
 @dataclass
@@ -76,8 +83,12 @@ class AttemptRecorder:
         if attempt.is_over:
             return
         match report:
-            case RenderedImage() | RenderedPreview():
-                task = self._tasks.start(self._encode(attempt, report))
+            case RenderedImage() | RenderedPreview() | EncodedImage():
+                task = self._tasks.start(
+                    self._keep(attempt, report)
+                    if isinstance(report, EncodedImage)
+                    else self._encode(attempt, report)
+                )
                 job.encodings.add(task)
                 task.add_done_callback(job.encodings.discard)
             case StageDone():
@@ -158,14 +169,18 @@ class AttemptRecorder:
             job.cancellation.cancel(failure)
             self._completion.end_early(job, failure)
             return
-        attempt.encoding_s += time.monotonic() - started
+        await self._keep(attempt, EncodedImage(header, data, time.monotonic() - started))
+
+    async def _keep(self, attempt: Attempt, image: EncodedImage) -> None:
+        job, header = attempt.job, image.header
+        attempt.encoding_s += image.encoding_s
         if job.log.sealed or attempt.is_over:
             return
         attempt.images += 1
         job.log.append(header)
-        for chunk in split_chunks(report.prompt_index, data):
+        for chunk in split_chunks(header.prompt_index, image.data):
             job.log.append(chunk)
-        attempt.unstored = await self._put(job, header, data) or attempt.unstored
+        attempt.unstored = await self._put(job, header, image.data) or attempt.unstored
 
     async def _put(self, job: Job, header: ImageHeader, data: bytes) -> StoreError | None:
         """Stores an image, on a full disk once there is room; why not, where the job or the server is stopped

@@ -43,6 +43,7 @@ class Backlog:
         running_time: RunningTime,
         *,
         max_jobs: int,
+        queue: JobQueue | None = None,
     ) -> None:
         """Takes jobs from `open` on.
 
@@ -53,6 +54,7 @@ class Backlog:
             estimates: how long jobs take.
             running_time: the event loop's; jobs wait in it, for one that is paused serves nobody.
             max_jobs: no more may wait.
+            queue: says which is next; by default as its constants say.
         """
         self._adapters = adapters
         self._store = store
@@ -60,7 +62,7 @@ class Backlog:
         self._estimates = estimates
         self._running_time = running_time
         self._max_jobs = max_jobs
-        self._queue = JobQueue()
+        self._queue = JobQueue() if queue is None else queue
         self._positions = Positions(self._queue, self._waits)
         self._fetching: list[ScheduledJob] = []
         """Jobs whose adapters are being downloaded."""
@@ -167,12 +169,14 @@ class Backlog:
     def join(self, taker: Taker) -> None:
         """A device is ready: how long jobs wait is computed with it from now on."""
         self._takers.append(taker)
+        self._positions.devices_changed()
 
     def leave(self, taker: Taker) -> None:
         """A device is ready no longer: it is given no job. What it runs is its own until `ran` or `requeue`."""
         if taker in self._takers:
             self._takers.remove(taker)
         self._free.pop(taker, None)
+        self._positions.devices_changed()
 
     async def next(self, taker: Taker) -> ScheduledJob:
         """Waits for a job for a free device to run, and counts it as running until `ran` or `requeue`. A wait that
@@ -216,9 +220,9 @@ class Backlog:
         self._queue.put_back(scheduled)
         self._arrived(scheduled)
 
-    def offer(self, job: Job) -> None:
+    def offer(self, scheduled: ScheduledJob) -> None:
         """More devices may run a job that waits: a free one gets it at once."""
-        self._hand_over(job)
+        self._hand_over(scheduled.job)
 
     def cancel(self, job: AnyJob, cause: ChromaError) -> None:
         """Stops a job: at once while it waits, within one step while it runs, not at all once it ended."""
@@ -295,9 +299,12 @@ class Backlog:
         self._arrived(scheduled)
 
     def _arrived(self, scheduled: ScheduledJob) -> None:
-        """A job has come to wait. The best of the free devices that can compute it gets it at once."""
+        """A job has come to wait."""
         self._positions.changed(scheduled)
-        job = scheduled.job
+        self._hand_over(scheduled.job)
+
+    def _hand_over(self, job: Job) -> None:
+        """The best of the free devices that can compute a job that waits gets it at once."""
         able = [taker for taker, handed in self._free.items() if not handed.done() and taker.can_compute(job)]
         if able:
             key = job.set_key

@@ -181,8 +181,8 @@ class Engine:
         Raises:
             ChromaError: a device cannot be used.
         """
-        await self._fleet.open()
         self._running_time.start()
+        await self._fleet.open()
         self._housekeeper = asyncio.create_task(keep_house(self._completion, self._store), name="housekeeper")
         self._backlog.open()
         self._is_started = True
@@ -225,6 +225,11 @@ class Engine:
     def is_available(self) -> bool:
         """Whether a device is there."""
         return self._fleet.is_available
+
+    @property
+    def unended_jobs(self) -> int:
+        """That wait and run."""
+        return self._backlog.waiting_jobs + self._backlog.running_jobs
 
     def missing_devices(self) -> str:
         """Why no device is there, in one sentence."""

@@ -14,9 +14,12 @@ from chromarpc_server.jobs.backlog import Backlog
 from chromarpc_server.jobs.dispatcher import Dispatcher, Left, no_device_for
 from chromarpc_server.jobs.tasks import Tasks
 from chromarpc_server.pipeline import CheckpointFiles
-from chromarpc_server.runtime.device import Device, DeviceSource, DeviceStatus
+from chromarpc_server.runtime.device import Device, DeviceSource, DeviceStatus, DeviceWithdrawn
 
 log = logging.getLogger(__name__)
+
+LOST_SHOWN_S = 600.0
+"""How long a lost device is named, where others come in its place."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Fleet:
 
     @property
     def is_available(self) -> bool:
-        """Whether a device is there."""
-        return bool(self._working())
+        """Whether a device is there, or will be as soon as a job is."""
+        return bool(self._working()) or (self._source.waits_for_more and not self._source.missing())
 
     def missing(self) -> str:
         """Why no device is there, in one sentence."""
@@ -168,15 +171,24 @@ class Fleet:
         self._backlog.leave(dispatcher)
         left = Left(self._working(), self._source.waits_for_more)
         device = dispatcher.device.description.id
-        log.error("device.out", extra={"device": device, "reason": error.reason, "left": len(left.devices)})
+        if isinstance(error, DeviceWithdrawn):
+            log.info("device.returned", extra={"device": device, "left": len(left.devices)})
+            self._forget(dispatcher)
+        else:
+            log.error("device.out", extra={"device": device, "reason": error.reason, "left": len(left.devices)})
+            if left.more_may_come:
+                asyncio.get_running_loop().call_later(LOST_SHOWN_S, self._forget, dispatcher)
         if left.is_nothing:
             self._backlog.close()
             self._on_all_lost()
             return left
         if not left.devices:
-            self._on_available(False)
+            self._on_available(self.is_available)
         self._look_after_waiting(dispatcher, left)
         return left
+
+    def _forget(self, dispatcher: Dispatcher) -> None:
+        self._dispatchers = [other for other in self._dispatchers if other is not dispatcher]
 
     def _look_after_waiting(self, lost: Dispatcher, left: Left) -> None:
         """Jobs that wait for such a device as was lost go to others, or end where there is none for them."""
@@ -186,7 +198,7 @@ class Fleet:
                 job.stays_on = ""
                 moved_from = lost.device.description.id
                 job.log.append(Restarted(job.attempts + 1, moved_from, bits_may_differ=True))
-                self._backlog.offer(job)
+                self._backlog.offer(scheduled)
             if not left.more_may_come and not any(other.can_compute(job) for other in left.devices):
                 self._backlog.cancel(job, no_device_for(job))
 

@@ -62,6 +62,8 @@ def picture_record(plan: Plan, prompt_index: int, prepared: Prepared, *, device_
         "device": prepared.device,
         "dtype": device_dtype if plan.trainer is None else plan.trainer.dtype,
     }
+    if prepared.second_device and plan.prompts[prompt_index].has_guidance:
+        record["guidance_on_two_devices"] = True
     return PictureRecord(
         # ASCII, so that no writer and no reader of any file format changes a character of it.
         text=json.dumps(record, separators=(",", ":")),

@@ -40,7 +40,7 @@ class Taker(Protocol):
         ...
 
     def can_compute(self, job: Job) -> bool:
-        """Whether it can compute the job; always the same for a model and a profile."""
+        """Whether it can compute the job; the same for all jobs of a model and profile that may run anywhere."""
         ...
 
     def is_resident(self, key: SetKey) -> bool:
@@ -76,6 +76,9 @@ class _Lane:
     def turn_of(self, scheduled: ScheduledJob) -> int:
         return self.turn if scheduled.kept_turn is None else scheduled.kept_turn
 
+    def first_turn(self) -> int:
+        return self.turn_of(self.jobs[0])
+
 
 class JobQueue:
     """Lives on the event loop; bounded by whoever adds to it."""
@@ -96,6 +99,17 @@ class JobQueue:
     def __iter__(self) -> Iterator[ScheduledJob]:
         """In the order in which they will run, as far as is known."""
         return self._in_turn(lambda _: True)
+
+    def position(self, scheduled: ScheduledJob) -> int:
+        """The place of one that is in the queue, from 1; looks at callers, not at all that wait."""
+        own = self._lanes[scheduled.job.owner]
+        before = own.jobs.index(scheduled)
+        found, is_ahead = 1, True
+        for lane in sorted(self._lanes.values(), key=_Lane.first_turn):
+            if lane is own:
+                is_ahead = False
+            found += min(before + 1 if is_ahead else before, len(lane.jobs))
+        return found
 
     def add(self, scheduled: ScheduledJob) -> None:
         """Puts a job behind its caller's others."""

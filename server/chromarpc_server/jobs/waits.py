@@ -20,9 +20,9 @@ class Waits:
         self._takers = [taker for taker, _ in takers]
         self._free_s = [0.0 if job is None else self._left_s(taker, job) for taker, job in takers]
         """Seconds until each is free; infinite where its job was not measured yet."""
-        self._by_need: dict[tuple[str, str], list[tuple[float, int]]] = {}
-        """For a model and a profile the devices that can compute it, as a heap. An entry may be older than
-        `_free_s`, and then says less.
+        self._by_need: dict[tuple[str, str, str], list[tuple[float, int]]] = {}
+        """For jobs alike the devices that can compute them, as a heap. An entry may be older than `_free_s`, and
+        then says less.
         """
 
     def add(self, job: Job) -> float | None:
@@ -44,7 +44,7 @@ class Waits:
         return None if done_s == math.inf else done_s
 
     def _able(self, job: Job) -> list[tuple[float, int]]:
-        need = (job.plan.served_model, job.plan.profile)
+        need = (job.plan.served_model, job.plan.profile, job.stays_on)
         if need not in self._by_need:
             able = [
                 (free_s, index)

@@ -69,7 +69,7 @@ class Metrics:
         )
         self._moves = Counter(
             "chromarpc_job_moves",
-            "Jobs that are run again because the device that ran them was lost, by that device",
+            "Jobs that go to another device because this one was lost",
             ["device"],
             registry=registry,
         )

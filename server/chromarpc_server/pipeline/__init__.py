@@ -30,7 +30,8 @@ from chromarpc_server.pipeline.memory_errors import forget_frames, lacks_host_me
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, SwitchReport
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding, TokenizedPrompt
 from chromarpc_server.pipeline.pacing import finished_steps
-from chromarpc_server.pipeline.pipeline import Pipeline, Transformer
+from chromarpc_server.pipeline.pair import Transformer, TransformerPair
+from chromarpc_server.pipeline.pipeline import Pipeline
 from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import DenoiseStep
@@ -58,6 +59,7 @@ __all__ = [
     "SwitchReport",
     "TokenizedPrompt",
     "Transformer",
+    "TransformerPair",
     "WeightFiles",
     "choose_device",
     "choose_devices",

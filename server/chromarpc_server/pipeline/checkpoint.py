@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
-from chromarpc_server.pipeline.device import model_name, usable_memory_bytes
+from chromarpc_server.pipeline.device import model_name, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
 from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
@@ -29,7 +30,8 @@ from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer, linear_weights
-from chromarpc_server.pipeline.pipeline import Pipeline, Transformer, known_fallbacks
+from chromarpc_server.pipeline.pair import Transformer, TransformerPair
+from chromarpc_server.pipeline.pipeline import Pipeline, known_fallbacks
 from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
@@ -77,6 +79,8 @@ class Checkpoint:
     trainer_parts: TrainerParts = field(repr=False)
     memory: MemoryPlan | None = None
     """What stays where; None on a CPU."""
+    second: torch.device | None = None
+    """The other device of a pair, which has a transformer's prepared weights and nothing else."""
     decoder_fallback: DeviceFallback | None = None
     """Why `fused_autoencoder` is not fused, where it should be."""
     shared: tuple[object, ...] = field(repr=False, default=())
@@ -94,6 +98,7 @@ class Checkpoint:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        second: torch.device | None = None,
         memory: MemoryChoice | None = None,
         context: LoadContext = SILENT,
         weights: WeightFiles | None = None,
@@ -104,6 +109,7 @@ class Checkpoint:
             files: where it lies.
             device: where text encoder and autoencoder are put, and pipelines will run.
             dtype: what to compute in.
+            second: the other device of a pair, where transformers are put as well.
             memory: what an operator decides about a GPU's memory.
             context: reports how far reading is; checked between tensors.
             weights: what this host's devices have in common; by default nothing.
@@ -128,7 +134,9 @@ class Checkpoint:
             sizes = _part_sizes(
                 header, [file.header for file in encoder_files], [file.header for file in vae_files], dtype
             )
-            plan = plan_memory(usable_memory_bytes(device, choice.device_bytes), sizes, choice)
+            usable = usable_memory_bytes(device, choice.device_bytes)
+            others = None if second is None else usable_memory_bytes(second, choice.device_bytes)
+            plan = plan_memory(usable, sizes, choice, second_bytes=others)
         reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
         master, revision = read_master(reading, transformer_file, weights, device, plan)
         tokenizer = Tokenizer(files.tokenizer)
@@ -191,6 +199,7 @@ class Checkpoint:
                 weights=weights,
             ),
             memory=plan,
+            second=second,
             decoder_fallback=next(iter(not_fused), None),
             # Files stay mapped where the master is: a GPU has no more use for them.
             shared=(transformer_file, *encoder_files, *vae_files, *(reading.mapped if plan is None else ())),
@@ -204,22 +213,40 @@ class Checkpoint:
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
         """
+        first = self._allocate_on(self.device, profile, trainer)
+        if self.second is None:
+            return first
+        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second, self._helper)
+
+    @cached_property
+    def _helper(self) -> ThreadPoolExecutor | None:
+        """What gives a second GPU its work; a CPU has its threads for one thing at a time."""
+        if self.second is None or self.second.type != "cuda":
+            return None
+        return ThreadPoolExecutor(1, "second-device", initializer=select_device, initargs=(self.second,))
+
+    def _allocate_on(
+        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None
+    ) -> Transformer:
         if not profile.trainer:
-            return PreparedTransformer(self.config, self.master, profile, self._placement(self.dtype))
+            return PreparedTransformer(self.config, self.master, profile, self._placement(device, self.dtype))
         settings = trainer or TrainerSettings()
         if not profile.fused:
-            return ExactPreview(self.config, self.master, profile, settings, device=self.device)
-        placement = self._placement(self._fused_dtype(settings))
+            return ExactPreview(self.config, self.master, profile, settings, device=device)
+        placement = self._placement(device, self._fused_dtype(settings))
         return FusedPreview(self.config, self.master, profile, settings, placement)
 
-    def _placement(self, dtype: torch.dtype) -> DevicePlacement:
+    def _placement(self, device: torch.device, dtype: torch.dtype) -> DevicePlacement:
         record_graphs = self.memory is None or self.memory.record_graphs
-        return DevicePlacement(self.device, dtype, self._holds_float8, record_graphs)
+        return DevicePlacement(device, dtype, self._holds_float8, record_graphs)
 
     def prepared_bytes(
         self, profile: NumericsProfile, trainer: TrainerSettings | None = None, adapters: AdapterSet = ()
     ) -> int:
-        """Size of a transformer prepared in this profile, with what of these adapters lies beside its weights."""
+        """Size of a transformer prepared in this profile, with what of these adapters lies beside its weights.
+
+        Of a pair, on each device.
+        """
         if not profile.trainer:
             return prepared_bytes(self.master, profile, lambda _: self.dtype, hold_float8=self._holds_float8)
         settings = trainer or TrainerSettings()
@@ -265,8 +292,8 @@ class Checkpoint:
         Raises:
             WeightsInvalid: a text encoder has a row that the trainer's quantizer turns into NaN.
         """
-        if not isinstance(prepared, PreparedTransformer):
-            return self._trainer_pipeline(prepared, context)
+        if prepared.settings is not None:
+            return self._trainer_pipeline(prepared, prepared.settings, context)
         return Pipeline(
             transformer=prepared,
             text_encoder=self.text_encoder,
@@ -296,13 +323,13 @@ class Checkpoint:
         """What `preview` computes in: float32 where the trainer did, whatever the device computes in otherwise."""
         return torch.float32 if settings.dtype == "float32" else self.dtype
 
-    def _trainer_pipeline(self, prepared: FusedPreview | ExactPreview, context: LoadContext) -> Pipeline:
-        settings = prepared.settings
+    def _trainer_pipeline(
+        self, prepared: Transformer, settings: TrainerSettings, context: LoadContext
+    ) -> Pipeline:
         encoder = self.trainer_parts.text_encoder(settings, context)
         rounding = TORCH_DTYPES[settings.dtype]
-        fused = isinstance(prepared, FusedPreview)
         dtype = self._parts_dtype(prepared.profile, settings)
-        like = self.fused_autoencoder if fused else self.autoencoder
+        like = self.fused_autoencoder if prepared.profile.fused else self.autoencoder
         tokenizer = self.trainer_parts.tokenizer
         empty = tokenizer("")
         return Pipeline(

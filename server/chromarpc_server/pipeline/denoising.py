@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.plan import GUIDANCE_THRESHOLD
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.sampling import DenoiseStep
@@ -70,7 +71,7 @@ def denoise_from(
     seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
     timesteps = seen.to(noise.dtype) / 1000
     texts = [Text.of(embedding.embeds, embedding.mask, noise)]
-    if guidance_scale > sampling.GUIDANCE_THRESHOLD:
+    if guidance_scale > GUIDANCE_THRESHOLD:
         texts.append(Text.of(embedding.unconditional_embeds, embedding.unconditional_mask, noise))
     yield from sampling.denoise(
         noise, scheduler, seen, guidance_scale, transformer.velocity(texts, timesteps, grid)

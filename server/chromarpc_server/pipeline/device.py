@@ -41,6 +41,11 @@ class DeviceChoice:
         """What it is called in logs and to clients."""
         return self.id or str(self.device)
 
+    @property
+    def cards(self) -> tuple[torch.device, ...]:
+        """The device, or both of a pair."""
+        return (self.device,) if self.second is None else (self.device, self.second)
+
 
 def choose_device(device: str, dtype: str, *, threads: int | None = None) -> DeviceChoice:
     """Reads the settings' words.

@@ -61,8 +61,16 @@ _LADDER = (
 """Fastest first."""
 
 
-def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> MemoryPlan:
+def plan_memory(
+    usable_bytes: int, sizes: PartSizes, choice: MemoryChoice, *, second_bytes: int | None = None
+) -> MemoryPlan:
     """The fastest arrangement that fits, among those that the settings allow.
+
+    Args:
+        usable_bytes: of the device.
+        sizes: of the checkpoint's parts.
+        choice: what the settings say.
+        second_bytes: what may be used of the other device of a pair, which has the transformer alone.
 
     Raises:
         OutOfMemory: not even the smallest one does.
@@ -70,22 +78,32 @@ def plan_memory(usable_bytes: int, sizes: PartSizes, choice: MemoryChoice) -> Me
     allowed = [_forced(plan, choice) for plan in _LADDER]
     for plan in allowed:
         needed = estimate_bytes(plan, sizes)
-        if needed <= usable_bytes:
+        if needed <= usable_bytes and (second_bytes is None or estimate_second_bytes(plan, sizes) <= second_bytes):
             return _with_trainer_encoder(replace(plan, estimated_bytes=needed, usable_bytes=usable_bytes), sizes)
-    least = min(estimate_bytes(plan, sizes) for plan in allowed)
-    raise OutOfMemory(
-        f"the model needs {least / 1e9:.1f} GB of the device's memory, and may use {usable_bytes / 1e9:.1f} GB"
-    )
+    least, usable, whose = min(estimate_bytes(plan, sizes) for plan in allowed), usable_bytes, "the device's"
+    if least <= usable_bytes and second_bytes is not None:
+        least, usable = min(estimate_second_bytes(plan, sizes) for plan in allowed), second_bytes
+        whose = "the pair's second device's"
+    raise OutOfMemory(f"the model needs {least / 1e9:.1f} GB of {whose} memory, and may use {usable / 1e9:.1f} GB")
 
 
 def estimate_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
     """What an arrangement takes at most, for images up to 1024×1024."""
-    held = sizes.dequantized if plan.weights == "dequantized" else sizes.float8
-    held += sizes.autoencoder + sizes.beside
+    held = _transformer_bytes(plan, sizes) + sizes.autoencoder
     held += sizes.text_encoder if plan.text_encoder == "device" else 0
     held += sizes.text_encoder if plan.trainer_text_encoder == "device" else 0
     held += sizes.master if plan.master == "device" else 0
     return held + working_bytes(plan) + RUNTIME_BYTES
+
+
+def estimate_second_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
+    """What it takes of a pair's second device."""
+    graphs = GRAPH_BYTES if plan.record_graphs else 0
+    return _transformer_bytes(plan, sizes) + STEP_BYTES + graphs + RUNTIME_BYTES
+
+
+def _transformer_bytes(plan: MemoryPlan, sizes: PartSizes) -> int:
+    return (sizes.dequantized if plan.weights == "dequantized" else sizes.float8) + sizes.beside
 
 
 def working_bytes(plan: MemoryPlan) -> int:

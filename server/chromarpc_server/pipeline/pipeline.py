@@ -16,7 +16,6 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.denoising import Text, denoise_from
 from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
-from chromarpc_server.pipeline.merged_transformer import PreparedTransformer
 from chromarpc_server.pipeline.models import autoencoder
 from chromarpc_server.pipeline.models.text_encoder import (
     PromptEmbedding,
@@ -25,20 +24,17 @@ from chromarpc_server.pipeline.models.text_encoder import (
     Tokenizer,
 )
 from chromarpc_server.pipeline.pacing import beside
+from chromarpc_server.pipeline.pair import Transformer
 from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.trainer.arithmetic import trainer_arithmetic
-from chromarpc_server.pipeline.trainer.exact import ExactPreview
-from chromarpc_server.pipeline.trainer.fused import FusedPreview
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 WARM_UP_WORDS = (8, 40, 72, 104)
 """Prompt lengths to warm up for: each falls into another of the fused forward's shapes."""
-Transformer = PreparedTransformer | FusedPreview | ExactPreview
-"""Whatever a profile draws with."""
 EMPTY_TOKENS = 1
 """Of the empty prompt: the end mark."""
 GUIDED = 4.0
@@ -150,7 +146,7 @@ class Pipeline:
                 noise_draw="float32",
             )
             self.decode(last.latents, width, height)
-            if not isinstance(self.transformer, ExactPreview) and self.transformer.records_ahead:
+            if self.transformer.records_ahead:
                 for embedding in embeddings[1:]:
                     pairs = (embedding.embeds, embedding.mask), self.empty
                     texts = [Text.of(*pair, last.latents) for pair in pairs]
@@ -162,9 +158,9 @@ class Pipeline:
         In the trainer's profiles they are rounded as the trainer rounds them, whatever is computed in: in bf16 a
         step between pixels is as large as one of their 256 values.
         """
-        drawn = self.transformer
-        rounding = None if drawn.settings is None else self.stored_dtype
-        as_trainer = drawn.settings if isinstance(drawn, ExactPreview) else None
+        settings = self.transformer.settings
+        rounding = None if settings is None else self.stored_dtype
+        as_trainer = settings if not self.transformer.profile.fused else None
         with trainer_arithmetic(self.device, as_trainer) if as_trainer else self._products():
             image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height), rounding)
         return autoencoder.to_pixels(image)
@@ -183,4 +179,4 @@ def known_fallbacks(
 ) -> tuple[DeviceFallback, ...]:
     """What a device does without for a transformer, its text encoder and its decoder."""
     found = (kernels_fallback(device), decoder, *transformer.fallbacks, encoder)
-    return tuple(fallback for fallback in found if fallback is not None)
+    return tuple(dict.fromkeys(fallback for fallback in found if fallback is not None))

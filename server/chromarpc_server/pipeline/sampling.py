@@ -23,8 +23,6 @@ PATCH = 2
 PIXELS_PER_LATENT = 8
 BASE_TOKENS, MAX_TOKENS = 256, 4096
 BASE_SHIFT, MAX_SHIFT = 0.5, 1.15
-GUIDANCE_THRESHOLD = 1.00001
-"""At or below it a single conditional pass is made, as in the reference."""
 _LEGACY_BLOCK = 16
 
 

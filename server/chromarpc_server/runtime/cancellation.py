@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from chromarpc_server.domain.errors import ChromaError, JobDeadlineExceeded
 
@@ -17,6 +19,18 @@ class Cancellation:
         self._cause: ChromaError | None = None
         self._asked = threading.Event()
         self.requested_at: float | None = None
+        self._listener: Callable[[], None] | None = None
+
+    @contextmanager
+    def heard_by(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Calls `listener` on whichever thread cancels, within the context: for who cannot look between steps."""
+        self._listener = listener
+        try:
+            if self._cause is not None:
+                listener()
+            yield
+        finally:
+            self._listener = None
 
     @property
     def cause(self) -> ChromaError | None:
@@ -34,6 +48,9 @@ class Cancellation:
             self.requested_at = time.monotonic()
             self._cause = cause
             self._asked.set()
+            listener = self._listener
+            if listener is not None:
+                listener()
 
     def pause(self, seconds: float) -> None:
         """Waits so long, none if negative, or until the job is to stop; then `check`."""

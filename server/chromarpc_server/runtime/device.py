@@ -9,10 +9,14 @@ from typing import Protocol
 
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.devices import DeviceDescription, DeviceState
-from chromarpc_server.domain.errors import DeviceError
+from chromarpc_server.domain.errors import DeviceError, DeviceLost
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.model_cache import CacheCounters, CacheSnapshot
 from chromarpc_server.runtime.work import Emit, Work, WorkDone
+
+
+class DeviceWithdrawn(DeviceLost):
+    """A device leaves in good order: it was given back, or is asked to end."""
 
 
 class Device(Protocol):
@@ -97,7 +101,7 @@ class DeviceSource(Protocol):
         ...
 
     def missing(self) -> str:
-        """Why there is no device now, in one sentence."""
+        """Why there is no device now, in one sentence; empty where there need be none until a job comes."""
         ...
 
     def close(self) -> None:

@@ -104,12 +104,14 @@ class DeviceRoom(Generic[Slot]):
     def free(self) -> None:
         """Gives what nobody holds any more back to the device."""
         gc.collect()
-        release_memory(self._device.device)
+        for card in self._device.cards:
+            release_memory(card)
 
     def _fits(self, needed: int) -> bool:
         budget = self._budgets.prepared_bytes
         if budget is None and self._device.device.type == "cuda":
-            free = usable_memory_bytes(self._device.device, self._budgets.memory.device_bytes)
+            limit = self._budgets.memory.device_bytes
+            free = min(usable_memory_bytes(card, limit) for card in self._device.cards)
             return free >= needed + max(FREE_BYTES, FREE_SHARE * needed)
         parts = sum(checkpoint.trainer_parts.size_bytes for checkpoint in self._all())
         return self.set_bytes + parts + needed <= (CPU_BUDGET_BYTES if budget is None else budget)

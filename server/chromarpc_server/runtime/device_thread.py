@@ -120,8 +120,8 @@ class DeviceThread:
         return self._snapshot
 
     def memory_used_bytes(self) -> int:
-        """What the process holds of the device's memory now, of the host's on a CPU."""
-        return used_memory_bytes(self._choice.device)
+        """What the process holds of the device's memory, of the host's on a CPU, of a pair's fuller card."""
+        return max(used_memory_bytes(card) for card in self._choice.cards)
 
     def close(self) -> None:
         """Lets the thread end once it has done what it was given."""

@@ -107,6 +107,8 @@ class CacheSnapshot:
     """Model id to what of it stays where on a GPU."""
     fallbacks: tuple[DeviceFallback, ...] = ()
     """What the device does without, as far as anything was tried."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Model id to the hash of its weights, as they were read."""
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
@@ -171,6 +173,7 @@ class ModelCache:
             files,
             device=self._device.device,
             dtype=self._device.dtype,
+            second=self._device.second,
             memory=self._budgets.memory,
             context=context,
             weights=self._share.weights,
@@ -248,7 +251,8 @@ class ModelCache:
 
         `host`: also what all devices of the host can read again.
         """
-        synchronize(self._device.device)  # copies may be on their way out of what is dropped
+        for card in self._device.cards:
+            synchronize(card)  # copies may be on their way out of what is dropped
         self._slots.clear()
         self._checkpoints.clear()
         if host:
@@ -375,5 +379,6 @@ class ModelCache:
                 adapter_bytes=self._share.adapters.size_bytes,
                 memory=memory,
                 fallbacks=self._fallbacks,
+                revisions={model_id: held.revision for model_id, held in self._checkpoints.items()},
             )
         )

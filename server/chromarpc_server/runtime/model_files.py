@@ -66,6 +66,15 @@ class ModelFiles:
                 return _in_hub_cache(source)
 
 
+class ModelFilesElsewhere(ModelFiles):
+    """Where the hosts of a cluster have models. Whether they do shows there, so every model counts as present."""
+
+    def find(self, spec: ModelSpec) -> CheckpointFiles:
+        """The files as they would lie here."""
+        folder = self._folders.get(spec.id, Path(spec.id))
+        return super().find(spec) or _in_folder(folder, spec.source.transformer_file)
+
+
 def _in_folder(folder: Path, transformer_file: str) -> CheckpointFiles:
     preview = folder / "latent_preview.json"
     return CheckpointFiles(

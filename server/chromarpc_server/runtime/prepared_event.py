@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from chromarpc_server.adapters.warnings import adapter_warnings
+from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.events import AdapterPlacement, AdapterReport, Prepared, TokenCount, WeightsReport
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.plan import Plan, PlanWarning
@@ -20,7 +21,7 @@ def prepared_event(
     *,
     model_revision: str,
     versions: Mapping[str, str],
-    device: str,
+    device: DeviceDescription,
     weights: WeightsReport,
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
@@ -29,6 +30,7 @@ def prepared_event(
 
     Args:
         negative: the negative prompts, where the profile honours them.
+        device: what computes.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
     """
@@ -50,7 +52,9 @@ def prepared_event(
         model_revision=model_revision,
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
-        device=device,
+        device=device.name,
+        device_id=device.id,
+        second_device=device.second,
         weights=weights,
         warnings=(
             *_prompt_warnings(tokenized, "prompt"),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.domain.events import Event, Timings
+from chromarpc_server.domain.events import Event, ImageHeader, Timings
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.cancellation import Cancellation
@@ -38,6 +38,15 @@ class RenderedPreview:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """A finished image as its file, from a device on another machine."""
+
+    header: ImageHeader
+    data: bytes = field(repr=False)
+    encoding_s: float
+
+
+@dataclass(frozen=True)
 class StageDone:
     """A stage that work has spent on the device; named as in `Timings`."""
 
@@ -48,7 +57,7 @@ class StageDone:
     prompt_index: int | None = None
 
 
-Report = Event | RenderedImage | RenderedPreview | StageDone
+Report = Event | RenderedImage | RenderedPreview | EncodedImage | StageDone
 Emit = Callable[[Report], None]
 """Takes what work has to report."""
 

@@ -105,7 +105,8 @@ class DeviceWorker:
         pipeline, _ = self._cache.pipeline(checkpoint, (), key, SILENT)
         if self._choice.device.type == "cuda":
             pipeline.warm_up(sizes)
-            synchronize(self._choice.device)
+            for card in self._choice.cards:
+                synchronize(card)
 
     def run(self, work: Work, emit: Emit) -> WorkDone:
         """Does the work; `emit` takes every report.
@@ -138,11 +139,11 @@ class DeviceWorker:
             self._free(error, fields)
         self._watchdog.other("probing the device")
         try:
-            is_full = probe_device(self._choice.device)
+            full = [probe_device(card) for card in self._choice.cards]
         except DeviceLost as lost:
             log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
-        if is_full and out_of_memory is None:
+        if any(full) and out_of_memory is None:
             # A library that said it in words that are not known.
             self._free(error, fields)
             return OutOfMemory("the device has too little memory")
@@ -159,7 +160,8 @@ class DeviceWorker:
     def _run(self, work: Work, emit: Emit) -> WorkDone:
         plan, check = work.plan, work.cancellation.check
         self._watchdog.other("preparing a job")
-        reset_peak_memory(self._choice.device)
+        for card in self._choice.cards:
+            reset_peak_memory(card)
         clock = _Clock(emit)
         check()
         context = LoadContext(check, _LoadingEvents(emit))
@@ -178,7 +180,7 @@ class DeviceWorker:
                 negative,
                 model_revision=checkpoint.revision,
                 versions=self._versions,
-                device=self._description.name,
+                device=self._description,
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
@@ -193,7 +195,7 @@ class DeviceWorker:
             clock.lap("text_encoding_s", index)
             check()
             self._draw(work, pipeline, embedding, index, remaining=remaining, clock=clock)
-        return WorkDone(Timings(**clock.seconds), peak_memory_bytes(self._choice.device))
+        return WorkDone(Timings(**clock.seconds), max(peak_memory_bytes(card) for card in self._choice.cards))
 
     def _draw(
         self,

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, help="of every choice; a new one if unset")
     parser.add_argument("--faults", help=f"all, none, or some of {','.join(FAULTS)}")
+    parser.add_argument("--devices", default="", help="of the server, such as cpu,cpu; one CPU if unset")
     parser.add_argument("--plant", choices=planted.PLANTS, help="break this on purpose, and end once it is found")
     parser.add_argument("--json", type=Path, help="also write the report there")
     parser.add_argument("--folder", type=Path, help="leave data, history and the server's log in this new folder")
@@ -35,7 +36,12 @@ def main() -> None:
         raise SystemExit(1 if problems else 0)
     if options.plant is None:
         seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
-        plan = Plan(seed, options.seconds, _kinds(parser, options.faults or ",".join(DEFAULT_FAULTS)))
+        plan = Plan(
+            seed,
+            options.seconds,
+            _kinds(parser, options.faults or ",".join(DEFAULT_FAULTS)),
+            devices=options.devices,
+        )
     else:
         plan = plan_of_plant(options.plant, options.seconds, seed=options.seed)
     print(f"seed {plan.seed}", flush=True)

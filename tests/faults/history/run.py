@@ -55,6 +55,8 @@ class Plan:
     """What is run as the server."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the server, beside this process's."""
+    devices: str = ""
+    """Flag of the server; one CPU where it is empty."""
     ends_at: str = ""
     """A rule: the run is over once it is found to be broken."""
 
@@ -112,6 +114,7 @@ def run(plan: Plan, folder: Path) -> Report:
     flags += ["--limits.max-calls-per-minute-per-caller", "1000000"]
     flags += ["--limits.max-calls-per-minute-per-peer", "1000000"]
     flags += ["--disk-reserve", str(RESERVE_BYTES)]
+    flags += ["--devices", plan.devices] if plan.devices else []
     skipped: dict[str, str] = {}
     clock = None
     if "clock" in plan.faults and LIBRARIES:

@@ -160,7 +160,7 @@ function withPlan(picture: OpenedPicture, { plan, prepared, index }: DrawnHere):
     tokens: prepared?.tokenCounts[index],
     versions: prepared?.versions,
     device: prepared?.device,
-    guidance_on_two_devices: Boolean(prepared?.secondDevice),
+    guidance_on_two_devices: Boolean(prepared?.secondDevice) && (plan.prompts[index]?.guidanceScale ?? 0) > 1,
   };
   return { ...picture, facts: recordedFacts(JSON.stringify(record)) };
 }

@@ -172,6 +172,14 @@ class ExactPreview:
         return velocity
 
     @property
+    def records_ahead(self) -> bool:
+        """Never: it records nothing."""
+        return False
+
+    def record(self, texts: Sequence[Text], latents: Tensor, grid: tuple[int, int]) -> None:
+        """Nothing to do."""
+
+    @property
     def fallbacks(self) -> tuple[DeviceFallback, ...]:
         """Nothing: the trainer's own sequence has no faster form that it could do without."""
         return ()

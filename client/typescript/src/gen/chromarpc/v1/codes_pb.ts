@@ -257,18 +257,18 @@ export enum ErrorReason {
   DEADLINE_EXCEEDED = 29,
 
   /**
-   * INTERNAL. The server's last device cannot be used any more: health turns NOT_SERVING, and the process exits
-   * with 70. While another device is left, the job goes on there, and its events say `restarted`. What to do: come
-   * back after the restart: the job is kept and run again.
+   * INTERNAL. The job's device cannot be used any more, and no other one is left for it (else the job goes on
+   * there: `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do:
+   * come back after the restart: the job is kept and run again.
    *
    * @generated from enum value: ERROR_REASON_DEVICE_LOST = 30;
    */
   DEVICE_LOST = 30,
 
   /**
-   * INTERNAL. The server's last device does not answer: health turns NOT_SERVING, and the process exits with 70.
-   * While another device is left, the job goes on there, and its events say `restarted`. What to do: come back
-   * after the restart: the job is kept and run again.
+   * INTERNAL. The job's device does not answer, and no other one is left for it (else the job goes on there:
+   * `restarted`). Without any device, health turns NOT_SERVING, and the process exits with 70. What to do: come
+   * back after the restart: the job is kept and run again.
    *
    * @generated from enum value: ERROR_REASON_DEVICE_HUNG = 31;
    */

@@ -389,7 +389,8 @@ export type Restarted = Message<"chromarpc.v1.Restarted"> & {
   attempt: number;
 
   /**
-   * Id of the device that was lost or hung while it ran the job; empty where the server itself was restarted.
+   * Id of the device that was lost or hung, and that ran the job or was to run it; empty where the server itself was
+   * restarted.
    *
    * @generated from field: string moved_from = 2;
    */

@@ -1,0 +1,142 @@
+"""A device on another machine does what a thread here does, as far as the engine sees."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.domain.devices import DeviceDescription
+from chromarpc_server.domain.errors import DeviceLost, JobCancelled, JobDeadlineExceeded, WeightsMissing
+from chromarpc_server.domain.events import Prepared, Preview, Step
+from chromarpc_server.jobs.encoding import encode_image, encode_preview
+from chromarpc_server.jobs.picture_record import picture_record
+from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.work import EncodedImage, RenderedImage, RenderedPreview, Report
+from tests.cluster.stand import MODEL, model_files, plan, run, stand, thread, work
+from tests.tiny_checkpoint import GOLDENS
+
+
+def _adapter(tmp_path: Path, name: str = "aitk") -> AdapterFile:
+    path = tmp_path / f"{name}.safetensors"
+    shutil.copyfile(GOLDENS / "adapters" / f"{name}.safetensors", path)
+    return AdapterFile.of(path, "path")
+
+
+async def test_the_events_and_the_file_are_those_of_a_thread(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, what = _adapter(tmp_path), plan("aitk.safetensors")
+    here = await thread()
+    _, expected = await run(here, work(tiny_checkpoint, what, (file,)))
+    here.close()
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        description = await device.open()
+        done, reports = await run(device, work(tiny_checkpoint, what, (file,)))
+        assert device.snapshot.holds(work(tiny_checkpoint, what, (file,)).set_key)
+        device.close()
+
+    assert isinstance(description, DeviceDescription)
+    assert description.name == here.description.name
+    assert description.id == "ray:1"
+    assert description.host
+    assert done.timings.denoising_s > 0
+    prepared = next(one for one in reports if isinstance(one, Prepared))
+    before = next(one for one in expected if isinstance(one, Prepared))
+    assert prepared.adapters == before.adapters
+    assert prepared.versions == before.versions
+    assert [one.sigma for one in reports if isinstance(one, Step)] == [
+        one.sigma for one in expected if isinstance(one, Step)
+    ]
+    image = next(one for one in reports if isinstance(one, EncodedImage))
+    pixels = next(one for one in expected if isinstance(one, RenderedImage))
+    record = picture_record(what, 0, before, device_dtype="float32")
+    assert (image.header, image.data) == encode_image(pixels, what.output, record)
+    previews = [one for one in reports if isinstance(one, Preview)]
+    assert previews == [encode_preview(one) for one in expected if isinstance(one, RenderedPreview)]
+
+
+async def test_an_adapter_is_sent_to_a_host_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, what = _adapter(tmp_path), plan("aitk.safetensors", preview=None)
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        devices = [await set_up.device(), await set_up.device()]
+        for device in devices:
+            await device.open()
+        await asyncio.gather(*(run(device, work(tiny_checkpoint, what, (file,))) for device in devices))
+        kept = sorted((tmp_path / "content").glob("*.safetensors"))
+        assert [one.stem for one in kept] == [hashlib.sha256(file.path.read_bytes()).hexdigest()]
+        for device in devices:
+            device.close()
+
+
+async def test_a_hosts_damaged_copy_is_fetched_anew(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, what = _adapter(tmp_path), plan("aitk.safetensors", preview=None)
+    folder = tmp_path / "content"
+    folder.mkdir()
+    copy = folder / f"{hashlib.sha256(file.path.read_bytes()).hexdigest()}.safetensors"
+    copy.write_bytes(bytes(file.size_bytes))
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        await run(device, work(tiny_checkpoint, what, (file,)))
+        device.close()
+    assert copy.read_bytes() == file.path.read_bytes()
+
+
+async def test_a_cancel_reaches_the_host_within_a_step(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    cancellation, steps = Cancellation(), 0
+
+    def take(report: Report) -> None:
+        nonlocal steps
+        steps += isinstance(report, Step)
+        if steps == 2:
+            cancellation.cancel(JobCancelled("by the caller"))
+
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        with pytest.raises(JobCancelled, match="by the caller"):
+            await device.run(work(tiny_checkpoint, plan(steps=500), (), cancellation), take)
+        assert steps < 50
+        # It goes on serving.
+        await run(device, work(tiny_checkpoint, plan(steps=2)))
+        device.close()
+
+
+async def test_a_deadline_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        await device.load(MODEL, model_files(tiny_checkpoint), "reference")
+        deadline_at = asyncio.get_running_loop().time() + 0.3
+        with pytest.raises(JobDeadlineExceeded):
+            await run(device, work(tiny_checkpoint, plan(steps=2000), (), Cancellation(deadline_at)))
+        device.close()
+
+
+async def test_a_host_without_the_weights_says_so_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        from dataclasses import replace
+
+        folder = tmp_path / "empty"
+        folder.mkdir()
+        device = await set_up.device(settings=replace(set_up.settings, model_folders=((MODEL, folder),)))
+        with pytest.raises(WeightsMissing, match="on the host"):
+            await device.open()
+
+
+async def test_a_job_whose_connection_ends_is_told_so_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+
+        def take(report: Report) -> None:
+            if isinstance(report, Step):
+                set_up.hosts[0].cancel()
+
+        with pytest.raises(DeviceLost, match="connection to the actor"):
+            await device.run(work(tiny_checkpoint, plan(steps=500)), take)
+        assert isinstance(await device.lost(), DeviceLost)
