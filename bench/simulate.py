@@ -21,8 +21,8 @@ from bench.simulation import JOB_S, PARSE_S, SWITCH_S, Arrival, Load, Played, Po
 AS_IT_IS = Policy()
 POLICIES = (
     AS_IT_IS,
-    *(replace(AS_IT_IS, name=f"overtaken {count}", max_overtaken=count) for count in (0, 1, 2, 4, 8, 16)),
-    *(replace(AS_IT_IS, name=f"look ahead {count}", look_ahead=count) for count in (8, 16, 64)),
+    *(replace(AS_IT_IS, name=f"overtaken {count}", max_overtaken=count) for count in (0, 1, 2, 8, 16)),
+    *(replace(AS_IT_IS, name=f"look ahead {count}", look_ahead=count) for count in (16, 64)),
     replace(AS_IT_IS, name="not where resident", prefer_resident=False, max_overtaken=0),
     replace(AS_IT_IS, name="not where parsed", prefer_parsed=False),
     replace(AS_IT_IS, name="not the least used", prefer_least_used=False),
