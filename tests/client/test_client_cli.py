@@ -351,7 +351,7 @@ def test_info_without_a_device_says_why(shell: Shell) -> None:
         ({"moved_from": "cuda:0"}, "device cuda:0 was lost; attempt 2 begins on another one"),
         (
             {"moved_from": "cuda:0", "bits_may_differ": True},
-            "device cuda:0 was lost; attempt 2 begins on a device of another model, so images may differ a little",
+            "device cuda:0 was lost; attempt 2 begins on one of another model, so images may differ a little",
         ),
     ],
 )

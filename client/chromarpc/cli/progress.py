@@ -223,9 +223,7 @@ def restart_text(event: Restarted) -> str:
     """That everything begins again, why, and whether the image may be another one."""
     if not event.moved_from:
         return f"the server was restarted; attempt {event.attempt} begins"
-    elsewhere = (
-        "a device of another model, so images may differ a little" if event.bits_may_differ else "another one"
-    )
+    elsewhere = "one of another model, so images may differ a little" if event.bits_may_differ else "another one"
     return f"device {event.moved_from} was lost; attempt {event.attempt} begins on {elsewhere}"
 
 

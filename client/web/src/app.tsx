@@ -1,8 +1,8 @@
 /** The page's frame: the form at the left, what comes of it at the right, earlier runs below. */
-import { type Device, DeviceState, type GetServerInfoResponse } from "chromarpc/web";
 import { useEffect, useRef } from "preact/hooks";
 import { CompareView } from "./compare-view.tsx";
 import { isTokenWanted, retry, serverInfo, serverState, token } from "./connection.ts";
+import { deviceLine, devicesOf } from "./devices.ts";
 import { DropView } from "./drop-view.tsx";
 import { FormView } from "./form-view.tsx";
 import { HistoryView } from "./history-view.tsx";
@@ -73,22 +73,11 @@ function ServerLine() {
   return (
     <p class="server-line">
       <span class="dot" aria-hidden="true" />
-      <span title={info.devices.map(describe).join("\n")}> {devicesOf(info)}</span> · chromarpc {info.version}
+      <span title={info.devices.map(deviceLine).join("\n")}> {devicesOf(info)}</span> · chromarpc{" "}
+      {info.version}
       {waiting > 0 && ` · ${waiting} waiting`}
     </p>
   );
-}
-
-/** The server's devices in a few words: the model of one, how many of several work. */
-function devicesOf({ device, devices, unavailableBecause }: GetServerInfoResponse): string {
-  if (unavailableBecause) return `no device now: ${unavailableBecause}`;
-  if (devices.length < 2) return device?.name ?? "";
-  const lost = devices.filter(({ state }) => state === DeviceState.LOST).length;
-  return `${devices.length - lost} devices${lost > 0 ? `, ${lost} lost` : ""}`;
-}
-
-function describe({ id, name, state, lostBecause }: Device): string {
-  return `${id}: ${name}, ${lostBecause || (DeviceState[state]?.toLowerCase() ?? "")}`;
 }
 
 function TokenForm() {

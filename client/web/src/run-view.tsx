@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { CopyRequest } from "./copy-request.tsx";
+import { whyAgain } from "./devices.ts";
 import { FleetingButton, stage } from "./fleeting-button.tsx";
 import { reuse } from "./form.ts";
 import { cancel, forget, hasEnded, type Picture, type Run, redraw, warningsOf } from "./runs.ts";
@@ -73,7 +74,7 @@ export function RunView({ run }: { run: Run }) {
 }
 
 function Progress({ run }: { run: Run }) {
-  const again = whyAgain(run);
+  const again = run.restarted && whyAgain(run.restarted, hasEnded(run.state));
   return (
     <div class="progress">
       {/* Nothing else ever stands where Cancel stood. */}
@@ -102,15 +103,6 @@ function Progress({ run }: { run: Run }) {
       )}
     </div>
   );
-}
-
-/** Why a job began again; once it has ended, only where its pictures may be other ones for it. */
-function whyAgain({ restarted, state }: Run): string | undefined {
-  if (restarted === undefined || (hasEnded(state) && !restarted.bitsMayDiffer)) return undefined;
-  const { movedFrom, bitsMayDiffer } = restarted;
-  if (movedFrom === "") return "The server was restarted; the job begins again.";
-  const differs = bitsMayDiffer ? " of another model, so pictures may differ a little" : "";
-  return `Device ${movedFrom} was lost; the job begins again on another one${differs}.`;
 }
 
 /** What the bar shows: the loading stage, or the steps; it runs to and fro while nothing is known. */

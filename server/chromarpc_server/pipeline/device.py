@@ -270,8 +270,8 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def probe_device(device: torch.device) -> None:
-    """Has the device do a small sum and looks at what comes back.
+def probe_device(device: torch.device) -> bool:
+    """Has the device do a small sum and looks at what comes back. Returns whether its memory is full.
 
     A device that has no memory left for the sum, not even after what is unused was given back, is full and not
     lost: it said so itself.
@@ -286,10 +286,11 @@ def probe_device(device: torch.device) -> None:
             release_memory(device)
         failure = _failed_sum(device)
     if failure is None:
-        return
+        return False
     if translate_memory_error(failure) is None:
         raise DeviceLost("the device failed and cannot be used any more")
     log.warning("device.full", extra={"device": str(device)})
+    return True
 
 
 def _failed_sum(device: torch.device) -> Exception | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chromarpc_server.domain.devices import DeviceDescription
-from chromarpc_server.domain.errors import ChromaError, DeviceLost
+from chromarpc_server.domain.errors import ChromaError, DeviceLost, OutOfMemory
 from chromarpc_server.domain.events import (
     Loading,
     LoadingStage,
@@ -136,19 +136,26 @@ class DeviceWorker:
         """What an unforeseen exception is, once memory is free again and the device has shown whether it works."""
         out_of_memory = translate_memory_error(error)
         if out_of_memory is not None:
-            forget_frames(error)
-            try:
-                self._cache.clear(host=lacks_host_memory(error))
-            except Exception:  # the probe finds out whether the device still works
-                log.exception("memory.not_freed", extra=fields)
+            self._free(error, fields)
         self._watchdog.other("probing the device")
         try:
-            for card in self._choice.cards:
-                probe_device(card)
+            full = [probe_device(card) for card in self._choice.cards]
         except DeviceLost as lost:
             log.exception("device.lost", exc_info=error, extra={**fields, "cause": type(error).__name__})
             return lost.with_traceback(None)
+        if any(full) and out_of_memory is None:
+            # A library that said it in words that are not known.
+            self._free(error, fields)
+            return OutOfMemory("the device has too little memory")
         return out_of_memory or error
+
+    def _free(self, error: Exception, fields: Mapping[str, str]) -> None:
+        """Drops what the device holds; of what the host holds for all its devices only where the host is full."""
+        forget_frames(error)
+        try:
+            self._cache.clear(host=lacks_host_memory(error))
+        except Exception:  # the probe finds out whether the device still works
+            log.exception("memory.not_freed", extra=fields)
 
     def _run(self, work: Work, emit: Emit) -> WorkDone:
         plan, check = work.plan, work.cancellation.check
