@@ -24,7 +24,9 @@ class RayServer(ServerProcess):
         devices: str,
         *flags: str,
         module: str = "chromarpc_server",
+        token: str | None = None,
     ) -> None:
+        """`address`: the cluster's; `local` for one of its own. `token`: the caller's, where callers are known."""
         super().__init__(
             checkpoint,
             folder / "data",
@@ -35,7 +37,7 @@ class RayServer(ServerProcess):
             module=module,
             threads=1,
         )
-        self.client = chromarpc.Client(self.target)
+        self.client = chromarpc.Client(self.target, token=token)
 
     def opened(self) -> dict[str, dict[str, str]]:
         """What the log says of each device, when it was last opened, by its id."""

@@ -25,10 +25,10 @@ Undisturbed = Callable[[int], str]
 class Watched:
     """A job that runs, and its stream from its first event on."""
 
-    def __init__(self, server: RayServer, steps: int = STEPS) -> None:
+    def __init__(self, server: RayServer, steps: int = STEPS, prompt: str = "a fox") -> None:
         self._server = server
         self.events: list[Any] = []
-        self.stream = server.client.generate("a fox", sample_steps=steps, **SMALL)
+        self.stream = server.client.generate(prompt, sample_steps=steps, **SMALL)
         for event in self.stream:
             self.events.append(event)
             if isinstance(event, chromarpc.Step) and event.step >= 3:

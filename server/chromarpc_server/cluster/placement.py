@@ -166,9 +166,9 @@ class RayPlacement:
         if "up" in answer:
             self._is_up = self._is_answering = True
             self._tries, self._why_gone = 0, ""
-            log.info("ray.joined", extra={"address": answer["up"] or "its own"})
+            log.info("ray.joined", extra={"address": answer["up"]})
             # A cluster that was joined once is the one to come back to, not one of our own in its place.
-            self._address = self._address or answer["up"] or None
+            self._address = self._address or answer["up"]
             self._listener.cluster_up(answer["up"], answer["node_ip"])
         elif "failed" in answer:
             self._say_gone(f"Ray cannot be reached: {answer['failed']}")
