@@ -122,16 +122,19 @@ async def _drawn(target: str, request: Request, count: int) -> list[_Watched]:
 
         async def watch(job_id: str) -> _Watched:
             begun, ended, durations, lags, events = 0.0, 0.0, [], [], 0
+            watched_since = None  # what had happened before the stream stood is not late
             async for response in stub.WatchJob(job_service_pb2.WatchJobRequest(job_id=job_id)):
                 now, event = time.time(), response.event
                 happened = event.time.seconds + event.time.nanos / 1e9
                 events += 1
+                watched_since = watched_since or now
                 match event.WhichOneof("event"):
                     case "prepared":
                         begun = happened
                     case "step":
                         durations.append(event.step.duration.seconds + event.step.duration.nanos / 1e9)
-                        lags.append(now - happened)
+                        if happened > watched_since:
+                            lags.append(now - happened)
                     case "failed" | "cancelled":
                         sys.exit(f"a job did not end well: {event}")
                     case "completed":
