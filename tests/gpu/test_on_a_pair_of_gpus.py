@@ -185,7 +185,7 @@ def test_a_pairs_step_waits_for_the_host_as_little_as_one_devices() -> None:
         counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
         for device in (FIRST, SECOND):
             synchronize(device)
-    assert counts[1] == counts[0]
+    assert counts[1] <= counts[0]
 
 
 @pytest.mark.parametrize(("first", "second"), [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")])

@@ -23,7 +23,7 @@ MAX_OVERTAKEN = 4
 """How many jobs may run before one whose turn it is because their weights are resident."""
 
 LOOK_AHEAD = 8
-"""Among how many jobs one is looked for whose weights are resident."""
+"""Among how many jobs one is looked for whose weights are resident. Both numbers: docs/scale.md."""
 
 
 class Taker(Protocol):
