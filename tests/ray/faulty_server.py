@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from chromarpc_server.__main__ import main
 from chromarpc_server.cluster import ray_devices
@@ -31,7 +32,23 @@ def _through_network() -> None:
     RayPlacement.start_actor = start_actor  # type: ignore[method-assign]
 
 
-FAULTS: Mapping[str, Callable[[], None]] = {"versions": _other_versions, "network": _through_network}
+def _noted_tokens() -> None:
+    """No fault: what actors are told is noted, so that a test knows what to look for."""
+    real = RayPlacement.start_actor
+
+    def start_actor(self: RayPlacement, invitation: Invitation) -> None:
+        with Path(os.environ["TOKENS"]).open("a") as file:
+            file.write(invitation.token + "\n")
+        real(self, invitation)
+
+    RayPlacement.start_actor = start_actor  # type: ignore[method-assign]
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "versions": _other_versions,
+    "network": _through_network,
+    "tokens": _noted_tokens,
+}
 
 
 if __name__ == "__main__":

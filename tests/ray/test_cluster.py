@@ -20,7 +20,7 @@ from tests.tiny_checkpoint import GOLDENS
 
 
 def test_neither_prompts_nor_tokens_reach_rays_files(
-    start: Start, cluster: RayCluster, tmp_path: Path, tiny_checkpoint: Path
+    start: Start, cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor do they when a job fails in a way that nobody foresaw."""
     loras = tmp_path / "loras"
@@ -28,9 +28,13 @@ def test_neither_prompts_nor_tokens_reach_rays_files(
     shutil.copyfile(GOLDENS / "adapters" / "aitk.safetensors", loras / "secret-name.safetensors")
     callers = tmp_path / "callers.toml"
     token, entry = _token()
+    monkeypatch.setenv("FAULT", "tokens")
+    monkeypatch.setenv("TOKENS", str(tmp_path / "tokens"))
     callers.write_text(entry)
     prompt, negative = f"prompt {secrets.token_hex(8)}", f"negative {secrets.token_hex(8)}"
-    server = start("ray", "--callers", str(callers), "--lora-root", str(loras), token=token)
+    server = start(
+        "ray", "--callers", str(callers), "--lora-root", str(loras), module="tests.ray.faulty_server", token=token
+    )
     server.await_devices(2)
     for _ in range(2):
         server.client.generate_images(
@@ -42,7 +46,9 @@ def test_neither_prompts_nor_tokens_reach_rays_files(
     list(job.stream)
     assert server.stop() == 0
     assert cluster.holds("DeviceActor")  # what Ray has of us is there to be found
-    for secret in (prompt, negative, token, "secret-name"):
+    invitations = (tmp_path / "tokens").read_text().split()
+    assert len(invitations) >= 2
+    for secret in (prompt, negative, token, "secret-name", *invitations):
         assert cluster.holds(secret) == []
         assert secret not in server.log
 
