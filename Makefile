@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-web serve test test-fast coverage test-faults test-history test-planted test-ray test-cuts soak test-gpu test-clients test-browser test-foreign \
-	check check-protos check-clients protos sync-client baseline page format verify bench bench-watchers bench-mismatch performance \
+	check check-protos check-clients protos sync-client baseline page format verify bench bench-scale bench-simulate bench-watchers bench-mismatch performance \
 	fuzz clean
 
 help:  ## List the targets
@@ -136,6 +136,7 @@ bench: setup  ## Speed, error, the service around it, responsiveness, adapter sw
 	PYTHONPATH=. $(BIN)/python -m bench.service
 	PYTHONPATH=. $(BIN)/python bench/responsiveness.py
 	PYTHONPATH=. $(BIN)/python -m bench.switching
+	PYTHONPATH=. $(BIN)/python -m bench.cfg_parallel
 	PYTHONPATH=. $(BIN)/python bench/gateway.py
 
 performance: setup  ## Write docs/performance.md and its plot from bench/results
@@ -143,6 +144,12 @@ performance: setup  ## Write docs/performance.md and its plot from bench/results
 
 bench-mismatch: setup  ## What each way of drawing otherwise than the trainer costs, on a recorded run
 	PYTHONPATH=. $(BIN)/python -m bench.mismatch
+
+bench-scale: setup  ## What the front costs beside 1 to 8 devices that only take time (Linux)
+	PYTHONPATH=. $(BIN)/python -m bench.scale
+
+bench-simulate: setup  ## How the queue chooses on 8 to 512 devices, in virtual time
+	PYTHONPATH=. $(BIN)/python -m bench.simulate
 
 bench-watchers: setup  ## Many watchers of running jobs, many new jobs, cuts, idleness (Linux)
 	PYTHONPATH=. $(BIN)/python -m bench.watchers

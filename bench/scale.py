@@ -28,6 +28,7 @@ from typing import Any
 import grpc
 
 from bench.machine import commit
+from bench.results_file import Json, table
 from bench.watchers import ServerProcess
 from chromarpc import Client
 from chromarpc.v1 import generation_service_pb2, job_service_pb2, job_service_pb2_grpc
@@ -122,16 +123,19 @@ async def _drawn(target: str, request: Request, count: int) -> list[_Watched]:
 
         async def watch(job_id: str) -> _Watched:
             begun, ended, durations, lags, events = 0.0, 0.0, [], [], 0
+            watched_since = None  # what had happened before the stream stood is not late
             async for response in stub.WatchJob(job_service_pb2.WatchJobRequest(job_id=job_id)):
                 now, event = time.time(), response.event
                 happened = event.time.seconds + event.time.nanos / 1e9
                 events += 1
+                watched_since = watched_since or now
                 match event.WhichOneof("event"):
                     case "prepared":
                         begun = happened
                     case "step":
                         durations.append(event.step.duration.seconds + event.step.duration.nanos / 1e9)
-                        lags.append(now - happened)
+                        if happened > watched_since:
+                            lags.append(now - happened)
                     case "failed" | "cancelled":
                         sys.exit(f"a job did not end well: {event}")
                     case "completed":
@@ -255,6 +259,32 @@ def _servers(
         command += ["--step-ms", str(arguments.step_ms), "--held-ms", str(arguments.held_ms)]
         command += ["--side-px", str(side)]
         yield f"stand-in x {count}", command, Request("chroma-mini", "reference", 256, 256, STAND_IN_STEPS), lags
+
+
+def scale_table(result: Json) -> str:
+    """For the page about scale."""
+    names = (
+        "devices",
+        "images a second",
+        "ratio",
+        "of as many",
+        "lag p50, p99 ms",
+        "CPU of the server",
+        "ms an event",
+    )
+    rows = [
+        (
+            str(one["devices"]),
+            f"{one['images_per_s']:.2f}",
+            f"{one['ratio']:.2f}",
+            f"{100 * one['efficiency']:.1f} %",
+            f"{one['lag_p50_ms']:.1f}, {one['lag_p99_ms']:.1f}",
+            f"{one['cpu']:.2f}",
+            f"{one['cpu_ms_per_event']:.1f}",
+        )
+        for one in result["figures"]
+    ]
+    return table(names, rows)
 
 
 def _line(figure: Figure) -> str:

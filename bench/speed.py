@@ -156,7 +156,9 @@ def float8_rate(device: torch.device) -> float:
     return best
 
 
-def draw(pipeline: Pipeline, width: int, height: int, steps: int) -> tuple[Tensor, dict[str, float]]:
+def draw(
+    pipeline: Pipeline, width: int, height: int, steps: int, guidance: float = GUIDANCE
+) -> tuple[Tensor, dict[str, float]]:
     """One picture's latents, and seconds of each stage."""
     times = {}
     device = pipeline.device
@@ -168,7 +170,7 @@ def draw(pipeline: Pipeline, width: int, height: int, steps: int) -> tuple[Tenso
     lap = time.perf_counter()
     latents = None
     given = pipeline.denoise(
-        embedding, width=width, height=height, steps=steps, guidance_scale=GUIDANCE, seed=42, noise_draw="float32"
+        embedding, width=width, height=height, steps=steps, guidance_scale=guidance, seed=42, noise_draw="float32"
     )
     for done in finished_steps(given, device, _pause):
         latents = done.latents

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from chromarpc_server.device_settings import RaySettings
 from chromarpc_server.domain.devices import DeviceDescription, DeviceState
 from chromarpc_server.domain.error_table import ENTRIES
 from chromarpc_server.domain.store_facts import StoreFacts
@@ -43,7 +44,11 @@ def metric_names() -> set[str]:
     }
 
 
-SETTINGS = {*ServerSettings.model_fields, *(f"limits.{name}" for name in LimitSettings.model_fields)} - {"limits"}
+GROUPS = {"limits": LimitSettings, "ray": RaySettings}
+SETTINGS = {
+    *(set(ServerSettings.model_fields) - set(GROUPS)),
+    *(f"{group}.{name}" for group, settings in GROUPS.items() for name in settings.model_fields),
+}
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,27 @@ The current device is `cuda:0` throughout, as it is for a thread that selects no
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import chromarpc
 import chromarpc_server
-from chromarpc_server.pipeline import CheckpointFiles
+from chromarpc_server.domain.errors import OutOfMemory
+from chromarpc_server.domain.limits import Budgets, MemoryChoice
+from chromarpc_server.domain.trainer import TrainerSettings
+from chromarpc_server.pipeline import CheckpointFiles, DeviceChoice
+from chromarpc_server.runtime.work import Pixels
+from tests.device_threads import MODEL, Host, files_in, work_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +54,6 @@ def _same_cards() -> None:
 
 def _draw(device: torch.device, profile: str, place: Any) -> dict[str, torch.Tensor]:
     """Two pictures, and a look at what was used for them; the second one runs recorded from its first step."""
-    from chromarpc_server.domain.limits import MemoryChoice
     from chromarpc_server.pipeline import PROFILES, Checkpoint
     from chromarpc_server.pipeline.fused import plain
     from chromarpc_server.pipeline.fused.check import fused_ops
@@ -92,11 +99,11 @@ def memory_of_the_first() -> int:
     return free
 
 
-@pytest.fixture
-def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server on `cuda:1`: its address and its log so far."""
-    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--device", "cuda:1", "--store", "memory"]
-    command += ["--data-dir", str(tmp_path), "--preload", "chroma-mini"]
+@contextmanager
+def server_on(folder: Path, *flags: str) -> Iterator[tuple[str, list[str]]]:
+    """A server in a process of its own: its address and its log so far."""
+    command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--store", "memory"]
+    command += ["--data-dir", str(folder), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -113,6 +120,13 @@ def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
         reader.join(60)
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.fixture
+def second_device_server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server on `cuda:1`."""
+    with server_on(tmp_path, "--device", "cuda:1", "--preload", "chroma-mini") as running:
+        yield running
 
 
 def test_a_server_on_the_second_device_falls_back_on_nothing(second_device_server: tuple[str, list[str]]) -> None:
@@ -157,3 +171,112 @@ def test_verify_uses_the_second_devices_kernels(goldens: Path) -> None:
         found.append([(case["case"], case["outcome"], case["rel"], case["max_abs"]) for case in report["cases"]])
     assert fused_ops(SECOND) is not plain
     assert found[0] == found[1]
+
+
+GRAPHED = ("reference", "fp8", "preview")
+"""Profiles whose steps are recorded."""
+
+
+def _choices() -> list[DeviceChoice]:
+    return [DeviceChoice(device, torch.bfloat16, str(device)) for device in (FIRST, SECOND)]
+
+
+def _recorded(host: Host) -> list[list[int]]:
+    """Graphs of each device's transformers, where they have any."""
+    slots = [device._worker._cache._slots for device in host.devices]
+    return [
+        [slot.transformer.run.recorded_count for slot in some if slot.key.profile in GRAPHED] for some in slots
+    ]
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_two_device_threads_at_once_give_the_bits_of_one_alone(place: Any) -> None:
+    """Whatever precision the other one asks for meanwhile: text in TF32, trainers' products in full or in TF32.
+
+    They load at the same moment and record at the same time, and each begins in another place of the list.
+    """
+    budgets = Budgets(memory=MemoryChoice(master=place, text_encoder=place))
+    size = (SIZE, SIZE)
+    works = [
+        work_of(_FOLDER, "exact", size=size),
+        work_of(_FOLDER, "preview-exact", trainer=TrainerSettings(), size=size),
+        work_of(_FOLDER, "reference", size=size, steps=4),
+        work_of(_FOLDER, "preview", trainer=TrainerSettings(qtype="int8"), size=size, steps=4),
+        work_of(_FOLDER, "preview-exact", trainer=TrainerSettings(qtype="int8"), size=size),
+        work_of(_FOLDER, "fp8", size=size, steps=4),
+        work_of(_FOLDER, "exact", size=size),
+    ]
+
+    async def alone() -> list[Pixels]:
+        async with Host(_choices()[:1], budgets) as host:
+            return await host.draw(0, works)
+
+    async def at_once() -> tuple[list[Pixels], list[Pixels]]:
+        async with Host(_choices(), budgets) as host:
+            first, second = await asyncio.gather(host.draw(0, works), host.draw(1, [*works[3:], *works[:3]]))
+            assert all(min(counts) > 0 for counts in _recorded(host)), "one of them records no steps"
+            assert [device.snapshot.fallbacks for device in host.devices] == [(), ()]
+            return first, [*second[-3:], *second[:-3]]
+
+    expected = asyncio.run(alone())
+    for images in asyncio.run(at_once()):
+        assert [bool(np.array_equal(*pair)) for pair in zip(images, expected, strict=True)] == [True] * len(works)
+    setting = torch.backends.cuda.matmul.fp32_precision
+    assert setting != "tf32", "the precision of float32 products was left switched"
+
+
+def test_both_devices_record_at_the_same_time_and_load_one_host_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chromarpc_server.pipeline.models import text_encoder
+    from chromarpc_server.pipeline.weights import shared
+
+    locked: list[int] = []
+    real = shared.pin
+
+    def pin(tensors: Any, device: torch.device) -> Any:
+        locked.append(sum(tensor.nbytes for tensor in tensors.values()))
+        return real(tensors, device)
+
+    monkeypatch.setattr(shared, "pin", pin)
+    monkeypatch.setattr(text_encoder, "pin", pin)
+
+    async def run() -> None:
+        budgets = Budgets(memory=MemoryChoice(master="host", text_encoder="host"))
+        async with Host(_choices(), budgets) as host:
+            loads = (device.load(MODEL, files_in(_FOLDER), "reference", [(SIZE, SIZE)]) for device in host.devices)
+            await asyncio.gather(*loads)
+            assert all(min(counts) > 0 for counts in _recorded(host)), "one of them records no steps"
+            assert [device.snapshot.fallbacks for device in host.devices] == [(), ()]
+            held = [device._worker._cache._checkpoints[MODEL] for device in host.devices]
+            assert held[0].master is held[1].master
+            assert all(tensor.is_pinned() for tensor in held[0].master.values())
+            assert held[0].revision == held[1].revision
+            # The master and the text encoder's layers, each once for both devices.
+            assert len(locked) == 2
+            assert locked[0] == sum(tensor.nbytes for tensor in held[0].master.values())
+
+    asyncio.run(run())
+
+
+def test_a_device_that_runs_out_of_memory_takes_nothing_of_the_other_one() -> None:
+    """The other one draws meanwhile; afterwards both do."""
+    work = work_of(_FOLDER, "reference", size=(SIZE, SIZE), steps=4)
+    large = work_of(_FOLDER, "reference", size=(2048, 2048), steps=1)
+
+    async def run() -> None:
+        async with Host(_choices()) as host:
+            (before,) = await host.draw(0, [work])
+            await host.draw(1, [work])
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(SECOND)
+            taken = [torch.empty(free - 64 * 2**20, dtype=torch.uint8, device=SECOND)]
+            failed, drawn = await asyncio.gather(
+                host.draw(1, [large]), host.draw(0, [work] * 3), return_exceptions=True
+            )
+            assert isinstance(failed, OutOfMemory)
+            assert isinstance(drawn, list)
+            taken.clear()
+            torch.cuda.empty_cache()
+            again, second = await asyncio.gather(host.draw(0, [work]), host.draw(1, [work]))
+            assert [bool(np.array_equal(before, image)) for image in (*drawn, *again, *second)] == [True] * 5
+
+    asyncio.run(run())

@@ -11,6 +11,8 @@ import pytest
 
 import chromarpc
 from chromarpc.cli import inquiry
+from chromarpc.pictures.files import RECORD_KEY, read_picture
+from chromarpc.pictures.recorded import recorded_facts
 from chromarpc.v1 import model_service_pb2
 from chromarpc_server.domain.errors import DeviceLost
 from chromarpc_server.observability.logs import JsonFormatter
@@ -45,9 +47,11 @@ def log_lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]
 def test_two_devices_are_told_by_name(serve: Callable[..., RunningServer]) -> None:
     server = serve(devices="cpu,cpu", metrics_port=0, preload=["chroma-mini"])
     with chromarpc.Client(server.target) as client:
-        client.generate_images("a", **SMALL)
+        (prepared,) = (event for event in client.generate("a", **SMALL) if isinstance(event, chromarpc.Prepared))
         info = client.server_info()
         (model,) = (one for one in client.list_models() if one.id == "chroma-mini")
+    (drew,) = (one for one in info.devices if one.job_count)
+    assert (prepared.device_id, prepared.second_device, prepared.device) == (drew.id, "", drew.name)
     assert [(one.id, one.state) for one in info.devices] == [("cpu:0", IDLE), ("cpu:1", IDLE)]
     assert info.device == info.devices[0]
     assert sum(one.job_count for one in info.devices) == 1
@@ -93,6 +97,19 @@ def test_a_lost_device_is_told_everywhere_and_the_server_stays_ready(
     assert ("job.completed", left.id) in said
     # What a device's own thread logs says which one it is without being told.
     assert [device for event, device in said if event == "checkpoint.loaded"] == [lost.id, left.id]
+
+
+def test_a_pair_is_one_device_and_pictures_say_that_two_drew_them(serve: Callable[..., RunningServer]) -> None:
+    server = serve(devices="cpu,cpu", cfg_parallel=True)
+    with chromarpc.Client(server.target) as client:
+        events = list(client.generate("a", **SMALL))
+        (pair,) = client.server_info().devices
+    (prepared,) = (event for event in events if isinstance(event, chromarpc.Prepared))
+    (ready,) = (event for event in events if isinstance(event, chromarpc.ImageReady))
+    assert pair.id == "cpu:0+cpu:1"
+    assert pair.second
+    assert (prepared.device_id, prepared.second_device) == (pair.id, pair.second)
+    assert recorded_facts(read_picture(ready.image.data).texts[RECORD_KEY]).facts["guidance_on_two_devices"].value
 
 
 def test_the_reason_of_a_server_without_a_device_is_told_by_its_probe(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import simulate
-from bench.simulate import JOB_S, Load, Policy, play, read_trace, trace
+from bench.simulation import JOB_S, PARSE_S, SWITCH_S, Load, Policy, play, read_trace, trace
 from chromarpc_server.jobs.queue import MAX_OVERTAKEN
 
 FLOOD = Load(devices=16, load=0.9, jobs=600, callers=10, adapters=60, flood=True, fp8=0.3, seed=7)
@@ -51,7 +51,7 @@ def test_a_recorded_trace_is_replayed(
     simulate.main()
     (played,) = json.loads(out.read_text())["played"]
     # The second job of the adapter that is resident goes first in any case; the third switches.
-    switched = JOB_S + simulate.SWITCH_S + simulate.PARSE_S
+    switched = JOB_S + SWITCH_S + PARSE_S
     assert played["runs"] == 3
     assert played["resident"] == pytest.approx(1 / 3)
     assert played["max_s"] == pytest.approx(switched + JOB_S - 1.0)

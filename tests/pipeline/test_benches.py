@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import error, mismatch, scale, speed, switching
+from bench import cfg_parallel, error, mismatch, scale, speed, switching
+from chromarpc_server.pipeline import Checkpoint, CheckpointFiles
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +98,36 @@ def test_different_factors_are_not_called_equal_bits() -> None:
             made.append(transformer)
         assert switching.same_bits(made[0], made[0])
         assert not switching.same_bits(*made)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """For tensors as small as the tiny checkpoint's more only wait for each other."""
+    threads = switching.torch.get_num_threads()
+    switching.torch.set_num_threads(1)
+    yield
+    switching.torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_pair_is_measured_beside_one_device(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = CheckpointFiles(
+        tiny_checkpoint / "chroma-mini.safetensors",
+        *(tiny_checkpoint / name for name in ("text_encoder_2", "tokenizer_2", "vae")),
+    )
+    cpu = switching.torch.device("cpu")
+    tiny = Checkpoint.load(files, device=cpu, dtype=switching.torch.float32)
+    monkeypatch.setattr(cfg_parallel, "mini", lambda _: tiny)
+    options = ["--profiles", "reference", "--sizes", "64x64", "--steps", "1", "--runs", "1"]
+    found = result(cfg_parallel, tmp_path / "cfg_parallel.json", monkeypatch, *options)
+    (figure,) = found["figures"]
+    assert (figure["profile"], figure["size"], figure["same_again"]) == ("reference", "64x64", True)
+    assert figure["ratio"] == pytest.approx(figure["one_s"] / figure["pair_s"])
+    assert max(figure["one_error"], figure["pair_error"]) < 1e-4
+    assert [switch["profile"] for switch in found["switches"]] == ["reference"]
+    assert found["exact_is_equal"]
 
 
 def test_error_measures_each_function_by_the_form_that_was_recorded(

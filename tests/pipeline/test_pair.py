@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import JobCancelled, LoraIncompatible
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline import (
     PROFILES,
     Adapter,
@@ -26,6 +29,7 @@ from chromarpc_server.pipeline import (
     finished_steps,
     read_adapter,
 )
+from chromarpc_server.verify import float32_cases, verify
 from tests.tiny_checkpoint import GOLDENS
 
 pytestmark = pytest.mark.slow
@@ -130,6 +134,26 @@ def test_a_pair_differs_by_rounding_where_passes_are_packed_and_always_draws_the
         assert _apart(found, expected) < 1e-5
 
 
+def test_a_pair_passes_by_the_recorded_vectors(
+    goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = float32_cases.prepare_transformer
+
+    def doubled(*given: Any, **named: Any) -> TransformerPair:
+        return TransformerPair(made(*given, **named), made(*given, **named), CPU)
+
+    monkeypatch.setattr(float32_cases, "prepare_transformer", doubled)
+    folder = tmp_path / "cpu_fp32"
+    folder.mkdir()
+    for name in ("pipeline_fp32.safetensors", "transformer_tiny.safetensors"):
+        (folder / name).symlink_to(goldens / "cpu_fp32" / name)
+    out = io.StringIO()
+    code = verify(tmp_path, device="cpu", as_json=True, out=out)
+    cases = [case for case in json.loads(out.getvalue())["cases"] if "pipeline_fp32" in case["case"]]
+    assert code == 0, [case for case in cases if case["outcome"] == "FAIL"]
+    assert sum(case["outcome"] == "PASS" for case in cases) >= 8
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_each_device_makes_one_pass(profile: str, paired: Checkpoint) -> None:
     pipeline = paired.prepare((), PROFILES[profile])
@@ -183,6 +207,39 @@ def test_a_switch_that_ends_between_the_two_is_repaired_by_the_next(
     assert pair.second.switch(other).rewritten_tensors == 0, "the second had been switched"
     pair.switch(one)
     assert _equal(_steps(pipeline), expected)
+
+
+def test_the_second_device_is_given_its_pass_before_the_first_ones(paired: Checkpoint) -> None:
+    """Both compute then; what comes back is copied once the first one has its own."""
+    pipeline = paired.prepare((), PROFILES["reference"])
+    pair = pipeline.transformer
+    assert isinstance(pair, TransformerPair)
+    given: list[str] = []
+
+    def noted(transformer: Any, name: str) -> None:
+        made = transformer.velocity
+
+        def velocity(*arguments: Any) -> Any:
+            computes = made(*arguments)
+            return lambda *step: (given.append(name), computes(*step))[1]
+
+        transformer.velocity = velocity
+
+    noted(pair.first, "first")
+    noted(pair.second, "second")
+    _steps(pipeline)
+    assert given == ["second", "first"] * 3
+
+
+def test_what_either_device_does_without_is_told(paired: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = paired.prepare((), PROFILES["reference"])
+    transformer: Any = pipeline.transformer
+    assert pipeline.fallbacks == ()
+    kernels = DeviceFallback(Part.KERNELS, "they do not compile")
+    graphs = DeviceFallback(Part.STEP_GRAPHS, "it fails here")
+    monkeypatch.setattr("chromarpc_server.pipeline.pair.kernels_fallback", lambda _: kernels)
+    transformer.first.run.fallback = transformer.second.run.fallback = graphs
+    assert pipeline.fallbacks == (graphs, kernels)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from chromarpc_server.pipeline.trainer.arithmetic import one_thread
 from chromarpc_server.pipeline.weights import reading
 from chromarpc_server.runtime import adapter_cache, worker
 from chromarpc_server.runtime.device_thread import DeviceThread
+from chromarpc_server.runtime.local_devices import LocalDevices
 from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.runtime.work import Pixels, Work
 from tests.device_threads import MODEL, Host, files_in, work_of
@@ -192,8 +193,10 @@ def test_a_device_that_opens_while_another_computes_with_one_thread_has_its_own_
     with ThreadPoolExecutor(1) as other:
         computing = other.submit(compute)
         assert asked.wait(60)
-        assert asyncio.run(open_and_count()) == 2
-        done.set()
+        try:
+            assert asyncio.run(open_and_count()) == 2
+        finally:
+            done.set()
         computing.result()
     device.close()
 
@@ -227,3 +230,10 @@ def test_a_device_that_is_lost_leaves_the_other_one_what_they_shared(
         assert np.array_equal(before, again)
 
     asyncio.run(_with_host(run))
+
+
+def test_the_devices_of_a_host_share_one_of_everything_that_can_be_shared() -> None:
+    devices = LocalDevices(_choices(), RunningTime())._devices
+    assert len({id(device._share) for device in devices}) == 1
+    for device in devices:
+        device.close()

@@ -35,7 +35,7 @@ class _DeviceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceSta
     DEVICE_STATE_BUSY: _DeviceState.ValueType  # 3
     """It runs a job."""
     DEVICE_STATE_LOST: _DeviceState.ValueType  # 4
-    """It failed or hung, and is out until the server is started again."""
+    """It failed or hung, and is out: until the server is started again, or for a while where others take its place."""
 
 class DeviceState(_DeviceState, metaclass=_DeviceStateEnumTypeWrapper):
     """What a device does now."""
@@ -49,7 +49,7 @@ DEVICE_STATE_IDLE: DeviceState.ValueType  # 2
 DEVICE_STATE_BUSY: DeviceState.ValueType  # 3
 """It runs a job."""
 DEVICE_STATE_LOST: DeviceState.ValueType  # 4
-"""It failed or hung, and is out until the server is started again."""
+"""It failed or hung, and is out: until the server is started again, or for a while where others take its place."""
 Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
 
 @_typing.final

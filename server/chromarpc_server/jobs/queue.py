@@ -22,8 +22,8 @@ from chromarpc_server.runtime.model_cache import SetKey
 MAX_OVERTAKEN = 4
 """How many jobs may run before one whose turn it is because their weights are resident."""
 
-LOOK_AHEAD = 64
-"""Among how many jobs one is looked for whose weights are resident."""
+LOOK_AHEAD = 8
+"""Among how many jobs one is looked for whose weights are resident. Both numbers: docs/scale.md."""
 
 
 class Taker(Protocol):

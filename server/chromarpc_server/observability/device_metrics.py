@@ -43,7 +43,7 @@ def _states(devices: Sequence[DeviceStatus]) -> Metric:
     counts = Counter(device.state for device in devices)
     metric = GaugeMetricFamily(
         "chromarpc_devices",
-        "Devices by what they do: opening, idle, busy, lost (out until the server is started again)",
+        "Devices by what they do: opening, idle, busy; or lost, for as long as they are listed",
         labels=["state"],
     )
     for state in DeviceState:

@@ -305,6 +305,7 @@ class Checkpoint:
             stored_dtype=self.master["img_in.weight"].dtype,
             empty=self.empty,
             decoder_fallback=self._decoder_fallback(prepared),
+            second=self.second,
         )
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
@@ -343,6 +344,7 @@ class Checkpoint:
             stored_dtype=rounding,
             empty=(self.trainer_parts.empty(settings, empty.ids), empty.mask.to(self.device)),
             decoder_fallback=self._decoder_fallback(prepared),
+            second=self.second,
         )
 
     def prepare(

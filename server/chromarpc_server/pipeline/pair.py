@@ -157,7 +157,8 @@ class TransformerPair:
         there = timesteps.to(self._device)
         text = Text.of(texts[1].embeds, texts[1].mask, there)
         unconditional = self._on_second(lambda: self.second.velocity([text], there, grid))
-        # A recorded step is given in no time. In float32 the owner's thread may keep other threads from products.
+        # A recorded step is given in no time. In float32 this thread has the process's precision of products for
+        # the whole step (see `precision`), and the other one might wait for it.
         slow_to_give = not self.profile.fused and timesteps.dtype == torch.bfloat16
         helper = self._helper if slow_to_give else None
 

@@ -60,6 +60,8 @@ class Pipeline:
     """Embeddings and mask of the empty prompt: constants of the checkpoint and its text encoder."""
     decoder_fallback: DeviceFallback | None = None
     """Why the decoder is not the fused one, where it should be."""
+    second: torch.device | None = None
+    """The other device of a pair, which has a part in the steps alone."""
 
     @property
     def fallbacks(self) -> tuple[DeviceFallback, ...]:
@@ -132,7 +134,9 @@ class Pipeline:
         algorithms planned and graphs recorded before anybody waits for them.
         """
         if self.transformer.profile.fused:
-            warm_up_kernels(self.transformer.config, self.device)
+            for device in (self.device, self.second):
+                if device is not None:
+                    warm_up_kernels(self.transformer.config, device)
         embeddings = [self.encode(self.tokenize("a " * words)) for words in WARM_UP_WORDS]
         for width, height in sizes:
             # Two steps: the first runs, the second is recorded and runs.

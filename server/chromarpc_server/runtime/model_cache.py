@@ -331,7 +331,8 @@ class ModelCache:
         self._counters = replace(self._counters, evictions=self._counters.evictions + evicted)
 
     def _evict_checkpoint(self) -> None:
-        synchronize(self._device.device)  # copies may be on their way out of what the host has for it
+        for card in self._device.cards:
+            synchronize(card)  # copies may be on their way out of what the host has for it
         _, evicted = self._checkpoints.popitem(last=False)
         before = len(self._slots)
         self._slots[:] = [slot for slot in self._slots if slot.checkpoint is not evicted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tests.faults.history.index import Index, JobRecord
 from tests.faults.history.problem import Problem
@@ -18,15 +18,27 @@ def one_job_for_a_request_id(index: Index) -> Iterator[Problem]:
         if record.request_id:
             by_id[record.owner, record.request_id].append(record)
     for (owner, request_id), records in by_id.items():
-        records.sort(key=lambda record: record.told_s)
+        records.sort(key=_when_made(records))
         for first, second in itertools.pairwise(records):
-            # Told by calls that overlap, the one that is seen later may have been made first, and given up.
+            # Where nothing tells the order in which they were made, the one that is seen later may have been the
+            # first, and given up.
             overlap = second.shown[0].begun_s < first.shown[0].ended_s
             is_given_up = _may_be_given_up(index, first) or (overlap and _may_be_given_up(index, second))
             if not first.may_be_deleted(second.told_s) and not is_given_up:
                 numbers = (first.shown[0].number, second.shown[0].number)
                 text = f"{owner}'s request id {request_id} made it, and had made {first.job_id}"
                 yield Problem("doubled", text, second.job_id, numbers)
+
+
+def _when_made(records: Iterable[JobRecord]) -> Callable[[JobRecord], float]:
+    """Tells jobs apart by when they were accepted, if all of them told that, else by when clients knew of them.
+
+    A job that was given up before a client knew of it is often seen only after the one that came in its place.
+    """
+    created = {record.job_id: record.created_us for record in records}
+    if None in created.values():
+        return lambda record: record.told_s
+    return lambda record: created[record.job_id] or 0
 
 
 def _may_be_given_up(index: Index, record: JobRecord) -> bool:

@@ -174,6 +174,21 @@ def test_a_request_id_makes_another_job_once_the_first_may_be_deleted(made: Made
     assert made.rules() == set()
 
 
+@pytest.mark.parametrize(("earlier", "is_right"), [(5, True), (12, False)])
+def test_a_job_that_was_given_up_may_be_seen_only_after_the_one_in_its_place(
+    made: Made, earlier: int, is_right: bool
+) -> None:
+    asked = Asked(request_id="r", what="w", request="w")
+    made.call("Generate", asked=asked, outcome=CUT)
+    events = (event(1, "accepted"), event(2, "completed"))
+    made.call("Generate", asked=asked, job_id="b", events=events, images=(image(),))
+    views = [job("b", "succeeded", request_id="r", created_us=9, last_sequence=2, images=(SHA256,))]
+    views.append(job("a", "cancelled", request_id="r", created_us=earlier))
+    views.sort(key=lambda view: view.place, reverse=True)
+    made.call("ListJobs", views=tuple(views), is_last_page=True)
+    assert made.rules() == (set() if is_right else {"doubled"})
+
+
 def test_a_request_id_makes_a_job_for_each_owner(made: Made) -> None:
     made.create("a", asked=under(), view=job("a", request_id="r"))
     made.create("b", owner="bob", asked=under(), view=job("b", request_id="r"))

@@ -152,12 +152,18 @@ class FusedPreview:
             WeightsInvalid: a weight has a row that the quantizer turns into NaN.
         """
         placement = place(adapters, tuple(self._layers), self.settings)
-        with trainer_precision(self._device, self.settings):
-            written = self._held.rewrite(placement, self._write, context)
+        written = self._held.rewrite(placement, self._write, context)
         return SwitchReport(written + self._put_beside(placement.beside, context.check))
 
     def _write(self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]) -> Tensor:
         """Puts one parameter where it is held."""
+        # For one at a time: threads of other devices wait for their precision as long.
+        with trainer_precision(self._device, self.settings):
+            return self._write_as_trainer(name, weight, merged, added)
+
+    def _write_as_trainer(
+        self, name: str, weight: Tensor, merged: Sequence[Placed], added: Sequence[Placed]
+    ) -> Tensor:
         for placed in merged:
             weight = merge(placed.change, weight, placed.multiplier)
         layer = self._layers.get(name)

@@ -928,7 +928,7 @@ export enum DeviceState {
   BUSY = 3,
 
   /**
-   * It failed or hung, and is out until the server is started again.
+   * It failed or hung, and is out: until the server is started again, or for a while where others take its place.
    *
    * @generated from enum value: DEVICE_STATE_LOST = 4;
    */
