@@ -116,7 +116,7 @@ def _server(checkpoint: Path, data_dir: Path, devices: int) -> Iterator[ServerPr
 
 
 def expected_pictures(checkpoint: Path, data_dir: Path, *, threads: int = 2) -> dict[int, str]:
-    """SHA-256 by seed; the number of CPU threads decides roundings, so it is that of the servers to be killed."""
+    """SHA-256 by seed. The number of CPU threads decides roundings, so it is that of servers that are killed."""
     with (
         server_process(checkpoint, data_dir, "--store", "memory", threads=threads) as server,
         chromarpc.Client(server.target) as client,

@@ -3,8 +3,8 @@
     python -m tests.ray.kill_nine --rounds 100
 
 In every round a client makes jobs until the server, an actor or a host with all it has is killed with SIGKILL.
-What is checked in the end is what `tests.faults.kill_nine` checks: every job that was acknowledged ended once, no
-request made two, and each picture has the bytes that its seed gives on one undisturbed device.
+What is checked in the end is what `tests.faults.kill_nine` checks: every job that was acknowledged ended once,
+no request made two, and each picture has the bytes that its seed gives on one undisturbed device.
 """
 
 from __future__ import annotations

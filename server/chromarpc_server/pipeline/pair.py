@@ -151,16 +151,20 @@ class TransformerPair:
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
         """See `VelocityMaker.velocity`. Without guidance there is one pass, and the second device has no part."""
-        conditional = self.first.velocity(texts[:1], timesteps, grid)
         if len(texts) == 1:
-            return conditional
+            return self.first.velocity(texts, timesteps, grid)
         there = timesteps.to(self._device)
         text = Text.of(texts[1].embeds, texts[1].mask, there)
-        unconditional = self._on_second(lambda: self.second.velocity([text], there, grid))
-        # A recorded step is given in no time. In float32 this thread has the process's precision of products for
-        # the whole step (see `precision`), and the other one might wait for it.
-        slow_to_give = not self.profile.fused and timesteps.dtype == torch.bfloat16
-        helper = self._helper if slow_to_give else None
+        # In float32 this thread has the process's precision of products for the whole step (see `precision`), and
+        # the other one might wait for it.
+        beside = self._helper if timesteps.dtype == torch.bfloat16 else None
+        # What all steps have in common takes milliseconds, and then the host waits for it.
+        conditional, unconditional = self._both(
+            lambda: self.first.velocity(texts[:1], timesteps, grid),
+            lambda: self.second.velocity([text], there, grid),
+            beside,
+        )
+        helper = None if self.profile.fused else beside  # a recorded step is given in no time
 
         def velocity(latents: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
             sent = latents.to(self._device)
