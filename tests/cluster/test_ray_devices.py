@@ -100,10 +100,22 @@ class FakeRay:
 
 @asynccontextmanager
 async def source(
-    checkpoint: Path, size: ClusterSize, ray: FakeRay, *, jobs: Callable[[], int] = lambda: 0, idle_s: float = 0.1
+    checkpoint: Path,
+    size: ClusterSize,
+    ray: FakeRay,
+    *,
+    jobs: Callable[[], int] = lambda: 0,
+    idle_s: float = 0.1,
+    preload: tuple[str, ...] = (),
 ) -> AsyncIterator[tuple[RayDevices, list[Device]]]:
     running_time = RunningTime()
-    hosts = HostSettings(device="cpu", threads=1, model_folders=((MODEL, checkpoint),), served_models=(MODEL,))
+    hosts = HostSettings(
+        device="cpu",
+        threads=1,
+        model_folders=((MODEL, checkpoint),),
+        served_models=(MODEL,),
+        preloaded_models=preload,
+    )
     devices = RayDevices(
         cast(RayPlacement, ray), ClusterSettings(size, hosts, ("reference",), idle_s=idle_s), running_time
     )
@@ -171,6 +183,13 @@ async def test_a_host_without_the_weights_is_named(tiny_checkpoint: Path, tmp_pa
         assert joined == []
         assert "the weights of" in devices.missing()
         assert "on the host" in devices.missing()
+
+
+async def test_a_host_without_weights_to_preload_is_refused_and_stops_no_start(tiny_checkpoint: Path) -> None:
+    ray = FakeRay(room=1)
+    async with source(tiny_checkpoint, ClusterSize(1, 1), ray, preload=("chroma",)) as (devices, joined):
+        assert joined == []
+        assert "the weights of chroma are not on the host" in devices.missing()
 
 
 async def test_actors_that_cannot_start_are_asked_for_ever_less_often(tiny_checkpoint: Path) -> None:
