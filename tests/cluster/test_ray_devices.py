@@ -112,7 +112,7 @@ async def source(
     hosts = HostSettings(
         device="cpu",
         threads=1,
-        model_folders=((MODEL, checkpoint),),
+        model_folders=((MODEL, checkpoint), ("chroma", checkpoint / "nowhere")),
         served_models=(MODEL,),
         preloaded_models=preload,
     )
