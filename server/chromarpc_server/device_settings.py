@@ -58,8 +58,8 @@ class RaySettings(BaseModel):
 
     address: str | None = Field(
         None,
-        description="HOST:PORT of the cluster's head; by default RAY_ADDRESS, or a cluster that runs on this "
-        "machine, or one of the server's own",
+        description="HOST:PORT of the cluster's head, or local for one of the server's own; by default "
+        "RAY_ADDRESS, or a cluster that runs on this machine, or else one of its own",
     )
     host: Annotated[str, AfterValidator(parse_tcp_host)] | None = Field(
         None, description="address that actors reach this server at; by default this machine's, as Ray knows it"

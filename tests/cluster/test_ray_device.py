@@ -5,18 +5,29 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from chromarpc_server.adapters.file import AdapterFile
+from chromarpc_server.cluster.ray_device import HostFailed
 from chromarpc_server.domain.devices import DeviceDescription
-from chromarpc_server.domain.errors import DeviceLost, JobCancelled, JobDeadlineExceeded, WeightsMissing
+from chromarpc_server.domain.errors import (
+    DeviceHung,
+    DeviceLost,
+    JobCancelled,
+    JobDeadlineExceeded,
+    LoraChanged,
+    WeightsMissing,
+)
 from chromarpc_server.domain.events import Prepared, Preview, Step
 from chromarpc_server.jobs.encoding import encode_image, encode_preview
 from chromarpc_server.jobs.picture_record import picture_record
 from chromarpc_server.runtime.cancellation import Cancellation
+from chromarpc_server.runtime.device import DeviceWithdrawn
 from chromarpc_server.runtime.work import EncodedImage, RenderedImage, RenderedPreview, Report
+from tests.cluster.relay import relay
 from tests.cluster.stand import MODEL, model_files, plan, run, stand, thread, work
 from tests.tiny_checkpoint import GOLDENS
 
@@ -119,8 +130,6 @@ async def test_a_deadline_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None
 
 async def test_a_host_without_the_weights_says_so_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     async with stand(tiny_checkpoint, tmp_path) as set_up:
-        from dataclasses import replace
-
         folder = tmp_path / "empty"
         folder.mkdir()
         device = await set_up.device(settings=replace(set_up.settings, model_folders=((MODEL, folder),)))
@@ -140,3 +149,87 @@ async def test_a_job_whose_connection_ends_is_told_so_at_once(tiny_checkpoint: P
         with pytest.raises(DeviceLost, match="connection to the actor"):
             await device.run(work(tiny_checkpoint, plan(steps=500)), take)
         assert isinstance(await device.lost(), DeviceLost)
+
+
+async def test_a_host_that_a_network_hides_is_given_up_and_what_it_goes_on_to_say_is_ignored(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    async with stand(tiny_checkpoint, tmp_path, step_s=1.0) as set_up, relay(set_up.port.port) as network:
+        device, other = await set_up.device(through=network.port), await set_up.device()
+        await device.open()
+        await other.open()
+        loop = asyncio.get_running_loop()
+        reports: list[Report] = []
+
+        def take(report: Report) -> None:
+            reports.append(report)
+            if isinstance(report, Step):
+                network.is_open.clear()
+
+        began = loop.time()
+        with pytest.raises(DeviceHung, match="has said nothing"):
+            await device.run(work(tiny_checkpoint, plan(steps=50)), take)
+        assert loop.time() - began < 10
+        heard = len(reports)
+        network.is_open.set()
+        done, again = await run(other, work(tiny_checkpoint, plan(steps=50)))
+        assert done.timings.denoising_s > 0
+        await asyncio.wait({set_up.hosts[0]}, timeout=10)  # the old one ends, as its connection has
+        assert set_up.hosts[0].done()
+        assert len(reports) == heard
+        assert sum(isinstance(one, EncodedImage) for one in again) == 1
+        with pytest.raises(DeviceHung):
+            await run(device, work(tiny_checkpoint, plan()))
+        other.close()
+
+
+async def test_a_host_with_other_weights_is_lost_before_it_draws(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        set_up.revisions.difference({MODEL: "0" * 64})
+        device = await set_up.device()
+        await device.open()
+        reports: list[Report] = []
+        with pytest.raises(DeviceLost, match="instead of 000000000000"):
+            await device.run(work(tiny_checkpoint, plan()), reports.append)
+        assert not any(isinstance(one, Step) for one in reports)
+
+
+async def test_a_device_that_is_given_back_finishes_what_it_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+
+        def take(report: Report) -> None:
+            if isinstance(report, Step):
+                device.retire(DeviceWithdrawn("not needed"))
+
+        assert await device.run(work(tiny_checkpoint, plan()), take)
+        assert isinstance(await device.lost(), DeviceWithdrawn)
+
+
+async def test_an_exception_that_nobody_foresaw_comes_with_its_traceback(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        bad = plan(served_model="no-such-model")
+        with pytest.raises(HostFailed, match="KeyError"):
+            await run(device, work(tiny_checkpoint, bad))
+        await run(device, work(tiny_checkpoint, plan()))  # it goes on serving
+        device.close()
+
+
+async def test_a_file_that_is_written_anew_while_it_is_sent_is_not_taken(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file, what = _adapter(tmp_path), plan("aitk.safetensors", preview=None)
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        await set_up.files.named([file])
+        shutil.copyfile(GOLDENS / "adapters" / "kohya.safetensors", file.path)
+        with pytest.raises(LoraChanged):
+            await run(device, work(tiny_checkpoint, what, (file,)))
+        assert not list((tmp_path / "content").glob("*.safetensors"))
+        device.close()

@@ -68,7 +68,7 @@ class Report:
 
 
 @dataclass
-class _Known:
+class Known:
     """What the client was told of jobs."""
 
     jobs: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -82,8 +82,8 @@ def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
     """Does everything; the folder is left for looking at."""
     chance = random.Random(seed)
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
-    expected = _expected(checkpoint, folder / "undisturbed")
-    report, known = Report(), _Known()
+    expected = expected_pictures(checkpoint, folder / "undisturbed")
+    report, known = Report(), Known()
     data_dir = folder / "data"
     for _ in range(rounds):
         with _server(checkpoint, data_dir, devices) as server:
@@ -91,11 +91,11 @@ def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
         report.rounds += 1
         report.devices_lost += server.log.count("device.out")
     with server_process(checkpoint, data_dir) as server:
-        _finish(server, known, expected, report)
+        finish(server, known, expected, report)
         code = server.stop()
         if code:
             report.problems.append(f"the last server ended with {code}")
-    _check_files(data_dir / "jobs", report)
+    check_files(data_dir / "jobs", report)
     return report
 
 
@@ -115,9 +115,10 @@ def _server(checkpoint: Path, data_dir: Path, devices: int) -> Iterator[ServerPr
         yield server
 
 
-def _expected(checkpoint: Path, data_dir: Path) -> dict[int, str]:
+def expected_pictures(checkpoint: Path, data_dir: Path, *, threads: int = 2) -> dict[int, str]:
+    """SHA-256 by seed. The number of CPU threads decides roundings, so it is that of the servers that are killed."""
     with (
-        server_process(checkpoint, data_dir, "--store", "memory") as server,
+        server_process(checkpoint, data_dir, "--store", "memory", threads=threads) as server,
         chromarpc.Client(server.target) as client,
     ):
         return {
@@ -125,19 +126,19 @@ def _expected(checkpoint: Path, data_dir: Path) -> dict[int, str]:
         }
 
 
-def _work_until_killed(server: ServerProcess, chance: random.Random, known: _Known, report: Report) -> None:
+def _work_until_killed(server: ServerProcess, chance: random.Random, known: Known, report: Report) -> None:
     timer = threading.Timer(chance.uniform(0, MAX_LIFE_S), server.process.kill)
     timer.start()
     try:
         with chromarpc.Client(server.target) as client:
-            _look(client, known, report)
+            look(client, known, report)
             for request_id, seed in list(known.open_requests.items()):
-                if _create(client, known, report, request_id, seed, again=True):
+                if create(client, known, report, request_id, seed, again=True):
                     del known.open_requests[request_id]
             while True:
                 request_id, seed = str(uuid.UUID(int=chance.getrandbits(128), version=4)), chance.randrange(SEEDS)
                 known.open_requests[request_id] = seed
-                _create(client, known, report, request_id, seed)
+                create(client, known, report, request_id, seed)
                 del known.open_requests[request_id]
                 time.sleep(chance.choice((0.0, 0.0, 0.05, 0.2)))
     except chromarpc.ServerUnavailable:
@@ -147,8 +148,8 @@ def _work_until_killed(server: ServerProcess, chance: random.Random, known: _Kno
         server.wait()
 
 
-def _create(
-    client: chromarpc.Client, known: _Known, report: Report, request_id: str, seed: int, *, again: bool = False
+def create(
+    client: chromarpc.Client, known: Known, report: Report, request_id: str, seed: int, *, again: bool = False
 ) -> bool:
     try:
         job = client.create_job("a red circle", seed=seed, request_id=request_id, **OPTIONS)
@@ -166,7 +167,7 @@ def _create(
     return True
 
 
-def _look(client: chromarpc.Client, known: _Known, report: Report) -> None:
+def look(client: chromarpc.Client, known: Known, report: Report) -> None:
     """Everything that was acknowledged is there, and no end has changed."""
     here = {job.job_id: job for job in client.list_jobs()}
     for job_id in known.jobs.keys() - here.keys():
@@ -186,9 +187,9 @@ def _look(client: chromarpc.Client, known: _Known, report: Report) -> None:
                 report.problems.append(f"the end of job {job.job_id} changed")
 
 
-def _finish(server: ServerProcess, known: _Known, expected: dict[int, str], report: Report) -> None:
+def finish(server: ServerProcess, known: Known, expected: dict[int, str], report: Report) -> None:
     with chromarpc.Client(server.target) as client:
-        _look(client, known, report)
+        look(client, known, report)
         for job_id, (_, seed) in known.jobs.items():
             try:
                 for _ in client.watch_job(job_id):
@@ -202,10 +203,10 @@ def _finish(server: ServerProcess, known: _Known, expected: dict[int, str], repo
             digest = hashlib.sha256(client.get_image_bytes(job_id)).hexdigest()
             if digest != expected[seed]:
                 report.problems.append(f"job {job_id} has another picture than its seed {seed} gives")
-        _look(client, known, report)
+        look(client, known, report)
 
 
-def _check_files(folder: Path, report: Report) -> None:
+def check_files(folder: Path, report: Report) -> None:
     with sqlite3.connect(folder / "jobs.sqlite3") as database:
         if database.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
             report.problems.append("the database is damaged")

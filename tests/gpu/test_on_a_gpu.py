@@ -323,3 +323,20 @@ def test_shapes_recorded_ahead_give_the_bits_of_those_that_ran_first() -> None:
                 assert torch.equal(
                     run(latents, conditioning, modulations), run.fused(latents, conditioning, modulations)
                 )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 34, 63, 64])
+@pytest.mark.parametrize("width", [3072, 12288, 15360])
+def test_a_float8_product_of_few_rows_is_what_plain_torch_gives(rows: int, width: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(rows)
+    x = torch.randn(rows, width, device="cuda", generator=generator)
+    weight = torch.randn(3072, width, device="cuda", generator=generator)
+    bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16, generator=generator)
+    values, scale = kernels.quantize(x.to(torch.bfloat16))
+    held, held_scale = kernels.quantize(weight.to(torch.bfloat16))
+    expected = (values.float() * scale) @ (held.float() * held_scale).t() + bias.float()
+    into = torch.empty(rows, 3072, device="cuda", dtype=torch.bfloat16)
+    for out in (None, into):
+        found = kernels.scaled_product(values, scale, held, held_scale.squeeze(1), bias, out)
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(found, into)

@@ -76,11 +76,13 @@ def _command(pid: int) -> str:
         return ""
 
 
-def until(holds: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
-    """Waits for it."""
+def until(
+    holds: Callable[[], object], what: str, limit_s: float = 60.0, *, told: Callable[[], str] = lambda: ""
+) -> None:
+    """Waits for it; `told` is asked where it does not come."""
     end = time.monotonic() + limit_s
     while not holds():
-        assert time.monotonic() < end, f"not in {limit_s:g} s: {what}"
+        assert time.monotonic() < end, f"not in {limit_s:g} s: {what}\n{told()}"
         time.sleep(0.05)
 
 
@@ -118,8 +120,9 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def host_at(self, address: str) -> RayNode:
-        return next(host for host in self.hosts if host.address == address)
+    def host_of(self, pid: int) -> RayNode:
+        """Where a process runs."""
+        return next(host for host in self.hosts if host.group == os.getpgid(pid))
 
     def _start(self, *flags: str, address: str) -> RayNode:
         command = [str(RAY), "start", *flags, "--num-gpus=0", f"--object-store-memory={STORE_BYTES}",

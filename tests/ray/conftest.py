@@ -13,7 +13,7 @@ from tests.faults.processes import server_process
 from tests.ray.cluster import RayCluster, ray_cluster
 from tests.ray.server import RayServer
 
-SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 64, "height": 64, "seed": 3}
+SMALL: dict[str, Any] = {"model": "chroma-mini", "width": 256, "height": 256, "seed": 3}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

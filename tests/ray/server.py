@@ -24,7 +24,9 @@ class RayServer(ServerProcess):
         devices: str,
         *flags: str,
         module: str = "chromarpc_server",
+        token: str | None = None,
     ) -> None:
+        """`address`: the cluster's; `local` for one of its own. `token`: the caller's, where callers are known."""
         super().__init__(
             checkpoint,
             folder / "data",
@@ -35,7 +37,7 @@ class RayServer(ServerProcess):
             module=module,
             threads=1,
         )
-        self.client = chromarpc.Client(self.target)
+        self.client = chromarpc.Client(self.target, token=token)
 
     def opened(self) -> dict[str, dict[str, str]]:
         """What the log says of each device, when it was last opened, by its id."""
@@ -56,16 +58,17 @@ class RayServer(ServerProcess):
     def pid(self, device: str) -> int:
         return int(self.opened()[device]["pid"])
 
-    def peer(self, device: str) -> str:
-        """The address of the device's host."""
-        return self.opened()[device]["peer"]
-
     def await_devices(self, count: int, limit_s: float = 90.0) -> None:
         """Returns once so many work."""
-        until(lambda: len(self.devices()) == count, f"{count} devices: {self.log}", limit_s)
+        until(lambda: len(self.devices()) == count, f"{count} devices", limit_s, told=lambda: self.log)
 
     def await_health(self, *, serving: bool, limit_s: float = 90.0) -> None:
-        until(lambda: self.client.health() is serving, f"serving={serving}: {self.log}", limit_s)
+        wanted = chromarpc.HealthStatus.SERVING
+
+        def holds() -> bool:
+            return (self.client.health() is wanted) is serving
+
+        until(holds, f"serving={serving}", limit_s, told=lambda: self.log)
 
     def close(self) -> None:
         self.client.close()

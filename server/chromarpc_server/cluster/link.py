@@ -34,12 +34,6 @@ class Link:
         self.on_bytes: Callable[[], None] = lambda: None
         """Called whenever something was read."""
 
-    @property
-    def peer(self) -> str:
-        """The other end's address."""
-        name = self._writer.get_extra_info("peername")
-        return str(name[0]) if name else ""
-
     def send(self, message: object) -> None:
         """Hands a message to the connection, which may be gone; see `drain`."""
         text, blobs = encode(message)

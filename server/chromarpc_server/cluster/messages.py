@@ -130,8 +130,6 @@ class Resident:
     """From the actor: what is resident has changed."""
 
     snapshot: CacheSnapshot
-    parsed: tuple[str, ...] = ()
-    """Hashes of adapters that need not be read from their files."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class RayPlacement:
         self._is_up = False
         self._is_answering = False
         self._said = ""
+        """By Ray, last."""
+        self._why_gone = ""
         self._watching: asyncio.Task[None] | None = None
         self.cluster = Cluster()
         """As Ray last said."""
@@ -163,10 +165,10 @@ class RayPlacement:
         self._heard_at = self._running_time.now()
         if "up" in answer:
             self._is_up = self._is_answering = True
-            self._tries = 0
-            log.info("ray.joined", extra={"address": answer["up"] or "its own"})
+            self._tries, self._why_gone = 0, ""
+            log.info("ray.joined", extra={"address": answer["up"]})
             # A cluster that was joined once is the one to come back to, not one of our own in its place.
-            self._address = self._address or answer["up"] or None
+            self._address = self._address or answer["up"]
             self._listener.cluster_up(answer["up"], answer["node_ip"])
         elif "failed" in answer:
             self._say_gone(f"Ray cannot be reached: {answer['failed']}")
@@ -174,7 +176,7 @@ class RayPlacement:
             self._listener.actor_ended(answer["ended"], answer["why"])
         elif "gpus" in answer:
             self.cluster = Cluster(answer["gpus"], answer["cpus"])
-            self._is_answering = True
+            self._is_answering, self._why_gone = True, ""
 
     def _driver_ended(self, process: subprocess.Popen[str]) -> None:
         for pipe in (process.stdin, process.stdout):
@@ -210,7 +212,8 @@ class RayPlacement:
                 process.kill()
 
     def _say_gone(self, why: str) -> None:
-        if self._listener is not None:
-            log.warning("ray.gone", extra={"why": why, "ray": self._said})
-            self._said = ""
-            self._listener.cluster_gone(why)
+        if self._listener is None or why == self._why_gone:
+            return
+        log.warning("ray.gone", extra={"why": why, **({"ray": self._said} if self._said else {})})
+        self._said, self._why_gone = "", why
+        self._listener.cluster_gone(why)

@@ -325,7 +325,7 @@ class RayDevice:
 
     async def _watch(self) -> None:
         limit_s = min(MAX_SILENCE_S, self._settings.timeouts.step_s + AFTER_STEP_S)
-        while True:
+        while not self._gone.done():
             await asyncio.sleep(LOOK_EVERY_S)
             self._running_time.look()
             if self._running_time.since(self._heard_at) > limit_s:

@@ -306,7 +306,6 @@ class RayDevices:
                 "device": description.id,
                 "device_name": description.name,
                 "host": host,
-                "peer": link.peer,
                 "pid": greeting.pid,
             },
         )

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ TELL_EVERY_S = 1.0
 """How often it asks the head what the cluster has, and so shows that the head answers."""
 OWN_STORE_BYTES = 80 * 1024**2
 """Ray's object store, which holds nothing of ours, in a cluster of our own; the least that Ray takes."""
+OWN = "local"
+"""The address of a cluster of our own."""
 _LEAVE_S = 5.0
 CONNECT_S = 3.0
 _ERROR = re.compile(r"[\w.]+(Error|Exception): ")
@@ -140,23 +143,23 @@ def _connect(ray: Any, address: str | None, least: int, *, on_cpus: bool) -> tup
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
     named = address or os.environ.get("RAY_ADDRESS")
-    if named:
+    if named and named != OWN:
         _require_reachable(named)
         return _address(ray.init(address=named, **quiet)), False
-    try:
-        return _address(ray.init(address="auto", **quiet)), False
-    except ConnectionError:
-        # Nothing outside this machine needs to reach it.
-        cpus = {"num_cpus": max(1, least)} if on_cpus else {}
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OWN_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **cpus,
-            **quiet,
-        )
-        return "", True
+    if not named:
+        with suppress(ConnectionError):
+            return _address(ray.init(address="auto", **quiet)), False
+    # Nothing outside this machine needs to reach it.
+    cpus = {"num_cpus": max(1, least)} if on_cpus else {}
+    ray.init(
+        address=OWN,
+        include_dashboard=False,
+        object_store_memory=OWN_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **cpus,
+        **quiet,
+    )
+    return OWN, True
 
 
 def _require_reachable(address: str) -> None:

@@ -17,6 +17,10 @@ from chromarpc_server.pipeline.fused.launching import on_device_of_tensors
 from chromarpc_server.pipeline.models.layers import NORM_EPS
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX
 
+LEAST_ROWS = 64
+"""Of a float8 product. cuBLAS of CUDA 13.0 has no way to multiply fewer than about 48 rows, such as a short prompt's,
+by weights of 12,288 columns and more.
+"""
 SMALLEST_AMAX = 1e-12
 
 group_norm = decoder_kernels.group_norm
@@ -313,14 +317,30 @@ def scaled_product(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor | None
 ) -> Tensor:
     """See `plain.scaled_product`."""
+    rows = x.shape[0]
+    if rows < LEAST_ROWS:
+        return _few_rows_product(x, x_scale, weight, weight_scale, bias, out)
     if out is None:
-        out = torch.empty(x.shape[0], weight.shape[0], dtype=bias.dtype, device=x.device)
+        out = torch.empty(rows, weight.shape[0], dtype=bias.dtype, device=x.device)
     is_wide = bias.dtype == torch.float32  # for which the library adds no bias
     added = None if is_wide else bias
     product = torch._scaled_mm(
         x, weight.t(), x_scale, weight_scale[None], bias=added, out_dtype=bias.dtype, use_fast_accum=True, out=out
     )
     return product.add_(bias) if is_wide else product
+
+
+def _few_rows_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor | None
+) -> Tensor:
+    """The same with rows of zeros below, which are cut off again."""
+    rows, width = x.shape
+    values = torch.zeros(LEAST_ROWS, width, dtype=torch.uint8, device=x.device)  # zeros in float8, too
+    values[:rows] = x.view(torch.uint8)
+    scales = torch.ones(LEAST_ROWS, 1, dtype=x_scale.dtype, device=x.device)
+    scales[:rows] = x_scale
+    product = scaled_product(values.view(x.dtype), scales, weight, weight_scale, bias, None)[:rows]
+    return product.contiguous() if out is None else out.copy_(product)
 
 
 def _quantized_like(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
