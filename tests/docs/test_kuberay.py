@@ -165,6 +165,9 @@ def test_a_pod_runs_as_nobody_in_particular_and_writes_nowhere_else(name: str) -
 def test_every_container_has_the_same_image() -> None:
     images = {container["image"] for pod in pods().values() for container in pod["containers"]}
     assert images == {"chromarpc:0.1.0"}
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert pinned is not None  # which the Dockerfile installs with
+    assert cluster()["rayVersion"] == pinned[1]
     assert "image: chromarpc:" in PAGE  # what the page's command replaces
 
 
@@ -206,7 +209,9 @@ def test_callers_reach_the_front_s_port_and_no_other() -> None:
         ({CLUSTER_LABEL: "chromarpc", NODE_LABEL: "head"}, [{"port": ports()["grpc"], "protocol": "TCP"}])
     ]
     # Policies add up: one that names every pod closes what none opens.
-    assert any(set(p["spec"]["podSelector"]["matchLabels"]) == {CLUSTER_LABEL} for p in of_kind("NetworkPolicy").values())
+    assert any(
+        set(p["spec"]["podSelector"]["matchLabels"]) == {CLUSTER_LABEL} for p in of_kind("NetworkPolicy").values()
+    )
 
 
 def test_the_page_names_every_file_every_secret_and_the_flags_that_there_are() -> None:
