@@ -1,4 +1,4 @@
-"""deploy/kuberay: manifests that fit each other, the server's flags and docs/scale.md; their schemas are KubeRay's."""
+"""deploy/kuberay: manifests that fit each other, the flags and docs/scale.md; their schemas are KubeRay's."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_callers_reach_the_front_s_port_and_no_other() -> None:
     (service,) = of_kind("Service").values()
     assert [(port["port"], port["targetPort"]) for port in service["spec"]["ports"]] == [(ports()["grpc"], "grpc")]
     open_to_all = [
-        (labels := policy["spec"]["podSelector"]["matchLabels"], rule["ports"])
+        (policy["spec"]["podSelector"]["matchLabels"], rule["ports"])
         for policy in of_kind("NetworkPolicy").values()
         for rule in policy["spec"].get("ingress", [])
         if "from" not in rule
