@@ -328,6 +328,8 @@ def test_shapes_recorded_ahead_give_the_bits_of_those_that_ran_first() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 34, 63, 64])
 @pytest.mark.parametrize("width", [3072, 12288, 15360])
 def test_a_float8_product_of_few_rows_is_what_plain_torch_gives(rows: int, width: int) -> None:
+    from chromarpc_server.pipeline.fused import kernels
+
     generator = torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, width, device="cuda", generator=generator)
     weight = torch.randn(3072, width, device="cuda", generator=generator)

@@ -98,8 +98,8 @@ def test_a_pair_is_as_close_to_the_truth_as_one(profile: str) -> None:
             sum((mine - true).norm() / true.norm() for mine, true in zip(found, expected, strict=True)) / 16
         )
 
-    # In float8 chroma-mini's steps differ from each other as much as from the truth; at full size they do not, says
-    # bench.cfg_parallel.
+    # In float8 chroma-mini's steps differ from each other as much as from the truth; at full size they do not, as
+    # bench.cfg_parallel shows.
     assert error(_load()) <= (1.3 if profile == "fp8" else 1.15) * error(_load(None))
 
 

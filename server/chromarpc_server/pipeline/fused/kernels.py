@@ -18,8 +18,8 @@ from chromarpc_server.pipeline.models.layers import NORM_EPS
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, FLOAT8_MAX
 
 LEAST_ROWS = 64
-"""Of a float8 product. cuBLAS of CUDA 13.0 has no way to multiply fewer than about 48 rows, such as a short prompt's,
-by weights of 12,288 columns and more.
+"""Of a float8 product. cuBLAS of CUDA 13.0 has no way to multiply fewer than about 48 rows, such as a short
+prompt's, by weights of 12,288 columns and more.
 """
 SMALLEST_AMAX = 1e-12
 
