@@ -71,6 +71,7 @@ class App:
         self._callers: CallersFile | None = None
         self._audit_log: AuditLog | None = None
         self._engine: Engine | None = None
+        self._devices: DeviceSource | None = None
         self._listening: Listening | None = None
         """Once requests are to be served."""
         self.metrics_port: int | None = None
@@ -88,6 +89,8 @@ class App:
     def stop(self) -> None:
         """Begins an orderly stop; `run` returns once it is done."""
         self._stop.set()
+        if self._devices is not None:
+            self._devices.close()  # also where the start still waits for the first one
 
     def signalled(self) -> None:
         """Somebody wants the process to end: the first time in good order, the second time at once."""
@@ -218,7 +221,7 @@ class App:
         return self._exit_code
 
     def _use(self, engine: Engine, devices: DeviceSource) -> None:
-        self._engine = engine
+        self._engine, self._devices = engine, devices
         if isinstance(devices, RayDevices):
             devices.follow(lambda: engine.unended_jobs, lambda: self._set_available(engine.is_available))
 

@@ -52,6 +52,7 @@ def _cluster(settings: ServerSettings, running_time: RunningTime) -> RayDevices:
         timeouts=settings.device_timeouts(),
         model_folders=tuple(settings.model_folder.items()),
         served_models=tuple(dict.fromkeys(settings.alias.get(model, model) for model in REGISTRY)),
+        preloaded_models=tuple(settings.alias.get(model, model) for model in settings.preload),
         content_folder=ray.adapter_folder,
         content_bytes=ray.adapter_bytes,
     )

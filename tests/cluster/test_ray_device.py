@@ -19,6 +19,7 @@ from chromarpc_server.domain.errors import (
     JobCancelled,
     JobDeadlineExceeded,
     LoraChanged,
+    LoraDamaged,
     WeightsMissing,
 )
 from chromarpc_server.domain.events import Prepared, Preview, Step
@@ -231,5 +232,21 @@ async def test_a_file_that_is_written_anew_while_it_is_sent_is_not_taken(
         shutil.copyfile(GOLDENS / "adapters" / "kohya.safetensors", file.path)
         with pytest.raises(LoraChanged):
             await run(device, work(tiny_checkpoint, what, (file,)))
+        assert not list((tmp_path / "content").glob("*.safetensors"))
+        device.close()
+
+
+async def test_an_upload_that_is_damaged_on_the_servers_disk_is_told_so(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    found = _adapter(tmp_path)
+    sha256 = hashlib.sha256(found.path.read_bytes()).hexdigest()
+    found.path.write_bytes(bytes(found.size_bytes))
+    named = AdapterFile.of(found.path, "path", sha256=sha256)
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        with pytest.raises(LoraDamaged):
+            await run(device, work(tiny_checkpoint, plan(f"sha256:{sha256}", preview=None), (named,)))
         assert not list((tmp_path / "content").glob("*.safetensors"))
         device.close()

@@ -162,6 +162,8 @@ class HostServer:
             self._link.send(Opened(replace(description, host=socket.gethostname())))
 
     def _require_models(self) -> None:
+        for model_id in self._settings.preloaded_models:
+            self._require_files(model_id)
         served = [REGISTRY[model] for model in self._settings.served_models]
         if served and not any(self._models.find(spec) for spec in served):
             self._require_files(served[0].id)

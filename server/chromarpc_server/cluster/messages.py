@@ -30,6 +30,8 @@ class HostSettings:
     """Where models lie on every host; the Hugging Face cache otherwise."""
     served_models: tuple[str, ...] = ()
     """A host needs the weights of one of them at least."""
+    preloaded_models: tuple[str, ...] = ()
+    """And of each of these."""
     content_folder: Path | None = None
     """Where a host keeps adapters; in this user's cache folder if None."""
     content_bytes: int = 32 * 1024**3

@@ -11,7 +11,7 @@ from io import BufferedReader
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.cluster.link import Link
 from chromarpc_server.cluster.messages import PIECE_BYTES, HashedFile, Piece
-from chromarpc_server.domain.errors import ChromaError, LoraInvalid, LoraNotFound
+from chromarpc_server.domain.errors import ChromaError, LoraChanged, LoraInvalid, LoraNotFound
 
 MAX_REMEMBERED = 10_000
 """Versions of files whose hashes are known."""
@@ -77,22 +77,30 @@ async def send_file(link: Link, file: AdapterFile | None, sha256: str) -> None:
             error = LoraInvalid("the file cannot be read")
         else:
             with stream:
-                return await _send(link, stream, sha256)
+                return await _send(link, file, stream, sha256)
     link.send(Piece(sha256, b"", is_last=True, error=error))
     return await link.drain()
 
 
-async def _send(link: Link, stream: BufferedReader, sha256: str) -> None:
-    while True:
+async def _send(link: Link, file: AdapterFile, stream: BufferedReader, sha256: str) -> None:
+    digest, is_last = hashlib.sha256(), False
+    while not is_last:
+        error: ChromaError | None = None
         try:
             data = await asyncio.to_thread(stream.read, PIECE_BYTES)
+            digest.update(data)
+            is_last = len(data) < PIECE_BYTES
+            if is_last and digest.hexdigest() != sha256:
+                # Said here, where it is known whose fault that is: a host sees other bytes only.
+                file.require_read(digest.hexdigest())
+                error = LoraChanged("the adapter was written anew while it was sent to the device's host")
+        except ChromaError as found:
+            error = found
         except OSError:
-            link.send(Piece(sha256, b"", is_last=True, error=LoraInvalid("the file cannot be read")))
-            return
-        link.send(Piece(sha256, data, is_last=len(data) < PIECE_BYTES))
+            error = LoraInvalid("the file cannot be read")
+        is_last = is_last or error is not None
+        link.send(Piece(sha256, b"" if error else data, is_last=is_last, error=error))
         await link.drain()
-        if len(data) < PIECE_BYTES:
-            return
 
 
 def _hash(file: AdapterFile) -> str:

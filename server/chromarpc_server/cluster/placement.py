@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 START_S = 60.0
 """For joining a cluster, or starting one."""
-ANSWER_S = 5.0
+ANSWER_S = 15.0
 """After so long without an answer the head is taken to be gone."""
 GIVE_UP_S = 90.0
 """After so long the driver is ended: Ray itself has given the head up by then."""
