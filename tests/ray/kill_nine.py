@@ -14,11 +14,11 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +48,7 @@ AFTER_S = 3.0
 class RayReport(Report):
     """What came of a run."""
 
-    kills: Counter[str] = field(default_factory=Counter)
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VICTIMS, 0))
     restarts: int = 0
     """Of jobs, told by the servers' logs."""
 
@@ -71,6 +71,9 @@ def run(rounds: int, seed: int, folder: Path) -> RayReport:
                 _kill_while_working(server, cluster, victim, chance, known, report)
                 report.rounds += 1
                 report.kills[victim] += 1
+                print(
+                    f"{report.rounds} of {rounds}: {victim}, {report.accepted} jobs", file=sys.stderr, flush=True
+                )
                 if victim == "server":
                     _note(server, report)
                     server = None
