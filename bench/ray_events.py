@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -185,8 +186,13 @@ def main() -> None:
     for figure in figures:
         print(json.dumps(asdict(figure)))
     if options.out is not None:
-        result = {"commit": commit(), "figures": [asdict(figure) for figure in figures]}
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        result = {
+            "bench": "ray_events",
+            "commit": commit(),
+            "cores": os.cpu_count(),
+            "figures": [asdict(figure) for figure in figures],
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
