@@ -13,7 +13,7 @@ from chromarpc_server.transport.services.models import ModelServicer
 
 
 def _models(serving: Serving) -> dict[str, model_service_pb2.Model]:
-    idle: Any = SimpleNamespace(status=lambda: SimpleNamespace(cache=CacheSnapshot()))
+    idle: Any = SimpleNamespace(status=lambda: SimpleNamespace(cache=CacheSnapshot(), devices=()))
     nothing: Any = SimpleNamespace(find=lambda spec: None, hidden_from=lambda owner: frozenset())
     servicer = ModelServicer(
         idle, serving, nothing, nothing, version="1", library_versions={}, profile_descriptions={}
