@@ -128,6 +128,9 @@ class StandIns:
     def missing(self) -> str:
         return ""
 
+    def refuse(self, device: Device, error: DeviceError) -> None:
+        """Does not happen: nothing joins later."""
+
     def close(self) -> None:
         """Says how late reports came from the threads to the event loop."""
         if self._lags_file is not None:

@@ -145,6 +145,11 @@ async def _until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def _why(devices: RayDevices) -> str:
+    await _until(lambda: "refused" in devices.missing())
+    return devices.missing()
+
+
 async def test_every_gpu_of_the_cluster_becomes_a_device_and_new_ones_do_later(tiny_checkpoint: Path) -> None:
     ray = FakeRay(room=2)
     async with source(tiny_checkpoint, ClusterSize(), ray) as (devices, joined):
@@ -190,6 +195,19 @@ async def test_a_host_without_weights_to_preload_is_refused_and_stops_no_start(t
     async with source(tiny_checkpoint, ClusterSize(1, 1), ray, preload=("chroma",)) as (devices, joined):
         assert joined == []
         assert "the weights of chroma are not on the host" in devices.missing()
+
+
+async def test_a_device_that_is_refused_after_it_joined_is_none_and_its_host_is_left_alone(
+    tiny_checkpoint: Path,
+) -> None:
+    ray = FakeRay(room=1)
+    async with source(tiny_checkpoint, ClusterSize(1, 1), ray) as (devices, joined):
+        devices.refuse(joined[0], DeviceLost("it cannot load a model: too little memory"))
+        assert "refused: gpu-1: it cannot load a model" in await _why(devices)
+        await _until(lambda: ray.asked == 2)
+        await asyncio.sleep(0.2)
+        assert ray.asked == 2
+        assert len(joined) == 1
 
 
 async def test_actors_that_cannot_start_are_asked_for_ever_less_often(tiny_checkpoint: Path) -> None:

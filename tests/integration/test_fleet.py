@@ -80,6 +80,7 @@ class Cards:
     cards: list[Card]
     waits_for_more: bool = False
     profiles: tuple[str, ...] = tuple(PROFILES)
+    refused: list[tuple[str, str]] = field(default_factory=list)
     _join: Callable[[Device], None] | None = None
     _loop: asyncio.AbstractEventLoop | None = field(default=None)
 
@@ -98,6 +99,9 @@ class Cards:
 
     def missing(self) -> str:
         return "all cards are gone"
+
+    def refuse(self, device: Device, error: DeviceError) -> None:
+        self.refused.append((device.description.id, error.message))
 
     def close(self) -> None:
         pass

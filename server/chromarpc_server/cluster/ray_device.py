@@ -52,7 +52,11 @@ class HostFailed(RuntimeError):
     """An exception on a host that nobody foresaw; its message is the traceback there."""
 
 
-class OtherWeights(DeviceLost):
+class UnfitHost(DeviceLost):
+    """A host that answers, and is of no use to this server for now."""
+
+
+class OtherWeights(UnfitHost):
     """A host's model has another revision than the others'."""
 
 

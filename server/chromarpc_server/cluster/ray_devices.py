@@ -16,9 +16,9 @@ from chromarpc_server.cluster.link import Link
 from chromarpc_server.cluster.messages import HostSettings
 from chromarpc_server.cluster.outgoing_files import OutgoingFiles
 from chromarpc_server.cluster.placement import RayPlacement
-from chromarpc_server.cluster.ray_device import OtherWeights, RayDevice, Revisions
+from chromarpc_server.cluster.ray_device import RayDevice, Revisions, UnfitHost
 from chromarpc_server.cluster.versions import differences, own_versions
-from chromarpc_server.domain.errors import ChromaError, DeviceLost
+from chromarpc_server.domain.errors import ChromaError, DeviceError, DeviceLost
 from chromarpc_server.runtime.device import Device, DeviceWithdrawn
 from chromarpc_server.runtime.running_time import RunningTime
 
@@ -147,6 +147,12 @@ class RayDevices:
         if self._settings.size.follows_jobs and not self._failures and not self._barred:
             return ""
         return self._why
+
+    def refuse(self, device: Device, error: DeviceError) -> None:
+        """A host whose device is of no use is left alone for a while; the actor after it keeps its GPU."""
+        for slot in self._slots.values():
+            if slot.device is not None and slot.device is device:
+                slot.device.give_up(UnfitHost(f"{slot.device.host}: {error.message}"))
 
     def close(self) -> None:
         """No device joins any more; leaves the cluster once those that are there were closed."""
@@ -316,7 +322,7 @@ class RayDevices:
 
     async def _await_end(self, slot: _Slot, device: RayDevice) -> None:
         error = await device.lost()
-        if isinstance(error, OtherWeights):
+        if isinstance(error, UnfitHost):
             self._bar(device.host, error.message)
         elif self._placement.is_answering:
             self._why = error.message

@@ -180,18 +180,21 @@ class AttemptRecorder:
         job.log.append(header)
         for chunk in split_chunks(header.prompt_index, image.data):
             job.log.append(chunk)
-        attempt.unstored = await self._put(job, header, image.data) or attempt.unstored
+        attempt.unstored = await self._put(attempt, header, image.data) or attempt.unstored
 
-    async def _put(self, job: Job, header: ImageHeader, data: bytes) -> StoreError | None:
+    async def _put(self, attempt: Attempt, header: ImageHeader, data: bytes) -> StoreError | None:
         """Stores an image, on a full disk once there is room; why not, where the job or the server is stopped
-        before.
+        before, or the attempt's device is lost.
         """
+        job = attempt.job
         while True:
             try:
                 await self._store.put_image(job, header, data)
             except StoreError as error:
                 is_lasting = not isinstance(error, StoreUnavailable) or not self._store.is_durable
                 if is_lasting or job.cancellation.cause is not None or await self._completion.stops_meanwhile():
+                    return error
+                if attempt.is_over:  # the next one has images of its own, and nobody would let go of this one
                     return error
             else:
                 return None

@@ -89,6 +89,11 @@ class Backlog:
         """How many run; may be asked from any thread."""
         return len(self._running)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether jobs are taken, and given out."""
+        return self._is_open
+
     def open(self) -> None:
         """Takes jobs from now on."""
         self._is_open = True

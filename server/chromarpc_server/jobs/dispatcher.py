@@ -185,16 +185,27 @@ class Dispatcher:
 
     async def _next(self, losing: asyncio.Task[DeviceError]) -> ScheduledJob | None:
         """The next job; None where the device is found to be lost first."""
-        taking = asyncio.ensure_future(self._backlog.next(self))
-        try:
-            await asyncio.wait({taking, losing}, return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
+        while True:
+            taking = asyncio.ensure_future(self._backlog.next(self))
+            try:
+                await asyncio.wait({taking, losing}, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                if taking.done():
+                    self._backlog.requeue(taking.result())
+                raise
+            finally:
+                if not taking.done():
+                    taking.cancel()  # the backlog has the job that it might have given
+                    await asyncio.gather(taking, return_exceptions=True)
+            if taking.cancelled():
+                return None
+            if self._backlog.is_open and not losing.done():
                 return taking.result()
-            return None
-        finally:
-            if not taking.done():
-                taking.cancel()  # the backlog has the job that it might have given
-                await asyncio.gather(taking, return_exceptions=True)
+            # Since it was taken the device was lost, or the server began to stop, which waits for no job that had
+            # not begun.
+            self._backlog.requeue(taking.result())
+            if losing.done():
+                return None
 
     async def _run(self, scheduled: ScheduledJob) -> DeviceError | None:
         """Has the device run a job. Returns why the device is lost, where it is."""

@@ -65,6 +65,9 @@ class Fleet:
         self._dispatchers: list[Dispatcher] = []
         """In the order in which they joined, lost ones included."""
         self._preloads: list[Preload] = []
+        self._late: list[Dispatcher] = []
+        """Of devices that joined while others were loading: they load what there is to load from `start` on."""
+        self._joining: set[asyncio.Task[None]] = set()
         self._is_running = False
         self._is_stopping = False
 
@@ -80,16 +83,21 @@ class Fleet:
         """Makes a model resident on every device, on those that join later too.
 
         Raises:
-            ChromaError: one cannot load it.
+            ChromaError: one cannot load it, or is lost meanwhile where no other may come in its place.
         """
         self._preloads.append(preload)
-        await asyncio.gather(*(_load(dispatcher.device, preload) for dispatcher in self._working()))
+        early = [dispatcher for dispatcher in self._working() if dispatcher not in self._late]
+        await asyncio.gather(*(self._load_early(dispatcher, preload) for dispatcher in early))
 
     def start(self) -> None:
         """Runs jobs from now on."""
         self._is_running = True
         for dispatcher in self._working():
-            self._begin(dispatcher)
+            if dispatcher in self._late:
+                self._begin_once_loaded(dispatcher, is_first=False)
+            else:
+                self._begin(dispatcher)
+        self._late.clear()
 
     @property
     def devices(self) -> tuple[DeviceStatus, ...]:
@@ -109,6 +117,8 @@ class Fleet:
         """Returns once no job runs; those that run may take `grace_s`, and are stopped then. No device joins."""
         self._is_stopping = True
         self._source.close()
+        for joining in self._joining:
+            joining.cancel()  # loading a model may take longer than all jobs that run
         await asyncio.gather(*(dispatcher.finish_running(grace_s) for dispatcher in self._dispatchers))
 
     def stop_running(self) -> None:
@@ -143,24 +153,44 @@ class Fleet:
         ]
         self._dispatchers.append(dispatcher)
         if self._is_running:
-            self._tasks.start(self._join_late(dispatcher, is_first=not was_available))
+            self._begin_once_loaded(dispatcher, is_first=not was_available)
+        elif self._preloads:
+            self._late.append(dispatcher)
+
+    def _begin_once_loaded(self, dispatcher: Dispatcher, *, is_first: bool) -> None:
+        joining = self._tasks.start(self._join_late(dispatcher, is_first=is_first))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
 
     async def _join_late(self, dispatcher: Dispatcher, *, is_first: bool) -> None:
         """What was preloaded is loaded there first, as it was on the others."""
         try:
             for preload in self._preloads:
                 await _load(dispatcher.device, preload)
-        except ChromaError as error:
-            lost = (
-                error if isinstance(error, DeviceError) else DeviceLost(f"it cannot load a model: {error.message}")
-            )
+        except DeviceError as error:
+            dispatcher.give_up(error)
+            return
+        except Exception as error:  # the others go on without this one
+            if not isinstance(error, ChromaError):
+                log.exception("device.cannot_load", extra={"device": dispatcher.device.description.id})
+            why = error.message if isinstance(error, ChromaError) else type(error).__name__
+            lost = DeviceLost(f"it cannot load a model: {why}")
             dispatcher.give_up(lost)
+            self._source.refuse(dispatcher.device, lost)
             return
         if self._is_stopping:
             return
         self._begin(dispatcher)
         if is_first:
             self._on_available(True)
+
+    async def _load_early(self, dispatcher: Dispatcher, preload: Preload) -> None:
+        try:
+            await _load(dispatcher.device, preload)
+        except DeviceError as error:
+            if not self._source.waits_for_more:
+                raise
+            dispatcher.give_up(error)
 
     def _begin(self, dispatcher: Dispatcher) -> None:
         self._backlog.join(dispatcher)

@@ -104,6 +104,10 @@ class DeviceSource(Protocol):
         """Why there is no device now, in one sentence; empty where there need be none until a job comes."""
         ...
 
+    def refuse(self, device: Device, error: DeviceError) -> None:
+        """A device that joined late is of no use, as whoever has it found: it counts as lost."""
+        ...
+
     def close(self) -> None:
         """Lets no more devices join; those that did are closed by whoever has them."""
         ...

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from chromarpc_server.domain.errors import DeviceError
 from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import PROFILES, DeviceChoice
 from chromarpc_server.runtime.device import Device
@@ -64,6 +65,9 @@ class LocalDevices:
     def missing(self) -> str:
         """Where all are lost."""
         return "every device of this host is lost"
+
+    def refuse(self, device: Device, error: DeviceError) -> None:
+        """Does not happen: nothing joins later."""
 
     def close(self) -> None:
         """Nothing joins later."""
