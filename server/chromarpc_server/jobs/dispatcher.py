@@ -201,8 +201,8 @@ class Dispatcher:
                 return None
             if self._backlog.is_open and not losing.done():
                 return taking.result()
-            # Since it was taken the device was lost, or the server began to stop, which waits only for jobs that had
-            # begun by then.
+            # Since it was taken the device was lost, or the server began to stop, which waits for no job that had
+            # not begun.
             self._backlog.requeue(taking.result())
             if losing.done():
                 return None

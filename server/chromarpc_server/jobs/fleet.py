@@ -170,9 +170,9 @@ class Fleet:
         except DeviceError as error:
             dispatcher.give_up(error)
             return
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on without this one
+        except Exception as error:  # the others go on without this one
             if not isinstance(error, ChromaError):
-                log.error("device.cannot_load", exc_info=error, extra={"device": dispatcher.device.description.id})
+                log.exception("device.cannot_load", extra={"device": dispatcher.device.description.id})
             why = error.message if isinstance(error, ChromaError) else type(error).__name__
             lost = DeviceLost(f"it cannot load a model: {why}")
             dispatcher.give_up(lost)
