@@ -79,6 +79,16 @@ async def test_a_stranger_is_hung_up_on(
     assert token not in caplog.text
 
 
+@pytest.mark.parametrize("changes", [{"versions": []}, {"pid": float("inf")}, {"pid": None}])
+async def test_an_actor_that_says_nonsense_of_itself_is_hung_up_on(
+    port: HostsPort, arrived: Arrived, changes: dict[str, Any]
+) -> None:
+    link = await _connect(port)
+    link.greet(_greeting("a", port.expect("a"), **changes))
+    assert await _is_hung_up_on(link)
+    assert arrived.empty()
+
+
 async def test_a_token_that_was_withdrawn_is_none(port: HostsPort, arrived: Arrived) -> None:
     token = port.expect("a")
     port.forget("a")

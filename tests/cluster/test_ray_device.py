@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.cluster.ray_device import HostFailed
+from chromarpc_server.cluster import outgoing_files
+from chromarpc_server.cluster.messages import Opened, Resident
+from chromarpc_server.cluster.ray_device import HostFailed, RayDevice
 from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import (
     DeviceHung,
@@ -82,6 +84,42 @@ async def test_an_adapter_is_sent_to_a_host_once(tiny_checkpoint: Path, tmp_path
         assert [one.stem for one in kept] == [hashlib.sha256(file.path.read_bytes()).hexdigest()]
         for device in devices:
             device.close()
+
+
+async def test_an_adapter_whose_sending_was_stopped_is_sent_anew(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing_files, "PIECE_BYTES", 64)
+    file, what = _adapter(tmp_path), plan("aitk.safetensors", preview=None)
+    folder, cancellation = tmp_path / "content", Cancellation()
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        device = await set_up.device()
+        await device.open()
+        stopped = asyncio.create_task(run(device, work(tiny_checkpoint, what, (file,), cancellation)))
+        async with asyncio.timeout(30):
+            while not list(folder.glob("*.part")):  # noqa: ASYNC110 - another process would look so too
+                await asyncio.sleep(0.001)
+        cancellation.cancel(JobCancelled("by the caller"))
+        with pytest.raises(JobCancelled):
+            await stopped
+        await run(device, work(tiny_checkpoint, what, (file,)))
+        device.close()
+
+
+async def test_an_actor_that_says_what_makes_no_sense_is_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        token = set_up.port.expect("odd")
+        link = await set_up.connect()
+        link.greet({"actor": "odd", "token": token, "host": "odd", "pid": 1, "versions": {}})
+        _, said, ours = await set_up.arrived.get()
+        device = RayDevice(
+            "ray:1", said.host, ours, set_up.files, set_up.revisions, set_up.running_time, set_up.settings
+        )
+        link.send(Opened(DeviceDescription("ray:1", "GPU", 1, "float32", ("reference",))))
+        await device.open()
+        link.send(Resident(5))  # type: ignore[arg-type]
+        assert "cannot be understood" in (await asyncio.wait_for(device.lost(), 5)).message
+        link.abort()
 
 
 async def test_a_hosts_damaged_copy_is_fetched_anew(tiny_checkpoint: Path, tmp_path: Path) -> None:

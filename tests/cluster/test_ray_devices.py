@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -36,6 +37,12 @@ class FakeRay:
         self.versions = dict(own_versions())
         self.fails: str | None = None
         """What starting an actor fails with."""
+        self.odd = 0
+        """So many of the first actors have another torch, each on a host of its own."""
+        self.dying = 0
+        """So many of the first actors end once they are asked to open their device."""
+        self.is_late = False
+        """Whether there is no cluster yet when it is joined."""
         self.is_closed = False
         self.actors: dict[str, asyncio.Task[None]] = {}
         self.asked = 0
@@ -44,7 +51,8 @@ class FakeRay:
 
     def open(self, listener: Placing) -> None:
         self._listener = listener
-        self.up()
+        if not self.is_late:
+            self.up()
 
     def up(self) -> None:
         assert self._listener is not None
@@ -90,12 +98,19 @@ class FakeRay:
             {
                 "actor": invitation.actor,
                 "token": invitation.token,
-                "host": "gpu-1",
+                "host": f"odd-{self.odd}" if self.odd > 0 else "gpu-1",
                 "pid": 7,
-                "versions": self.versions,
+                "versions": self.versions | ({"torch": "1.0"} if self.odd > 0 else {}),
             }
         )
-        await HostServer(link).serve()
+        self.odd -= 1
+        if self.dying > 0:
+            self.dying -= 1
+            await link.receive()
+            link.abort()
+            assert self._listener is not None
+            return self._listener.actor_ended(invitation.actor, "")
+        return await HostServer(link).serve()
 
 
 @asynccontextmanager
@@ -107,6 +122,7 @@ async def source(
     jobs: Callable[[], int] = lambda: 0,
     idle_s: float = 0.1,
     preload: tuple[str, ...] = (),
+    port: int = 0,
 ) -> AsyncIterator[tuple[RayDevices, list[Device]]]:
     running_time = RunningTime()
     hosts = HostSettings(
@@ -117,7 +133,9 @@ async def source(
         preloaded_models=preload,
     )
     devices = RayDevices(
-        cast(RayPlacement, ray), ClusterSettings(size, hosts, ("reference",), idle_s=idle_s), running_time
+        cast(RayPlacement, ray),
+        ClusterSettings(size, hosts, ("reference",), port=port, idle_s=idle_s),
+        running_time,
     )
     devices.follow(jobs, lambda: None)
     joined: list[Device] = []
@@ -214,6 +232,66 @@ async def test_the_number_follows_the_jobs_between_its_bounds(tiny_checkpoint: P
         for device in joined:
             assert isinstance(await device.lost(), DeviceWithdrawn)
         await _until(lambda: not ray.actors)
+
+
+async def test_the_least_number_is_kept_when_others_are_given_back(tiny_checkpoint: Path) -> None:
+    ray, jobs = FakeRay(room=3), 3
+    async with source(tiny_checkpoint, ClusterSize(1, 3), ray, jobs=lambda: jobs) as (_, joined):
+        await _until(lambda: len(joined) == 3)
+        jobs = 0
+        await _until(lambda: len(ray.actors) == 1)
+        await asyncio.sleep(0.2)  # it is not given back either
+        assert (len(ray.actors), ray.asked) == (1, 3)
+
+
+async def test_another_actor_is_asked_for_in_place_of_one_that_was_refused(tiny_checkpoint: Path) -> None:
+    ray = FakeRay(room=2)
+    ray.odd = 1
+    async with source(tiny_checkpoint, ClusterSize(0, 2), ray, jobs=lambda: 1) as (devices, joined):
+        await _until(lambda: joined)
+        assert devices.missing() == ""
+        assert ray.asked == 2
+
+
+async def test_an_actor_that_ends_while_it_opens_its_device_bars_nobody(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ray = FakeRay(room=1)
+    ray.dying = 1
+    async with source(tiny_checkpoint, ClusterSize(1, 1), ray) as (_, joined):
+        await _until(lambda: joined)
+    assert "actor.refused" not in caplog.messages
+
+
+async def test_a_stop_while_a_device_opens_leaves_the_cluster(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(HostServer, "_open", never)
+    ray = FakeRay(room=1)
+    async with source(tiny_checkpoint, ClusterSize(1, 1), ray) as (devices, _):
+        await asyncio.wait_for(asked.wait(), 10)
+        devices.close()
+        assert ray.is_closed
+        await asyncio.sleep(0)
+    assert "actor.refused" not in caplog.messages
+
+
+async def test_a_port_that_is_taken_is_named_until_it_is_free(tiny_checkpoint: Path) -> None:
+    ray = FakeRay(room=1)
+    ray.is_late = True
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with source(tiny_checkpoint, ClusterSize(0, 1), ray, port=port) as (devices, _):
+            ray.up()
+            await _until(lambda: "the port for actors cannot be opened" in devices.missing())
+            taken.close()
+            await _until(lambda: devices.missing() == "")
 
 
 async def test_a_head_that_is_gone_takes_its_devices_and_is_named_until_it_is_back(tiny_checkpoint: Path) -> None:

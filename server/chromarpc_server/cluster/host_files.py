@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.adapters.names import SUFFIX
+from chromarpc_server.adapters.names import SUFFIX, require_hash
 from chromarpc_server.cluster.messages import HashedFile
 from chromarpc_server.domain.errors import LoraChanged
 from chromarpc_server.durable import make_folder
@@ -31,6 +32,10 @@ LOCK_WAIT_S = 30.0
 """After which a file is fetched without the lock: whoever has it may have been stopped."""
 ABANDONED_S = 24 * 3600.0
 """A file that was begun so long ago has nobody any more who goes on with it."""
+
+_KEPT = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+_PASSING = re.compile(r"[0-9a-f]{16}\.part|[0-9a-f]{64}\.lock")
+"""What else is in the folder is not ours to delete."""
 
 Pieces = Callable[[], Awaitable[tuple[bytes, bool]]]
 """The next bytes of a file, and whether they are the last."""
@@ -49,23 +54,26 @@ class HostFiles:
         self._folder = folder
         self._max_bytes = max_bytes
 
-    async def have(self, wanted: HashedFile, fetch: Callable[[], Awaitable[Pieces]]) -> AdapterFile:
+    async def have(
+        self, wanted: HashedFile, fetch: Callable[[], Awaitable[Pieces]], check: Callable[[], None] = lambda: None
+    ) -> AdapterFile:
         """The file; fetched if the host does not have it.
 
         Args:
             wanted: which.
             fetch: begins to fetch it.
+            check: called while another actor fetches it; may raise to stop.
 
         Raises:
-            ChromaError: it cannot be fetched.
+            ChromaError: it cannot be fetched, or what `check` raised.
             OSError: the folder cannot be written.
         """
-        path = self._folder / f"{wanted.sha256}{SUFFIX}"
+        path = self._folder / f"{require_hash(wanted.sha256, 'sha256')}{SUFFIX}"
         if await asyncio.to_thread(_touch, path, wanted.size_bytes):
             return await asyncio.to_thread(_as_file, path, wanted)
         await asyncio.to_thread(self._make_room, wanted.size_bytes)
         lock = FileLock(path.with_suffix(".lock"), thread_local=False)
-        await _acquire(lock)
+        await _acquire(lock, check)
         try:
             # Another actor may have fetched it while this one waited.
             if not await asyncio.to_thread(_touch, path, wanted.size_bytes):
@@ -105,9 +113,9 @@ class HostFiles:
         for path in self._folder.iterdir():
             with suppress(OSError):
                 status = path.stat()
-                if path.suffix == SUFFIX:
+                if _KEPT.fullmatch(path.name):
                     files.append((status.st_mtime, status.st_size, path))
-                elif now - status.st_mtime > ABANDONED_S:
+                elif _PASSING.fullmatch(path.name) and now - status.st_mtime > ABANDONED_S:
                     path.unlink()
         held = sum(size for _, size, _ in files)
         for used_at, size, path in sorted(files):
@@ -118,12 +126,13 @@ class HostFiles:
                 held -= size
 
 
-async def _acquire(lock: FileLock) -> None:
+async def _acquire(lock: FileLock, check: Callable[[], None]) -> None:
     until = time.monotonic() + LOCK_WAIT_S
     while time.monotonic() < until:
         try:
             lock.acquire(blocking=False)
         except Timeout:
+            check()
             await asyncio.sleep(LOCK_POLL_S)
         else:
             return

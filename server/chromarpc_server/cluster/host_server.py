@@ -107,6 +107,7 @@ class HostServer:
         self._models = ModelFiles()
         self._files = HostFiles(default_data_dir(), 0)
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._fetches = 0
         self._current: tuple[int, Cancellation] = (0, Cancellation())
         self._working: asyncio.Task[None] | None = None
         self._reports: list[Report] = []
@@ -129,7 +130,7 @@ class HostServer:
                     case Cancel(epoch=epoch, cause=cause):
                         if epoch == self._current[0]:
                             self._current[1].cancel(cause)
-                    case Piece():
+                    case Piece(fetch=fetch) if fetch == self._fetches:
                         self._pieces.put_nowait(message)
         except (EOFError, OSError, NotOurs):
             return  # whatever it computes, nobody waits for it
@@ -220,7 +221,7 @@ class HostServer:
         device = self._require_device()
         model_files = await asyncio.to_thread(self._require_files, message.plan.served_model)
         adapters = [
-            await self._files.have(adapter, partial(self._fetch, adapter, cancellation))
+            await self._files.have(adapter, partial(self._fetch, adapter, cancellation), cancellation.check)
             for adapter in message.adapters
         ]
         work = Work(message.id, message.plan, model_files, tuple(adapters), cancellation)
@@ -233,17 +234,16 @@ class HostServer:
         return done
 
     async def _fetch(self, wanted: HashedFile, cancellation: Cancellation) -> Pieces:
-        while not self._pieces.empty():  # of a file that was given up
-            self._pieces.get_nowait()
-        self._link.send(Wanted(wanted.sha256))
+        # Pieces of one that was given up may still come, and are dropped.
+        self._fetches += 1
+        pieces = self._pieces = asyncio.Queue()
+        self._link.send(Wanted(wanted.sha256, self._fetches))
 
         async def next_piece() -> tuple[bytes, bool]:
             while True:
                 cancellation.check()
                 with suppress(TimeoutError):
-                    piece = await asyncio.wait_for(self._pieces.get(), BEAT_EVERY_S)
-                    if piece.sha256 != wanted.sha256:
-                        continue
+                    piece = await asyncio.wait_for(pieces.get(), BEAT_EVERY_S)
                     if piece.error is not None:
                         raise piece.error
                     return piece.data, piece.is_last

@@ -96,7 +96,7 @@ class HostsPort:
             said = await asyncio.wait_for(link.greeting(), GREETING_S)
             actor = self._known(said)
             greeting = Greeting(str(said["host"])[:255], int(said["pid"]), _texts(said["versions"]))
-        except (EOFError, OSError, TimeoutError, NotOurs, KeyError, TypeError, ValueError) as error:
+        except (EOFError, OSError, NotOurs, LookupError, TypeError, ValueError, ArithmeticError) as error:
             peer = writer.get_extra_info("peername")
             # Not what it said: a token may be in it.
             log.warning("cluster.stranger", extra={"peer": str(peer), "cause": type(error).__name__})
@@ -120,5 +120,7 @@ class HostsPort:
         return actor
 
 
-def _texts(versions: Mapping[str, object]) -> dict[str, str]:
+def _texts(versions: object) -> dict[str, str]:
+    if not isinstance(versions, dict):
+        raise NotOurs("not versions")
     return {str(name)[:64]: str(version)[:64] for name, version in list(versions.items())[:64]}

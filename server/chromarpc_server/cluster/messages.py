@@ -115,13 +115,15 @@ class Wanted:
     """From the actor: a file that its host does not have."""
 
     sha256: str
+    fetch: int
+    """Counts; the pieces of an earlier one may still be on their way."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """To the actor: bytes of a file that it wanted."""
 
-    sha256: str
+    fetch: int
     data: bytes = field(repr=False)
     is_last: bool = False
     error: ChromaError | None = None

@@ -10,7 +10,7 @@ from io import BufferedReader
 
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.cluster.link import Link
-from chromarpc_server.cluster.messages import PIECE_BYTES, HashedFile, Piece
+from chromarpc_server.cluster.messages import PIECE_BYTES, HashedFile, Piece, Wanted
 from chromarpc_server.domain.errors import ChromaError, LoraChanged, LoraInvalid, LoraNotFound
 
 MAX_REMEMBERED = 10_000
@@ -61,7 +61,7 @@ class OutgoingFiles:
                 del self._files[its_hash]
 
 
-async def send_file(link: Link, file: AdapterFile | None, sha256: str) -> None:
+async def send_file(link: Link, file: AdapterFile | None, wanted: Wanted) -> None:
     """Sends a file's bytes, or what is wrong with it.
 
     Raises:
@@ -77,12 +77,12 @@ async def send_file(link: Link, file: AdapterFile | None, sha256: str) -> None:
             error = LoraInvalid("the file cannot be read")
         else:
             with stream:
-                return await _send(link, file, stream, sha256)
-    link.send(Piece(sha256, b"", is_last=True, error=error))
+                return await _send(link, file, stream, wanted)
+    link.send(Piece(wanted.fetch, b"", is_last=True, error=error))
     return await link.drain()
 
 
-async def _send(link: Link, file: AdapterFile, stream: BufferedReader, sha256: str) -> None:
+async def _send(link: Link, file: AdapterFile, stream: BufferedReader, wanted: Wanted) -> None:
     digest, is_last = hashlib.sha256(), False
     while not is_last:
         error: ChromaError | None = None
@@ -90,7 +90,7 @@ async def _send(link: Link, file: AdapterFile, stream: BufferedReader, sha256: s
             data = await asyncio.to_thread(stream.read, PIECE_BYTES)
             digest.update(data)
             is_last = len(data) < PIECE_BYTES
-            if is_last and digest.hexdigest() != sha256:
+            if is_last and digest.hexdigest() != wanted.sha256:
                 # Said here, where it is known whose fault that is: a host sees other bytes only.
                 file.require_read(digest.hexdigest())
                 error = LoraChanged("the adapter was written anew while it was sent to the device's host")
@@ -99,7 +99,7 @@ async def _send(link: Link, file: AdapterFile, stream: BufferedReader, sha256: s
         except OSError:
             error = LoraInvalid("the file cannot be read")
         is_last = is_last or error is not None
-        link.send(Piece(sha256, b"" if error else data, is_last=is_last, error=error))
+        link.send(Piece(wanted.fetch, b"" if error else data, is_last=is_last, error=error))
         await link.drain()
 
 

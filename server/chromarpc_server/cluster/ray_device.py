@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,13 @@ class _Call:
     ended: asyncio.Future[WorkDone | None]
     files: dict[str, AdapterFile] = field(default_factory=dict)
     """What the actor may ask for."""
+    sending: asyncio.Task[None] | None = None
+    """Of the file that it asked for last."""
+
+    def stop_sending(self) -> None:
+        """Nobody waits for the rest of it."""
+        if self.sending is not None:
+            self.sending.cancel()
 
 
 class RayDevice:
@@ -161,6 +168,8 @@ class RayDevice:
 
     async def run(self, work: Work, emit: Emit) -> WorkDone:
         """See `Device.run`."""
+        # Not while it is found out what it is to be sent.
+        self.idle_since = self._running_time.now()
         named = await self._files.named(work.adapter_files)
         files = {one.sha256: file for one, file in zip(named, work.adapter_files, strict=True)}
 
@@ -252,6 +261,7 @@ class RayDevice:
             self._link.send(Cancel(current.epoch, DeviceLost("the server stops")))
             raise
         finally:
+            current.stop_sending()
             self._call = None
             self.idle_since = self._running_time.now()
             if self._retired is not None:
@@ -284,6 +294,9 @@ class RayDevice:
             self._end(DeviceLost(f"the connection to the actor on {self._host} ended"))
         except NotOurs as error:
             self._end(DeviceLost(f"the actor on {self._host} sends what cannot be understood: {error}"))
+        except Exception:  # whatever it is, nobody would read on
+            log.exception("device.unreadable", extra={"device": self._id, "host": self._host})
+            self._end(DeviceLost(f"the actor on {self._host} sends what cannot be understood"))
 
     def _take(self, message: Any) -> None:
         match message:
@@ -300,9 +313,11 @@ class RayDevice:
                 self._snapshot = snapshot
                 if difference := self._revisions.difference(dict(snapshot.revisions)):
                     self._end(OtherWeights(f"{self._host} has {difference}"))
-            case Wanted(sha256=sha256):
-                file = None if self._call is None else self._call.files.get(sha256)
-                self._start(self._send(file, sha256))
+            case Wanted():
+                if self._call is not None:
+                    self._call.stop_sending()
+                    file = self._call.files.get(message.sha256)
+                    self._call.sending = self._start(self._send(file, message))
             case Logged():
                 write_here(message, device=self._id, host=self._host)
 
@@ -319,9 +334,9 @@ class RayDevice:
         else:
             call.ended.set_result(ended.done)
 
-    async def _send(self, file: AdapterFile | None, sha256: str) -> None:
+    async def _send(self, file: AdapterFile | None, wanted: Wanted) -> None:
         with suppress(OSError):
-            await send_file(self._link, file, sha256)
+            await send_file(self._link, file, wanted)
 
     async def _watch(self) -> None:
         limit_s = min(MAX_SILENCE_S, self._settings.timeouts.step_s + AFTER_STEP_S)
@@ -339,10 +354,11 @@ class RayDevice:
         known = self._files.here(sha256, size_bytes)
         return known or AdapterFile(Path(sha256), size_bytes, 0, 0, 0, Path(), sha256)
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _end(self, error: DeviceError) -> DeviceError:
         """Nothing that the actor still says is listened to."""

@@ -18,7 +18,7 @@ from chromarpc_server.cluster.outgoing_files import OutgoingFiles
 from chromarpc_server.cluster.placement import RayPlacement
 from chromarpc_server.cluster.ray_device import OtherWeights, RayDevice, Revisions
 from chromarpc_server.cluster.versions import differences, own_versions
-from chromarpc_server.domain.errors import ChromaError, DeviceLost
+from chromarpc_server.domain.errors import ChromaError, DeviceHung, DeviceLost
 from chromarpc_server.runtime.device import Device, DeviceWithdrawn
 from chromarpc_server.runtime.running_time import RunningTime
 
@@ -97,6 +97,7 @@ class RayDevices:
         self._not_before = 0.0
         self._is_closed = False
         self._changed = asyncio.Event()
+        self._listening = asyncio.Lock()
         self._failed_to_listen: OSError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -155,6 +156,8 @@ class RayDevices:
         for slot in list(self._slots.values()):
             if slot.device is None:
                 self._drop(slot)
+            elif not slot.is_joined:
+                slot.device.close()
         self._leave_if_empty()
 
     # What placement says.
@@ -187,29 +190,43 @@ class RayDevices:
         if slot.device is not None:
             slot.device.give_up(DeviceLost(f"Ray says that the actor of {slot.device.host} ended"))
             return
-        self._slots.pop(actor)
-        self._port.forget(actor)
+        self._drop(slot)
+        self._failed(why or "it ended")
+
+    def _failed(self, why: str) -> None:
+        self._delay()
+        self._why = f"an actor could not be started: {why}"
+        log.warning("actor.failed", extra={"why": why})
+
+    def _delay(self) -> None:
+        """What failed is tried again ever later."""
         self._failures += 1
         self._not_before = self._running_time.now() + min(2.0 ** (self._failures - 1), MAX_BACKOFF_S)
-        self._why = f"an actor could not be started: {why or 'it ended'}"
-        log.warning("actor.failed", extra={"why": why})
 
     # Keeping the number.
 
     async def _listen(self, host: str) -> None:
-        if not self._port.is_open:
-            try:
-                await self._port.open(host, self._settings.port)
-            except OSError as error:
-                log.critical("cluster.cannot_listen", extra={"host": host, "port": self._settings.port})
-                self._failed_to_listen = error
         self._address = host
+        async with self._listening:
+            if not self._port.is_open:
+                try:
+                    await self._port.open(host, self._settings.port)
+                except OSError as error:
+                    log.critical("cluster.cannot_listen", extra={"host": host, "port": self._settings.port})
+                    self._failed_to_listen = error
+                    self._delay()
+                    self._why = f"the port for actors cannot be opened: {error.strerror or error}"
+                else:
+                    self._failed_to_listen = None
+                    self._failures, self._not_before = 0, 0.0
         self._changed.set()
         self._look()
 
     async def _tend(self) -> None:
         while not self._is_closed:
             await asyncio.sleep(LOOK_EVERY_S)
+            if self._failed_to_listen is not None and self._running_time.now() >= self._not_before:
+                await self._listen(self._address)
             self._look()
             was_missing, self._was_missing = self._was_missing, self.missing()
             if self._was_missing != was_missing:
@@ -223,28 +240,40 @@ class RayDevices:
             if slot.held_until is not None and now >= slot.held_until:
                 self._drop(slot)
         self._barred = {host: until for host, until in self._barred.items() if until > now}
-        wanted = self._wanted()
-        while len(self._slots) < wanted and now >= self._not_before:
+        wanted, size = self._wanted(), self._settings.size
+        # Those that are held draw nothing: others are asked for in their place, as far as there may be any.
+        room = max(size.most or 0, self._in_cluster()) - len(self._slots)
+        for _ in range(min(wanted - self._usable(), room) if now >= self._not_before else 0):
             self._ask()
+        surplus = max(0, self._usable() - wanted)
         waiting = [slot for slot in self._slots.values() if slot.device is None and slot.held_until is None]
-        for slot in reversed(waiting):
-            if len(self._slots) > wanted:
-                self._drop(slot)
-        if self._settings.size.follows_jobs:
-            self._give_back_idle(wanted, now)
+        for slot in waiting[::-1][:surplus]:
+            self._drop(slot)
+        if size.follows_jobs:
+            self._give_back_idle(self._usable() - wanted, now)
 
-    def _give_back_idle(self, wanted: int, now: float) -> None:
-        for slot in list(self._slots.values()):
-            device = slot.device
-            if len(self._slots) <= wanted or device is None or not slot.is_joined or device.is_busy:
-                continue
-            if now - device.idle_since >= self._settings.idle_s:
-                device.retire(DeviceWithdrawn(f"{device.host} was given back after {self._settings.idle_s:g} s"))
+    def _give_back_idle(self, surplus: int, now: float) -> None:
+        unused = [
+            device
+            for slot in self._slots.values()
+            if (device := slot.device) is not None and slot.is_joined and not device.is_gone and not device.is_busy
+            if now - device.idle_since >= self._settings.idle_s
+        ]
+        for device in unused[: max(0, surplus)]:
+            device.retire(DeviceWithdrawn(f"{device.host} was given back after {self._settings.idle_s:g} s"))
+
+    def _usable(self) -> int:
+        return sum(
+            slot.held_until is None and (slot.device is None or not slot.device.is_gone)
+            for slot in self._slots.values()
+        )
+
+    def _in_cluster(self) -> int:
+        cluster = self._placement.cluster
+        return cluster.cpus if self._settings.hosts.device == "cpu" else cluster.gpus
 
     def _wanted(self) -> int:
-        cluster = self._placement.cluster
-        in_cluster = cluster.cpus if self._settings.hosts.device == "cpu" else cluster.gpus
-        return self._settings.size.wanted(in_cluster=in_cluster, jobs=self._jobs())
+        return self._settings.size.wanted(in_cluster=self._in_cluster(), jobs=self._jobs())
 
     def _ask(self) -> None:
         actor = secrets.token_hex(8)
@@ -293,11 +322,18 @@ class RayDevices:
             description = await device.open()
         except ChromaError as error:
             slot.device = None
-            self._refuse(slot, link, host, error.message)
+            if device.is_gone and not isinstance(error, OtherWeights | DeviceHung):
+                # Nothing is wrong with the host: what was to be its device ended, or is not wanted any more.
+                self._drop(slot)
+                if self._placement.is_answering and not self._is_closed:
+                    self._failed(error.message)
+            else:
+                self._refuse(slot, link, host, error.message)
             return
         if self._is_closed or slot.actor not in self._slots:
             device.close()
             self._drop(slot)
+            self._leave_if_empty()
             return
         self._failures = 0
         log.info(

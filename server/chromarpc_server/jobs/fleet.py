@@ -65,6 +65,8 @@ class Fleet:
         self._dispatchers: list[Dispatcher] = []
         """In the order in which they joined, lost ones included."""
         self._preloads: list[Preload] = []
+        self._behind: set[Dispatcher] = set()
+        """Joined while a model was preloaded on the others."""
         self._is_running = False
         self._is_stopping = False
 
@@ -83,13 +85,25 @@ class Fleet:
             ChromaError: one cannot load it.
         """
         self._preloads.append(preload)
-        await asyncio.gather(*(_load(dispatcher.device, preload) for dispatcher in self._working()))
+        await asyncio.gather(*(self._load_first(dispatcher, preload) for dispatcher in self._working()))
+
+    async def _load_first(self, dispatcher: Dispatcher, preload: Preload) -> None:
+        try:
+            await _load(dispatcher.device, preload)
+        except DeviceError as error:
+            if not self._source.waits_for_more:
+                raise
+            dispatcher.give_up(error)
 
     def start(self) -> None:
         """Runs jobs from now on."""
         self._is_running = True
         for dispatcher in self._working():
-            self._begin(dispatcher)
+            if dispatcher in self._behind:
+                self._tasks.start(self._join_late(dispatcher, is_first=False))
+            else:
+                self._begin(dispatcher)
+        self._behind.clear()
 
     @property
     def devices(self) -> tuple[DeviceStatus, ...]:
@@ -142,6 +156,8 @@ class Fleet:
             if other.state is not DeviceState.LOST or other.device.description.id != same
         ]
         self._dispatchers.append(dispatcher)
+        if self._preloads and not self._is_running:
+            self._behind.add(dispatcher)
         if self._is_running:
             self._tasks.start(self._join_late(dispatcher, is_first=not was_available))
 
