@@ -81,12 +81,13 @@ async def test_a_stranger_is_hung_up_on(
 
 @pytest.mark.parametrize("changes", [{"versions": []}, {"pid": float("inf")}, {"pid": None}])
 async def test_an_actor_that_says_nonsense_of_itself_is_hung_up_on(
-    port: HostsPort, arrived: Arrived, changes: dict[str, Any]
+    port: HostsPort, arrived: Arrived, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     link = await _connect(port)
     link.greet(_greeting("a", port.expect("a"), **changes))
     assert await _is_hung_up_on(link)
     assert arrived.empty()
+    assert caplog.messages == ["cluster.stranger"]
 
 
 async def test_a_token_that_was_withdrawn_is_none(port: HostsPort, arrived: Arrived) -> None:

@@ -253,6 +253,35 @@ def test_a_server_whose_devices_may_come_back_keeps_its_jobs_and_goes_on(
         assert client.health() is chromarpc.HealthStatus.SERVING
 
 
+def test_a_device_that_is_lost_while_it_preloads_stops_no_start_where_more_may_come(
+    serve_with: Callable[..., RunningServer],
+) -> None:
+    class Failing(Card):
+        async def load(self, *_: Any) -> None:
+            raise DeviceLost("it has other weights")
+
+    cards = Cards([Failing("a", "A"), Card("b", "A")], waits_for_more=True)
+    server = serve_with(cards, preload=["chroma-mini"], warm_up=["64x64"])
+    with chromarpc.Client(server.target) as client:
+        assert client.health() is chromarpc.HealthStatus.SERVING
+        assert [device.lost_because for device in client.server_info().devices] == ["it has other weights", ""]
+
+
+def test_a_device_that_joins_while_others_preload_does_so_too(serve_with: Callable[..., RunningServer]) -> None:
+    late, cards = Card("b", "A"), Cards([], waits_for_more=True)
+
+    class First(Card):
+        async def load(self, *what: Any) -> None:
+            await late.open()
+            assert cards._join is not None
+            cards._join(late)
+            await super().load(*what)
+
+    cards.cards.append(First("a", "A"))
+    serve_with(cards, preload=["chroma-mini"], warm_up=["64x64"])
+    _until(lambda: late.loaded == ["chroma-mini"])
+
+
 def test_an_idle_device_that_is_lost_is_given_no_job(serve_with: Callable[..., RunningServer]) -> None:
     first, second = Card("a", "A"), Card("b", "A")
     server = serve_with(Cards([first, second]))

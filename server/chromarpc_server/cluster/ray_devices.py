@@ -328,7 +328,7 @@ class RayDevices:
             description = await device.open()
         except ChromaError as error:
             slot.device = None
-            if device.is_gone and not isinstance(error, OtherWeights | DeviceHung):
+            if device.is_gone and not isinstance(error, UnfitHost | DeviceHung):
                 # Nothing is wrong with the host: what was to be its device ended, or is not wanted any more.
                 self._drop(slot)
                 if self._placement.is_answering and not self._is_closed:
