@@ -11,13 +11,15 @@ from google.rpc import error_details_pb2
 
 from chromarpc_server.domain import errors
 from chromarpc_server.domain.error_table import BY_KIND, ENTRIES, ErrorEntry, Retry
-from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, QueueFull
+from chromarpc_server.domain.errors import ChromaError, DeviceLost, FieldViolation, InvalidParameter, QueueFull
+from chromarpc_server.runtime.device import DeviceWithdrawn
 from chromarpc_server.transport.messages import errors as status_module
-from chromarpc_server.transport.messages.errors import CODES, MAX_DETAILS_BYTES, rich_status
+from chromarpc_server.transport.messages.errors import CODES, MAX_DETAILS_BYTES, code_of, rich_status
+from chromarpc_server.transport.messages.http_errors import HttpError
 
 
 def _leaves(kind: type[ChromaError]) -> set[type[ChromaError]]:
-    below = kind.__subclasses__()
+    below = [child for child in kind.__subclasses__() if child.__module__ == errors.__name__]
     return {kind} if not below else set().union(*(_leaves(child) for child in below))
 
 
@@ -27,6 +29,15 @@ def test_the_table_is_total() -> None:
     for kind in CODES:
         assert kind.__name__ in (errors.__doc__ or "")
         assert kind.reason in (errors.__doc__ or "")
+
+
+def test_a_finer_kind_of_an_error_has_its_status() -> None:
+    error = DeviceWithdrawn("it was given back")
+    assert (code_of(error), rich_status(error).code) == (
+        code_of(DeviceLost("x")),
+        rich_status(DeviceLost("x")).code,
+    )
+    assert HttpError.of(error).status == HttpError.of(DeviceLost("x")).status
 
 
 def advised() -> Iterator[str]:

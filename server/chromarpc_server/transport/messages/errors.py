@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from chromarpc.v1 import job_event_pb2
-from chromarpc_server.domain.error_table import ENTRIES
+from chromarpc_server.domain.error_table import BY_REASON, ENTRIES
 from chromarpc_server.domain.errors import MAX_LISTED, ChromaError, FieldViolation
 from chromarpc_server.transport.messages.values import MAX_TEXT, duration, shorten
 
@@ -34,8 +34,8 @@ CODES: Mapping[type[ChromaError], grpc.StatusCode] = {
 
 
 def code_of(error: ChromaError) -> grpc.StatusCode:
-    """The gRPC status code of an error."""
-    return CODES[type(error)]
+    """The gRPC status code of an error, by its reason: finer kinds of an error have that of the error."""
+    return CODES[BY_REASON[error.reason].kind]
 
 
 def _code_number(error: ChromaError) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 from chromarpc.v1 import generation_service_pb2
-from chromarpc_server.domain.error_table import BY_KIND, BY_REASON, HttpErrorCode
+from chromarpc_server.domain.error_table import BY_REASON, HttpErrorCode
 from chromarpc_server.domain.errors import ChromaError, FieldViolation, InvalidParameter, first_named
 
 STATUS_HEADER: Final = "chromarpc-http-status"
@@ -43,7 +43,7 @@ class HttpError(Exception):
         details: dict[str, object] = dict(error.metadata)
         if error.violations:
             details["violations"] = listed(error.violations)
-        status = BY_KIND[type(error)].http_status
+        status = BY_REASON[error.reason].http_status
         return cls(status, error.reason, error.message, details, error.retry_after_s)
 
     @classmethod
