@@ -51,6 +51,12 @@ def ray_devices(text: str) -> RayDevices | None:
 DeviceNames = Annotated[str, AfterValidator(_checked)]
 
 
+def _names_one_address(host: str) -> str:
+    if parse_tcp_host(host) in ("0.0.0.0", "::", "[::]"):  # noqa: S104 - refused, not bound
+        raise ValueError(f"{host} stands for every address of this machine; name the one that hosts reach it at")
+    return parse_tcp_host(host)
+
+
 class RaySettings(BaseModel):
     """How devices of a Ray cluster are reached."""
 
@@ -61,7 +67,7 @@ class RaySettings(BaseModel):
         description="HOST:PORT of the cluster's head, or local for one of the server's own; by default "
         "RAY_ADDRESS, or a cluster that runs on this machine, or else one of its own",
     )
-    host: Annotated[str, AfterValidator(parse_tcp_host)] | None = Field(
+    host: Annotated[str, AfterValidator(_names_one_address)] | None = Field(
         None, description="address that actors reach this server at; by default this machine's, as Ray knows it"
     )
     port: int = Field(0, ge=0, le=65535, description="port for actors; 0 picks a free one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from chromarpc_server.device_settings import DeviceNames, RayDevices, ray_devices
+from chromarpc_server.device_settings import DeviceNames, RayDevices, RaySettings, ray_devices
 
 NAMES = TypeAdapter(DeviceNames)
 
@@ -28,3 +28,10 @@ def test_a_cluster_says_how_many_at_least_and_at_most() -> None:
     assert ray_devices("ray:2") == RayDevices(2, 2)
     assert ray_devices("ray:0-8") == RayDevices(0, 8)
     assert ray_devices("cpu,cpu") is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+def test_actors_are_told_an_address_and_not_a_wildcard(host: str) -> None:
+    with pytest.raises(ValidationError, match="every address"):
+        RaySettings(host=host)
+    assert RaySettings(host="10.0.0.7").host == "10.0.0.7"
