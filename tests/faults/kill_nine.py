@@ -82,7 +82,8 @@ def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
     """Does everything; the folder is left for looking at."""
     chance = random.Random(seed)
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
-    expected = expected_pictures(checkpoint, folder / "undisturbed")
+    threads = 2 if devices == 1 else 1
+    expected = expected_pictures(checkpoint, folder / "undisturbed", threads=threads)
     report, known = Report(), Known()
     data_dir = folder / "data"
     for _ in range(rounds):
@@ -90,7 +91,7 @@ def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
             _work_until_killed(server, chance, known, report)
         report.rounds += 1
         report.devices_lost += server.log.count("device.out")
-    with server_process(checkpoint, data_dir) as server:
+    with server_process(checkpoint, data_dir, threads=threads) as server:
         finish(server, known, expected, report)
         code = server.stop()
         if code:
