@@ -88,7 +88,8 @@ def run(rounds: int, seed: int, folder: Path, *, devices: int = 1) -> Report:
     data_dir = folder / "data"
     for _ in range(rounds):
         with _server(checkpoint, data_dir, devices) as server:
-            _work_until_killed(server, chance, known, report)
+            # Several devices read a model each before the first of them can be lost.
+            _work_until_killed(server, chance, known, report, life_s=MAX_LIFE_S * devices)
         report.rounds += 1
         report.devices_lost += server.log.count("device.out")
     with server_process(checkpoint, data_dir, threads=threads) as server:
@@ -127,8 +128,10 @@ def expected_pictures(checkpoint: Path, data_dir: Path, *, threads: int = 2) -> 
         }
 
 
-def _work_until_killed(server: ServerProcess, chance: random.Random, known: Known, report: Report) -> None:
-    timer = threading.Timer(chance.uniform(0, MAX_LIFE_S), server.process.kill)
+def _work_until_killed(
+    server: ServerProcess, chance: random.Random, known: Known, report: Report, *, life_s: float
+) -> None:
+    timer = threading.Timer(chance.uniform(0, life_s), server.process.kill)
     timer.start()
     try:
         with chromarpc.Client(server.target) as client:
