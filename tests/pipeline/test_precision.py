@@ -74,6 +74,24 @@ def test_another_precision_waits_until_nobody_relies_on_this_one(first: Any, sec
         assert (one.found.result(), other.found.result()) == (first or own, second or own)
 
 
+def test_what_a_hanging_thread_holds_keeps_no_other_waiting() -> None:
+    shared, own = ProductPrecision(), _setting()
+    with ThreadPoolExecutor(2) as pool:
+        hanging = _Thread(shared, "tf32", pool)
+        assert hanging.has.wait(WAIT_S)
+        (thread,) = shared._holders
+        other = _Thread(shared, "ieee", pool)
+        _until_waiting(shared, 1)
+        shared.forget(thread)
+        assert other.has.wait(WAIT_S)
+        hanging.may_go.set()  # what it lets go of now is the other one's
+        hanging.found.result()
+        assert shared._holders
+        other.may_go.set()
+        assert other.found.result() == "ieee"
+    assert _setting() == own
+
+
 @pytest.mark.parametrize(("first", "second"), [("tf32", "tf32"), ("ieee", None), (None, "ieee"), (None, None)])
 def test_threads_that_want_the_same_have_it_at_once(first: Any, second: Any) -> None:
     shared = ProductPrecision()
@@ -120,7 +138,7 @@ def test_an_error_inside_leaves_nothing_held() -> None:
     shared = ProductPrecision()
     with pytest.raises(KeyError), shared.hold("tf32"), shared.hold("ieee"):
         raise KeyError
-    assert (shared.held, shared._holders) == (None, 0)
+    assert (shared.held, shared._holders) == (None, set())
 
 
 def test_a_cpu_changes_nothing_and_waits_for_nobody() -> None:

@@ -28,7 +28,8 @@ class ProductPrecision:
         self._changed = threading.Condition()
         self._queue: deque[object] = deque()
         """Those that wait, in the order in which they came."""
-        self._holders = 0
+        self._holders: set[int] = set()
+        """Threads that hold it, each once."""
         self._now = ""
         """What the holders have; nothing while there are none."""
         self._own = ""
@@ -73,7 +74,7 @@ class ProductPrecision:
                 self._now = precision or self._own
                 if self._now != self._own:
                     torch.backends.cuda.matmul.fp32_precision = self._now
-            self._holders += 1
+            self._holders.add(threading.get_ident())
             self._changed.notify_all()
             return precision or self._own
 
@@ -81,12 +82,22 @@ class ProductPrecision:
         # cuBLAS is asked for TF32 or it is not: `ieee` and the process's own `none` are one thing to it.
         return not self._holders or ((precision or self._own) == "tf32") == (self._now == "tf32")
 
-    def _release(self) -> None:
+    def forget(self, thread: int) -> None:
+        """Nobody waits any more for what a thread holds: it gives no products, for its device hangs.
+
+        Args:
+            thread: as `threading.get_ident` says it.
+        """
         with self._changed:
-            self._holders -= 1
+            if thread not in self._holders:
+                return
+            self._holders.remove(thread)
             if not self._holders and self._now != self._own:
                 torch.backends.cuda.matmul.fp32_precision = self._own
             self._changed.notify_all()
+
+    def _release(self) -> None:
+        self.forget(threading.get_ident())
 
 
 @dataclass

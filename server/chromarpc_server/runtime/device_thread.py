@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.devices import DeviceDescription, set_current_device_id
-from chromarpc_server.domain.errors import DeviceError, DeviceLost
+from chromarpc_server.domain.errors import DeviceError, DeviceHung, DeviceLost
 from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
 from chromarpc_server.pipeline import (
     CheckpointFiles,
@@ -21,12 +23,15 @@ from chromarpc_server.pipeline import (
     translate_memory_error,
     used_memory_bytes,
 )
+from chromarpc_server.pipeline.precision import PRODUCT_PRECISION
 from chromarpc_server.runtime.host_share import HostShare
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ModelCache
 from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.runtime.watchdog import Watchdog
 from chromarpc_server.runtime.work import Emit, Report, Work, WorkDone
 from chromarpc_server.runtime.worker import DeviceWorker
+
+_T = TypeVar("_T")
 
 
 class DeviceThread:
@@ -56,6 +61,8 @@ class DeviceThread:
         """Of the thread that set it up, which read the settings."""
         self._watchdog = Watchdog(timeouts or DeviceTimeouts(), running_time, device_id=choice.id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._thread_id = 0
+        """Once it runs."""
         self._snapshot = CacheSnapshot()
         self._opened: tuple[DeviceWorker, DeviceDescription] | None = None
 
@@ -79,7 +86,7 @@ class DeviceThread:
             DeviceError: the device is lost or hangs.
         """
         call = partial(self._worker.load, model_id, files, profile, sizes)
-        await self._watchdog.guard(asyncio.get_running_loop().run_in_executor(self._thread, call))
+        await self._guarded(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
     async def run(self, work: Work, emit: Emit) -> WorkDone:
         """Does the work.
@@ -98,7 +105,15 @@ class DeviceThread:
             loop.call_soon_threadsafe(emit, report)
 
         run = partial(self._worker.run, work, hand_over)
-        return await self._watchdog.guard(loop.run_in_executor(self._thread, run))
+        return await self._guarded(loop.run_in_executor(self._thread, run))
+
+    async def _guarded(self, work: Awaitable[_T]) -> _T:
+        try:
+            return await self._watchdog.guard(work)
+        except DeviceHung:
+            # It may hang where other devices' threads wait for it.
+            PRODUCT_PRECISION.forget(self._thread_id)
+            raise
 
     async def lost(self) -> DeviceError:
         """Never returns: whether a device still works shows once it is to do something."""
@@ -138,6 +153,7 @@ class DeviceThread:
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> tuple[DeviceWorker, DeviceDescription]:
         set_current_device_id(self._choice.id)
+        self._thread_id = threading.get_ident()
         try:
             # The first thing that the device's thread does; whatever names no device there means this one.
             select_device(self._choice.device)
