@@ -14,12 +14,10 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,7 +27,7 @@ import grpc
 
 from bench.machine import commit
 from bench.results_file import Json, table
-from bench.watchers import ServerProcess
+from bench.server_process import started
 from chromarpc import Client
 from chromarpc.v1 import generation_service_pb2, job_service_pb2, job_service_pb2_grpc
 
@@ -89,21 +87,6 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-@contextmanager
-def server(command: Sequence[str], cores: set[int] | None) -> Iterator[tuple[str, ServerProcess]]:
-    """A server on some cores, or all: its address and process."""
-    pinned = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command] if cores else [*command]
-    with subprocess.Popen(pinned, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if "listens on" not in line:
-                sys.exit(f"the server did not start (exit code {process.wait()})")
-            yield line.split("listens on ", 1)[1].split()[0], ServerProcess(process.pid)
-        finally:
-            process.terminate()
-
-
 async def _drawn(target: str, request: Request, count: int) -> list[_Watched]:
     """So many jobs, handed in together and watched each."""
     async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
@@ -155,7 +138,7 @@ def measured(
     if mine is not None:
         os.sched_setaffinity(0, set(cores) - mine)
     try:
-        with server(command, mine) as (target, process):
+        with started(command, mine) as (target, process):
             with Client(target) as client:
                 count = len(client.server_info().devices)
             asyncio.run(_drawn(target, request, count))  # what is slow the first time

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import grpc
 
 from bench.machine import commit
+from bench.server_process import ServerProcess, started
 from chromarpc import Client
 from chromarpc.v1 import generation_service_pb2, job_service_pb2, job_service_pb2_grpc
 
@@ -79,39 +79,12 @@ class Created:
     p99_ms: float
 
 
-@dataclass(frozen=True)
-class ServerProcess:
-    """What Linux tells of a process."""
-
-    pid: int
-
-    def cpu_s(self) -> float:
-        """CPU seconds so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def rss_bytes(self) -> int:
-        """Resident now."""
-        pages = Path(f"/proc/{self.pid}/statm").read_text(encoding="utf-8").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
 @contextlib.contextmanager
 def server(data: str, cores: set[int], *flags: str) -> Iterator[tuple[str, ServerProcess]]:
     """A server on some cores: its address and process."""
     command = [sys.executable, "-m", "chromarpc_server", "--port", "0", "--data-dir", data]
-    command += ["--log-level", "warning", *flags]
-    with subprocess.Popen(
-        ["taskset", "-c", ",".join(map(str, cores)), *command], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if "listens on" not in line:
-                sys.exit(f"the server did not start (exit code {process.wait()})")
-            yield line.split("listens on ", 1)[1].split()[0], ServerProcess(process.pid)
-        finally:
-            process.terminate()
+    with started([*command, "--log-level", "warning", *flags], cores) as running:
+        yield running
 
 
 def _request(work: Work, steps: int) -> generation_service_pb2.GenerateRequest:
