@@ -64,6 +64,13 @@ class Watched:
         assert restarts == attempts - 1
 
 
+def drawing(start: Start) -> tuple[RayServer, Watched]:
+    """A server with two devices, and a job that one of them draws."""
+    server = start()
+    server.await_devices(2)
+    return server, Watched(server)
+
+
 def test_jobs_run_on_two_hosts_at_once_and_draw_what_a_thread_draws(
     start: Start, cluster: RayCluster, undisturbed: Undisturbed
 ) -> None:
@@ -77,9 +84,7 @@ def test_jobs_run_on_two_hosts_at_once_and_draw_what_a_thread_draws(
 
 
 def test_an_actor_that_is_killed_gives_its_job_to_another_one(start: Start, undisturbed: Undisturbed) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     os.kill(server.pid(job.device), signal.SIGKILL)
     assert job.until_restarted() < 2
     job.require_picture(undisturbed(STEPS))
@@ -89,9 +94,7 @@ def test_an_actor_that_is_killed_gives_its_job_to_another_one(start: Start, undi
 def test_a_host_that_is_killed_with_all_it_has(
     start: Start, cluster: RayCluster, undisturbed: Undisturbed
 ) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     cluster.host_of(server.pid(job.device)).kill()
     assert job.until_restarted() < 5
     job.require_picture(undisturbed(STEPS))
@@ -102,9 +105,7 @@ def test_a_host_that_is_killed_with_all_it_has(
 
 
 def test_an_actor_that_is_stopped_is_found_in_time(start: Start, undisturbed: Undisturbed) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     stopped = server.pid(job.device)
     os.kill(stopped, signal.SIGSTOP)
     assert job.until_restarted() < STEP_TIMEOUT_S + 2
@@ -117,9 +118,7 @@ def test_an_actor_that_is_stopped_is_found_in_time(start: Start, undisturbed: Un
 def test_a_host_that_is_stopped_is_found_in_time(
     start: Start, cluster: RayCluster, undisturbed: Undisturbed
 ) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     host = cluster.host_of(server.pid(job.device))
     host.signal(signal.SIGSTOP)
     assert job.until_restarted() < STEP_TIMEOUT_S + 2
@@ -130,9 +129,7 @@ def test_a_host_that_is_stopped_is_found_in_time(
 def test_a_raylet_that_is_stopped_alone_disturbs_no_job(
     start: Start, cluster: RayCluster, undisturbed: Undisturbed
 ) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     host = cluster.host_of(server.pid(job.device))
     os.kill(host.raylet, signal.SIGSTOP)
     try:
@@ -144,9 +141,7 @@ def test_a_raylet_that_is_stopped_alone_disturbs_no_job(
 def test_a_server_that_is_killed_leaves_its_jobs_to_the_next_one(
     start: Start, cluster: RayCluster, undisturbed: Undisturbed
 ) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     left = [server.pid(device) for device in server.devices()]
     server.kill()
     with pytest.raises(chromarpc.ServerUnavailable):
@@ -181,9 +176,7 @@ def test_a_head_that_is_gone_leaves_jobs_waiting_until_it_is_back(
 
 
 def test_sigterm_lets_the_job_finish_and_exits_with_0(start: Start, undisturbed: Undisturbed) -> None:
-    server = start()
-    server.await_devices(2)
-    job = Watched(server)
+    server, job = drawing(start)
     actors = [server.pid(device) for device in server.devices()]
     server.process.send_signal(signal.SIGTERM)
     job.require_picture(undisturbed(STEPS), attempts=1)
