@@ -49,7 +49,7 @@ class Fleet:
         """Opens nothing; see `open`.
 
         Args:
-            source: where devices come from; closed by `stop`.
+            source: where devices come from; closed by `finish_running`.
             dispatcher_of: makes the dispatcher of a device, with what it calls when the device is lost.
             backlog: has the jobs.
             tasks: those of the engine.
