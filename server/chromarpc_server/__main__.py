@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
-THREADS_END_S = 5.0
+THREADS_END_S = 1.0
 """How long a device's thread may take to end, once nothing is left for it to do."""
 
 _Settings = TypeVar("_Settings", bound="ServerSettings")

@@ -27,12 +27,12 @@ def faulty(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return start
 
 
-@pytest.fixture
-def undisturbed(tiny_checkpoint: Path, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def undisturbed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """SHA-256 of the image that every test here draws, as one device draws it."""
     flags = ("--store", "memory")
     with (
-        server_process(tiny_checkpoint, tmp_path / "undisturbed", *flags, threads=1) as server,
+        server_process(tiny_checkpoint, tmp_path_factory.mktemp("undisturbed"), *flags, threads=1) as server,
         chromarpc.Client(server.target) as client,
     ):
         return client.generate_images("a", picture_record=False, **SMALL)[0].sha256
