@@ -130,7 +130,12 @@ describe("a replay on the page", () => {
     before = async () => undefined;
 
     async serverInfo() {
-      return { version: "1", devices: [], profiles: [{ id: "exact" }, { id: "preview" }], limits: this.limits };
+      return {
+        version: "1",
+        devices: [],
+        profiles: [{ id: "exact" }, { id: "preview" }],
+        limits: this.limits,
+      };
     }
     async listModels() {
       return this.models.map((id) => ({ id, aliasOf: "", baseCheckpoint: `org/${id}` }));
