@@ -78,6 +78,7 @@ class GenerateRequest(_message.Message):
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
     TRAINER_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id of the model, as `ListModels` names it. Required."""
     hf_token: _builtins.str
@@ -99,6 +100,11 @@ class GenerateRequest(_message.Message):
     """
     on_disconnect: Global___DisconnectPolicy.ValueType
     """What becomes of the job when the caller of `Generate` goes away."""
+    settings: _builtins.str
+    """Whose way of drawing is followed where programs differ: `reference` (the default), or `comfyui`: text without
+    padding, prompt weights such as `(word:1.2)`, float32 latents, noise and timesteps, truncated pixels, weights not
+    rounded to float8, and ComfyUI's schedule where `schedule` and `shift` are left out. As `GetServerInfo` lists them.
+    """
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
         """Adapters, applied in this order. None serves the bare base model."""
@@ -143,10 +149,11 @@ class GenerateRequest(_message.Message):
         on_disconnect: Global___DisconnectPolicy.ValueType = ...,
         max_queue_time: _duration_pb2.Duration | None = ...,
         trainer: _options_pb2.TrainerOptions | None = ...,
+        settings: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "request_id", b"request_id", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_settings", b"_settings", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "output", b"output", "preview", b"preview", "profile", b"profile", "request_id", b"request_id", "settings", b"settings", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "noise_draw", b"noise_draw", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "request_id", b"request_id", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token", "_kv_cache", b"_kv_cache", "_match_target_res", b"_match_target_res", "_max_queue_time", b"_max_queue_time", "_model", b"_model", "_output", b"_output", "_preview", b"_preview", "_profile", b"_profile", "_request_id", b"_request_id", "_settings", b"_settings", "_trainer", b"_trainer", "_trigger_word", b"_trigger_word", "hf_token", b"hf_token", "kv_cache", b"kv_cache", "loras", b"loras", "match_target_res", b"match_target_res", "max_queue_time", b"max_queue_time", "model", b"model", "noise_draw", b"noise_draw", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "profile", b"profile", "prompts", b"prompts", "request_id", b"request_id", "settings", b"settings", "trainer", b"trainer", "trigger_word", b"trigger_word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__hf_token: _TypeAlias = _typing.Literal["hf_token"]  # noqa: Y015
     _WhichOneofArgType__hf_token: _TypeAlias = _typing.Literal["_hf_token", b"_hf_token"]  # noqa: Y015
@@ -166,6 +173,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__profile: _TypeAlias = _typing.Literal["_profile", b"_profile"]  # noqa: Y015
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    _WhichOneofReturnType__settings: _TypeAlias = _typing.Literal["settings"]  # noqa: Y015
+    _WhichOneofArgType__settings: _TypeAlias = _typing.Literal["_settings", b"_settings"]  # noqa: Y015
     _WhichOneofReturnType__trainer: _TypeAlias = _typing.Literal["trainer"]  # noqa: Y015
     _WhichOneofArgType__trainer: _TypeAlias = _typing.Literal["_trainer", b"_trainer"]  # noqa: Y015
     _WhichOneofReturnType__trigger_word: _TypeAlias = _typing.Literal["trigger_word"]  # noqa: Y015
@@ -188,6 +197,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__profile) -> _WhichOneofReturnType__profile | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__settings) -> _WhichOneofReturnType__settings | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trainer) -> _WhichOneofReturnType__trainer | None: ...
     @_typing.overload
@@ -268,6 +279,9 @@ class Prompt(_message.Message):
     CTRL_IMG_1_FIELD_NUMBER: _builtins.int
     CTRL_IMG_2_FIELD_NUMBER: _builtins.int
     CTRL_IMG_3_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
+    USE_NEG_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw; may be empty. `[trigger]` is replaced by the trigger word. Required."""
     trigger_word: _builtins.str
@@ -283,13 +297,13 @@ class Prompt(_message.Message):
     sample_steps: _builtins.int
     """Denoising steps, 1 to 150; 25 when left out."""
     neg: _builtins.str
-    """Negative prompt. Honoured in the trainer's profiles; elsewhere it has no effect, since the unconditional text is
-    always empty there, and is answered by a warning.
+    """Negative prompt. Honoured in the trainer's profiles, and elsewhere with `use_neg`; without it the unconditional
+    text is empty there, and a warning says so.
     """
     seed: _builtins.int
     """Seed of the initial noise; -1 draws one and reports it. 42 plus the prompt's index when left out."""
     sampler: _builtins.str
-    """Sampler; only `flowmatch` can be honoured."""
+    """Sampler, as `GetServerInfo` lists them; `flowmatch` is the reference's. The model's default when left out."""
     num_frames: _builtins.int
     """Frames of a video, 1 to 1000; only 1 can be honoured."""
     fps: _builtins.int
@@ -304,6 +318,16 @@ class Prompt(_message.Message):
     """Control image. Refused: Chroma takes none."""
     ctrl_img_3: _builtins.str
     """Control image. Refused: Chroma takes none."""
+    schedule: _builtins.str
+    """Schedule of noise levels, as `GetServerInfo` lists them; `flowmatch` is the reference's, which shifts by the size
+    of the image. The model's default when left out.
+    """
+    shift: _builtins.float
+    """Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. The schedule's own when
+    left out.
+    """
+    use_neg: _builtins.bool
+    """Makes `neg` the unconditional text, in every profile."""
     def __init__(
         self,
         *,
@@ -323,10 +347,13 @@ class Prompt(_message.Message):
         ctrl_img_1: _builtins.str | None = ...,
         ctrl_img_2: _builtins.str | None = ...,
         ctrl_img_3: _builtins.str | None = ...,
+        schedule: _builtins.str | None = ...,
+        shift: _builtins.float | None = ...,
+        use_neg: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctrl_img", b"_ctrl_img", "_ctrl_img_1", b"_ctrl_img_1", "_ctrl_img_2", b"_ctrl_img_2", "_ctrl_img_3", b"_ctrl_img_3", "_fps", b"_fps", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_neg", b"_neg", "_num_frames", b"_num_frames", "_prompt", b"_prompt", "_resolution", b"_resolution", "_sample_steps", b"_sample_steps", "_sampler", b"_sampler", "_seed", b"_seed", "_trigger_word", b"_trigger_word", "_width", b"_width", "ctrl_img", b"ctrl_img", "ctrl_img_1", b"ctrl_img_1", "ctrl_img_2", b"ctrl_img_2", "ctrl_img_3", b"ctrl_img_3", "fps", b"fps", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "num_frames", b"num_frames", "prompt", b"prompt", "resolution", b"resolution", "sample_steps", b"sample_steps", "sampler", b"sampler", "seed", b"seed", "trigger_word", b"trigger_word", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctrl_img", b"_ctrl_img", "_ctrl_img_1", b"_ctrl_img_1", "_ctrl_img_2", b"_ctrl_img_2", "_ctrl_img_3", b"_ctrl_img_3", "_fps", b"_fps", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_neg", b"_neg", "_num_frames", b"_num_frames", "_prompt", b"_prompt", "_resolution", b"_resolution", "_sample_steps", b"_sample_steps", "_sampler", b"_sampler", "_schedule", b"_schedule", "_seed", b"_seed", "_shift", b"_shift", "_trigger_word", b"_trigger_word", "_use_neg", b"_use_neg", "_width", b"_width", "ctrl_img", b"ctrl_img", "ctrl_img_1", b"ctrl_img_1", "ctrl_img_2", b"ctrl_img_2", "ctrl_img_3", b"ctrl_img_3", "fps", b"fps", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "num_frames", b"num_frames", "prompt", b"prompt", "resolution", b"resolution", "sample_steps", b"sample_steps", "sampler", b"sampler", "schedule", b"schedule", "seed", b"seed", "shift", b"shift", "trigger_word", b"trigger_word", "use_neg", b"use_neg", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctrl_img", b"_ctrl_img", "_ctrl_img_1", b"_ctrl_img_1", "_ctrl_img_2", b"_ctrl_img_2", "_ctrl_img_3", b"_ctrl_img_3", "_fps", b"_fps", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_neg", b"_neg", "_num_frames", b"_num_frames", "_prompt", b"_prompt", "_resolution", b"_resolution", "_sample_steps", b"_sample_steps", "_sampler", b"_sampler", "_seed", b"_seed", "_trigger_word", b"_trigger_word", "_width", b"_width", "ctrl_img", b"ctrl_img", "ctrl_img_1", b"ctrl_img_1", "ctrl_img_2", b"ctrl_img_2", "ctrl_img_3", b"ctrl_img_3", "fps", b"fps", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "num_frames", b"num_frames", "prompt", b"prompt", "resolution", b"resolution", "sample_steps", b"sample_steps", "sampler", b"sampler", "seed", b"seed", "trigger_word", b"trigger_word", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctrl_img", b"_ctrl_img", "_ctrl_img_1", b"_ctrl_img_1", "_ctrl_img_2", b"_ctrl_img_2", "_ctrl_img_3", b"_ctrl_img_3", "_fps", b"_fps", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_neg", b"_neg", "_num_frames", b"_num_frames", "_prompt", b"_prompt", "_resolution", b"_resolution", "_sample_steps", b"_sample_steps", "_sampler", b"_sampler", "_schedule", b"_schedule", "_seed", b"_seed", "_shift", b"_shift", "_trigger_word", b"_trigger_word", "_use_neg", b"_use_neg", "_width", b"_width", "ctrl_img", b"ctrl_img", "ctrl_img_1", b"ctrl_img_1", "ctrl_img_2", b"ctrl_img_2", "ctrl_img_3", b"ctrl_img_3", "fps", b"fps", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "num_frames", b"num_frames", "prompt", b"prompt", "resolution", b"resolution", "sample_steps", b"sample_steps", "sampler", b"sampler", "schedule", b"schedule", "seed", b"seed", "shift", b"shift", "trigger_word", b"trigger_word", "use_neg", b"use_neg", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ctrl_img: _TypeAlias = _typing.Literal["ctrl_img"]  # noqa: Y015
     _WhichOneofArgType__ctrl_img: _TypeAlias = _typing.Literal["_ctrl_img", b"_ctrl_img"]  # noqa: Y015
@@ -354,10 +381,16 @@ class Prompt(_message.Message):
     _WhichOneofArgType__sample_steps: _TypeAlias = _typing.Literal["_sample_steps", b"_sample_steps"]  # noqa: Y015
     _WhichOneofReturnType__sampler: _TypeAlias = _typing.Literal["sampler"]  # noqa: Y015
     _WhichOneofArgType__sampler: _TypeAlias = _typing.Literal["_sampler", b"_sampler"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
     _WhichOneofReturnType__trigger_word: _TypeAlias = _typing.Literal["trigger_word"]  # noqa: Y015
     _WhichOneofArgType__trigger_word: _TypeAlias = _typing.Literal["_trigger_word", b"_trigger_word"]  # noqa: Y015
+    _WhichOneofReturnType__use_neg: _TypeAlias = _typing.Literal["use_neg"]  # noqa: Y015
+    _WhichOneofArgType__use_neg: _TypeAlias = _typing.Literal["_use_neg", b"_use_neg"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
     _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
     @_typing.overload
@@ -387,9 +420,15 @@ class Prompt(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sampler) -> _WhichOneofReturnType__sampler | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trigger_word) -> _WhichOneofReturnType__trigger_word | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_neg) -> _WhichOneofReturnType__use_neg | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 

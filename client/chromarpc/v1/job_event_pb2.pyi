@@ -638,6 +638,7 @@ class Prepared(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     SECOND_DEVICE_FIELD_NUMBER: _builtins.int
+    STORED_AS_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Content hash of the model's weights, hexadecimal."""
     device: _builtins.str
@@ -648,6 +649,8 @@ class Prepared(_message.Message):
     """Where guidance is computed on two devices: the one of the pair that computes the unconditional pass, such as
     `cuda:1`. Empty where one device computes both passes.
     """
+    stored_as: _builtins.str
+    """How the file of the model's weights stores them, such as `bf16`, `fp8 scaled` or `GGUF Q4_K`."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport]:
         """One for each adapter, in the order of application."""
@@ -680,10 +683,11 @@ class Prepared(_message.Message):
         weights: Global___WeightsReport | None = ...,
         device_id: _builtins.str = ...,
         second_device: _builtins.str = ...,
+        stored_as: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "device_id", b"device_id", "model_revision", b"model_revision", "second_device", b"second_device", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "device_id", b"device_id", "model_revision", b"model_revision", "second_device", b"second_device", "stored_as", b"stored_as", "token_counts", b"token_counts", "versions", b"versions", "warnings", b"warnings", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

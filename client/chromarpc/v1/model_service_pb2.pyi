@@ -221,6 +221,8 @@ class Model(_message.Message):
     MEMORY_PLAN_FIELD_NUMBER: _builtins.int
     PROFILES_FIELD_NUMBER: _builtins.int
     RESIDENCES_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    BASE_NAME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, as `GenerateRequest.model` takes it."""
     description: _builtins.str
@@ -239,6 +241,8 @@ class Model(_message.Message):
     """Whether the weights are in memory now, of one device at least."""
     resident_bytes: _builtins.int
     """Bytes of memory they take, where they are: on all devices together."""
+    base_name: _builtins.str
+    """What adapters trained on it name as their base. An adapter that names another one is answered by a warning."""
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
         """What is filled in for what a request leaves out."""
@@ -269,6 +273,10 @@ class Model(_message.Message):
     def residences(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelResidence]:
         """The devices that have its weights in memory, in the order of `GetServerInfoResponse.devices`."""
 
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPart]:
+        """Its parts: transformer, text encoder, tokenizer, autoencoder."""
+
     def __init__(
         self,
         *,
@@ -288,14 +296,60 @@ class Model(_message.Message):
         memory_plan: Global___MemoryPlan | None = ...,
         profiles: _abc.Iterable[Global___ModelProfile] | None = ...,
         residences: _abc.Iterable[Global___ModelResidence] | None = ...,
+        parts: _abc.Iterable[Global___ModelPart] | None = ...,
+        base_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "memory_plan", b"memory_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "profiles", b"profiles", "refused_options", b"refused_options", "residences", b"residences", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "base_checkpoint", b"base_checkpoint", "base_name", b"base_name", "defaults", b"defaults", "description", b"description", "fetch_command", b"fetch_command", "id", b"id", "ignored_options", b"ignored_options", "memory_plan", b"memory_plan", "parts", b"parts", "profiles", b"profiles", "refused_options", b"refused_options", "residences", b"residences", "resident", b"resident", "resident_bytes", b"resident_bytes", "resident_sets", b"resident_sets", "resolution_divisor", b"resolution_divisor", "weights_present", b"weights_present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelPart(_message.Message):
+    """A part of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    STORED_AS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    part: _builtins.str
+    """`transformer`, `text_encoder`, `tokenizer` or `autoencoder`."""
+    source: _builtins.str
+    """Where it comes from: a Hugging Face id with the file or folder in it, `bundled:NAME`, or the name of a file or
+    folder on the server, without the folders that it lies in.
+    """
+    present: _builtins.bool
+    """Whether it is on this machine."""
+    stored_as: _builtins.str
+    """How its weights are stored, such as `bf16`, `fp8 scaled` or `GGUF Q4_K`; known once its header was read."""
+    revision: _builtins.str
+    """SHA-256 over names, types, shapes and values, hexadecimal; known once it was loaded."""
+    problem: _builtins.str
+    """Why it cannot be used, where it cannot."""
+    def __init__(
+        self,
+        *,
+        part: _builtins.str = ...,
+        source: _builtins.str = ...,
+        present: _builtins.bool = ...,
+        stored_as: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "present", b"present", "problem", b"problem", "revision", b"revision", "source", b"source", "stored_as", b"stored_as"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPart: _TypeAlias = ModelPart  # noqa: Y015
 
 @_typing.final
 class ModelResidence(_message.Message):
@@ -347,7 +401,7 @@ class ModelProfile(_message.Message):
     min_size_px: _builtins.int
     """Smallest width and height that are drawn; less is raised to it in the trainer's profiles and refused elsewhere."""
     honours_neg: _builtins.bool
-    """Whether a negative prompt has an effect."""
+    """Whether a negative prompt has an effect without `use_neg`."""
     takes_trainer_options: _builtins.bool
     """Whether `GenerateRequest.trainer` has an effect."""
     def __init__(
@@ -425,6 +479,10 @@ class ModelDefaults(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NETWORK_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """Pixels."""
     height: _builtins.int
@@ -437,6 +495,14 @@ class ModelDefaults(_message.Message):
     """Seed of the first prompt; each further one adds its index."""
     network_multiplier: _builtins.float
     """Strength of an adapter."""
+    sampler: _builtins.str
+    """Sampler."""
+    schedule: _builtins.str
+    """Schedule of noise levels."""
+    shift: _builtins.float
+    """Fixed shift of the schedule; left out where the schedule has its own."""
+    profile: _builtins.str
+    """Numerics profile; empty where it is the server's."""
     def __init__(
         self,
         *,
@@ -446,12 +512,18 @@ class ModelDefaults(_message.Message):
         guidance_scale: _builtins.float = ...,
         seed: _builtins.int = ...,
         network_multiplier: _builtins.float = ...,
+        sampler: _builtins.str = ...,
+        schedule: _builtins.str = ...,
+        shift: _builtins.float | None = ...,
+        profile: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shift", b"_shift", "shift", b"shift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "height", b"height", "network_multiplier", b"network_multiplier", "sample_steps", b"sample_steps", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shift", b"_shift", "guidance_scale", b"guidance_scale", "height", b"height", "network_multiplier", b"network_multiplier", "profile", b"profile", "sample_steps", b"sample_steps", "sampler", b"sampler", "schedule", b"schedule", "seed", b"seed", "shift", b"shift", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
 
 Global___ModelDefaults: _TypeAlias = ModelDefaults  # noqa: Y015
 
@@ -508,6 +580,9 @@ class GetServerInfoResponse(_message.Message):
     CALLER_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_BECAUSE_FIELD_NUMBER: _builtins.int
+    SAMPLERS_FIELD_NUMBER: _builtins.int
+    SCHEDULES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of chromarpc."""
     default_profile: _builtins.str
@@ -540,6 +615,18 @@ class GetServerInfoResponse(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Every device that computes a job of its own, those that were lost among them."""
 
+    @_builtins.property
+    def samplers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Samplers that `Prompt.sampler` may name."""
+
+    @_builtins.property
+    def schedules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Schedules that `Prompt.schedule` may name."""
+
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What `GenerateRequest.settings` may name."""
+
     def __init__(
         self,
         *,
@@ -553,10 +640,13 @@ class GetServerInfoResponse(_message.Message):
         caller: _builtins.str = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
         unavailable_because: _builtins.str = ...,
+        samplers: _abc.Iterable[_builtins.str] | None = ...,
+        schedules: _abc.Iterable[_builtins.str] | None = ...,
+        settings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "devices", b"devices", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "unavailable_because", b"unavailable_because", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "default_profile", b"default_profile", "device", b"device", "devices", b"devices", "library_versions", b"library_versions", "limits", b"limits", "profiles", b"profiles", "queue", b"queue", "samplers", b"samplers", "schedules", b"schedules", "settings", b"settings", "unavailable_because", b"unavailable_because", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -134,6 +134,8 @@ class Prepared:
     """Of the device that computes; of a pair, the pair's. Jobs that an earlier version stored have none."""
     second_device: str = ""
     """The card that computes the unconditional pass, where guidance is computed on two."""
+    stored_as: str = ""
+    """How the file of the model's weights stores them."""
 
 
 @dataclass(frozen=True)

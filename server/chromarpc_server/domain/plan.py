@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from chromarpc_server.domain.adapter_urls import is_url
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
+from chromarpc_server.domain.sampling_choices import FLOWMATCH, SAMPLERS, DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
 
 GUIDANCE_THRESHOLD = 1.00001
@@ -37,7 +38,11 @@ class PlannedPrompt:
     guidance_scale: float
     seed: int
     neg: str = field(default="", repr=False)
-    """The unconditional text; always empty but in the preview profiles."""
+    """The unconditional text."""
+    sampler: str = FLOWMATCH
+    schedule: str = FLOWMATCH
+    shift: float | None = None
+    """Fixed shift of the schedule; None: the schedule's own."""
 
     @property
     def has_guidance(self) -> bool:
@@ -46,8 +51,9 @@ class PlannedPrompt:
 
     @property
     def pixel_steps(self) -> int:
-        """Width × height × steps: what the work is roughly proportional to."""
-        return self.width * self.height * self.sample_steps
+        """Width × height × calls of the model: what the work is roughly proportional to."""
+        choice = SAMPLERS.get(self.sampler)  # a stored plan may name one of another version
+        return self.width * self.height * self.sample_steps * (1 if choice is None else choice.calls_per_step)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Plan:
     """How long it may wait."""
     trainer: TrainerSettings | None = None
     """What the trainer's config decides; None outside the preview profiles."""
+    settings: DrawingSettings = DrawingSettings.REFERENCE
 
     @property
     def pixel_steps(self) -> int:

@@ -88,6 +88,9 @@ class PromptRequest:
     ctrl_img_1: str | None = field(default=None, repr=False)
     ctrl_img_2: str | None = field(default=None, repr=False)
     ctrl_img_3: str | None = field(default=None, repr=False)
+    schedule: str | None = None
+    shift: float | None = None
+    use_neg: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -139,5 +142,6 @@ class GenerationRequest:
     """Whether the caller's leaving ends the job without delay, although it has a request id."""
     max_queue_s: float | None = None
     trainer: TrainerRequest | None = None
+    settings: str | None = None
     unknown_fields: tuple[str, ...] = ()
     """Values this version does not know: numbers of protobuf fields or enum values, with their paths."""

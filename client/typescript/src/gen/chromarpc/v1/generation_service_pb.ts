@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/generation_service.proto.
  */
 export const file_chromarpc_v1_generation_service: GenFile = /*@__PURE__*/
-  fileDesc("CiVjaHJvbWFycGMvdjEvZ2VuZXJhdGlvbl9zZXJ2aWNlLnByb3RvEgxjaHJvbWFycGMudjEi3QUKD0dlbmVyYXRlUmVxdWVzdBISCgVtb2RlbBgBIAEoCUgAiAEBEiEKBWxvcmFzGAIgAygLMhIuY2hyb21hcnBjLnYxLkxvcmESFQoIaGZfdG9rZW4YAyABKAlIAYgBARIZCgx0cmlnZ2VyX3dvcmQYBCABKAlIAogBARIlCgdwcm9tcHRzGAUgAygLMhQuY2hyb21hcnBjLnYxLlByb21wdBIVCghrdl9jYWNoZRgGIAEoCEgDiAEBEh0KEG1hdGNoX3RhcmdldF9yZXMYByABKAhIBIgBARIwCgZvdXRwdXQYECABKAsyGy5jaHJvbWFycGMudjEuT3V0cHV0T3B0aW9uc0gFiAEBEjIKB3ByZXZpZXcYESABKAsyHC5jaHJvbWFycGMudjEuUHJldmlld09wdGlvbnNIBogBARIUCgdwcm9maWxlGBIgASgJSAeIAQESKwoKbm9pc2VfZHJhdxgTIAEoDjIXLmNocm9tYXJwYy52MS5Ob2lzZURyYXcSFwoKcmVxdWVzdF9pZBgUIAEoCUgIiAEBEjUKDW9uX2Rpc2Nvbm5lY3QYFSABKA4yHi5jaHJvbWFycGMudjEuRGlzY29ubmVjdFBvbGljeRI2Cg5tYXhfcXVldWVfdGltZRgWIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgJiAEBEjIKB3RyYWluZXIYFyABKAsyHC5jaHJvbWFycGMudjEuVHJhaW5lck9wdGlvbnNICogBAUIICgZfbW9kZWxCCwoJX2hmX3Rva2VuQg8KDV90cmlnZ2VyX3dvcmRCCwoJX2t2X2NhY2hlQhMKEV9tYXRjaF90YXJnZXRfcmVzQgkKB19vdXRwdXRCCgoIX3ByZXZpZXdCCgoIX3Byb2ZpbGVCDQoLX3JlcXVlc3RfaWRCEQoPX21heF9xdWV1ZV90aW1lQgoKCF90cmFpbmVySgQICBAQIrYBCgRMb3JhEhEKBHBhdGgYASABKAlIAIgBARIYCgt0cmFuc2Zvcm1lchgCIAEoCUgBiAEBEh8KEm5ldHdvcmtfbXVsdGlwbGllchgDIAEoAUgCiAEBEhwKD2V4cGVjdGVkX3NoYTI1NhgEIAEoCUgDiAEBQgcKBV9wYXRoQg4KDF90cmFuc2Zvcm1lckIVChNfbmV0d29ya19tdWx0aXBsaWVyQhIKEF9leHBlY3RlZF9zaGEyNTYizAQKBlByb21wdBITCgZwcm9tcHQYASABKAlIAIgBARIZCgx0cmlnZ2VyX3dvcmQYAiABKAlIAYgBARISCgV3aWR0aBgDIAEoBUgCiAEBEhMKBmhlaWdodBgEIAEoBUgDiAEBEhsKDmd1aWRhbmNlX3NjYWxlGAUgASgBSASIAQESGQoMc2FtcGxlX3N0ZXBzGAYgASgFSAWIAQESEAoDbmVnGAcgASgJSAaIAQESEQoEc2VlZBgIIAEoA0gHiAEBEhQKB3NhbXBsZXIYCSABKAlICIgBARIXCgpudW1fZnJhbWVzGAogASgFSAmIAQESEAoDZnBzGAsgASgFSAqIAQESFwoKcmVzb2x1dGlvbhgMIAEoCUgLiAEBEhUKCGN0cmxfaW1nGA0gASgJSAyIAQESFwoKY3RybF9pbWdfMRgOIAEoCUgNiAEBEhcKCmN0cmxfaW1nXzIYDyABKAlIDogBARIXCgpjdHJsX2ltZ18zGBAgASgJSA+IAQFCCQoHX3Byb21wdEIPCg1fdHJpZ2dlcl93b3JkQggKBl93aWR0aEIJCgdfaGVpZ2h0QhEKD19ndWlkYW5jZV9zY2FsZUIPCg1fc2FtcGxlX3N0ZXBzQgYKBF9uZWdCBwoFX3NlZWRCCgoIX3NhbXBsZXJCDQoLX251bV9mcmFtZXNCBgoEX2Zwc0INCgtfcmVzb2x1dGlvbkILCglfY3RybF9pbWdCDQoLX2N0cmxfaW1nXzFCDQoLX2N0cmxfaW1nXzJCDQoLX2N0cmxfaW1nXzMiOQoQR2VuZXJhdGVSZXNwb25zZRIlCgVldmVudBgBIAEoCzIWLmNocm9tYXJwYy52MS5Kb2JFdmVudCpxChBEaXNjb25uZWN0UG9saWN5EiEKHURJU0NPTk5FQ1RfUE9MSUNZX1VOU1BFQ0lGSUVEEAASHAoYRElTQ09OTkVDVF9QT0xJQ1lfQ0FOQ0VMEAESHAoYRElTQ09OTkVDVF9QT0xJQ1lfREVUQUNIEAIyYAoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5jaHJvbWFycGMudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uY2hyb21hcnBjLnYxLkdlbmVyYXRlUmVzcG9uc2UwAUKhAQoMY2hyb21hcnBjLnYxQhZHZW5lcmF0aW9uU2VydmljZVByb3RvUAFaGGNocm9tYXJwYy92MTtjaHJvbWFycGN2MaICA0NSUKoCDENocm9tYXJwYy5WMboCDUNocm9tYXJwY19WMV/KAgxDaHJvbWFycGNcVjHiAhhDaHJvbWFycGNcVjFcR1BCTWV0YWRhdGHqAg1DaHJvbWFycGM6OlYxYgZwcm90bzM", [file_chromarpc_v1_job_event, file_chromarpc_v1_options, file_google_protobuf_duration]);
+  fileDesc("CiVjaHJvbWFycGMvdjEvZ2VuZXJhdGlvbl9zZXJ2aWNlLnByb3RvEgxjaHJvbWFycGMudjEigQYKD0dlbmVyYXRlUmVxdWVzdBISCgVtb2RlbBgBIAEoCUgAiAEBEiEKBWxvcmFzGAIgAygLMhIuY2hyb21hcnBjLnYxLkxvcmESFQoIaGZfdG9rZW4YAyABKAlIAYgBARIZCgx0cmlnZ2VyX3dvcmQYBCABKAlIAogBARIlCgdwcm9tcHRzGAUgAygLMhQuY2hyb21hcnBjLnYxLlByb21wdBIVCghrdl9jYWNoZRgGIAEoCEgDiAEBEh0KEG1hdGNoX3RhcmdldF9yZXMYByABKAhIBIgBARIwCgZvdXRwdXQYECABKAsyGy5jaHJvbWFycGMudjEuT3V0cHV0T3B0aW9uc0gFiAEBEjIKB3ByZXZpZXcYESABKAsyHC5jaHJvbWFycGMudjEuUHJldmlld09wdGlvbnNIBogBARIUCgdwcm9maWxlGBIgASgJSAeIAQESKwoKbm9pc2VfZHJhdxgTIAEoDjIXLmNocm9tYXJwYy52MS5Ob2lzZURyYXcSFwoKcmVxdWVzdF9pZBgUIAEoCUgIiAEBEjUKDW9uX2Rpc2Nvbm5lY3QYFSABKA4yHi5jaHJvbWFycGMudjEuRGlzY29ubmVjdFBvbGljeRI2Cg5tYXhfcXVldWVfdGltZRgWIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgJiAEBEjIKB3RyYWluZXIYFyABKAsyHC5jaHJvbWFycGMudjEuVHJhaW5lck9wdGlvbnNICogBARIVCghzZXR0aW5ncxgYIAEoCUgLiAEBQggKBl9tb2RlbEILCglfaGZfdG9rZW5CDwoNX3RyaWdnZXJfd29yZEILCglfa3ZfY2FjaGVCEwoRX21hdGNoX3RhcmdldF9yZXNCCQoHX291dHB1dEIKCghfcHJldmlld0IKCghfcHJvZmlsZUINCgtfcmVxdWVzdF9pZEIRCg9fbWF4X3F1ZXVlX3RpbWVCCgoIX3RyYWluZXJCCwoJX3NldHRpbmdzSgQICBAQIrYBCgRMb3JhEhEKBHBhdGgYASABKAlIAIgBARIYCgt0cmFuc2Zvcm1lchgCIAEoCUgBiAEBEh8KEm5ldHdvcmtfbXVsdGlwbGllchgDIAEoAUgCiAEBEhwKD2V4cGVjdGVkX3NoYTI1NhgEIAEoCUgDiAEBQgcKBV9wYXRoQg4KDF90cmFuc2Zvcm1lckIVChNfbmV0d29ya19tdWx0aXBsaWVyQhIKEF9leHBlY3RlZF9zaGEyNTYisAUKBlByb21wdBITCgZwcm9tcHQYASABKAlIAIgBARIZCgx0cmlnZ2VyX3dvcmQYAiABKAlIAYgBARISCgV3aWR0aBgDIAEoBUgCiAEBEhMKBmhlaWdodBgEIAEoBUgDiAEBEhsKDmd1aWRhbmNlX3NjYWxlGAUgASgBSASIAQESGQoMc2FtcGxlX3N0ZXBzGAYgASgFSAWIAQESEAoDbmVnGAcgASgJSAaIAQESEQoEc2VlZBgIIAEoA0gHiAEBEhQKB3NhbXBsZXIYCSABKAlICIgBARIXCgpudW1fZnJhbWVzGAogASgFSAmIAQESEAoDZnBzGAsgASgFSAqIAQESFwoKcmVzb2x1dGlvbhgMIAEoCUgLiAEBEhUKCGN0cmxfaW1nGA0gASgJSAyIAQESFwoKY3RybF9pbWdfMRgOIAEoCUgNiAEBEhcKCmN0cmxfaW1nXzIYDyABKAlIDogBARIXCgpjdHJsX2ltZ18zGBAgASgJSA+IAQESFQoIc2NoZWR1bGUYESABKAlIEIgBARISCgVzaGlmdBgSIAEoAUgRiAEBEhQKB3VzZV9uZWcYEyABKAhIEogBAUIJCgdfcHJvbXB0Qg8KDV90cmlnZ2VyX3dvcmRCCAoGX3dpZHRoQgkKB19oZWlnaHRCEQoPX2d1aWRhbmNlX3NjYWxlQg8KDV9zYW1wbGVfc3RlcHNCBgoEX25lZ0IHCgVfc2VlZEIKCghfc2FtcGxlckINCgtfbnVtX2ZyYW1lc0IGCgRfZnBzQg0KC19yZXNvbHV0aW9uQgsKCV9jdHJsX2ltZ0INCgtfY3RybF9pbWdfMUINCgtfY3RybF9pbWdfMkINCgtfY3RybF9pbWdfM0ILCglfc2NoZWR1bGVCCAoGX3NoaWZ0QgoKCF91c2VfbmVnIjkKEEdlbmVyYXRlUmVzcG9uc2USJQoFZXZlbnQYASABKAsyFi5jaHJvbWFycGMudjEuSm9iRXZlbnQqcQoQRGlzY29ubmVjdFBvbGljeRIhCh1ESVNDT05ORUNUX1BPTElDWV9VTlNQRUNJRklFRBAAEhwKGERJU0NPTk5FQ1RfUE9MSUNZX0NBTkNFTBABEhwKGERJU0NPTk5FQ1RfUE9MSUNZX0RFVEFDSBACMmAKEUdlbmVyYXRpb25TZXJ2aWNlEksKCEdlbmVyYXRlEh0uY2hyb21hcnBjLnYxLkdlbmVyYXRlUmVxdWVzdBoeLmNocm9tYXJwYy52MS5HZW5lcmF0ZVJlc3BvbnNlMAFCoQEKDGNocm9tYXJwYy52MUIWR2VuZXJhdGlvblNlcnZpY2VQcm90b1ABWhhjaHJvbWFycGMvdjE7Y2hyb21hcnBjdjGiAgNDUlCqAgxDaHJvbWFycGMuVjG6Ag1DaHJvbWFycGNfVjFfygIMQ2hyb21hcnBjXFYx4gIYQ2hyb21hcnBjXFYxXEdQQk1ldGFkYXRh6gINQ2hyb21hcnBjOjpWMWIGcHJvdG8z", [file_chromarpc_v1_job_event, file_chromarpc_v1_options, file_google_protobuf_duration]);
 
 /**
  * A generation, field by field as in the reference's HTTP API, so that its JSON bodies parse unchanged.
@@ -133,6 +133,15 @@ export type GenerateRequest = Message<"chromarpc.v1.GenerateRequest"> & {
    * @generated from field: optional chromarpc.v1.TrainerOptions trainer = 23;
    */
   trainer?: TrainerOptions | undefined;
+
+  /**
+   * Whose way of drawing is followed where programs differ: `reference` (the default), or `comfyui`: text without
+   * padding, prompt weights such as `(word:1.2)`, float32 latents, noise and timesteps, truncated pixels, weights not
+   * rounded to float8, and ComfyUI's schedule where `schedule` and `shift` are left out. As `GetServerInfo` lists them.
+   *
+   * @generated from field: optional string settings = 24;
+   */
+  settings?: string | undefined;
 };
 
 /**
@@ -235,8 +244,8 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   sampleSteps?: number | undefined;
 
   /**
-   * Negative prompt. Honoured in the trainer's profiles; elsewhere it has no effect, since the unconditional text is
-   * always empty there, and is answered by a warning.
+   * Negative prompt. Honoured in the trainer's profiles, and elsewhere with `use_neg`; without it the unconditional
+   * text is empty there, and a warning says so.
    *
    * @generated from field: optional string neg = 7;
    */
@@ -250,7 +259,7 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   seed?: bigint | undefined;
 
   /**
-   * Sampler; only `flowmatch` can be honoured.
+   * Sampler, as `GetServerInfo` lists them; `flowmatch` is the reference's. The model's default when left out.
    *
    * @generated from field: optional string sampler = 9;
    */
@@ -304,6 +313,29 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
    * @generated from field: optional string ctrl_img_3 = 16;
    */
   ctrlImg3?: string | undefined;
+
+  /**
+   * Schedule of noise levels, as `GetServerInfo` lists them; `flowmatch` is the reference's, which shifts by the size
+   * of the image. The model's default when left out.
+   *
+   * @generated from field: optional string schedule = 17;
+   */
+  schedule?: string | undefined;
+
+  /**
+   * Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. The schedule's own when
+   * left out.
+   *
+   * @generated from field: optional double shift = 18;
+   */
+  shift?: number | undefined;
+
+  /**
+   * Makes `neg` the unconditional text, in every profile.
+   *
+   * @generated from field: optional bool use_neg = 19;
+   */
+  useNeg?: boolean | undefined;
 };
 
 /**

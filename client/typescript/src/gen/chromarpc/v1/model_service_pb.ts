@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file chromarpc/v1/model_service.proto.
  */
 export const file_chromarpc_v1_model_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQidgoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBBIRCglkZXZpY2VfaWQYBCABKAkiPQoPUmVzaWRlbnRBZGFwdGVyEg4KBnNoYTI1NhgBIAEoCRIaChJuZXR3b3JrX211bHRpcGxpZXIYAiABKAEi6wMKBU1vZGVsEgoKAmlkGAEgASgJEhMKC2Rlc2NyaXB0aW9uGAIgASgJEhcKD2Jhc2VfY2hlY2twb2ludBgDIAEoCRIQCghhbGlhc19vZhgEIAEoCRIaChJyZXNvbHV0aW9uX2Rpdmlzb3IYBSABKAUSLQoIZGVmYXVsdHMYBiABKAsyGy5jaHJvbWFycGMudjEuTW9kZWxEZWZhdWx0cxIXCg93ZWlnaHRzX3ByZXNlbnQYByABKAgSFQoNZmV0Y2hfY29tbWFuZBgIIAEoCRIQCghyZXNpZGVudBgJIAEoCBIWCg5yZXNpZGVudF9ieXRlcxgKIAEoBBIXCg9pZ25vcmVkX29wdGlvbnMYCyADKAkSFwoPcmVmdXNlZF9vcHRpb25zGAwgAygJEjAKDXJlc2lkZW50X3NldHMYDSADKAsyGS5jaHJvbWFycGMudjEuUmVzaWRlbnRTZXQSLQoLbWVtb3J5X3BsYW4YDiABKAsyGC5jaHJvbWFycGMudjEuTWVtb3J5UGxhbhIsCghwcm9maWxlcxgPIAMoCzIaLmNocm9tYXJwYy52MS5Nb2RlbFByb2ZpbGUSMAoKcmVzaWRlbmNlcxgQIAMoCzIcLmNocm9tYXJwYy52MS5Nb2RlbFJlc2lkZW5jZSJqCg5Nb2RlbFJlc2lkZW5jZRIRCglkZXZpY2VfaWQYASABKAkSFgoOcmVzaWRlbnRfYnl0ZXMYAiABKAQSLQoLbWVtb3J5X3BsYW4YAyABKAsyGC5jaHJvbWFycGMudjEuTWVtb3J5UGxhbiJ/CgxNb2RlbFByb2ZpbGUSCgoCaWQYASABKAkSGgoScmVzb2x1dGlvbl9kaXZpc29yGAIgASgFEhMKC21pbl9zaXplX3B4GAMgASgFEhMKC2hvbm91cnNfbmVnGAQgASgIEh0KFXRha2VzX3RyYWluZXJfb3B0aW9ucxgFIAEoCCKjAQoKTWVtb3J5UGxhbhIPCgd3ZWlnaHRzGAEgASgJEhQKDHRleHRfZW5jb2RlchgCIAEoCRIOCgZtYXN0ZXIYAyABKAkSGAoQdGlsZV9hdXRvZW5jb2RlchgEIAEoCBIVCg1yZWNvcmRfZ3JhcGhzGAUgASgIEhcKD2VzdGltYXRlZF9ieXRlcxgGIAEoBBIUCgx1c2FibGVfYnl0ZXMYByABKAQihgEKDU1vZGVsRGVmYXVsdHMSDQoFd2lkdGgYASABKAUSDgoGaGVpZ2h0GAIgASgFEhQKDHNhbXBsZV9zdGVwcxgDIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgEIAEoARIMCgRzZWVkGAUgASgDEhoKEm5ldHdvcmtfbXVsdGlwbGllchgGIAEoASIWChRHZXRTZXJ2ZXJJbmZvUmVxdWVzdCK/AwoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSUgoQbGlicmFyeV92ZXJzaW9ucxgCIAMoCzI4LmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2UuTGlicmFyeVZlcnNpb25zRW50cnkSJAoGZGV2aWNlGAMgASgLMhQuY2hyb21hcnBjLnYxLkRldmljZRInCghwcm9maWxlcxgEIAMoCzIVLmNocm9tYXJwYy52MS5Qcm9maWxlEhcKD2RlZmF1bHRfcHJvZmlsZRgFIAEoCRIkCgZsaW1pdHMYBiABKAsyFC5jaHJvbWFycGMudjEuTGltaXRzEicKBXF1ZXVlGAcgASgLMhguY2hyb21hcnBjLnYxLlF1ZXVlU3RhdGUSDgoGY2FsbGVyGAggASgJEiUKB2RldmljZXMYCSADKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEhsKE3VuYXZhaWxhYmxlX2JlY2F1c2UYCiABKAkaNgoUTGlicmFyeVZlcnNpb25zRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASLEAgoGRGV2aWNlEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSFAoMbWVtb3J5X2J5dGVzGAMgASgEEg0KBWR0eXBlGAQgASgJEi8KCWZhbGxiYWNrcxgFIAMoCzIcLmNocm9tYXJwYy52MS5EZXZpY2VGYWxsYmFjaxIoCgVzdGF0ZRgGIAEoDjIZLmNocm9tYXJwYy52MS5EZXZpY2VTdGF0ZRIQCghwcm9maWxlcxgHIAMoCRIMCgRob3N0GAggASgJEg4KBnNlY29uZBgJIAEoCRIRCglqb2JfY291bnQYCiABKAQSLAoJYnVzeV90aW1lGAsgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhkKEW1lbW9yeV91c2VkX2J5dGVzGAwgASgEEhQKDGxvc3RfYmVjYXVzZRgNIAEoCSIyCg5EZXZpY2VGYWxsYmFjaxIPCgd3aXRob3V0GAEgASgJEg8KB21lc3NhZ2UYAiABKAkiKgoHUHJvZmlsZRIKCgJpZBgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCSLCAgoGTGltaXRzEhMKC21heF9wcm9tcHRzGAEgASgFEhgKEG1heF9wcm9tcHRfYnl0ZXMYAiABKAUSEQoJbWF4X2xvcmFzGAMgASgFEhcKD21heF9waXhlbF9zdGVwcxgEIAEoBBIXCg9tYXhfcXVldWVkX2pvYnMYBSABKAUSGQoRbWF4X3JlcXVlc3RfYnl0ZXMYBiABKAUSEgoKbWF4X3BpeGVscxgHIAEoBBITCgttYXhfc3RyZWFtcxgIIAEoBRIiChptYXhfcXVldWVkX2pvYnNfcGVyX2NhbGxlchgJIAEoBRIYChBtYXhfdXBsb2FkX2J5dGVzGAogASgEEiQKHG1heF91cGxvYWRzX2J5dGVzX3Blcl9jYWxsZXIYCyABKAQSHAoUbWF4X2NhbGxzX3Blcl9taW51dGUYDCABKAUiNwoKUXVldWVTdGF0ZRITCgtxdWV1ZWRfam9icxgBIAEoBRIUCgxydW5uaW5nX2pvYnMYAiABKAUqigEKC0RldmljZVN0YXRlEhwKGERFVklDRV9TVEFURV9VTlNQRUNJRklFRBAAEhgKFERFVklDRV9TVEFURV9PUEVOSU5HEAESFQoRREVWSUNFX1NUQVRFX0lETEUQAhIVChFERVZJQ0VfU1RBVEVfQlVTWRADEhUKEURFVklDRV9TVEFURV9MT1NUEAQywwEKDE1vZGVsU2VydmljZRJUCgpMaXN0TW9kZWxzEh8uY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuY2hyb21hcnBjLnYxLkxpc3RNb2RlbHNSZXNwb25zZSIDkAIBEl0KDUdldFNlcnZlckluZm8SIi5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIy5jaHJvbWFycGMudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlIgOQAgFCnAEKDGNocm9tYXJwYy52MUIRTW9kZWxTZXJ2aWNlUHJvdG9QAVoYY2hyb21hcnBjL3YxO2Nocm9tYXJwY3YxogIDQ1JQqgIMQ2hyb21hcnBjLlYxugINQ2hyb21hcnBjX1YxX8oCDENocm9tYXJwY1xWMeICGENocm9tYXJwY1xWMVxHUEJNZXRhZGF0YeoCDUNocm9tYXJwYzo6VjFiBnByb3RvMw", [file_google_protobuf_duration]);
+  fileDesc("CiBjaHJvbWFycGMvdjEvbW9kZWxfc2VydmljZS5wcm90bxIMY2hyb21hcnBjLnYxIhMKEUxpc3RNb2RlbHNSZXF1ZXN0ImcKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5jaHJvbWFycGMudjEuTW9kZWwSLAoFY2FjaGUYAiABKAsyHS5jaHJvbWFycGMudjEuQ2FjaGVTdGF0aXN0aWNzIn4KD0NhY2hlU3RhdGlzdGljcxIRCgloaXRfY291bnQYASABKAQSFAoMc3dpdGNoX2NvdW50GAIgASgEEhMKC2J1aWxkX2NvdW50GAMgASgEEhYKDmV2aWN0aW9uX2NvdW50GAQgASgEEhUKDWFkYXB0ZXJfYnl0ZXMYBSABKAQidgoLUmVzaWRlbnRTZXQSDwoHcHJvZmlsZRgBIAEoCRIvCghhZGFwdGVycxgCIAMoCzIdLmNocm9tYXJwYy52MS5SZXNpZGVudEFkYXB0ZXISEgoKc2l6ZV9ieXRlcxgDIAEoBBIRCglkZXZpY2VfaWQYBCABKAkiPQoPUmVzaWRlbnRBZGFwdGVyEg4KBnNoYTI1NhgBIAEoCRIaChJuZXR3b3JrX211bHRpcGxpZXIYAiABKAEipgQKBU1vZGVsEgoKAmlkGAEgASgJEhMKC2Rlc2NyaXB0aW9uGAIgASgJEhcKD2Jhc2VfY2hlY2twb2ludBgDIAEoCRIQCghhbGlhc19vZhgEIAEoCRIaChJyZXNvbHV0aW9uX2Rpdmlzb3IYBSABKAUSLQoIZGVmYXVsdHMYBiABKAsyGy5jaHJvbWFycGMudjEuTW9kZWxEZWZhdWx0cxIXCg93ZWlnaHRzX3ByZXNlbnQYByABKAgSFQoNZmV0Y2hfY29tbWFuZBgIIAEoCRIQCghyZXNpZGVudBgJIAEoCBIWCg5yZXNpZGVudF9ieXRlcxgKIAEoBBIXCg9pZ25vcmVkX29wdGlvbnMYCyADKAkSFwoPcmVmdXNlZF9vcHRpb25zGAwgAygJEjAKDXJlc2lkZW50X3NldHMYDSADKAsyGS5jaHJvbWFycGMudjEuUmVzaWRlbnRTZXQSLQoLbWVtb3J5X3BsYW4YDiABKAsyGC5jaHJvbWFycGMudjEuTWVtb3J5UGxhbhIsCghwcm9maWxlcxgPIAMoCzIaLmNocm9tYXJwYy52MS5Nb2RlbFByb2ZpbGUSMAoKcmVzaWRlbmNlcxgQIAMoCzIcLmNocm9tYXJwYy52MS5Nb2RlbFJlc2lkZW5jZRImCgVwYXJ0cxgRIAMoCzIXLmNocm9tYXJwYy52MS5Nb2RlbFBhcnQSEQoJYmFzZV9uYW1lGBIgASgJInAKCU1vZGVsUGFydBIMCgRwYXJ0GAEgASgJEg4KBnNvdXJjZRgCIAEoCRIPCgdwcmVzZW50GAMgASgIEhEKCXN0b3JlZF9hcxgEIAEoCRIQCghyZXZpc2lvbhgFIAEoCRIPCgdwcm9ibGVtGAYgASgJImoKDk1vZGVsUmVzaWRlbmNlEhEKCWRldmljZV9pZBgBIAEoCRIWCg5yZXNpZGVudF9ieXRlcxgCIAEoBBItCgttZW1vcnlfcGxhbhgDIAEoCzIYLmNocm9tYXJwYy52MS5NZW1vcnlQbGFuIn8KDE1vZGVsUHJvZmlsZRIKCgJpZBgBIAEoCRIaChJyZXNvbHV0aW9uX2Rpdmlzb3IYAiABKAUSEwoLbWluX3NpemVfcHgYAyABKAUSEwoLaG9ub3Vyc19uZWcYBCABKAgSHQoVdGFrZXNfdHJhaW5lcl9vcHRpb25zGAUgASgIIqMBCgpNZW1vcnlQbGFuEg8KB3dlaWdodHMYASABKAkSFAoMdGV4dF9lbmNvZGVyGAIgASgJEg4KBm1hc3RlchgDIAEoCRIYChB0aWxlX2F1dG9lbmNvZGVyGAQgASgIEhUKDXJlY29yZF9ncmFwaHMYBSABKAgSFwoPZXN0aW1hdGVkX2J5dGVzGAYgASgEEhQKDHVzYWJsZV9ieXRlcxgHIAEoBCLYAQoNTW9kZWxEZWZhdWx0cxINCgV3aWR0aBgBIAEoBRIOCgZoZWlnaHQYAiABKAUSFAoMc2FtcGxlX3N0ZXBzGAMgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAQgASgBEgwKBHNlZWQYBSABKAMSGgoSbmV0d29ya19tdWx0aXBsaWVyGAYgASgBEg8KB3NhbXBsZXIYByABKAkSEAoIc2NoZWR1bGUYCCABKAkSEgoFc2hpZnQYCSABKAFIAIgBARIPCgdwcm9maWxlGAogASgJQggKBl9zaGlmdCIWChRHZXRTZXJ2ZXJJbmZvUmVxdWVzdCL2AwoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSUgoQbGlicmFyeV92ZXJzaW9ucxgCIAMoCzI4LmNocm9tYXJwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2UuTGlicmFyeVZlcnNpb25zRW50cnkSJAoGZGV2aWNlGAMgASgLMhQuY2hyb21hcnBjLnYxLkRldmljZRInCghwcm9maWxlcxgEIAMoCzIVLmNocm9tYXJwYy52MS5Qcm9maWxlEhcKD2RlZmF1bHRfcHJvZmlsZRgFIAEoCRIkCgZsaW1pdHMYBiABKAsyFC5jaHJvbWFycGMudjEuTGltaXRzEicKBXF1ZXVlGAcgASgLMhguY2hyb21hcnBjLnYxLlF1ZXVlU3RhdGUSDgoGY2FsbGVyGAggASgJEiUKB2RldmljZXMYCSADKAsyFC5jaHJvbWFycGMudjEuRGV2aWNlEhsKE3VuYXZhaWxhYmxlX2JlY2F1c2UYCiABKAkSEAoIc2FtcGxlcnMYCyADKAkSEQoJc2NoZWR1bGVzGAwgAygJEhAKCHNldHRpbmdzGA0gAygJGjYKFExpYnJhcnlWZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEixAIKBkRldmljZRIKCgJpZBgBIAEoCRIMCgRuYW1lGAIgASgJEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBINCgVkdHlwZRgEIAEoCRIvCglmYWxsYmFja3MYBSADKAsyHC5jaHJvbWFycGMudjEuRGV2aWNlRmFsbGJhY2sSKAoFc3RhdGUYBiABKA4yGS5jaHJvbWFycGMudjEuRGV2aWNlU3RhdGUSEAoIcHJvZmlsZXMYByADKAkSDAoEaG9zdBgIIAEoCRIOCgZzZWNvbmQYCSABKAkSEQoJam9iX2NvdW50GAogASgEEiwKCWJ1c3lfdGltZRgLIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIZChFtZW1vcnlfdXNlZF9ieXRlcxgMIAEoBBIUCgxsb3N0X2JlY2F1c2UYDSABKAkiMgoORGV2aWNlRmFsbGJhY2sSDwoHd2l0aG91dBgBIAEoCRIPCgdtZXNzYWdlGAIgASgJIioKB1Byb2ZpbGUSCgoCaWQYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkiwgIKBkxpbWl0cxITCgttYXhfcHJvbXB0cxgBIAEoBRIYChBtYXhfcHJvbXB0X2J5dGVzGAIgASgFEhEKCW1heF9sb3JhcxgDIAEoBRIXCg9tYXhfcGl4ZWxfc3RlcHMYBCABKAQSFwoPbWF4X3F1ZXVlZF9qb2JzGAUgASgFEhkKEW1heF9yZXF1ZXN0X2J5dGVzGAYgASgFEhIKCm1heF9waXhlbHMYByABKAQSEwoLbWF4X3N0cmVhbXMYCCABKAUSIgoabWF4X3F1ZXVlZF9qb2JzX3Blcl9jYWxsZXIYCSABKAUSGAoQbWF4X3VwbG9hZF9ieXRlcxgKIAEoBBIkChxtYXhfdXBsb2Fkc19ieXRlc19wZXJfY2FsbGVyGAsgASgEEhwKFG1heF9jYWxsc19wZXJfbWludXRlGAwgASgFIjcKClF1ZXVlU3RhdGUSEwoLcXVldWVkX2pvYnMYASABKAUSFAoMcnVubmluZ19qb2JzGAIgASgFKooBCgtEZXZpY2VTdGF0ZRIcChhERVZJQ0VfU1RBVEVfVU5TUEVDSUZJRUQQABIYChRERVZJQ0VfU1RBVEVfT1BFTklORxABEhUKEURFVklDRV9TVEFURV9JRExFEAISFQoRREVWSUNFX1NUQVRFX0JVU1kQAxIVChFERVZJQ0VfU1RBVEVfTE9TVBAEMsMBCgxNb2RlbFNlcnZpY2USVAoKTGlzdE1vZGVscxIfLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVxdWVzdBogLmNocm9tYXJwYy52MS5MaXN0TW9kZWxzUmVzcG9uc2UiA5ACARJdCg1HZXRTZXJ2ZXJJbmZvEiIuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXF1ZXN0GiMuY2hyb21hcnBjLnYxLkdldFNlcnZlckluZm9SZXNwb25zZSIDkAIBQpwBCgxjaHJvbWFycGMudjFCEU1vZGVsU2VydmljZVByb3RvUAFaGGNocm9tYXJwYy92MTtjaHJvbWFycGN2MaICA0NSUKoCDENocm9tYXJwYy5WMboCDUNocm9tYXJwY19WMV/KAgxDaHJvbWFycGNcVjHiAhhDaHJvbWFycGNcVjFcR1BCTWV0YWRhdGHqAg1DaHJvbWFycGM6OlYxYgZwcm90bzM", [file_google_protobuf_duration]);
 
 /**
  * Nothing to choose yet.
@@ -294,6 +294,20 @@ export type Model = Message<"chromarpc.v1.Model"> & {
    * @generated from field: repeated chromarpc.v1.ModelResidence residences = 16;
    */
   residences: ModelResidence[];
+
+  /**
+   * Its parts: transformer, text encoder, tokenizer, autoencoder.
+   *
+   * @generated from field: repeated chromarpc.v1.ModelPart parts = 17;
+   */
+  parts: ModelPart[];
+
+  /**
+   * What adapters trained on it name as their base. An adapter that names another one is answered by a warning.
+   *
+   * @generated from field: string base_name = 18;
+   */
+  baseName: string;
 };
 
 /**
@@ -302,6 +316,63 @@ export type Model = Message<"chromarpc.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_chromarpc_v1_model_service, 5);
+
+/**
+ * A part of a model.
+ *
+ * @generated from message chromarpc.v1.ModelPart
+ */
+export type ModelPart = Message<"chromarpc.v1.ModelPart"> & {
+  /**
+   * `transformer`, `text_encoder`, `tokenizer` or `autoencoder`.
+   *
+   * @generated from field: string part = 1;
+   */
+  part: string;
+
+  /**
+   * Where it comes from: a Hugging Face id with the file or folder in it, `bundled:NAME`, or the name of a file or
+   * folder on the server, without the folders that it lies in.
+   *
+   * @generated from field: string source = 2;
+   */
+  source: string;
+
+  /**
+   * Whether it is on this machine.
+   *
+   * @generated from field: bool present = 3;
+   */
+  present: boolean;
+
+  /**
+   * How its weights are stored, such as `bf16`, `fp8 scaled` or `GGUF Q4_K`; known once its header was read.
+   *
+   * @generated from field: string stored_as = 4;
+   */
+  storedAs: string;
+
+  /**
+   * SHA-256 over names, types, shapes and values, hexadecimal; known once it was loaded.
+   *
+   * @generated from field: string revision = 5;
+   */
+  revision: string;
+
+  /**
+   * Why it cannot be used, where it cannot.
+   *
+   * @generated from field: string problem = 6;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message chromarpc.v1.ModelPart.
+ * Use `create(ModelPartSchema)` to create a new message.
+ */
+export const ModelPartSchema: GenMessage<ModelPart> = /*@__PURE__*/
+  messageDesc(file_chromarpc_v1_model_service, 6);
 
 /**
  * A device that has a model's weights in memory.
@@ -336,7 +407,7 @@ export type ModelResidence = Message<"chromarpc.v1.ModelResidence"> & {
  * Use `create(ModelResidenceSchema)` to create a new message.
  */
 export const ModelResidenceSchema: GenMessage<ModelResidence> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 6);
+  messageDesc(file_chromarpc_v1_model_service, 7);
 
 /**
  * How a model is served in one numerics profile.
@@ -366,7 +437,7 @@ export type ModelProfile = Message<"chromarpc.v1.ModelProfile"> & {
   minSizePx: number;
 
   /**
-   * Whether a negative prompt has an effect.
+   * Whether a negative prompt has an effect without `use_neg`.
    *
    * @generated from field: bool honours_neg = 4;
    */
@@ -385,7 +456,7 @@ export type ModelProfile = Message<"chromarpc.v1.ModelProfile"> & {
  * Use `create(ModelProfileSchema)` to create a new message.
  */
 export const ModelProfileSchema: GenMessage<ModelProfile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 7);
+  messageDesc(file_chromarpc_v1_model_service, 8);
 
 /**
  * What of a model stays where on a GPU, chosen from the memory that may be used.
@@ -448,7 +519,7 @@ export type MemoryPlan = Message<"chromarpc.v1.MemoryPlan"> & {
  * Use `create(MemoryPlanSchema)` to create a new message.
  */
 export const MemoryPlanSchema: GenMessage<MemoryPlan> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 8);
+  messageDesc(file_chromarpc_v1_model_service, 9);
 
 /**
  * What is filled in for what a request leaves out.
@@ -497,6 +568,34 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
    * @generated from field: double network_multiplier = 6;
    */
   networkMultiplier: number;
+
+  /**
+   * Sampler.
+   *
+   * @generated from field: string sampler = 7;
+   */
+  sampler: string;
+
+  /**
+   * Schedule of noise levels.
+   *
+   * @generated from field: string schedule = 8;
+   */
+  schedule: string;
+
+  /**
+   * Fixed shift of the schedule; left out where the schedule has its own.
+   *
+   * @generated from field: optional double shift = 9;
+   */
+  shift?: number | undefined;
+
+  /**
+   * Numerics profile; empty where it is the server's.
+   *
+   * @generated from field: string profile = 10;
+   */
+  profile: string;
 };
 
 /**
@@ -504,7 +603,7 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 9);
+  messageDesc(file_chromarpc_v1_model_service, 10);
 
 /**
  * Nothing to choose.
@@ -519,7 +618,7 @@ export type GetServerInfoRequest = Message<"chromarpc.v1.GetServerInfoRequest"> 
  * Use `create(GetServerInfoRequestSchema)` to create a new message.
  */
 export const GetServerInfoRequestSchema: GenMessage<GetServerInfoRequest> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 10);
+  messageDesc(file_chromarpc_v1_model_service, 11);
 
 /**
  * What this server is and allows.
@@ -596,6 +695,27 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
    * @generated from field: string unavailable_because = 10;
    */
   unavailableBecause: string;
+
+  /**
+   * Samplers that `Prompt.sampler` may name.
+   *
+   * @generated from field: repeated string samplers = 11;
+   */
+  samplers: string[];
+
+  /**
+   * Schedules that `Prompt.schedule` may name.
+   *
+   * @generated from field: repeated string schedules = 12;
+   */
+  schedules: string[];
+
+  /**
+   * What `GenerateRequest.settings` may name.
+   *
+   * @generated from field: repeated string settings = 13;
+   */
+  settings: string[];
 };
 
 /**
@@ -603,7 +723,7 @@ export type GetServerInfoResponse = Message<"chromarpc.v1.GetServerInfoResponse"
  * Use `create(GetServerInfoResponseSchema)` to create a new message.
  */
 export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 11);
+  messageDesc(file_chromarpc_v1_model_service, 12);
 
 /**
  * A device that computes one job at a time.
@@ -708,7 +828,7 @@ export type Device = Message<"chromarpc.v1.Device"> & {
  * Use `create(DeviceSchema)` to create a new message.
  */
 export const DeviceSchema: GenMessage<Device> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 12);
+  messageDesc(file_chromarpc_v1_model_service, 13);
 
 /**
  * Something that makes a GPU fast and that this one does without.
@@ -737,7 +857,7 @@ export type DeviceFallback = Message<"chromarpc.v1.DeviceFallback"> & {
  * Use `create(DeviceFallbackSchema)` to create a new message.
  */
 export const DeviceFallbackSchema: GenMessage<DeviceFallback> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 13);
+  messageDesc(file_chromarpc_v1_model_service, 14);
 
 /**
  * A numerics profile.
@@ -765,7 +885,7 @@ export type Profile = Message<"chromarpc.v1.Profile"> & {
  * Use `create(ProfileSchema)` to create a new message.
  */
 export const ProfileSchema: GenMessage<Profile> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 14);
+  messageDesc(file_chromarpc_v1_model_service, 15);
 
 /**
  * Limits on requests; more is refused, naming the field or the quota. Those of a caller are the asking caller's own.
@@ -863,7 +983,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
  * Use `create(LimitsSchema)` to create a new message.
  */
 export const LimitsSchema: GenMessage<Limits> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 15);
+  messageDesc(file_chromarpc_v1_model_service, 16);
 
 /**
  * The admission queue now.
@@ -891,7 +1011,7 @@ export type QueueState = Message<"chromarpc.v1.QueueState"> & {
  * Use `create(QueueStateSchema)` to create a new message.
  */
 export const QueueStateSchema: GenMessage<QueueState> = /*@__PURE__*/
-  messageDesc(file_chromarpc_v1_model_service, 16);
+  messageDesc(file_chromarpc_v1_model_service, 17);
 
 /**
  * What a device does now.
