@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from torch import Tensor
     from transformers import T5Config, T5EncoderModel
 
 _ONE_IMPORTER = threading.Lock()
@@ -40,6 +41,17 @@ def libraries() -> Libraries:
     """The classes; waits where they are being imported."""
     with _ONE_IMPORTER:
         return _import()
+
+
+@cache
+def gguf_functions() -> Mapping[int, Callable[..., Tensor]]:
+    """Diffusers' dequantization of blocks, by GGUF's number of the type, in torch on any device."""
+    libraries()
+    with _ONE_IMPORTER:
+        from diffusers.quantizers.gguf.utils import dequantize_functions  # noqa: PLC0415
+
+    found: Mapping[int, Callable[..., Tensor]] = dequantize_functions
+    return found
 
 
 def import_ahead() -> None:
