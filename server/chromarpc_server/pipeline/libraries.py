@@ -45,6 +45,17 @@ def libraries() -> Libraries:
         return _import()
 
 
+@cache
+def gguf_functions() -> Mapping[int, Callable[..., Tensor]]:
+    """Diffusers' dequantization of blocks, by GGUF's number of the type, in torch on any device."""
+    libraries()
+    with _ONE_IMPORTER:
+        from diffusers.quantizers.gguf.utils import dequantize_functions  # noqa: PLC0415
+
+    found: Mapping[int, Callable[..., Tensor]] = dequantize_functions
+    return found
+
+
 def import_ahead() -> None:
     """Begins to import them, in a thread of its own."""
     threading.Thread(target=_import_quietly, name="imports").start()
