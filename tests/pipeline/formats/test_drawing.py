@@ -15,9 +15,19 @@ from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import PROFILES, Adapter, Checkpoint, CheckpointFiles, Transformer, read_adapter
+from chromarpc_server.pipeline import (
+    PROFILES,
+    Adapter,
+    Checkpoint,
+    CheckpointFiles,
+    Transformer,
+    WeightFiles,
+    read_adapter,
+)
 from chromarpc_server.pipeline.merged_transformer import PreparedTransformer
+from chromarpc_server.pipeline.opening import OpenCheckpoint
 from chromarpc_server.pipeline.placement import DevicePlacement
+from chromarpc_server.pipeline.weights.gguf_file import open_gguf
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
 from tests.pipeline.formats import writers
 from tests.tiny_checkpoint import GOLDENS
@@ -184,7 +194,10 @@ def test_codes_of_no_finite_value_are_refused_by_the_tensors_name(
         tensors["single_blocks.0.linear2.scale_weight"] = torch.tensor(float("nan"))
         save_file(tensors, path, {"config": config})
     else:
-        writers.as_gguf({**native, name: native[name] * torch.tensor(float("inf"))}, config, path)
+        file = open_gguf(writers.as_gguf(native, config, path))
+        with path.open("r+b") as stream:
+            stream.seek(file.require_unchanged(stream.fileno()) + file.tensors[name].begin)
+            stream.write(b"\xff\x7f")  # the first block's scale
     checkpoint = _load(tiny_checkpoint, path)
     transformer = checkpoint.allocate(PROFILES["reference"])
     with pytest.raises(WeightsInvalid, match=name):
@@ -221,9 +234,6 @@ def test_the_master_is_as_small_as_the_file(
     native: dict[str, Tensor], config: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """What the memory plan counts, and what is held."""
-    from chromarpc_server.pipeline import WeightFiles
-    from chromarpc_server.pipeline.opening import OpenCheckpoint
-
     path = writers.as_gguf(native, config, tmp_path / "model")
     files = CheckpointFiles(
         path, tiny_checkpoint / "text_encoder_2", tiny_checkpoint / "tokenizer_2", tiny_checkpoint / "vae"

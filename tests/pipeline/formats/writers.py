@@ -97,7 +97,7 @@ def q6_k(values: np.ndarray) -> np.ndarray:
     steps = scales[:, :, None] * whole[:, None, None].astype(np.float32)
     codes = (np.round(blocks / steps).clip(-32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
     low, high = codes & 15, codes >> 4
-    # A half block holds values 0 … 127: 64 bytes with the low halves of n and n + 64, 32 with the rest of all four.
+    # Half a block holds 128 values: 64 bytes with the low halves of n and n + 64, and 32 with the rest of four.
     packed_low = np.concatenate([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], axis=2)
     packed_high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
     count = len(blocks)
