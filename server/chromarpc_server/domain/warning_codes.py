@@ -145,6 +145,6 @@ class WarningCode(StrEnum):
     )
     BASE_PARTS_DROPPED = (
         "BASE_PARTS_DROPPED", 28,
-        "A file of the model holds more than the model has, such as the decoder of a text encoder; it is left out.",
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
     )
     # fmt: on
