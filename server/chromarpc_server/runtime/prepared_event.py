@@ -20,6 +20,7 @@ def prepared_event(
     negative: Sequence[TokenizedPrompt],
     *,
     model_revision: str,
+    stored_as: str,
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
@@ -31,6 +32,7 @@ def prepared_event(
 
     Args:
         negative: the negative prompts, where the profile honours them.
+        stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
@@ -52,6 +54,7 @@ def prepared_event(
             for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
         ),
         model_revision=model_revision,
+        stored_as=stored_as,
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
         device=device.name,
