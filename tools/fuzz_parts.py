@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
 from chromarpc_server.pipeline.models.stored_transformer import open_transformer
 from chromarpc_server.pipeline.progress import SILENT
 from chromarpc_server.pipeline.weights.formats.prefixes import Part
@@ -86,9 +87,8 @@ def _misdescribed(rng: random.Random, header: Header) -> Header:
     ])  # fmt: skip
     metadata["_quantization_metadata"] = json.dumps({"layers": {layer: description}})
     if rng.random() < 0.5:
-        metadata["config"] = rng.choice(
-            ['{"axes_dim": "x"}', "1e999", "[", '{"axes_dim": [8, 12, 12], "theta": 1e999}']
-        )
+        sizes = ['{"axes_dim": "x"}', "1e999", "[", '{"axes_dim": [8, 12, 12], "theta": 1e999}']
+        metadata["config"] = rng.choice(sizes)
     return header
 
 
@@ -124,8 +124,11 @@ def judge(path: Path, part: Part) -> str:
     files = WeightFiles()
     try:
         opened = OPENERS[part](path, files)
-        for name, stored in ReadingProgress((opened.part,), SILENT).stored(opened.part).items():
+        weights = ReadingProgress((opened.part,), SILENT).stored(opened.part)
+        for name, stored in weights.items():
             assert stored.dense().shape == opened.part.recipes[name].shape, "another shape than the header's"
+        if part == "autoencoder":
+            build_autoencoder(opened.config, weights, device=torch.device("cpu"), dtype=torch.float32)
     except WeightsInvalid as error:
         if not error.message.isprintable() or len(error.message) > 2000:
             raise AssertionError("a message with control characters, or without end") from error

@@ -400,6 +400,8 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
     do: adjust `network_multiplier`.
     """
+    WARNING_CODE_BASE_PARTS_DROPPED: _WarningCode.ValueType  # 28
+    """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
 
 class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
     """What a warning is about. `Warning.code` is one of these names without `WARNING_CODE_`, as text, so that a newer
@@ -480,4 +482,6 @@ WARNING_CODE_LORA_SCALE_UNREAD: WarningCode.ValueType  # 23
 """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
 do: adjust `network_multiplier`.
 """
+WARNING_CODE_BASE_PARTS_DROPPED: WarningCode.ValueType  # 28
+"""A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
 Global___WarningCode: _TypeAlias = WarningCode  # noqa: Y015

@@ -143,4 +143,8 @@ class WarningCode(StrEnum):
         "The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak.",
         "Adjust `network_multiplier`.",
     )
+    BASE_PARTS_DROPPED = (
+        "BASE_PARTS_DROPPED", 28,
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
+    )
     # fmt: on

@@ -185,6 +185,7 @@ class DeviceWorker:
                 weights=weights,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
+                left_out=checkpoint.left_out,
             )
         )
         remaining = _Remaining(plan)

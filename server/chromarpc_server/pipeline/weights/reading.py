@@ -141,5 +141,6 @@ def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object
     surplus = sorted(set(found) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors missing {shown_few(missing)}, {len(surplus)} unknown {shown_few(surplus)}"
+            f"{name}: {len(missing)} tensors missing {shown_few(missing)}, "
+            f"{len(surplus)} unknown {shown_few(surplus)}"
         )
