@@ -23,6 +23,7 @@ def prepared_event(
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
+    base_name: str = "",
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
 ) -> Prepared:
@@ -31,6 +32,7 @@ def prepared_event(
     Args:
         negative: the negative prompts, where the profile honours them.
         device: what computes.
+        base_name: what adapters for the model name as their base.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
     """
@@ -62,7 +64,7 @@ def prepared_event(
             *(
                 warning
                 for index, (adapter, _) in enumerate(adapters)
-                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+                for warning in adapter_warnings(adapter, f"loras.{index}.path", base_name)
             ),
             *_tiling_warnings(plan, tiled_beyond_px),
             *(PlanWarning(WarningCode.DEVICE_FALLBACK, "", fallback.message) for fallback in fallbacks),

@@ -30,6 +30,8 @@ class CheckpointFiles:
     """config.json and diffusion_pytorch_model safetensors, sharded or not."""
     preview: Path | None = None
     """Linear latent → RGB map of this model's VAE; the Flux VAE's where there is none."""
+    base_name: str = ""
+    """What adapters trained on this model name as their base; empty where nobody says."""
 
     def missing(self) -> tuple[Path, ...]:
         """Files that are not there."""
