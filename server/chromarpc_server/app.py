@@ -28,6 +28,7 @@ from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.jobs.engine import DeviceCalls, Engine, EngineRules
 from chromarpc_server.jobs.store.job_store import JobStore
 from chromarpc_server.model_catalogue import served_models
+from chromarpc_server.model_settings import parse_size
 from chromarpc_server.observability.audit_log import AuditLog
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.observability.probes import StatusPort
@@ -41,7 +42,7 @@ from chromarpc_server.ports import require_free
 from chromarpc_server.runtime.device import DeviceSource
 from chromarpc_server.runtime.model_files import ModelFiles
 from chromarpc_server.runtime.running_time import RunningTime
-from chromarpc_server.settings import ServerSettings, parse_size
+from chromarpc_server.settings import ServerSettings
 from chromarpc_server.transport.access.authentication import Authentication
 from chromarpc_server.transport.access.callers_file import CallersFile
 from chromarpc_server.transport.access.quotas import CallQuotas
@@ -166,15 +167,6 @@ class App:
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         self._use(engine, devices)
-        model_service = ModelServicer(
-            engine,
-            serving,
-            model_files,
-            library,
-            version=version,
-            library_versions=library_versions(),
-            profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
-        )
         await engine.start()
         listening: Listening | None = None
         try:
@@ -184,7 +176,7 @@ class App:
                 Services(
                     GenerationServicer(engine, serving),
                     JobServicer(engine, serving),
-                    model_service,
+                    _model_servicer(engine, serving, model_files, library, version),
                     LoraServicer(library, adapters, serving, ModelFiles(settings.model_folder)),
                 ),
                 access=access,
@@ -327,7 +319,9 @@ class App:
             log.info("model.preloading", extra={"model": model_id})
             served = serving.models[settings.alias.get(model_id, model_id)]
             sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
-            await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
+            await engine.preload(
+                served, served.defaults.profile or settings.profile, [parse_size(size) for size in sizes]
+            )
 
     async def _sweep_uploads(self, library: AdapterLibrary) -> None:
         """Drops uploads that nobody goes on with, whether others begin or not."""
@@ -376,6 +370,20 @@ class App:
         # Every stream has had its last event by now; this waits for their bytes to leave.
         await listening.server.stop(grace=5.0)
         log.info("server.stopped", extra={"exit_code": self._exit_code})
+
+
+def _model_servicer(
+    engine: Engine, serving: Serving, model_files: ModelFiles, library: AdapterLibrary, version: str
+) -> ModelServicer:
+    return ModelServicer(
+        engine,
+        serving,
+        model_files,
+        library,
+        version=version,
+        library_versions=library_versions(),
+        profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
+    )
 
 
 async def serve(settings: ServerSettings) -> int:

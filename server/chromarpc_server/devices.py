@@ -44,9 +44,7 @@ def device_source(
     return LocalDevices(choices, running_time, settings.budgets(), settings.device_timeouts())
 
 
-def _cluster(
-    settings: ServerSettings, models: Mapping[str, ModelSpec], running_time: RunningTime
-) -> RayDevices:
+def _cluster(settings: ServerSettings, models: Mapping[str, ModelSpec], running_time: RunningTime) -> RayDevices:
     wanted, ray = ray_devices(settings.devices or ""), settings.ray
     assert wanted is not None  # noqa: S101 - whoever calls has looked
     hosts = HostSettings(

@@ -1,12 +1,15 @@
-"""Models of a server's settings: `[models.NAME]` in the file, `--model NAME=FILE_OR_REPO[,key=value…]` as a flag."""
+"""Models of a server's settings: `[models.NAME]` in the file, `--model NAME=FILE_OR_REPO[,key=value…]` by flag.
+
+Also the sizes that models are warmed up for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 from chromarpc_server.domain.base_names import base_name_of, usual_defaults
@@ -159,8 +162,8 @@ def parse_models(text: str) -> dict[str, dict[str, str]]:
         name, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not name or not value:
             raise ValueError(
-                f"{piece.strip()}: write NAME=FILE_OR_REPO,key=value,…; a value with a comma belongs into the file of "
-                "--config, under [models.NAME]"
+                f"{piece.strip()}: write NAME=FILE_OR_REPO,key=value,…; a value with a comma belongs into the "
+                "file of --config, under [models.NAME]"
             )
         if name in KEYS:
             if current is None:
@@ -204,20 +207,60 @@ def require_model_id(name: str) -> None:
         ValueError: a request could not name it.
     """
     if MODEL_ID.fullmatch(name) is None:
-        raise ValueError(f"{name}: a model's name is made of lower-case letters, digits, '.', '_' and '-', 64 at most")
+        raise ValueError(
+            f"{name}: a model's name is made of lower-case letters, digits, '.', '_' and '-', 64 at most"
+        )
     if name in KEYS:
         raise ValueError(f"{name}: a model cannot be called like one of its keys")
 
 
-def told(error: ValidationError) -> str:
-    """What is wrong with one model's settings, naming the key."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors()
-    )
+def require_known(
+    known: Collection[str],
+    *,
+    aliases: Mapping[str, str],
+    folders: Mapping[str, Path],
+    preloaded: Sequence[str],
+) -> None:
+    """Checks that settings name models that there are.
+
+    Raises:
+        ValueError: naming the setting, and the models that there are.
+    """
+    named = [
+        *((f"--alias {one}={other}", name) for one, other in aliases.items() for name in (one, other)),
+        *((f"--model-folder {name}={folder}", name) for name, folder in folders.items()),
+        *((f"--preload {name}", name) for name in preloaded),
+    ]
+    for where, name in named:
+        if name not in known:
+            raise ValueError(f"{where}: no such model: {name}; known are {', '.join(known)}")
 
 
-ModelFlags = Annotated[dict[str, ModelSettings], NoDecode, BeforeValidator(_parsed), AfterValidator(_checked_names)]
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024x1024` → width and height in pixels, multiples of 32.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"not a size: {text}; write it like 1024x1024")
+    sides = int(width), int(height)
+    if any(not 64 <= side <= 4096 or side % 32 for side in sides):
+        raise ValueError(f"{text}: sides are multiples of 32 from 64 to 4096")
+    return sides
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+ImageSize = Annotated[str, AfterValidator(_size)]
+"""Of `--warm-up`."""
+ModelFlags = Annotated[
+    dict[str, ModelSettings], NoDecode, BeforeValidator(_parsed), AfterValidator(_checked_names)
+]
 """Of `--model`."""
 ModelTables = Annotated[dict[str, ModelSettings], AfterValidator(_checked_names)]
 """Of `[models.NAME]`."""

@@ -21,7 +21,7 @@ EXIT_USAGE = 2
 def list_models(settings: ServerSettings, *, as_json: bool, out: TextIO) -> int:
     """Writes every model with its parts. Returns 0 where one of them can be drawn with.
 
-    Models that are built in count only where the settings bring none of their own: one of them ships with the package.
+    Models that are built in count only where the settings bring none: one of them ships with the package.
 
     Raises:
         ValueError: a setting names a model that there is none of.
@@ -62,8 +62,8 @@ def fetch_models(names: Sequence[str], settings: ServerSettings | None) -> int:
         else:
             known = ", ".join(model for model in models if downloads(models[model]))
             print(
-                f"chromarpc-server fetch: no such model: {name}; known are {known}; or give owner/name:file of the "
-                "Hugging Face hub",
+                f"chromarpc-server fetch: no such model: {name}; known are {known}; or give owner/name:file of "
+                "the Hugging Face hub",
                 file=sys.stderr,
             )
             return EXIT_USAGE

@@ -35,7 +35,7 @@ from chromarpc_server.domain.limits import (
 from chromarpc_server.domain.models import REGISTRY, ModelSpec
 from chromarpc_server.domain.resolve import PictureRecords
 from chromarpc_server.limit_settings import LimitSettings
-from chromarpc_server.model_settings import ModelFlags, ModelTables, configured_models
+from chromarpc_server.model_settings import ImageSize, ModelFlags, ModelTables, configured_models, require_known
 from chromarpc_server.platform_folders import default_data_dir
 from chromarpc_server.ports import WantedPort
 from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
@@ -55,29 +55,8 @@ MEMORY_STORE_BYTES = 512 * 1024**2
 Profile = Literal["reference", "exact", "fp8", "preview", "preview-exact"]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`1024x1024` → width and height in pixels, multiples of 32.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"not a size: {text}; write it like 1024x1024")
-    sides = int(width), int(height)
-    if any(not 64 <= side <= 4096 or side % 32 for side in sides):
-        raise ValueError(f"{text}: sides are multiples of 32 from 64 to 4096")
-    return sides
-
-
-def _size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
 Host = Annotated[str, AfterValidator(parse_host)]
 TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
-ImageSize = Annotated[str, AfterValidator(_size)]
 
 
 class ServerSettings(BaseSettings):
@@ -185,9 +164,9 @@ class ServerSettings(BaseSettings):
     download_timeout_s: float = Field(_DOWNLOADS.total_s, gt=0, description="seconds that one download may take")
     model: ModelFlags = Field(
         default_factory=dict,
-        description="NAME=FILE_OR_REPO[,key=value...]: a model of a file, a folder or owner/name[:file] of the Hugging "
-        "Face hub; keys: text_encoder, tokenizer, autoencoder, base_name, description, width, height, steps, guidance, "
-        "sampler, schedule, shift, profile; repeatable",
+        description="NAME=FILE_OR_REPO[,key=value...]: a model of a file, a folder or owner/name[:file] of the "
+        "Hugging Face hub; keys: text_encoder, tokenizer, autoencoder, base_name, description, width, height, "
+        "steps, guidance, sampler, schedule, shift, profile; repeatable",
     )
     models: CliSuppress[ModelTables] = Field(
         default_factory=dict,
@@ -195,8 +174,8 @@ class ServerSettings(BaseSettings):
     )
     comfyui: Path | None = Field(
         None,
-        description="a ComfyUI models folder: every Chroma below its diffusion_models, unet and checkpoints is served, "
-        "with the text encoder and autoencoder that lie there; nothing is copied",
+        description="a ComfyUI models folder: every Chroma below its diffusion_models, unet and checkpoints is "
+        "served, with the text encoder and autoencoder that lie there; nothing is copied",
     )
     alias: dict[str, str] = Field(
         default_factory=dict, description="MODEL=OTHER: serve requests for MODEL by OTHER; repeatable"
@@ -364,10 +343,9 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        in_ray = self.devices is not None and ray_devices(self.devices) is not None
-        if in_ray and (self.device not in ("auto", "cuda", "cpu") or self.cfg_parallel):
+        if self._in_ray and (self.device not in ("auto", "cuda", "cpu") or self.cfg_parallel):
             raise ValueError("--devices ray takes whole GPUs, or with --device cpu CPUs; Ray says which")
-        if self.devices is not None and not in_ray and "device" in self.model_fields_set:
+        if self.devices is not None and not self._in_ray and "device" in self.model_fields_set:
             raise ValueError("--device names one device and --devices several; give one of them")
         if self.cfg_parallel and self.devices is None:
             raise ValueError("--cfg-parallel needs --devices")
@@ -384,8 +362,12 @@ class ServerSettings(BaseSettings):
             )
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")
+        self._check_models()
+        return self
+
+    def _check_models(self) -> None:
         for model_id, folder in self.model_folder.items():
-            if not in_ray and not folder.is_dir():
+            if not self._in_ray and not folder.is_dir():
                 raise ValueError(f"--model-folder {model_id}={folder}: not a folder")
         for source, target in self.alias.items():
             if target in self.alias:
@@ -395,7 +377,10 @@ class ServerSettings(BaseSettings):
         configured = self.configured_models()
         if self.comfyui is None:  # else once it is known what lies there
             self.require_models({**REGISTRY, **configured})
-        return self
+
+    @property
+    def _in_ray(self) -> bool:
+        return self.devices is not None and ray_devices(self.devices) is not None
 
     def configured_models(self) -> dict[str, ModelSpec]:
         """The models that the settings describe one by one.
@@ -403,8 +388,7 @@ class ServerSettings(BaseSettings):
         Raises:
             ValueError: naming where, and the key.
         """
-        in_ray = self.devices is not None and ray_devices(self.devices) is not None
-        return configured_models(self.models, self.model, must_exist=not in_ray)
+        return configured_models(self.models, self.model, must_exist=not self._in_ray)
 
     def require_models(self, known: Collection[str]) -> None:
         """Checks every setting that names a model.
@@ -412,14 +396,7 @@ class ServerSettings(BaseSettings):
         Raises:
             ValueError: naming the setting, and the models that there are.
         """
-        named = [
-            *((f"--alias {one}={other}", name) for one, other in self.alias.items() for name in (one, other)),
-            *((f"--model-folder {name}={folder}", name) for name, folder in self.model_folder.items()),
-            *((f"--preload {name}", name) for name in self.preload),
-        ]
-        for where, name in named:
-            if name not in known:
-                raise ValueError(f"{where}: no such model: {name}; known are {', '.join(known)}")
+        require_known(known, aliases=self.alias, folders=self.model_folder, preloaded=self.preload)
 
     @classmethod
     def settings_customise_sources(

@@ -12,8 +12,8 @@ from chromarpc_server.pipeline import Adapter
 from chromarpc_server.pipeline.adapters import named, shown
 
 _ARCHITECTURES = ("ss_base_model_version", "modelspec.architecture")
-"""Keys under which trainers name the kind of model that they trained on: kohya's and ai-toolkit, then OneTrainer's.
-ai-toolkit tells no more than this: the same `chroma` of every checkpoint."""
+"""Keys under which trainers name the kind of model that they trained on: kohya's, ai-toolkit; OneTrainer's.
+Of ai-toolkit there is no more than this, and it is the same for every checkpoint of Chroma."""
 _BASES = ("ss_sd_model_name", "ss_pretrained_model_name_or_path", "ss_base_model", "base_model", "name_or_path")
 """Keys of the checkpoint itself: kohya's; the rest what people have ai-toolkit write by `meta` of its config."""
 _BASES_IN_CONFIGS = ("name_or_path", "base_model_name", "base_model_name_or_path", "pretrained_model_name_or_path")
@@ -78,7 +78,7 @@ def _base_warnings(metadata: Mapping[str, str], field: str, base_name: str) -> I
         yield PlanWarning(
             WarningCode.LORA_FOR_ANOTHER_BASE,
             field,
-            f"the file says that it was trained on {shown(others[0])}; this model's base is {shown(base_name)}, so "
+            f"the file was trained on {shown(others[0])}; as it says; this model's base is {shown(base_name)}, so "
             "it may look weaker or otherwise than in training",
         )
 

@@ -57,7 +57,7 @@ class Opened:
     description: DeviceDescription | None
     error: ChromaError | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Of the served models' parts that its host has: hashes of their headers, which must be those of other hosts."""
+    """Of the served models' parts that its host has: hashes of their headers, the same on every host."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ def base_name_of(name: str) -> str:
 def usual_defaults(base_name: str) -> ModelDefaults:
     """Those of the built-in model with this base; the reference's where there is none."""
     known = known_base(base_name)
-    return next((spec.defaults for spec in REGISTRY.values() if known and spec.base_name == known), CHROMA.defaults)
+    return next(
+        (spec.defaults for spec in REGISTRY.values() if known and spec.base_name == known), CHROMA.defaults
+    )
 
 
 def is_same_base(named: str, base_name: str) -> bool:

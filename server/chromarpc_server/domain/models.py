@@ -112,8 +112,8 @@ class ModelDefaults:
 class ModelSpec:
     """One model that requests can name.
 
-    A part that is None is looked for where the files lie: in the folder that the transformer is given by, or inside
-    its file; else it is that of `chroma`, and the tokenizer the one of the text encoder's vocabulary.
+    A part that is None is looked for where the files lie: in the folder that the transformer is given by, or
+    inside its file; else it is that of `chroma`, and the tokenizer the one of the text encoder's vocabulary.
     """
 
     id: str
@@ -194,9 +194,7 @@ STANDARD_AUTOENCODER = HubPart(_EXTRAS_REPO, "vae")
 T5_TOKENIZER = BundledPart("t5_tokenizer")
 """Of every text encoder that Chroma was trained with."""
 
-_AS_PEOPLE_RUN_IT = ModelDefaults(
-    sample_steps=26, guidance_scale=3.5, sampler="euler", schedule="beta", shift=1.0
-)
+_AS_PEOPLE_RUN_IT = ModelDefaults(sample_steps=26, guidance_scale=3.5, sampler="euler", schedule="beta", shift=1.0)
 
 CHROMA = ModelSpec(
     id="chroma",

@@ -6,7 +6,7 @@ found is fixed at the start, and a request names a model by its id, never by a p
 Of several text encoders or autoencoders one is taken for each transformer, by the same rule each time:
 
 - it can be used, and a text encoder gives as many channels as the transformer takes;
-- names that say another model (`flan` of a text encoder, `sd3` of an autoencoder, which have the same shapes) come last;
+- names of other models with the same shapes (`flan` of a text encoder, `sd3` of an autoencoder) come last;
 - the largest as it is stored, which has lost least;
 - the first by its path.
 """

@@ -39,7 +39,7 @@ _FOLDERS: Mapping[Part, tuple[str, ...]] = {
     Part.TOKENIZER: ("tokenizer_2", "tokenizer"),
     Part.AUTOENCODER: ("vae",),
 }
-"""Where parts lie in the folder of a whole model: as the trainer's extras have it, then as diffusers has Chroma."""
+"""Where parts lie in the folder of a whole model: as the trainer's extras have it, then as diffusers has it."""
 _MARKS = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 """A file that a folder of the hub has, whichever part it is."""
 
@@ -70,7 +70,9 @@ def fetch_command(spec: ModelSpec, missing: Iterable[PartSource] | None = None) 
 
     `missing`: what is; by default every part that can be fetched.
     """
-    wanted = [source for source in (downloads(spec) if missing is None else missing) if isinstance(source, HubPart)]
+    wanted = [
+        source for source in (downloads(spec) if missing is None else missing) if isinstance(source, HubPart)
+    ]
     if not wanted:
         return ""
     if REGISTRY.get(spec.id) == spec:
@@ -113,7 +115,8 @@ class ModelFiles:
         named = " and ".join(f"its {_spoken(part.part)} ({part.source})" for part in missing) or "a part of it"
         verb = "are" if len(missing) > 1 else "is"
         raise WeightsMissing(
-            f"the weights of {spec.id} are not on this server: {named} {verb} missing; {_remedy(command, missing)}",
+            f"the weights of {spec.id} are not on this server: {named} {verb} missing; "
+            f"{_remedy(command, missing)}",
             field="model",
             metadata={
                 "model": spec.id,
@@ -132,7 +135,10 @@ class ModelFiles:
         if width is not None and theirs is not None and width != theirs and not encoder.problem:
             problem = f"gives {theirs} channels of text, and the transformer takes {width}"
             found[Part.TEXT_ENCODER] = FoundPart(
-                Part.TEXT_ENCODER, encoder.source, encoder.path, PartFacts(encoder.facts.stored_as, problem=problem)
+                Part.TEXT_ENCODER,
+                encoder.source,
+                encoder.path,
+                PartFacts(encoder.facts.stored_as, problem=problem),
             )
         if located[Part.TOKENIZER][1] is None and (rows := encoder.facts.vocabulary) is not None:
             source = found[Part.TOKENIZER].source
@@ -144,7 +150,9 @@ class ModelFiles:
     def state(self, spec: ModelSpec) -> str:
         """Whether the model can be drawn with, in a few words for people."""
         parts = self.parts(spec)
-        problem = next((f"{_spoken(part.part)}: {part.problem}" for part in parts if part.path and part.problem), "")
+        problem = next(
+            (f"{_spoken(part.part)}: {part.problem}" for part in parts if part.path and part.problem), ""
+        )
         if problem:
             return f"cannot be used: {problem}"
         if self.find(spec) is not None:
@@ -164,7 +172,10 @@ class ModelFiles:
             beside, transformer = transformer, _transformer_in(transformer)
         found: dict[Part, tuple[PartSource, Path | None]] = {Part.TRANSFORMER: (spec.transformer, transformer)}
         inside = self._inside(spec, transformer)
-        for part, standard in ((Part.TEXT_ENCODER, STANDARD_TEXT_ENCODER), (Part.AUTOENCODER, STANDARD_AUTOENCODER)):
+        for part, standard in (
+            (Part.TEXT_ENCODER, STANDARD_TEXT_ENCODER),
+            (Part.AUTOENCODER, STANDARD_AUTOENCODER),
+        ):
             source = spec.source(part)
             if source is None and (there := _beside(beside, part)) is not None:
                 source = LocalPart(there)
@@ -225,7 +236,7 @@ class ModelFilesElsewhere(ModelFiles):
             for found in here
         )
 
-    def state(self, spec: ModelSpec) -> str:
+    def state(self, spec: ModelSpec) -> str:  # noqa: ARG002 - hosts say it themselves
         """Nothing is missing here."""
         return "ready"
 
@@ -329,9 +340,7 @@ def _beside(folder: Path | None, part: Part) -> Path | None:
     return next((folder / name for name in _FOLDERS[part] if (folder / name).is_dir()), None)
 
 
-def _tokenizer(
-    spec: ModelSpec, beside: Path | None, text_encoder: Path | None
-) -> tuple[PartSource, Path | None]:
+def _tokenizer(spec: ModelSpec, beside: Path | None, text_encoder: Path | None) -> tuple[PartSource, Path | None]:
     """Where the tokenizer comes from, and lies."""
     if spec.tokenizer is not None:
         return spec.tokenizer, _path(spec.tokenizer)

@@ -21,7 +21,7 @@ from chromarpc_server.pipeline.weights.formats.refusals import refuse_other
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.part import StoredPart
 from chromarpc_server.pipeline.weights.reading import in_folder, read_json, shard_paths
-from chromarpc_server.pipeline.weights.shared import WeightFiles
+from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
 MAX_KEPT = 4096
@@ -45,7 +45,7 @@ class PartFacts:
     holds: frozenset[Part] = frozenset()
     """Of a transformer's file: which other parts are inside."""
     fingerprint: str = ""
-    """Hash over everything but the values of tensors, hexadecimal: another file, or another format of it, differs."""
+    """Hash over everything but the values of tensors, hexadecimal: another file or format differs."""
     problem: str = ""
     """Why it cannot be this part; empty where it can."""
 
@@ -69,8 +69,12 @@ def _identity(path: Path) -> _Identity:
 
 
 @lru_cache(MAX_KEPT)
-def _facts(path: Path, shards: tuple[Path, ...], part: Part, version: tuple[_Identity, ...]) -> PartFacts:
-    """`version`: of the files, so that another one is looked at again."""
+def _facts(
+    path: Path,
+    shards: tuple[Path, ...],
+    part: Part,
+    version: tuple[_Identity, ...],  # noqa: ARG001 - another one is looked at again
+) -> PartFacts:
     try:
         return _READERS[part](path, shards)
     except WeightsInvalid as error:
@@ -86,41 +90,37 @@ def _without_name(path: Path, error: WeightsInvalid) -> str:
 
 def _transformer(path: Path, shards: tuple[Path, ...]) -> PartFacts:
     files = WeightFiles()
-    shapes = _require_kind(path, shards, "transformer", files)
+    held = _opened(path, shards, "transformer", files)
     found = open_transformer(path, files)
-    return replace(
-        _of(path, found.part),
-        text_width=found.config.context_in_dim,
-        holds=frozenset(part for part in (Part.TEXT_ENCODER, Part.AUTOENCODER) if part_prefix(shapes, _NAMES[part])),
-    )
+    names = [name for file in held for name in file.header.tensors]
+    inside = frozenset(part for part, name in _NAMES.items() if part_prefix(names, name))
+    return replace(_of(path, found.part), text_width=found.config.context_in_dim, holds=inside)
 
 
 def _text_encoder(path: Path, shards: tuple[Path, ...]) -> PartFacts:
     files = WeightFiles()
-    _require_kind(path, shards, "text_encoder", files)
+    _held = _opened(path, shards, "text_encoder", files)
     found = open_text_encoder(path, files)
     return replace(_of(path, found.part), text_width=found.width, vocabulary=found.vocabulary)
 
 
 def _autoencoder(path: Path, shards: tuple[Path, ...]) -> PartFacts:
     files = WeightFiles()
-    _require_kind(path, shards, "autoencoder", files)
+    _held = _opened(path, shards, "autoencoder", files)
     return _of(path, open_autoencoder(path, files).part)
 
 
-def _require_kind(
-    path: Path, shards: tuple[Path, ...], part: PartName, files: WeightFiles
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of every tensor of a part's files, once they are not known to be something else.
+def _opened(path: Path, shards: tuple[Path, ...], part: PartName, files: WeightFiles) -> list[SharedFile]:
+    """A part's files, which are open as long as this is held, and are not known to be something else.
 
     Raises:
-        WeightsInvalid: saying what the files are, or what is wrong with them.
+        WeightsInvalid: saying what they are, or what is wrong with them.
     """
-    headers = [files.open(shard).header for shard in shards]
-    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
-    metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    held = [files.open(shard) for shard in shards]
+    shapes = {name: shape for file in held for name, shape in file.header.shapes.items()}
+    metadata = {key: value for file in held for key, value in file.header.metadata.items()}
     refuse_other(shapes, metadata, part, path.name)
-    return shapes
+    return held
 
 
 def _of(path: Path, part: StoredPart) -> PartFacts:
@@ -128,7 +128,7 @@ def _of(path: Path, part: StoredPart) -> PartFacts:
     return PartFacts(part.stored_as, part.size_bytes, fingerprint=_fingerprint(path, headers))
 
 
-def _tokenizer(path: Path, shards: tuple[Path, ...]) -> PartFacts:
+def _tokenizer(_: Path, shards: tuple[Path, ...]) -> PartFacts:
     read_json(shards[0])
     return PartFacts(fingerprint=hashlib.sha256(shards[0].read_bytes()).hexdigest())
 

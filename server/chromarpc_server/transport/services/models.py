@@ -188,9 +188,7 @@ class _Found:
         return fetch_command(spec, [part.source for part in self.parts if not part.is_present])
 
 
-def _part(
-    found: FoundPart, served: ModelSpec, devices: Sequence[DeviceStatus]
-) -> model_service_pb2.ModelPart:
+def _part(found: FoundPart, served: ModelSpec, devices: Sequence[DeviceStatus]) -> model_service_pb2.ModelPart:
     # The transformer alone is hashed when it is loaded; it is what adapters change.
     is_hashed = found.part is Part.TRANSFORMER
     revisions = [device.cache.revisions.get(served.id, "") for device in _working(devices)] if is_hashed else []
