@@ -91,6 +91,9 @@ def test_a_record_holds_all_that_decided_the_picture() -> None:
                     "guidance_scale": 4.0,
                     "seed": 7,
                     "neg": "ugly",
+                    "use_neg": True,
+                    "sampler": "flowmatch",
+                    "schedule": "flowmatch",
                 }
             ],
             "output": {"format": "IMAGE_FORMAT_PNG"},
@@ -175,8 +178,9 @@ def test_no_secret_and_no_place_of_a_machine_is_in_a_record(path: str, said: str
 
 def test_people_read_prompt_negative_text_and_settings() -> None:
     assert record().parameters == (
-        'a <cät> & "dog"\n\nNegative prompt: ugly\nSteps: 3, Sampler: flowmatch, CFG scale: 4, Seed: 7, '
-        "Size: 64x96, Model: chroma-mini, Model hash: cdcdcdcdcdcd, Lora 0: job/l.safetensors x 0.5, "
+        'a <cät> & "dog"\n\nNegative prompt: ugly\nSteps: 3, Sampler: flowmatch, Schedule type: flowmatch, '
+        "CFG scale: 4, Seed: 7, Size: 64x96, Model: chroma-mini, Model hash: cdcdcdcdcdcd, "
+        "Lora 0: job/l.safetensors x 0.5, "
         "Profile: preview, Version: chromarpc 0.1.0"
     )
 
