@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chromarpc.json_request import parse_request_json
 from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount, WeightsReport, WeightsSource
 from chromarpc_server.domain.plan import Plan, PlannedLora, PlannedOutput, PlannedPrompt, PlanWarning
 from chromarpc_server.domain.requests import (
@@ -21,11 +22,13 @@ from chromarpc_server.domain.requests import (
     PromptRequest,
 )
 from chromarpc_server.domain.resolve import PictureRecords, Serving, resolve
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
 from chromarpc_server.jobs.encoding import encode_image, encode_pixels
 from chromarpc_server.jobs.picture_record import PictureRecord, picture_record
 from chromarpc_server.runtime.work import RenderedImage
 from chromarpc_server.settings import ServerSettings
+from chromarpc_server.transport.messages.requests import generation_request
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (48, 80, 3), np.uint8)
 SHA256 = "ab" * 32
@@ -138,6 +141,41 @@ def test_a_record_says_that_two_devices_made_a_pass_each(guidance: float, said: 
     on_two = json.loads(record(which, prepared(second_device="cuda:1", device_id="cuda:0+cuda:1")).text)
     assert on_two.pop("guidance_on_two_devices", None) is said
     assert on_two == on_one
+
+
+def test_a_record_names_what_its_picture_was_sampled_with() -> None:
+    prompt = PlannedPrompt("x", 64, 64, 8, 1.5, 1, sampler="heun", schedule="beta", shift=1.0)
+    made = record(
+        plan(prompts=(prompt,), profile="reference", trainer=None, settings=DrawingSettings.COMFYUI),
+        prepared(stored_as="GGUF Q4_K"),
+    )
+    said = json.loads(made.text)
+    assert said["request"]["settings"] == "comfyui"
+    assert said["request"]["prompts"] == [
+        {
+            "prompt": "x",
+            "width": 64,
+            "height": 64,
+            "sample_steps": 8,
+            "guidance_scale": 1.5,
+            "seed": 1,
+            "sampler": "heun",
+            "schedule": "beta",
+            "shift": 1.0,
+        }
+    ]
+    assert said["stored_as"] == "GGUF Q4_K"
+    assert "Sampler: heun, Schedule type: beta, " in made.parameters
+    assert ", Shift: 1, Profile: reference, Settings: comfyui, Version" in made.parameters
+
+
+def test_a_records_request_draws_the_same_again() -> None:
+    prompt = PromptRequest("x", neg="ugly", use_neg=True, sampler="heun", schedule="beta", shift=1.0)
+    planned = resolve(GenerationRequest("chroma", prompts=(prompt,), settings="comfyui"), Serving())
+    body = json.loads(record(replace(planned, loras=plan().loras)).text)["request"]
+    again = resolve(generation_request(parse_request_json(json.dumps(body)).request), Serving())
+    assert again.prompts == planned.prompts
+    assert again.settings is planned.settings
 
 
 def test_what_happened_to_come_differently_gives_the_same_record() -> None:

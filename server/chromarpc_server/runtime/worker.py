@@ -291,4 +291,4 @@ class _Remaining:
         self._left -= work
         self._done += work
         self._seconds += duration_s
-        return self._seconds / self._done * self._left
+        return self._seconds / self._done * max(0, self._left)
