@@ -169,14 +169,13 @@ class MemoryPlan:
     """What it was planned for."""
 
 
-IGNORED_OPTIONS = ("prompts.neg", "prompts.fps")
+IGNORED_OPTIONS = ("prompts.fps",)
 """Accepted because the reference accepts them, without effect on Chroma; answered by a warning."""
 
 REFUSED_OPTIONS = (
     "kv_cache",
     "match_target_res",
     "loras.transformer",
-    "prompts.sampler",
     "prompts.num_frames",
     "prompts.resolution",
     "prompts.ctrl_img",
