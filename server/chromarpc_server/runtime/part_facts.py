@@ -17,11 +17,10 @@ from chromarpc_server.domain.models import Part
 from chromarpc_server.pipeline.models.stored_transformer import open_transformer
 from chromarpc_server.pipeline.weights.formats.prefixes import Part as PartName
 from chromarpc_server.pipeline.weights.formats.prefixes import part_prefix
-from chromarpc_server.pipeline.weights.formats.refusals import refuse_other
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.part import StoredPart
 from chromarpc_server.pipeline.weights.reading import in_folder, read_json, shard_paths
-from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
 MAX_KEPT = 4096
@@ -90,37 +89,20 @@ def _without_name(path: Path, error: WeightsInvalid) -> str:
 
 def _transformer(path: Path, shards: tuple[Path, ...]) -> PartFacts:
     files = WeightFiles()
-    held = _opened(path, shards, "transformer", files)
+    held = [files.open(shard) for shard in shards]
     found = open_transformer(path, files)
     names = [name for file in held for name in file.header.tensors]
     inside = frozenset(part for part, name in _NAMES.items() if part_prefix(names, name))
     return replace(_of(path, found.part), text_width=found.config.context_in_dim, holds=inside)
 
 
-def _text_encoder(path: Path, shards: tuple[Path, ...]) -> PartFacts:
-    files = WeightFiles()
-    _held = _opened(path, shards, "text_encoder", files)
-    found = open_text_encoder(path, files)
+def _text_encoder(path: Path, _: tuple[Path, ...]) -> PartFacts:
+    found = open_text_encoder(path, WeightFiles())
     return replace(_of(path, found.part), text_width=found.width, vocabulary=found.vocabulary)
 
 
-def _autoencoder(path: Path, shards: tuple[Path, ...]) -> PartFacts:
-    files = WeightFiles()
-    _held = _opened(path, shards, "autoencoder", files)
-    return _of(path, open_autoencoder(path, files).part)
-
-
-def _opened(path: Path, shards: tuple[Path, ...], part: PartName, files: WeightFiles) -> list[SharedFile]:
-    """A part's files, which are open as long as this is held, and are not known to be something else.
-
-    Raises:
-        WeightsInvalid: saying what they are, or what is wrong with them.
-    """
-    held = [files.open(shard) for shard in shards]
-    shapes = {name: shape for file in held for name, shape in file.header.shapes.items()}
-    metadata = {key: value for file in held for key, value in file.header.metadata.items()}
-    refuse_other(shapes, metadata, part, path.name)
-    return held
+def _autoencoder(path: Path, _: tuple[Path, ...]) -> PartFacts:
+    return _of(path, open_autoencoder(path, WeightFiles()).part)
 
 
 def _of(path: Path, part: StoredPart) -> PartFacts:
