@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.models.autoencoder import build_autoencoder
 from chromarpc_server.pipeline.progress import SILENT
 from chromarpc_server.pipeline.weights.formats.prefixes import Part
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
@@ -86,8 +87,11 @@ def judge(path: Path, part: Part) -> str:
     files = WeightFiles()
     try:
         opened = open_text_encoder(path, files) if part == "text_encoder" else open_autoencoder(path, files)
-        for name, stored in ReadingProgress((opened.part,), SILENT).stored(opened.part).items():
+        weights = ReadingProgress((opened.part,), SILENT).stored(opened.part)
+        for name, stored in weights.items():
             assert stored.dense().shape == opened.part.recipes[name].shape, "another shape than the header's"
+        if part == "autoencoder":
+            build_autoencoder(opened.config, weights, device=torch.device("cpu"), dtype=torch.float32)
     except WeightsInvalid as error:
         if not error.message.isprintable() or len(error.message) > 2000:
             raise AssertionError("a message with control characters, or without end") from error

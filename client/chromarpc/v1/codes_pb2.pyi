@@ -410,6 +410,8 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """
     WARNING_CODE_SHIFT_IGNORED: _WarningCode.ValueType  # 27
     """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+    WARNING_CODE_BASE_PARTS_DROPPED: _WarningCode.ValueType  # 28
+    """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
 
 class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
     """What a warning is about. `Warning.code` is one of these names without `WARNING_CODE_`, as text, so that a newer
@@ -500,4 +502,6 @@ do: use another schedule, such as `simple` or `beta`.
 """
 WARNING_CODE_SHIFT_IGNORED: WarningCode.ValueType  # 27
 """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+WARNING_CODE_BASE_PARTS_DROPPED: WarningCode.ValueType  # 28
+"""A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
 Global___WarningCode: _TypeAlias = WarningCode  # noqa: Y015

@@ -158,4 +158,8 @@ class WarningCode(StrEnum):
         "`shift` has no effect on the schedule that is named.",
         "Leave it out, or use another schedule.",
     )
+    BASE_PARTS_DROPPED = (
+        "BASE_PARTS_DROPPED", 28,
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
+    )
     # fmt: on

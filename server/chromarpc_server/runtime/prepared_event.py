@@ -20,21 +20,25 @@ def prepared_event(
     negative: Sequence[TokenizedPrompt],
     *,
     model_revision: str,
+    stored_as: str,
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
     base_name: str = "",
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
+    left_out: str = "",
 ) -> Prepared:
     """The event, with everything about files and tokens that the plan could not know.
 
     Args:
         negative: the negative prompts, where the profile honours them.
+        stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
         base_name: what adapters for the model name as their base.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
+        left_out: what the model's files hold and the model does not have; empty where there is nothing.
     """
     return Prepared(
         adapters=tuple(
@@ -52,6 +56,7 @@ def prepared_event(
             for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
         ),
         model_revision=model_revision,
+        stored_as=stored_as,
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
         device=device.name,
@@ -68,6 +73,7 @@ def prepared_event(
             ),
             *_tiling_warnings(plan, tiled_beyond_px),
             *(PlanWarning(WarningCode.DEVICE_FALLBACK, "", fallback.message) for fallback in fallbacks),
+            *_left_out_warnings(left_out),
         ),
     )
 
@@ -96,3 +102,8 @@ def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]
                 f"prompts.{index}",
                 "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
             )
+
+
+def _left_out_warnings(left_out: str) -> Iterator[PlanWarning]:
+    if left_out:
+        yield PlanWarning(WarningCode.BASE_PARTS_DROPPED, "model", f"the model's files hold more: {left_out}")

@@ -179,12 +179,14 @@ class DeviceWorker:
                 tokenized,
                 negative,
                 model_revision=checkpoint.revision,
+                stored_as=checkpoint.stored_as,
                 versions=self._versions,
                 device=self._description,
                 weights=weights,
                 base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
+                left_out=checkpoint.left_out,
             )
         )
         remaining = _Remaining(plan)

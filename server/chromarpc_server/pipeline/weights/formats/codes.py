@@ -205,18 +205,18 @@ def _json(file: TensorFile, text: str, what: str) -> dict[str, Any]:
 
 def _layer(file: TensorFile, weight: str, description: Mapping[str, Any], scale: str | None) -> _Layer:
     name = description.get("format")
-    if name not in FLOAT8_DTYPES and name != "int8_tensorwise":
+    if not isinstance(name, str) or name not in (*FLOAT8_DTYPES, "int8_tensorwise"):
         raise _invalid(file, f"{shown(weight)} is quantized as {shown(str(name))}, which is not supported")
     if scale is None:
         raise _invalid(file, f"{shown(weight)} has no scale, and is said to be {name}")
     params = description.get("params")
     merged = {**description, **params} if isinstance(params, dict) else description
     if name != "int8_tensorwise" or not merged.get("convrot"):
-        return _Layer(str(name), scale, None)
+        return _Layer(name, scale, None)
     group = merged.get("convrot_groupsize", DEFAULT_GROUP)
     if type(group) is not int or not 1 < group <= MAX_GROUP or 4 ** (group.bit_length() // 2) != group:
         raise _invalid(file, f"{shown(weight)} is rotated in groups of {shown(str(group))}, no power of 4")
-    return _Layer(str(name), scale, group)
+    return _Layer(name, scale, group)
 
 
 def _scaled(
