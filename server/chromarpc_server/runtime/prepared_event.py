@@ -24,6 +24,7 @@ def prepared_event(
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
+    base_name: str = "",
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
     left_out: str = "",
@@ -34,6 +35,7 @@ def prepared_event(
         negative: the negative prompts, where the profile honours them.
         stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
+        base_name: what adapters for the model name as their base.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
         left_out: what the model's files hold and the model does not have; empty where there is nothing.
@@ -67,7 +69,7 @@ def prepared_event(
             *(
                 warning
                 for index, (adapter, _) in enumerate(adapters)
-                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+                for warning in adapter_warnings(adapter, f"loras.{index}.path", base_name)
             ),
             *_tiling_warnings(plan, tiled_beyond_px),
             *(PlanWarning(WarningCode.DEVICE_FALLBACK, "", fallback.message) for fallback in fallbacks),

@@ -183,6 +183,7 @@ class DeviceWorker:
                 versions=self._versions,
                 device=self._description,
                 weights=weights,
+                base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
                 left_out=checkpoint.left_out,
@@ -289,8 +290,8 @@ class _Remaining:
 
     def after(self, prompt: PlannedPrompt, duration_s: float) -> float:
         """Takes in one step and gives the seconds that are left."""
-        work = prompt.width * prompt.height
+        work = prompt.pixels_per_step
         self._left -= work
         self._done += work
         self._seconds += duration_s
-        return self._seconds / self._done * self._left
+        return self._seconds / self._done * max(0, self._left)
