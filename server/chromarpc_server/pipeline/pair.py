@@ -154,10 +154,10 @@ class TransformerPair:
         if len(texts) == 1:
             return self.first.velocity(texts, timesteps, grid)
         there = timesteps.to(self._device)
-        text = Text.of(texts[1].embeds, texts[1].mask, there)
+        text = Text(texts[1].embeds.to(self._device), texts[1].mask.to(self._device))
         # In float32 this thread has the process's precision of products for the whole step (see `precision`), and
         # the other one might wait for it.
-        beside = self._helper if timesteps.dtype == torch.bfloat16 else None
+        beside = self._helper if text.embeds.dtype == torch.bfloat16 else None
         # What all steps have in common takes milliseconds, and then the host waits for it.
         conditional, unconditional = self._both(
             lambda: self.first.velocity(texts[:1], timesteps, grid),
