@@ -31,10 +31,11 @@ from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
+from chromarpc_server.pipeline.weights.part import StoredPart, open_part
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
-from chromarpc_server.pipeline.weights.reading import read_json, require_same_keys, shard_paths
-from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
+from chromarpc_server.pipeline.weights.reading import in_folder, read_json, require_same_keys
+from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5EncoderModel
@@ -81,10 +82,10 @@ class Tokenizer:
     """T5's tokenizer, truncating at 511 pieces and the end mark, padding to 512."""
 
     def __init__(self, folder: Path, *, as_trainer: bool = False) -> None:
-        """Reads `folder`/tokenizer.json.
+        """Reads a tokenizer.json.
 
         Args:
-            folder: a Hugging Face tokenizer's.
+            folder: a Hugging Face tokenizer's, or the file itself.
             as_trainer: as transformers 5 has it, which ai-toolkit draws with: vocabulary, special tokens and
                 characters' replacements are the file's, and white space separates words whatever the file says of
                 it. Where it does not there, spaces in a row or at the end, tabs and line ends give other ids.
@@ -92,7 +93,7 @@ class Tokenizer:
         Raises:
             WeightsInvalid: it cannot be used.
         """
-        path = folder / "tokenizer.json"
+        path = in_folder(folder, "tokenizer.json")
         try:
             self._tokenizer = FastTokenizer.from_file(str(path))
             if as_trainer:
@@ -276,23 +277,14 @@ def text_encoder_config(folder: Path) -> T5Config:
     )
 
 
-def open_text_encoder(folder: Path, files: WeightFiles) -> tuple[SharedFile, ...]:
+def open_text_encoder(path: Path, files: WeightFiles) -> StoredPart:
     """The encoder's files, with their headers checked; `files`: what this host's devices have open."""
-    return tuple(files.open(path) for path in shard_paths(folder))
+    return open_part(path, "text_encoder", files)
 
 
-def read_all(
-    files: tuple[SharedFile, ...], reading: ReadingProgress, onto: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Every tensor of several files, mapped, or on a device."""
-    found: dict[str, Tensor] = {}
-    for file in files:
-        with file.reading(reading.check):
-            if onto is None:
-                found.update(reading.read(file))
-            else:
-                found.update((name, tensor) for name, tensor, _ in reading.read_onto(file, onto))
-    return found
+def read_all(part: StoredPart, reading: ReadingProgress, onto: torch.device | None = None) -> dict[str, Tensor]:
+    """Every tensor of a part, mapped where it is stored as it is, or on a device."""
+    return {name: stored.dense() for name, stored in reading.stored(part, onto).items()}
 
 
 class UnfusedAttention(TorchFunctionMode):
