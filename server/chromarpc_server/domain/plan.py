@@ -52,8 +52,18 @@ class PlannedPrompt:
     @property
     def pixel_steps(self) -> int:
         """Width × height × calls of the model: what the work is roughly proportional to."""
+        return self.pixels_per_step * self.sample_steps
+
+    @property
+    def pixels_per_step(self) -> int:
+        """Width × height × calls of the model in a step."""
+        return self.width * self.height * self.calls_per_step
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often a step calls the model, at most."""
         choice = SAMPLERS.get(self.sampler)  # a stored plan may name one of another version
-        return self.width * self.height * self.sample_steps * (1 if choice is None else choice.calls_per_step)
+        return 1 if choice is None else choice.calls_per_step
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     """A prompt's parts in order, each with its weight; empty parts are left out."""
     hidden = prompt.replace("\\(", _OPEN).replace("\\)", _CLOSE)
     return [
-        (text.replace(_OPEN, "(").replace(_CLOSE, ")"), weight)
-        for text, weight in _weighted(hidden, 1.0)
-        if text
+        (text.replace(_OPEN, "(").replace(_CLOSE, ")"), weight) for text, weight in _weighted(hidden, 1.0) if text
     ]
 
 

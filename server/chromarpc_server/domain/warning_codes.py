@@ -143,4 +143,13 @@ class WarningCode(StrEnum):
         "The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak.",
         "Adjust `network_multiplier`.",
     )
+    STEPS_DIFFER = (
+        "STEPS_DIFFER", 26,
+        "The schedule has another number of steps than `sample_steps` says, as in ComfyUI.",
+    )
+    SETTINGS_ROUNDED = (
+        "SETTINGS_ROUNDED", 29,
+        "With the settings `comfyui` weights were rounded to float8 all the same; the message says why.",
+        "Use the profile `reference` on a GPU with room for weights that are not rounded.",
+    )
     # fmt: on

@@ -53,6 +53,16 @@ class Transformer(VelocityMaker, Protocol):
         ...
 
     @property
+    def rounded(self) -> bool:
+        """Whether its weights were rounded to float8, or to what the trainer's config says."""
+        ...
+
+    @property
+    def text_settings(self) -> TrainerSettings | None:
+        """Which of `TrainerParts`' text encoders it is used with; None: with the checkpoint's own."""
+        ...
+
+    @property
     def size_bytes(self) -> int:
         """Of everything it holds on a device: of two, on each."""
         ...
@@ -123,6 +133,16 @@ class TransformerPair:
     def settings(self) -> TrainerSettings | None:
         """See `Transformer.settings`."""
         return self.first.settings
+
+    @property
+    def rounded(self) -> bool:
+        """See `Transformer.rounded`."""
+        return self.first.rounded
+
+    @property
+    def text_settings(self) -> TrainerSettings | None:
+        """See `Transformer.text_settings`."""
+        return self.first.text_settings
 
     @property
     def size_bytes(self) -> int:

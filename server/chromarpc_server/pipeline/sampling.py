@@ -32,6 +32,12 @@ def token_grid(width: int, height: int) -> tuple[int, int]:
     return height // side, width // side
 
 
+def image_tokens(width: int, height: int) -> int:
+    """N, packed latent tokens of an image."""
+    rows, columns = token_grid(width, height)
+    return rows * columns
+
+
 def pack(latents: Tensor) -> Tensor:
     """(B, 16, h/8, w/8) → (B, N, 64), channel order (c, dy, dx)."""
     batch, channels, height, width = latents.shape
