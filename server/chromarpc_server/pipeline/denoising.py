@@ -17,7 +17,7 @@ from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, evaluated_sigmas
 from chromarpc_server.pipeline.sampling import DenoiseStep
-from chromarpc_server.pipeline.schedules import schedule_sigmas
+from chromarpc_server.pipeline.schedules import COMFYUI_MU, schedule_sigmas
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class SamplingChoice:
     shift: float | None = None
     """Fixed shift of the schedule; None for the schedule's own."""
     settings: DrawingSettings = DrawingSettings.REFERENCE
+    mu: float = COMFYUI_MU
+    """Flux's shift, in ComfyUI's schedules without a fixed one."""
 
     @property
     def as_comfyui(self) -> bool:
@@ -77,7 +79,12 @@ class SamplingChoice:
     def sigmas(self, steps: int, image_tokens: int) -> list[float]:
         """The noise levels of so many steps; see `schedule_sigmas`."""
         return schedule_sigmas(
-            self.schedule, steps, shift=self.shift, image_tokens=image_tokens, sampler=self.sampler
+            self.schedule,
+            steps,
+            shift=self.shift,
+            image_tokens=image_tokens,
+            sampler=self.sampler,
+            mu=self.mu,
         )
 
     def has_guidance(self, guidance_scale: float) -> bool:

@@ -44,15 +44,15 @@ class NoiseLevels:
     """From 0…1 to the noise level, (n,) float32 each."""
 
     @classmethod
-    def aura(cls, shift: float) -> NoiseLevels:
+    def aura(cls, shift: float, count: int = AURA_LEVELS) -> NoiseLevels:
         """AuraFlow's and SD3's: σ = s·t / (1 + (s − 1)·t)."""
-        return cls(AURA_LEVELS, lambda t: t if shift == 1 else shift * t / (1 + (shift - 1) * t))
+        return cls(count, lambda t: t if shift == 1 else shift * t / (1 + (shift - 1) * t))
 
     @classmethod
-    def flux(cls, mu: float) -> NoiseLevels:
+    def flux(cls, mu: float, count: int = FLUX_LEVELS) -> NoiseLevels:
         """Flux's: σ = e^μ / (e^μ + 1/t − 1)."""
         factor = math.exp(mu)
-        return cls(FLUX_LEVELS, lambda t: factor / (factor + (1 / t - 1)))
+        return cls(count, lambda t: factor / (factor + (1 / t - 1)))
 
     @cached_property
     def table(self) -> Tensor:
@@ -216,17 +216,23 @@ def denoise_sigmas(
 
 
 def schedule_sigmas(
-    schedule: str, steps: int, *, shift: float | None, image_tokens: int, sampler: str
+    schedule: str,
+    steps: int,
+    *,
+    shift: float | None,
+    image_tokens: int,
+    sampler: str,
+    mu: float = COMFYUI_MU,
 ) -> list[float]:
     """A run's noise levels, falling, the last one being 0.
 
     Args:
         schedule: one of `SCHEDULES`.
         steps: that were asked for.
-        shift: AuraFlow's; None for the schedule's own: Flux's with `COMFYUI_MU`, or the reference's by the image's
-            size.
+        shift: AuraFlow's; None for the schedule's own: Flux's with `mu`, or the reference's by the image's size.
         image_tokens: N, of which only the reference's own shift makes use.
         sampler: some get one step more without its penultimate level, in ComfyUI's schedules.
+        mu: of ComfyUI's schedules without a shift.
 
     Raises:
         ValueError: no such schedule, or too few steps for it.
@@ -239,5 +245,5 @@ def schedule_sigmas(
             factor = math.exp(sampling.shift_mu(image_tokens))
             moved = factor / (factor + (1 / at - 1))
         return [*(float(np.float32(sigma)) for sigma in moved), 0.0]
-    levels = NoiseLevels.flux(COMFYUI_MU) if shift is None else NoiseLevels.aura(shift)
+    levels = NoiseLevels.flux(mu) if shift is None else NoiseLevels.aura(shift)
     return table_sigmas_for(schedule, steps, levels, sampler)

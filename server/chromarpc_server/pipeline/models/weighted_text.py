@@ -52,21 +52,21 @@ def tokenize_weighted(
 
 @torch.inference_mode()
 def embed_weighted(encode: Callable[[Tensor], Tensor], tokens: TokenizedPrompt) -> Tensor:
-    """Embeds tokens, each moved away from what an empty prompt has in its place by its weight.
+    """Embeds tokens, each moved away by its weight from what padding has in its place.
+
+    T5 knows places only beside each other, so that of padding alone every token is the same, however many there are.
 
     Args:
         encode: (1, L) → (1, L, context).
         tokens: from `tokenize_weighted`.
 
     Returns:
-        (1, L, context): e₀ + w · (e − e₀), where a weight is not 1.
+        (1, L, context): p + w · (e − p), where a weight is not 1.
     """
     embeds = encode(tokens.ids)
     if not tokens.weights:
         return embeds
-    nothing = torch.full_like(tokens.ids, PAD)
-    nothing[0, 0] = END
-    empty = encode(nothing)
+    padding = encode(torch.tensor([[PAD]])).float()
     weights = torch.tensor(tokens.weights, dtype=torch.float32).to(embeds.device)[None, :, None]
-    moved = empty.float() + weights * (embeds.float() - empty.float())
+    moved = padding + weights * (embeds.float() - padding)
     return torch.where(weights == 1, embeds, moved.to(embeds.dtype))
