@@ -50,7 +50,7 @@ from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.master import read_master
 from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
-from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 from chromarpc_server.pipeline.weights.shared import WeightFiles
 from chromarpc_server.pipeline.weights.stored import StoredWeights, rounding_dtype
 
@@ -134,26 +134,27 @@ class Checkpoint:
         plan = opened.plan(device, dtype, memory or MemoryChoice(), second)
         reading = ReadingProgress(opened.parts, context)
         master, revision = read_master(reading, opened.transformer.part, weights, device, plan)
-        tokenizer = Tokenizer(files.tokenizer)
+        tokenizer = Tokenizer(files.tokenizer, vocabulary=opened.text_encoder.vocabulary)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
-            weights=text_encoder.read_all(opened.text_encoder, reading, opened.text_encoder_onto(device, plan)),
-            config=text_encoder.text_encoder_config(files.text_encoder),
+            weights=reading.stored(opened.text_encoder.part, opened.text_encoder_onto(device, plan)),
+            config=text_encoder.text_encoder_config(opened.text_encoder.config),
             device=device,
             dtype=dtype,
             quantize=True,
+            rounding=opened.text_encoder.rounding,
             hold_float8=plan is not None,
             keep_in_host_memory=plan is not None and plan.text_encoder == "host",
             pinned=lambda tensors: weights.pinned(
-                ("text encoder", opened.text_encoder.identity, dtype, model_name(device)),
+                ("text encoder", opened.text_encoder.part.identity, dtype, model_name(device)),
                 device,
                 lambda _: tensors,
                 context.check,
             ),
         )
         vae = autoencoder.build_autoencoder(
-            read_json(files.vae / "config.json"),
-            text_encoder.read_all(opened.autoencoder, reading),
+            opened.autoencoder.config,
+            reading.stored(opened.autoencoder.part),
             device=device,
             dtype=dtype,
         )

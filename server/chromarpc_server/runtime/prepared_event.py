@@ -21,6 +21,7 @@ def prepared_event(
     negative: Sequence[TokenizedPrompt | None],
     *,
     model_revision: str,
+    stored_as: str,
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
@@ -32,6 +33,7 @@ def prepared_event(
 
     Args:
         negative: the negative prompts, None for those that are empty.
+        stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
@@ -53,6 +55,7 @@ def prepared_event(
             for lora, (adapter, multiplier) in zip(plan.loras, adapters, strict=True)
         ),
         model_revision=model_revision,
+        stored_as=stored_as,
         token_counts=tuple(TokenCount(tokens.token_count, tokens.cut_count) for tokens in tokenized),
         versions=versions,
         device=device.name,

@@ -182,6 +182,7 @@ class DeviceWorker:
                 tokenized,
                 negative,
                 model_revision=checkpoint.revision,
+                stored_as=checkpoint.stored_as,
                 versions=self._versions,
                 device=self._description,
                 weights=weights,

@@ -65,7 +65,7 @@ def test_sizes_that_are_not_fluxs_need_a_config() -> None:
     [
         ({"decoder.conv_in.weight": None}, "no tensor 'decoder.conv_in.weight'"),
         ({"encoder.down.0.block.0.conv1.weight": (8,)}, "shape"),
-        ({"something.else": (8,)}, r"1 tensors belong to no autoencoder of Flux's kind \['something.else'\]"),
+        ({"something.else": (8,)}, r"1 tensors belong to no autoencoder of Flux's kind: 'something.else'"),
         ({"decoder.mid.attn_1.q.weight": (16, 16, 2, 2)}, "to_q.weight' has the shape"),
     ],
 )
@@ -78,5 +78,5 @@ def test_tensors_that_do_not_go_together_are_refused(
 
 
 def test_a_config_that_says_other_sizes_is_refused() -> None:
-    with pytest.raises(WeightsInvalid, match="its config says layers_per_block 2, and its tensors have 1"):
+    with pytest.raises(WeightsInvalid, match="its config says layers_per_block '2', and its tensors have 1"):
         autoencoder_part(recipes_of(ORIGINAL), "vae", {**CONFIG, "layers_per_block": 2})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from chromarpc_server.pipeline.weights.formats.prefixes import Part
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.weights.formats.prefixes import Part
 from chromarpc_server.pipeline.weights.formats.refusals import GIVE, refuse_other
 
 FLUX = (

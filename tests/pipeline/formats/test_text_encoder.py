@@ -90,7 +90,7 @@ def test_tensors_that_do_not_go_together_are_refused(
 
 
 def test_a_config_that_says_other_sizes_is_refused() -> None:
-    with pytest.raises(WeightsInvalid, match="its config says num_heads 4, and its tensors have 2"):
+    with pytest.raises(WeightsInvalid, match="its config says num_heads '4', and its tensors have 2"):
         text_encoder_part(recipes_of(t5_shapes()), "text_encoder", {"num_heads": 4, "d_model": 8})
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.libraries import libraries
 from chromarpc_server.pipeline.weights.stored import Recipe, Recipes
+from chromarpc_server.pipeline.weights.tensor_file import shown
 
 FLUX: Mapping[str, object] = MappingProxyType(
     {
@@ -103,14 +104,16 @@ def _require_agreement(sizes: Mapping[str, object], config: Mapping[str, object]
     for key, size in sizes.items():
         said = config.get(key, size)
         if (list(said) if isinstance(said, (list, tuple)) else said) != size:
-            raise WeightsInvalid(f"{name}: its config says {key} {said!r}, and its tensors have {size!r}")
+            raise WeightsInvalid(
+                f"{name}: its config says {key} {shown(str(said))}, and its tensors have {size!r}"
+            )
 
 
 def _require_groups(config: Mapping[str, object], name: str) -> None:
     """Raises `WeightsInvalid` where the groups of its norms cannot be what they are taken for."""
     groups, widths = config["norm_num_groups"], config["block_out_channels"]
     if not isinstance(groups, int) or groups < 1 or not isinstance(widths, (list, tuple)):
-        raise WeightsInvalid(f"{name}: its config says norm_num_groups {groups!r}")
+        raise WeightsInvalid(f"{name}: its config says norm_num_groups {shown(str(groups))}")
     if any(width % groups for width in widths):
         raise WeightsInvalid(
             f"{name}: its channels {list(widths)} do not divide into {groups} groups, as those of Flux's do; "
@@ -133,18 +136,19 @@ def _as_diffusers(recipes: Recipes, config: Mapping[str, object], name: str) -> 
         found[new] = recipe if label.ndim == len(recipe.shape) else _as_matrix(recipe, new, name)
     lost = sorted(set(names) - {names[int(label.flatten()[0])] for label in converted.values()})
     if lost:
-        raise WeightsInvalid(f"{name}: {len(lost)} tensors belong to no autoencoder of Flux's kind {lost[:3]}")
+        few = ", ".join(shown(one) for one in lost[:3])
+        raise WeightsInvalid(f"{name}: {len(lost)} tensors belong to no autoencoder of Flux's kind: {few}")
     return found
 
 
 def _as_matrix(recipe: Recipe, new: str, name: str) -> Recipe:
     """A 1×1 convolution's weight (out, in, 1, 1) as a linear layer's (out, in)."""
     if set(recipe.shape[2:]) != {1}:
-        raise WeightsInvalid(f"{name}: '{new}' has the shape {recipe.shape}")
+        raise WeightsInvalid(f"{name}: {shown(new)} has the shape {recipe.shape}")
     shape = recipe.shape[:2]
     make = recipe.make
 
-    def squeezed(pieces: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    def squeezed(pieces: Sequence[Tensor]) -> Tensor:
         return make(pieces).reshape(shape)
 
-    return Recipe(recipe.pieces, shape, recipe.dtype, recipe.stored_as, squeezed)
+    return replace(recipe, shape=shape, make=squeezed)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from chromarpc_server.pipeline.weights.formats.prefixes import Part
-
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.weights.formats.architectures import (
     ADAPTER,
@@ -21,6 +19,7 @@ from chromarpc_server.pipeline.weights.formats.architectures import (
     Known,
     Shapes,
 )
+from chromarpc_server.pipeline.weights.formats.prefixes import Part
 
 GIVE: Mapping[Part, str] = {
     "transformer": "give a Chroma transformer, such as Chroma1-HD.safetensors",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.weights.stored import Recipe, Recipes
+from chromarpc_server.pipeline.weights.tensor_file import shown
 
 SHARED = "shared.weight"
 """The embedding, of which there is one whatever a file calls it."""
@@ -102,6 +103,11 @@ def text_encoder_part(recipes: Recipes, name: str, config: Mapping[str, object] 
     return TextEncoderPart(named, dict(config) if config is not None else {**CONSTANTS, **sizes}, left_out)
 
 
+def _few(names: Sequence[str]) -> str:
+    """The first few of some tensors' names, as a message may carry them."""
+    return f"[{', '.join(shown(name) for name in names[:3])}]"
+
+
 def _hugging_face_name(name: str) -> str:
     known = _LLAMA_CPP.get(name)
     if known is not None:
@@ -150,7 +156,8 @@ def _require_agreement(sizes: Mapping[str, int], config: Mapping[str, object], n
     """Raises `WeightsInvalid` where a config.json says other sizes than the tensors have."""
     for key, size in sizes.items():
         if key in config and config[key] != size:
-            raise WeightsInvalid(f"{name}: its config says {key} {config[key]!r}, and its tensors have {size}")
+            said = shown(str(config[key]))
+            raise WeightsInvalid(f"{name}: its config says {key} {said}, and its tensors have {size}")
 
 
 def _require_shapes(recipes: Recipes, sizes: Mapping[str, int], name: str) -> None:
@@ -181,8 +188,8 @@ def _require_shapes(recipes: Recipes, sizes: Mapping[str, int], name: str) -> No
     surplus = sorted(set(recipes) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors of a T5 v1.1 encoder missing {missing[:3]}, "
-            f"{len(surplus)} unknown {surplus[:3]}"
+            f"{name}: {len(missing)} tensors of a T5 v1.1 encoder missing {_few(missing)}, "
+            f"{len(surplus)} unknown {_few(surplus)}"
         )
     for tensor, shape in expected.items():
         if recipes[tensor].shape != shape:
