@@ -14,7 +14,7 @@ EMPHASIS = 1.1
 """Of brackets without a number."""
 MAX_DEPTH = 32
 """Of brackets within brackets; deeper ones are text. Every level is looked through again."""
-_EMBEDDING = re.compile(r"(?:^|[ \n(])embedding:", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(?:^|[ \n()])embedding:")
 _OPEN, _CLOSE = "\0", "\1"
 """Stand for escaped brackets while others are looked for."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,8 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.plan import GUIDANCE_THRESHOLD
-from chromarpc_server.domain.sampling_choices import FLOWMATCH, DrawingSettings
+from chromarpc_server.domain.sampling_choices import FLOWMATCH, DrawingSettings, has_guidance
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, evaluated_sigmas
@@ -89,9 +87,7 @@ class SamplingChoice:
 
     def has_guidance(self, guidance_scale: float) -> bool:
         """Whether each call makes an unconditional pass, too."""
-        if self.as_comfyui:
-            return not math.isclose(guidance_scale, 1.0)
-        return guidance_scale > GUIDANCE_THRESHOLD
+        return has_guidance(guidance_scale, self.settings)
 
 
 AS_REFERENCE = SamplingChoice()
