@@ -1,5 +1,4 @@
-"""`comfyui`: schedules, samplers, noise, tokens and whole runs as ComfyUI was recorded. On a CPU, whatever the rest is
-verified on.
+"""`comfyui`: schedules, samplers, noise, tokens and whole runs as ComfyUI was recorded; always on a CPU.
 
 The small models are those of `cpu_fp32` beside the folder. A file that is there and not known fails.
 """
@@ -7,7 +6,7 @@ The small models are those of `cpu_fp32` beside the folder. A file that is there
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -83,13 +82,8 @@ def _trajectories(path: Path, reporter: Reporter) -> None:
         elif sampler not in SAMPLERS_BY_NAME:
             reporter.add(Result(name, Outcome.FAIL, note=f"no sampler {sampler!r}"))
         else:
-            field = _VelocityField(vectors)
-            spec = schedules[schedule]
             reporter.guarded(
-                name,
-                lambda n=name, s=sampler, r=vectors.under(f"{case}."), v=field, p=spec: reporter.add(  # type: ignore[misc]
-                    _trajectory(n, s, r, v, p)
-                ),
+                name, partial(_trajectory, name, sampler, vectors, case, schedules[schedule], reporter)
             )
 
 
@@ -108,14 +102,16 @@ class _VelocityField:
 
 
 def _trajectory(
-    name: str, sampler: str, recorded: Mapping[str, Tensor], model: _VelocityField, spec: list[object]
-) -> Result:
+    name: str, sampler: str, vectors: Vectors, case: str, spec: Sequence[object], reporter: Reporter
+) -> None:
     """Passes where schedule, levels that are asked about, every predicted x0 and the end agree."""
+    model, recorded = _VelocityField(vectors), vectors.under(f"{case}.")
     expected = recorded["sigmas"].double()
     sigmas = comfyui_sigmas.recorded_schedule(spec, sampler)
     rel, _ = comfyui_sigmas.furthest(sigmas, expected.tolist())
     if rel > comfyui_sigmas.FLOAT32_STEP:
-        return Result(name, Outcome.FAIL, rel, note="the schedule's noise levels differ")
+        reporter.add(Result(name, Outcome.FAIL, rel, note="the schedule's noise levels differ"))
+        return
     start = recorded["x_steps"][0]
     if sampler.startswith("uni_pc"):
         start = start * float((1 + expected[0] ** 2).sqrt())
@@ -132,7 +128,8 @@ def _trajectory(
     distances = {part: distance(value, recorded[part]) for part, value in found.items()}
     worst = max(distances, key=lambda part: distances[part][0])
     outcome = Outcome.PASS if distances[worst][0] <= tolerance else Outcome.FAIL
-    return Result(name, outcome, *distances[worst], f"rel {tolerance:g}", f"{worst}; {len(steps)} steps")
+    note = f"{worst}; {len(steps)} steps"
+    reporter.add(Result(name, outcome, *distances[worst], f"rel {tolerance:g}", note))
 
 
 def _noise(path: Path, reporter: Reporter) -> None:

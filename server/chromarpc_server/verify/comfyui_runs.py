@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,7 @@ def run(path: Path, models: Path, reporter: Reporter, group: str) -> None:
             reporter.add(Result(case, Outcome.FAIL, note="the header says nothing of this run"))
             continue
         facts, tensors = runs[name], vectors.under(f"{name}.")
-        reporter.guarded(
-            case,
-            lambda case=case, facts=facts, tensors=tensors: reporter.add(  # type: ignore[misc]
-                _run(case, facts, tensors, runs, transformer)
-            ),
-        )
+        reporter.guarded(case, partial(_run, case, facts, tensors, runs, transformer, reporter))
 
 
 def _run(
@@ -62,13 +58,16 @@ def _run(
     recorded: Mapping[str, Tensor],
     runs: Mapping[str, Mapping[str, Any]],
     transformer: PreparedTransformer,
-) -> Result:
+    reporter: Reporter,
+) -> None:
     if facts["sampler"] not in SAMPLERS_BY_NAME:
-        return skipped(case, f"the sampler {facts['sampler']} is refused")
+        reporter.add(skipped(case, f"the sampler {facts['sampler']} is refused"))
+        return
     width, height = (side * sampling.PIXELS_PER_LATENT for side in reversed(recorded["noise"].shape[2:]))
     choice, note = _choice(facts, recorded["sigmas"].tolist(), runs)
     if choice is None:
-        return Result(case, Outcome.FAIL, note=note)
+        reporter.add(Result(case, Outcome.FAIL, note=note))
+        return
     noise = sampling.draw_noise(width, height, facts["seed"], torch.float32, "float32")
     embedding = PromptEmbedding(*_text(recorded["positive"]), *_text(recorded["negative"]))
     steps = list(
@@ -85,7 +84,7 @@ def _run(
     worst = max(distances, key=lambda part: distances[part][0])
     outcome = Outcome.PASS if distances[worst][0] <= REL else Outcome.FAIL
     said = f"{worst}; {len(steps)} steps{f'; {note}' if note else ''}"
-    return Result(case, outcome, *distances[worst], f"rel {REL:g}", said)
+    reporter.add(Result(case, outcome, *distances[worst], f"rel {REL:g}", said))
 
 
 def _text(embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,11 +96,11 @@ def _choice(
 ) -> tuple[SamplingChoice | None, str]:
     """What draws the recorded noise levels, and a note.
 
-    `ComfyUI's default` names no numbers, and depends on what was recorded before: it is looked for among Chroma's own,
-    none at all, and those of the other runs.
+    `ComfyUI's default` names no numbers, and what a model has depends on the runs before: it is looked for among
+    Chroma's own, none at all, and those of the other runs.
     """
     said = facts["sampling"]
-    named = [said] if isinstance(said, list) else [["flux", SamplingChoice().mu], ["aura", 1.0]]
+    named: list[list[Any]] = [said] if isinstance(said, list) else [["flux", SamplingChoice().mu], ["aura", 1.0]]
     if not isinstance(said, list):
         named += [other["sampling"] for other in runs.values() if isinstance(other["sampling"], list)]
     for table, shift in named:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from chromarpc_server.pipeline.sampling import image_tokens, shift_mu
 from chromarpc_server.pipeline.schedules import (
@@ -26,36 +28,32 @@ _DROPPING = "dpm_2"
 """Any sampler that gets its schedule without the penultimate level."""
 
 
+_Pairs = list[tuple[Callable[[], Sequence[float]], Sequence[float]]]
+"""What computes a schedule, and the schedule as it was recorded."""
+
+
 def run(path: Path, reporter: Reporter, group: str) -> None:
     """One case for each schedule over each table, all of its step counts in it."""
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    known = {
+    parts: Mapping[str, Callable[[NoiseLevels, Any], dict[str, _Pairs]]] = {
         "sigmas": _plain,
         "sigmas_discarding_penultimate": _discarding,
         "beta": _beta,
         "denoise": _denoise,
+        "variants": _ends,
     }
     for part, by_variant in recorded.items():
-        if part in ("_about", "variants"):
+        if part == "_about":
             continue
         case = f"{group}/{path.stem}/{part}"
-        if part not in known:
+        if part not in parts:
             reporter.add(Result(case, Outcome.FAIL, note="no part that is known here"))
             continue
         for variant, entries in by_variant.items():
             facts = recorded["variants"][variant]
-            for name, pairs in known[part](_levels(facts), entries).items():
+            for name, pairs in parts[part](_levels(facts), entries).items():
                 label = f"{case}/{variant}{f' {name}' if name else ''}"
-                reporter.guarded(label, lambda label=label, pairs=pairs: reporter.add(_judged(label, pairs)))  # type: ignore[misc]
-    for variant, facts in recorded["variants"].items():
-        levels = _levels(facts)
-        ends = [(lambda levels=levels: [levels.highest, levels.lowest], [facts["sigma_max"], facts["sigma_min"]])]  # type: ignore[misc]
-        label = f"{group}/{path.stem}/variants/{variant}"
-        reporter.guarded(label, lambda label=label, ends=ends: reporter.add(_judged(label, ends)))  # type: ignore[misc]
-
-
-_Pairs = list[tuple[Callable[[], Sequence[float]], Sequence[float]]]
-"""What computes a schedule, and the schedule as it was recorded."""
+                reporter.guarded(label, partial(_judge, label, pairs, reporter))
 
 
 def _levels(facts: Mapping[str, object]) -> NoiseLevels:
@@ -65,54 +63,54 @@ def _levels(facts: Mapping[str, object]) -> NoiseLevels:
     return table(float(str(facts["shift"])), int(str(facts["table"])))
 
 
+def _ends(levels: NoiseLevels, facts: Mapping[str, float]) -> dict[str, _Pairs]:
+    return {"": [(lambda: [levels.highest, levels.lowest], [facts["sigma_max"], facts["sigma_min"]])]}
+
+
 def _plain(levels: NoiseLevels, entries: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, _Pairs]:
     return {
         schedule: [
-            (lambda schedule=schedule, steps=steps: table_sigmas(schedule, int(steps), levels), sigmas)  # type: ignore[misc]
-            for steps, sigmas in by_steps.items()
+            (partial(table_sigmas, schedule, int(steps), levels), sigmas) for steps, sigmas in found.items()
         ]
-        for schedule, by_steps in entries.items()
+        for schedule, found in entries.items()
     }
 
 
 def _discarding(levels: NoiseLevels, entries: Mapping[str, Sequence[float]]) -> dict[str, _Pairs]:
     return {
         "": [
-            (lambda steps=steps: table_sigmas_for("beta", int(steps), levels, _DROPPING), sigmas)  # type: ignore[misc]
+            (partial(table_sigmas_for, "beta", int(steps), levels, _DROPPING), sigmas)
             for steps, sigmas in entries.items()
         ]
     }
 
 
 def _beta(levels: NoiseLevels, entries: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, _Pairs]:
-    found: dict[str, _Pairs] = {}
-    for name, by_steps in entries.items():
-        alpha, beta = (float(number) for number in name.split(","))
-        found[name] = [
-            (lambda steps=steps, a=alpha, b=beta: beta_sigmas(int(steps), levels, a, b), sigmas)  # type: ignore[misc]
-            for steps, sigmas in by_steps.items()
+    return {
+        name: [
+            (partial(beta_sigmas, int(steps), levels, *(float(number) for number in name.split(","))), sigmas)
+            for steps, sigmas in found.items()
         ]
-    return found
+        for name, found in entries.items()
+    }
 
 
 def _denoise(levels: NoiseLevels, entries: Mapping[str, Sequence[float]]) -> dict[str, _Pairs]:
     found: dict[str, _Pairs] = {}
     for name, sigmas in entries.items():
         steps, denoise = name.split("@")
-        found[name] = [
-            (lambda s=steps, d=denoise: denoise_sigmas("beta", int(s), levels, float(d)), sigmas)  # type: ignore[misc]
-        ]
+        found[name] = [(partial(denoise_sigmas, "beta", int(steps), levels, float(denoise)), sigmas)]
     return found
 
 
-def _judged(case: str, pairs: _Pairs) -> Result:
+def _judge(case: str, pairs: _Pairs, reporter: Reporter) -> None:
     worst, note = 0.0, f"{len(pairs)} schedules"
     for compute, expected in pairs:
         rel, said = furthest(compute(), expected)
         if rel > worst:
             worst, note = rel, said or note
     outcome = Outcome.PASS if worst <= FLOAT32_STEP else Outcome.FAIL
-    return Result(case, outcome, worst, tolerance=f"each rel {FLOAT32_STEP:g}", note=note)
+    reporter.add(Result(case, outcome, worst, tolerance=f"each rel {FLOAT32_STEP:g}", note=note))
 
 
 def furthest(found: Sequence[float], expected: Sequence[float]) -> tuple[float, str]:

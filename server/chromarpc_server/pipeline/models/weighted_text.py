@@ -54,7 +54,7 @@ def tokenize_weighted(
 def embed_weighted(encode: Callable[[Tensor], Tensor], tokens: TokenizedPrompt) -> Tensor:
     """Embeds tokens, each moved away by its weight from what padding has in its place.
 
-    T5 knows places only beside each other, so that of padding alone every token is the same, however many there are.
+    T5 knows tokens' distances only, so of padding alone every token is the same, however many there are.
 
     Args:
         encode: (1, L) → (1, L, context).
