@@ -94,5 +94,6 @@ class Findings:
 
 
 def cut(text: str) -> str:
-    """A name out of a file, short enough to print."""
-    return text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
+    """A name out of a file, short enough to print, and on one line."""
+    short = text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in short)
