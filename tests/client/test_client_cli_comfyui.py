@@ -134,8 +134,8 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is(shell: Shell, server: Serv
     assert result.stderr.splitlines() == [
         "error: flow.json: the workflow cannot be drawn here:",
         "  node 9 (KSampler), denoise: 0.5 begins with a picture, and here each begins with noise: only 1",
-        "  node 8 (EmptySD3LatentImage), batch_size: the noise of 2 pictures is one draw, of which the first alone "
-        "has a seed: set it to 1, which draws the first",
+        "  node 8 (EmptySD3LatentImage), batch_size: the noise of 2 pictures is one draw, of which the first "
+        "alone has a seed: set it to 1, which draws the first",
         "  node 5 (TeaCache): what it does to the model is not known here",
     ]
     assert server.requests == []

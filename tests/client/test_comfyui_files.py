@@ -68,9 +68,7 @@ def test_a_hostile_picture_is_a_workflow_error(content: bytes) -> None:
         read_workflow(content)
 
 
-def test_a_file_larger_than_any_workflow_is_read_no_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_larger_than_any_workflow_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 2**20)
     path = tmp_path / "large.json"
     with path.open("wb") as file:
@@ -86,8 +84,8 @@ def test_a_file_that_cannot_be_read_is_the_systems_error(tmp_path: Path) -> None
 
 def test_links_of_any_shape_end_and_take_no_time() -> None:
     shapes: list[Any] = [
-        [], [1], ["9", 0], [["9", 0], 0], {"9": 0}, None, "9", 9.5, [None, None], [True, False], ["9", "0"], [-1, -1],
-        ["9", 10**30],
+        [], [1], ["9", 0], [["9", 0], 0], {"9": 0}, None, "9", 9.5, [None, None], [True, False], ["9", "0"],
+        [-1, -1], ["9", 10**30],
     ]  # fmt: skip
     flow = ksampler_flow()
     began = time.process_time()

@@ -48,8 +48,8 @@ def test_of_models_of_one_file_the_one_that_is_there_is_taken() -> None:
 def test_a_file_that_no_model_has_is_named_with_the_models_there_are() -> None:
     said = problems([served_model("a", "x.safetensors"), served_model("b", "")])
     assert said == (
-        "node 1 (UNETLoader), unet_name: no model of this server has the file Chroma1-HD.safetensors: give one of its "
-        "models: a, b"
+        "node 1 (UNETLoader), unet_name: no model of this server has the file Chroma1-HD.safetensors: give one of "
+        "its models: a, b"
     )
 
 
