@@ -98,7 +98,27 @@ def generate(
         typer.Option(help="The same for every prompt, -1 draws one; 42 plus the index when left out."),
     ] = None,
     neg: Annotated[
-        str | None, typer.Option(help="Negative prompt; honoured in the profiles preview and preview-exact.")
+        str | None,
+        typer.Option(help="Negative prompt; honoured with --use-neg, and in preview and preview-exact."),
+    ] = None,
+    use_neg: Annotated[
+        bool | None,
+        typer.Option("--use-neg/--no-use-neg", help="Honour --neg in every profile.", show_default=False),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler, see `chromarpc info`; the model's default when left out.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Schedule of noise levels, see `chromarpc info`; the model's default when left out."),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(help="Fixed shift of the schedule, up to 100; 1 shifts nothing; its own when left out."),
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(help="Whose way of drawing is followed: reference, when left out, or comfyui."),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Numerics profile, see `chromarpc info`.")] = None,
     noise_draw: Annotated[
@@ -193,6 +213,11 @@ def generate(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "neg": neg,
+        "use_neg": use_neg,
+        "sampler": sampler,
+        "schedule": schedule,
+        "shift": shift,
+        "settings": settings,
         "profile": profile,
         "noise_draw": noise_draw,
         "output_format": image_format,

@@ -19,6 +19,12 @@ class ModelDefaults:
     seed: int = 42
     """Of the first prompt; each further one adds its index."""
     network_multiplier: float = 1.0
+    sampler: str = "flowmatch"
+    schedule: str = "flowmatch"
+    shift: float | None = None
+    """Of that schedule; None: the schedule's own."""
+    profile: str = ""
+    """Numerics profile; empty: the server's."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,13 @@ class MemoryPlan:
     """What it was planned for."""
 
 
-IGNORED_OPTIONS = ("prompts.neg", "prompts.fps")
+IGNORED_OPTIONS = ("prompts.fps",)
 """Accepted because the reference accepts them, without effect on Chroma; answered by a warning."""
 
 REFUSED_OPTIONS = (
     "kv_cache",
     "match_target_res",
     "loras.transformer",
-    "prompts.sampler",
     "prompts.num_frames",
     "prompts.resolution",
     "prompts.ctrl_img",

@@ -98,7 +98,7 @@ class AttemptRecorder:
                 self._take_prepared(attempt, report)
             case Step():
                 prompt = job.plan.prompts[report.prompt_index]
-                pixels = prompt.width * prompt.height
+                pixels = prompt.pixels_per_step
                 job.pixel_steps_done += pixels
                 job.done_steps += 1
                 self._estimates.observe(

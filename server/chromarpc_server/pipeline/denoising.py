@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.plan import GUIDANCE_THRESHOLD
+from chromarpc_server.domain.sampling_choices import GUIDANCE_THRESHOLD
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
 from chromarpc_server.pipeline.sampling import DenoiseStep

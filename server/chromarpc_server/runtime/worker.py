@@ -287,8 +287,8 @@ class _Remaining:
 
     def after(self, prompt: PlannedPrompt, duration_s: float) -> float:
         """Takes in one step and gives the seconds that are left."""
-        work = prompt.width * prompt.height
+        work = prompt.pixels_per_step
         self._left -= work
         self._done += work
         self._seconds += duration_s
-        return self._seconds / self._done * self._left
+        return self._seconds / self._done * max(0, self._left)

@@ -13,6 +13,7 @@ from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.devices import DeviceState
 from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES, DrawingSettings
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.runtime.device import DeviceStatus, merged
@@ -113,6 +114,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             ),
             queue=model_service_pb2.QueueState(queued_jobs=status.queued_jobs, running_jobs=status.running_jobs),
             caller=caller.name,
+            samplers=SAMPLERS,
+            schedules=SCHEDULES,
+            settings=[settings.value for settings in DrawingSettings],
         )
 
     def _served(self, spec: ModelSpec) -> ModelSpec:
@@ -137,6 +141,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 guidance_scale=defaults.guidance_scale,
                 seed=defaults.seed,
                 network_multiplier=defaults.network_multiplier,
+                sampler=defaults.sampler,
+                schedule=defaults.schedule,
+                shift=defaults.shift,
+                profile=defaults.profile,
             ),
             weights_present=present,
             fetch_command="" if present else fetch_command(served),
