@@ -100,7 +100,7 @@ def as_bytes(flow: Any) -> bytes:
 
 
 def served_model(
-    model_id: str = "chroma1-hd", source: str = "lodestones/Chroma1-HD/Chroma1-HD.safetensors", **more: Any
+    model_id: str = "chroma1-hd", source: str = "lodestones/Chroma1-HD:Chroma1-HD.safetensors", **more: Any
 ) -> model_service_pb2.Model:
     """A model of a server, whose transformer comes from `source`."""
     stored_as = more.pop("stored_as", "bf16")

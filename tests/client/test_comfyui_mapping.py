@@ -33,7 +33,7 @@ def read(flow: Flow) -> Workflow:
 def test_a_workflow_of_a_ksampler_becomes_a_request(tmp_path: Path) -> None:
     path = tmp_path / "flow.json"
     path.write_bytes(as_bytes(ksampler_flow()))
-    models = [served_model("chroma", "lodestones/Chroma1-Base/Chroma1-Base.safetensors"), served_model()]
+    models = [served_model("chroma", "lodestones/Chroma1-Base:Chroma1-Base.safetensors"), served_model()]
     assert read_workflow(path).request(models, LORAS) == build_request(
         "a (red:1.2) circle",
         model="chroma1-hd",

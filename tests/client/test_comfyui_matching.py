@@ -27,7 +27,14 @@ def problems(models: list[Model], loras: Any = INK, flow: Any = None, **options:
 
 
 @pytest.mark.parametrize(
-    "source", ["Chroma1-HD.safetensors", "lodestones/Chroma1-HD/Chroma1-HD.safetensors", "chroma1-hd.SAFETENSORS"]
+    "source",
+    [
+        "Chroma1-HD.safetensors",
+        "chroma1-hd.SAFETENSORS",
+        "lodestones/Chroma1-HD:Chroma1-HD.safetensors",
+        "somebody/chroma:folder/Chroma1-HD.safetensors",
+        "bundled:chroma/Chroma1-HD.safetensors",
+    ],
 )
 def test_a_model_is_found_by_the_name_of_its_file(source: str) -> None:
     models = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -91,12 +92,17 @@ def find_loras(
 
 def base_name(path: str) -> str:
     """The name of a file without its folders, whichever way they are written."""
-    return path.replace("\\", "/").rsplit("/", 1)[-1]
+    return re.split(r"[/\\]", path)[-1]
+
+
+def file_of(source: str) -> str:
+    """The name of the file that a part comes from: `owner/name:folder/file`, `bundled:folder/file`, or just a file."""
+    return base_name(source.rpartition(":")[2])
 
 
 def _holds(model: model_service_pb2.Model, name: str) -> bool:
     source = part_source(model, TRANSFORMER)
-    return bool(source) and base_name(source).casefold() == name.casefold()
+    return bool(source) and file_of(source).casefold() == name.casefold()
 
 
 def _best(models: list[model_service_pb2.Model]) -> list[model_service_pb2.Model]:

@@ -11,6 +11,7 @@ from chromarpc.comfyui.graph import Node
 from chromarpc.comfyui.matching import (
     ServedModel,
     base_name,
+    file_of,
     find_loras,
     find_model,
     part_source,
@@ -173,7 +174,7 @@ class Workflow:
                 )
             )
         for name, file in (("text_encoder", self.text_encoder_file), ("autoencoder", self.autoencoder_file)):
-            ours = base_name(part_source(model, name))
+            ours = file_of(part_source(model, name))
             if file and "." in ours and ours.casefold() != base_name(file).casefold():
                 found.remark(f"the {name.replace('_', ' ')} is {model.id}'s, {ours}, not {base_name(file)}")
 
