@@ -96,7 +96,7 @@ def base_name(path: str) -> str:
 
 
 def file_of(source: str) -> str:
-    """The name of the file that a part comes from: `owner/name:folder/file`, `bundled:folder/file`, or just a file."""
+    """The name of the file that a part comes from: `owner/name:file`, `bundled:folder/file`, or just a file."""
     return base_name(source.rpartition(":")[2])
 
 
