@@ -7,6 +7,7 @@ import { FleetingButton } from "./fleeting-button.tsx";
 import { change, chosenModel, fieldErrors, form, otherErrors, removePrompt, sharedError } from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
 import { isSubmitting, submit } from "./runs.ts";
+import { SamplingView } from "./sampling-view.tsx";
 import { TrainerView } from "./trainer-view.tsx";
 
 const IDEAS = [
@@ -194,6 +195,7 @@ export function FormView() {
           Go on drawing when this page is closed
         </label>
       </details>
+      <SamplingView />
       <TrainerView />
       {otherErrors.value.map(([field, message]) => (
         <p key={field} class="error" role="alert">
@@ -257,7 +259,7 @@ function PromptField({ index, prompt, count }: { index: number; prompt: string; 
 }
 
 interface NumberFieldProps {
-  readonly name: "width" | "height" | "steps" | "guidance";
+  readonly name: "width" | "height" | "steps" | "guidance" | "shift";
   readonly wire?: string;
   readonly label: string;
   readonly value: string;
@@ -266,7 +268,8 @@ interface NumberFieldProps {
   readonly step: number;
 }
 
-function NumberField({ name, wire, label, value, hint, placeholder, step }: NumberFieldProps) {
+/** A number that arrows change by a step. */
+export function NumberField({ name, wire, label, value, hint, placeholder, step }: NumberFieldProps) {
   return (
     <Field name={wire ?? name} label={label} {...(hint === undefined ? {} : { hint })}>
       {(props) => (
