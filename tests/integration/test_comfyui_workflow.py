@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,13 @@ def generate(server: RunningServer, *arguments: str) -> Any:
 
 
 @pytest.fixture
-def drawing(serve: Callable[..., RunningServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
-    (tmp_path / "loras" / "styles").mkdir(parents=True)
-    shutil.copy(RECORDED, tmp_path / "loras" / "styles" / "ink.safetensors")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return serve(lora_root=tmp_path / "loras")
+def drawing(
+    server: RunningServer, lora_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunningServer:
+    (lora_root / "styles").mkdir(exist_ok=True)
+    shutil.copy(RECORDED, lora_root / "styles" / "ink.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return server
 
 
 def test_a_workflow_is_drawn_as_its_request_says_and_the_picture_tells(drawing: RunningServer) -> None:
@@ -82,8 +82,9 @@ def test_a_sampler_that_cannot_be_promised_is_the_servers_refusal(drawing: Runni
 
 def test_an_adapter_that_the_server_has_not_is_named_before_anything_is_queued(drawing: RunningServer) -> None:
     Path("flow.json").write_bytes(as_bytes(changed(small_flow(), n4={"lora_name": "pen.safetensors"})))
-    result = generate(drawing, "--comfyui", "flow.json")
+    with Client(drawing.target) as client:
+        jobs = client.list_jobs()
+        result = generate(drawing, "--comfyui", "flow.json")
+        assert client.list_jobs() == jobs
     assert result.exit_code == 2
     assert "node 4 (LoraLoaderModelOnly), lora_name: this server has no adapter pen.safetensors" in result.stderr
-    with Client(drawing.target) as client:
-        assert client.list_jobs() == ()

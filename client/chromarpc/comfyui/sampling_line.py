@@ -8,14 +8,13 @@ from typing import Final, TypeAlias
 
 from chromarpc.comfyui.graph import Graph, Node
 from chromarpc.comfyui.problems import Findings, cut
+from chromarpc.sampling import FLOWMATCH
 
 _FULL_DENOISE: Final = 0.9999
 """Above it a KSampler takes the whole schedule."""
 _BETA: Final = 0.6
 """Both parameters of the schedule `beta`."""
 _SIZED: Final = frozenset({"EmptyLatentImage", "EmptySD3LatentImage"})
-_NOT_COMFYUIS: Final = "flowmatch"
-"""A name that ComfyUI has not, and that means something here."""
 _LAST_BUT_ONE: Final = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
 """Samplers for which a KSampler leaves out the last noise level but one, as is done here."""
 _SEEDS: Final = 2**64
@@ -184,7 +183,7 @@ def _seed(graph: Graph, node: Node, name: str, found: Findings) -> int:
 def _name(graph: Graph, node: Node, name: str) -> str:
     """Of a sampler or a schedule; whether the server has it, the server says."""
     value = graph.text(node, name)
-    if value in ("", _NOT_COMFYUIS):
+    if value in ("", FLOWMATCH):
         raise node.unmapped(name, f"{value!r} is none of ComfyUI's")
     return value
 

@@ -21,11 +21,12 @@ from chromarpc.comfyui.model_line import Adapter, ModelFile
 from chromarpc.comfyui.problems import Findings, WorkflowNotMapped
 from chromarpc.loras import LoraList, StoredLora
 from chromarpc.request import GenerateOptions, build_request
+from chromarpc.sampling import COMFYUI
 from chromarpc.v1 import generation_service_pb2, model_service_pb2
 
-SETTINGS: Final = "comfyui"
-"""Of the request: everything in which ComfyUI differs is drawn as there."""
 _SIDES: Final = ("width", "height")
+_FILES: Final = (".safetensors", ".sft", ".gguf", ".pt", ".bin", ".ckpt")
+"""How files of weights end; a part may be a folder, too."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Workflow:
     def _values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the workflow says, as `build_request` takes it."""
         values: dict[str, Any] = {
-            "settings": SETTINGS,
+            "settings": COMFYUI,
             "width": self.width,
             "height": self.height,
             "sample_steps": self.sample_steps,
@@ -175,7 +176,7 @@ class Workflow:
             )
         for name, file in (("text_encoder", self.text_encoder_file), ("autoencoder", self.autoencoder_file)):
             ours = file_of(part_source(model, name))
-            if file and "." in ours and ours.casefold() != base_name(file).casefold():
+            if file and ours.lower().endswith(_FILES) and ours.casefold() != base_name(file).casefold():
                 found.remark(f"the {name.replace('_', ' ')} is {model.id}'s, {ours}, not {base_name(file)}")
 
 
