@@ -41,6 +41,7 @@ from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
+from chromarpc_server.pipeline.weights.stored import StoredTensor, as_they_are
 
 FULL = ChromaConfig(
     in_channels=64,
@@ -129,7 +130,9 @@ def random_master(config: ChromaConfig, device: torch.device) -> dict[str, Tenso
     }
 
 
-def random_adapter(master: Mapping[str, Tensor], rank: int, seed: int, form: str = "lora") -> Adapter:
+def random_adapter(
+    master: Mapping[str, Tensor | StoredTensor], rank: int, seed: int, form: str = "lora"
+) -> Adapter:
     """Low-rank pairs on every linear of the blocks, in host memory, as parsed from a file.
 
     Args:
@@ -233,11 +236,11 @@ def allocate(
     """A transformer of this case with nothing in it yet."""
     profile = PROFILES[case.profile]
     if not profile.trainer:
-        return PreparedTransformer(config, master, profile, DevicePlacement(device, dtype))
+        return PreparedTransformer(config, as_they_are(master), profile, DevicePlacement(device, dtype))
     settings = TrainerSettings(quantize=case.quantize)
     if not profile.fused:
-        return ExactPreview(config, master, profile, settings, device=device)
-    return FusedPreview(config, master, profile, settings, DevicePlacement(device, dtype))
+        return ExactPreview(config, as_they_are(master), profile, settings, device=device)
+    return FusedPreview(config, as_they_are(master), profile, settings, DevicePlacement(device, dtype))
 
 
 def measure(

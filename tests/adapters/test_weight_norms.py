@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.domain.errors import JobCancelled, WeightsInvalid
-from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
+from chromarpc_server.pipeline import WeightFiles
+from chromarpc_server.pipeline.weights.part import StoredPart, open_part
 
 WEIGHTS = {"a": torch.full((4, 9), 2.0, dtype=torch.bfloat16), "b": torch.zeros(3), "c": torch.ones(5)}
 
@@ -22,8 +23,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
+def _part(path: Path) -> StoredPart:
+    return open_part(path, "transformer", WeightFiles())
+
+
 def test_each_parameter_is_read_once(path: Path) -> None:
-    norms, file, checks = WeightNorms(), open_safetensors(path), []
+    norms, file, checks = WeightNorms(), _part(path), []
 
     def check() -> None:
         checks.append(1)
@@ -35,14 +40,14 @@ def test_each_parameter_is_read_once(path: Path) -> None:
 
 def test_another_version_of_the_file_is_read_anew(path: Path) -> None:
     norms = WeightNorms()
-    norms.squared(open_safetensors(path), ["c"])
+    norms.squared(_part(path), ["c"])
     save_file({"c": torch.full((5,), 3.0)}, path)
     os.utime(path, ns=(0, 0))
-    assert norms.squared(open_safetensors(path), ["c"]) == pytest.approx({"c": 45.0})
+    assert norms.squared(_part(path), ["c"]) == pytest.approx({"c": 45.0})
 
 
 def test_what_was_computed_before_a_stop_is_kept(path: Path) -> None:
-    norms, file = WeightNorms(), open_safetensors(path)
+    norms, file = WeightNorms(), _part(path)
     left = iter([None])
 
     def check() -> None:
@@ -57,7 +62,7 @@ def test_what_was_computed_before_a_stop_is_kept(path: Path) -> None:
 
 
 def test_a_file_that_went_away_is_told_without_its_folder(path: Path) -> None:
-    file = open_safetensors(path)
+    file = _part(path)
     path.unlink()
     with pytest.raises(WeightsInvalid) as caught:
         WeightNorms().squared(file, ["a"])

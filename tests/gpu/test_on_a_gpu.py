@@ -90,6 +90,7 @@ def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) 
     from bench.switching import MINI, random_adapter, random_master
     from chromarpc_server.pipeline import PROFILES, PreparedTransformer
     from chromarpc_server.pipeline.placement import DevicePlacement
+    from chromarpc_server.pipeline.weights.stored import as_they_are
 
     device = torch.device("cuda", 0)
     master = random_master(MINI, device)
@@ -101,7 +102,7 @@ def test_a_recorded_step_gives_the_same_bits_and_follows_a_switch(profile: str) 
     def velocities(*, record: bool, hold: bool = False) -> list[torch.Tensor]:
         prepared = PreparedTransformer(
             MINI,
-            master,
+            as_they_are(master),
             PROFILES[profile],
             DevicePlacement(device, torch.bfloat16, hold_float8=hold, record_graphs=record),
         )
@@ -298,10 +299,14 @@ def test_shapes_recorded_ahead_give_the_bits_of_those_that_ran_first() -> None:
     from bench.switching import MINI, random_master
     from chromarpc_server.pipeline import PROFILES, PreparedTransformer
     from chromarpc_server.pipeline.placement import DevicePlacement
+    from chromarpc_server.pipeline.weights.stored import as_they_are
 
     device = torch.device("cuda", 0)
     prepared = PreparedTransformer(
-        MINI, random_master(MINI, device), PROFILES["reference"], DevicePlacement(device, torch.bfloat16)
+        MINI,
+        as_they_are(random_master(MINI, device)),
+        PROFILES["reference"],
+        DevicePlacement(device, torch.bfloat16),
     )
     prepared.switch([])
     run = prepared.run

@@ -101,7 +101,7 @@ def test_an_inspection_that_runs_out_of_memory_is_told_as_such(monkeypatch: pyte
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
         )
 
-    monkeypatch.setattr(adapter_inspection, "open_weights", full)
+    monkeypatch.setattr(adapter_inspection, "open_transformer", full)
     files = CheckpointFiles(*(Path("unread") for _ in range(4)))
     with pytest.raises(Exception) as raised:  # noqa: PT011 - which one it is, is asserted
         adapter_inspection.inspect_adapter(Path("unread"), files, WeightNorms())

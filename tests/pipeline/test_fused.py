@@ -19,6 +19,7 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.positions import rope_table
 from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.weights.quantization import dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.tiny_checkpoint import GOLDENS
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def _prepare(
 ) -> PreparedTransformer:
     stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
     prepared = PreparedTransformer(
-        config, stored, PROFILES[profile], DevicePlacement(CPU, dtype, hold_float8=hold_float8)
+        config, as_they_are(stored), PROFILES[profile], DevicePlacement(CPU, dtype, hold_float8=hold_float8)
     )
     prepared.switch([])
     return prepared

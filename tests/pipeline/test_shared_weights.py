@@ -24,9 +24,12 @@ from chromarpc_server.pipeline import Checkpoint, CheckpointFiles, LoadContext, 
 from chromarpc_server.pipeline.weights import loading, master, shared
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.master import read_master
+from chromarpc_server.pipeline.weights.part import StoredPart, open_part
 from chromarpc_server.pipeline.weights.reading import open_weights
 from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.weights.shared import HostWeights, SharedFile
+from chromarpc_server.pipeline.weights.shared import HostWeights
+from chromarpc_server.pipeline.weights.stored import StoredWeights
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
 CPU = torch.device("cpu")
 WAIT_S = 60
@@ -46,7 +49,7 @@ class _Disk:
         monkeypatch.setattr(master, "tensor_hash", self._hash_counted)
         monkeypatch.setattr(SafetensorsFile, "read", lambda file, *_: self._map_counted(file))
 
-    def open(self, path: Path) -> SafetensorsFile:
+    def open(self, path: Path) -> TensorFile:
         self.opened.append(path.name)
         return open_weights(path)
 
@@ -80,10 +83,15 @@ def _load(files: CheckpointFiles, weights: WeightFiles, context: LoadContext | N
 
 def _read(
     path: Path, weights: WeightFiles, plan: MemoryPlan | None, context: LoadContext | None = None
-) -> tuple[Mapping[str, Tensor], str, SharedFile]:
-    file = weights.open(path)
-    reading = ReadingProgress((file,), context or LoadContext())
-    return *read_master(reading, file, weights, CPU, plan), file
+) -> tuple[StoredWeights, str, StoredPart]:
+    part = open_part(path, "transformer", weights)
+    reading = ReadingProgress((part,), context or LoadContext())
+    return *read_master(reading, part, weights, CPU, plan), part
+
+
+def _mapped(checkpoint: Checkpoint) -> HostWeights:
+    """What the transformer's file is mapped as."""
+    return next(held for held in checkpoint.shared if isinstance(held, HostWeights) and "img_in.weight" in held)
 
 
 class _Meeting:
@@ -141,8 +149,8 @@ def test_two_devices_open_read_and_hash_a_checkpoint_once(
     assert sorted(disk.opened) == sorted(disk.mapped) == every
     assert len(disk.hashed) == len(set(disk.hashed)) == len(first.master)
     assert first.revision == second.revision
-    assert {name: one.data_ptr() for name, one in first.master.items()} == {
-        name: one.data_ptr() for name, one in second.master.items()
+    assert {name: one.dense().data_ptr() for name, one in first.master.items()} == {
+        name: one.dense().data_ptr() for name, one in second.master.items()
     }
 
 
@@ -152,10 +160,10 @@ def test_what_the_host_has_of_a_checkpoint_goes_with_the_last_device_that_holds_
 ) -> None:
     weights = WeightFiles(disk.open)
     first, second = _load(files, weights), _load(files, weights)
-    held = weakref.ref(first.master)
+    held = weakref.ref(_mapped(first))
     del first
     gc.collect()
-    assert held() is second.master
+    assert held() is _mapped(second)
     assert len(disk.opened) == 3
     del second
     gc.collect()
@@ -169,13 +177,13 @@ def test_a_file_that_was_written_anew_is_another_one(
     files: CheckpointFiles, plan: MemoryPlan | None, tmp_path: Path
 ) -> None:
     weights = WeightFiles()
-    before, revision, file = _read(files.transformer, weights, plan)
+    before, revision, part = _read(files.transformer, weights, plan)
     changed = {name: tensor + 1 for name, tensor in load_file(files.transformer).items()}
-    save_file(changed, tmp_path / "new.safetensors", dict(file.header.metadata))
+    save_file(changed, tmp_path / "new.safetensors", dict(part.files[0].header.metadata))
     (tmp_path / "new.safetensors").replace(files.transformer)
     after, other, _ = _read(files.transformer, weights, plan)
     assert revision != other
-    assert torch.equal(after["img_in.weight"], before["img_in.weight"] + 1)
+    assert torch.equal(after["img_in.weight"].dense(), before["img_in.weight"].dense() + 1)
 
 
 def test_a_second_gpu_reads_by_the_same_descriptor_and_hashes_nothing(
@@ -184,20 +192,20 @@ def test_a_second_gpu_reads_by_the_same_descriptor_and_hashes_nothing(
     weights, calls = WeightFiles(), []
     real = loading.read_onto
 
-    def read_onto(file: SafetensorsFile, device: torch.device, descriptor: int, *, hashed: bool) -> Any:
+    def read_onto(file: TensorFile, device: torch.device, descriptor: int, *, hashed: bool, **others: Any) -> Any:
         calls.append((descriptor, hashed))
-        return real(file, device, descriptor, hashed=hashed)
+        return real(file, device, descriptor, hashed=hashed, **others)
 
     monkeypatch.setattr(loading, "read_onto", read_onto)
-    first, revision, file = _read(files.transformer, weights, ON_DEVICE)
+    first, revision, part = _read(files.transformer, weights, ON_DEVICE)
     second, again = _read(files.transformer, weights, ON_DEVICE)[:2]
     assert [hashed for _, hashed in calls] == [True, False]
     assert calls[0][0] == calls[1][0]
     assert revision == again == _read(files.transformer, WeightFiles(), None)[1]
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name].dense(), second[name].dense()) for name in first)
     descriptor = calls[0][0]
     os.fstat(descriptor)
-    del file
+    del part
     gc.collect()
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(descriptor)
@@ -205,14 +213,14 @@ def test_a_second_gpu_reads_by_the_same_descriptor_and_hashes_nothing(
 
 def test_a_file_that_changed_in_place_after_it_was_hashed_is_not_taken_for_it(files: CheckpointFiles) -> None:
     weights = WeightFiles()
-    _, _, file = _read(files.transformer, weights, ON_DEVICE)
+    _, _, part = _read(files.transformer, weights, ON_DEVICE)
     with files.transformer.open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\0")
     os.utime(files.transformer, ns=(1, 1))
-    reading = ReadingProgress((file,), LoadContext())
+    reading = ReadingProgress((part,), LoadContext())
     with pytest.raises(WeightsInvalid, match="changed"):
-        read_master(reading, file, weights, CPU, ON_DEVICE)
+        read_master(reading, part, weights, CPU, ON_DEVICE)
 
 
 class _Pinning:
@@ -244,11 +252,11 @@ def test_all_gpus_have_one_page_locked_master(files: CheckpointFiles, monkeypatc
         pinning.may.set()
         (first, revision, _), (second, again, _) = one.result(WAIT_S), other.result(WAIT_S)
     assert pinning.count == 1
-    assert first is second
+    assert first.pieces is second.pieces
     assert revision == again
     assert done == [0]
-    held = weakref.ref(first)
-    assert isinstance(first, HostWeights)
+    assert isinstance(first.pieces, HostWeights)
+    held = weakref.ref(first.pieces)
     del first, second, one, other
     gc.collect()
     assert held() is None
@@ -285,7 +293,7 @@ def test_a_device_reads_the_file_where_the_one_before_it_was_stopped(
         found, revision, _ = other.result(WAIT_S)
     expected = load_file(files.transformer)
     assert sorted(found) == sorted(expected)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(found[name].dense(), tensor) for name, tensor in expected.items())
     assert revision == _read(files.transformer, WeightFiles(), None)[1]
 
 

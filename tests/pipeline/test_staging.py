@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from chromarpc_server.pipeline.weights import staging
 from chromarpc_server.pipeline.weights.master import tensor_hash
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
+from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
 from chromarpc_server.pipeline.weights.staging import read_onto
+from chromarpc_server.pipeline.weights.tensor_file import TensorFileError
 
 CPU = torch.device("cpu")
 
@@ -47,10 +48,10 @@ def test_a_file_that_changed_since_is_refused(path: Path) -> None:
     file = open_safetensors(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(SafetensorsError, match="changed"):
+    with pytest.raises(TensorFileError, match="changed"):
         list(read_onto(file, CPU))
     path.write_bytes(whole[:8] + whole[8:].replace(b"a.bf16", b"z.bf16"))
-    with pytest.raises(SafetensorsError, match="changed"):
+    with pytest.raises(TensorFileError, match="changed"):
         list(read_onto(file, CPU))
 
 

@@ -19,6 +19,7 @@ from chromarpc_server.pipeline import PROFILES, Adapter, LoadContext, PreparedTr
 from chromarpc_server.pipeline.adapters import reader
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.placement import DevicePlacement
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.pipeline.adapters.conftest import Shapes, values
 from tests.tiny_checkpoint import GOLDENS
 
@@ -88,7 +89,7 @@ def test_any_sequence_of_switches_ends_where_a_cold_build_does(
     """Some switches are stopped half-way; the next one repairs what they left."""
     master = {name: tensor.to(dtype) for name, tensor in weights.items()}
     before = {name: tensor.clone() for name, tensor in master.items()}
-    prepared = PreparedTransformer(config, master, profile, DevicePlacement(CPU, dtype))  # type: ignore[arg-type]
+    prepared = PreparedTransformer(config, as_they_are(master), profile, DevicePlacement(CPU, dtype))  # type: ignore[arg-type]
     prepared.switch(())
     storage = {name: tensor.data_ptr() for name, tensor in _tensors(prepared)}
     for chosen, stop_after in sequence:
@@ -107,7 +108,7 @@ def test_any_sequence_of_switches_ends_where_a_cold_build_does(
     last = _chosen(adapters, sequence[-1][0])
     prepared.switch(last)
     assert prepared.switch(last).rewritten_tensors == 0
-    cold = PreparedTransformer(config, master, profile, DevicePlacement(CPU, dtype))  # type: ignore[arg-type]
+    cold = PreparedTransformer(config, as_they_are(master), profile, DevicePlacement(CPU, dtype))  # type: ignore[arg-type]
     cold.switch(last)
     expected = dict(_tensors(cold))
     assert {name for name, _ in _tensors(prepared)} == set(expected)
@@ -121,7 +122,9 @@ def test_any_sequence_of_switches_ends_where_a_cold_build_does(
 def test_only_what_differs_is_rewritten(
     weights: dict[str, Tensor], config: ChromaConfig, adapters: list[Adapter]
 ) -> None:
-    prepared = PreparedTransformer(config, weights, PROFILES["reference"], DevicePlacement(CPU, torch.float32))
+    prepared = PreparedTransformer(
+        config, as_they_are(weights), PROFILES["reference"], DevicePlacement(CPU, torch.float32)
+    )
     assert prepared.switch(()).rewritten_tensors == len(weights)
     one, other = adapters[0], adapters[1]
     assert prepared.switch([(one, 1.0)]).rewritten_tensors == len(one.targets)
@@ -144,7 +147,9 @@ def test_a_change_that_overflows_is_refused_by_name_and_repaired(
     save_file({"diffusion_model.img_in.diff": values(*weights["img_in.weight"].shape) + 3e38}, tmp_path / "a")
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     huge = read_adapter(tmp_path / "a", shapes)
-    prepared = PreparedTransformer(config, weights, PROFILES["reference"], DevicePlacement(CPU, torch.float32))
+    prepared = PreparedTransformer(
+        config, as_they_are(weights), PROFILES["reference"], DevicePlacement(CPU, torch.float32)
+    )
     prepared.switch(())
     good = {name: tensor.clone() for name, tensor in _tensors(prepared)}
     with pytest.raises(LoraIncompatible, match=r"overflows img_in\.weight"):
@@ -166,7 +171,9 @@ def _live_bytes() -> int:
 def test_five_hundred_switches_take_no_more_memory_than_five(
     weights: dict[str, Tensor], config: ChromaConfig, adapters: list[Adapter]
 ) -> None:
-    prepared = PreparedTransformer(config, weights, PROFILES["reference"], DevicePlacement(CPU, torch.float32))
+    prepared = PreparedTransformer(
+        config, as_they_are(weights), PROFILES["reference"], DevicePlacement(CPU, torch.float32)
+    )
     sets = [[(adapters[0], 1.0)], [(adapters[1], 0.7), (adapters[2], 0.5)], []]
     held = {}
     for count in range(501):

@@ -14,14 +14,14 @@ from chromarpc_server.adapters.reading import read_checked
 from chromarpc_server.adapters.warnings import adapter_warnings
 from chromarpc_server.adapters.weight_norms import WeightNorms
 from chromarpc_server.domain.plan import PlanWarning
-from chromarpc_server.pipeline import Adapter, CheckpointFiles, translate_memory_error
+from chromarpc_server.pipeline import Adapter, CheckpointFiles, WeightFiles, translate_memory_error
 from chromarpc_server.pipeline.adapters import (
     alphas_of,
     has_magnitude,
     squared_norm,
     value_count,
 )
-from chromarpc_server.pipeline.weights.reading import open_weights
+from chromarpc_server.pipeline.models.stored_transformer import open_transformer
 
 MAX_NUMBERS = 20
 """How many distinct ranks or alphas are reported."""
@@ -86,9 +86,9 @@ def inspect_adapter(
         OutOfMemory: the host has too little.
     """
     try:
-        model = open_weights(files.transformer)
+        model = open_transformer(files.transformer, WeightFiles())
         adapter = read_checked(file, model.shapes, check=check)
-        return _describe(adapter, norms.squared(model, adapter.targets, check=check), check)
+        return _describe(adapter, norms.squared(model.part, adapter.targets, check=check), check)
     except (RuntimeError, MemoryError) as error:
         out_of_memory = translate_memory_error(error)
         if out_of_memory is None:

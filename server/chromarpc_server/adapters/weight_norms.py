@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 
 import torch
 
 from chromarpc_server.domain.errors import WeightsInvalid
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, SafetensorsFile
+from chromarpc_server.pipeline.weights.part import StoredPart
+from chromarpc_server.pipeline.weights.tensor_file import TensorFileError
 
 
 class WeightNorms:
     """Kept as long as the process; a few numbers for each model. Safe to call from any thread."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int, int], dict[str, float]] = {}
-        """By the file and its version, then by parameter."""
+        self._known: dict[Hashable, dict[str, float]] = {}
+        """By the model's files and their versions, then by parameter."""
         self._lock = threading.Lock()
 
     def squared(
-        self, file: SafetensorsFile, names: Collection[str], *, check: Callable[[], None] = lambda: None
+        self, part: StoredPart, names: Collection[str], *, check: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """‖W‖² of each parameter in Frobenius' sense; what is not known yet is read from the file.
+        """‖W‖² of each parameter in Frobenius' sense; what is not known yet is read from the files.
 
         Args:
-            file: the model's transformer.
+            part: the model's transformer.
             names: of parameters in it.
             check: called between parameters; may raise to stop, which keeps what was computed.
 
         Raises:
-            WeightsInvalid: the file cannot be read.
+            WeightsInvalid: a file cannot be read.
         """
+        with self._lock:
+            known = self._known.setdefault(part.identity, {})
+        missing = [name for name in part.recipes if name in names and name not in known]
+        wanted = {piece for name in missing for piece in part.recipes[name].pieces}
         try:
-            status = file.path.stat()
-            key = (str(file.path), status.st_size, status.st_mtime_ns)
-            with self._lock:
-                known = self._known.setdefault(key, {})
-            missing = {name for name in names if name not in known}
-            for name, weight in file.read(missing) if missing else ():
-                check()
-                # Float32 takes the square of any bf16 weight that a model can have; its sums are pairwise.
-                known[name] = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
-        except (SafetensorsError, OSError):
-            raise WeightsInvalid(f"{file.path.name} cannot be read") from None
+            # Mapped: what is not looked at takes no memory.
+            pieces = {name: tensor for file in part.files for name, tensor in file.header.read(wanted)}
+        except TensorFileError:
+            raise WeightsInvalid(f"{part.name} cannot be read") from None
+        for name in missing:
+            check()
+            recipe = part.recipes[name]
+            weight = recipe.make([pieces[piece] for piece in recipe.pieces])
+            # Float32 takes the square of any bf16 weight that a model can have; its sums are pairwise.
+            known[name] = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
         return {name: known[name] for name in names}

@@ -148,9 +148,18 @@ class WarningCode(StrEnum):
         "The schedule was made for other kinds of models: most of its steps fall where little noise is left.",
         "Use another schedule, such as `simple` or `beta`.",
     )
+    STEPS_DIFFER = (
+        "STEPS_DIFFER", 26,
+        "The schedule has another number of steps than `sample_steps` says, as in ComfyUI.",
+    )
     SHIFT_IGNORED = (
         "SHIFT_IGNORED", 27,
         "`shift` has no effect on the schedule that is named.",
         "Leave it out, or use another schedule.",
+    )
+    SETTINGS_ROUNDED = (
+        "SETTINGS_ROUNDED", 29,
+        "With the settings `comfyui` weights were rounded to float8 all the same; the message says why.",
+        "Use the profile `reference` on a GPU with room for weights that are not rounded.",
     )
     # fmt: on

@@ -7,8 +7,7 @@ draws with one, and nothing on it changes between calls.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,12 +23,18 @@ from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import model_name, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
-from chromarpc_server.pipeline.memory import PartSizes, plan_memory, working_bytes
-from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
+from chromarpc_server.pipeline.memory import working_bytes
+from chromarpc_server.pipeline.merged_transformer import (
+    AdapterSet,
+    PreparedTransformer,
+    prepared_bytes,
+    unrounded_text,
+)
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
-from chromarpc_server.pipeline.models.transformer import ChromaTransformer, linear_weights
+from chromarpc_server.pipeline.models.transformer import linear_weights
+from chromarpc_server.pipeline.opening import OpenCheckpoint
 from chromarpc_server.pipeline.pair import Transformer, TransformerPair
 from chromarpc_server.pipeline.pipeline import Pipeline, known_fallbacks
 from chromarpc_server.pipeline.placement import DevicePlacement
@@ -40,15 +45,14 @@ from chromarpc_server.pipeline.trainer.approximator import held_dtype
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
-from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.trainer.parts import TrainerParts
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.master import read_master
 from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
-from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json, require_same_keys, shard_paths
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsFile
-from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles
+from chromarpc_server.pipeline.weights.shared import WeightFiles
+from chromarpc_server.pipeline.weights.stored import StoredWeights, rounding_dtype
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,8 +66,10 @@ class Checkpoint:
     """A model's master weights as they were stored, and the parts that adapters leave alone."""
 
     config: ChromaConfig
-    master: Mapping[str, Tensor] = field(repr=False)
-    """The transformer's parameters, on the device or in (pinned) host memory."""
+    master: StoredWeights = field(repr=False)
+    """The transformer's parameters as they are stored, on the device or in (pinned) host memory."""
+    stored_as: str
+    """What most of them are stored as, for people: `bf16`, `fp8 scaled`, `GGUF Q4_K`."""
     text_encoder: RecordedEncoder = field(repr=False)
     autoencoder: AutoencoderKL = field(repr=False)
     fused_autoencoder: AutoencoderKL = field(repr=False)
@@ -89,7 +95,12 @@ class Checkpoint:
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
         """What adapters can change: parameter name to shape."""
-        return {name: tuple(tensor.shape) for name, tensor in self.master.items()}
+        return {name: stored.shape for name, stored in self.master.items()}
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """What the checkpoint counts as stored in: noise is drawn and timesteps are rounded in it."""
+        return rounding_dtype({name: stored.recipe for name, stored in self.master.items()})
 
     @classmethod
     def load(
@@ -119,46 +130,31 @@ class Checkpoint:
             OutOfMemory: the GPU has too little memory for it.
         """
         weights = weights or WeightFiles()
-        transformer_file = weights.open(files.transformer)
-        encoder_files = text_encoder.open_text_encoder(files.text_encoder, weights)
-        vae_files = tuple(weights.open(path) for path in shard_paths(files.vae))
-        header = transformer_file.header
-        config = ChromaConfig.from_shapes(header.shapes, header.metadata)
-        with torch.device("meta"):
-            expected = ChromaTransformer(config).state_dict()
-        require_same_keys(expected, header.tensors, files.transformer.name)
-
-        plan = None
-        if device.type == "cuda":
-            choice = memory or MemoryChoice()
-            sizes = _part_sizes(
-                header, [file.header for file in encoder_files], [file.header for file in vae_files], dtype
-            )
-            usable = usable_memory_bytes(device, choice.device_bytes)
-            others = None if second is None else usable_memory_bytes(second, choice.device_bytes)
-            plan = plan_memory(usable, sizes, choice, second_bytes=others)
-        reading = ReadingProgress((transformer_file, *encoder_files, *vae_files), context)
-        master, revision = read_master(reading, transformer_file, weights, device, plan)
-        tokenizer = Tokenizer(files.tokenizer)
+        opened = OpenCheckpoint.open(files, weights)
+        plan = opened.plan(device, dtype, memory or MemoryChoice(), second)
+        reading = ReadingProgress(opened.parts, context)
+        master, revision = read_master(reading, opened.transformer.part, weights, device, plan)
+        tokenizer = Tokenizer(files.tokenizer, vocabulary=opened.text_encoder.vocabulary)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
-            weights=text_encoder.read_all(encoder_files, reading, _onto(device, plan, encoder_files)),
-            config=text_encoder.text_encoder_config(files.text_encoder),
+            weights=reading.stored(opened.text_encoder.part, opened.text_encoder_onto(device, plan)),
+            config=text_encoder.text_encoder_config(opened.text_encoder.config),
             device=device,
             dtype=dtype,
             quantize=True,
+            rounding=opened.text_encoder.rounding,
             hold_float8=plan is not None,
             keep_in_host_memory=plan is not None and plan.text_encoder == "host",
             pinned=lambda tensors: weights.pinned(
-                ("text encoder", *(file.identity for file in encoder_files), dtype, model_name(device)),
+                ("text encoder", opened.text_encoder.part.identity, dtype, model_name(device)),
                 device,
                 lambda _: tensors,
                 context.check,
             ),
         )
         vae = autoencoder.build_autoencoder(
-            read_json(files.vae / "config.json"),
-            text_encoder.read_all(vae_files, reading),
+            opened.autoencoder.config,
+            reading.stored(opened.autoencoder.part),
             device=device,
             dtype=dtype,
         )
@@ -171,8 +167,9 @@ class Checkpoint:
         not_fused: list[DeviceFallback] = []
         fused_vae = with_fused_decoder(vae, not_fused.append)
         return cls(
-            config=config,
+            config=opened.transformer.config,
             master=master,
+            stored_as=opened.transformer.part.stored_as,
             text_encoder=RecordedEncoder(
                 encoder, record=plan is not None and plan.record_graphs and plan.text_encoder == "device"
             ),
@@ -184,7 +181,7 @@ class Checkpoint:
             dtype=dtype,
             revision=revision,
             size_bytes=sum(
-                tensor.numel() * tensor.element_size()
+                tensor.nbytes
                 for tensors in (master.values(), encoder.state_dict().values(), vae.parameters())
                 for tensor in tensors
             ),
@@ -202,21 +199,30 @@ class Checkpoint:
             second=second,
             decoder_fallback=next(iter(not_fused), None),
             # Files stay mapped where the master is: a GPU has no more use for them.
-            shared=(transformer_file, *encoder_files, *vae_files, *(reading.mapped if plan is None else ())),
+            shared=(*opened.files, *(reading.mapped if plan is None else ())),
         )
 
-    def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
+    def allocate(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None = None, *, rounded: bool = True
+    ) -> Transformer:
         """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it.
 
         Args:
             profile: what it will be run with.
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
+            rounded: whether weights go through float8 as the reference's do; without effect where `must_round`.
         """
-        first = self._allocate_on(self.device, profile, trainer)
+        rounded = rounded or self.must_round(profile)
+        first = self._allocate_on(self.device, profile, trainer, rounded)
         if self.second is None:
             return first
-        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second, self._helper)
+        other = self._allocate_on(self.second, profile, trainer, rounded)
+        return TransformerPair(first, other, self.second, self._helper)
+
+    def must_round(self, profile: NumericsProfile) -> bool:
+        """Whether weights are rounded whatever a request says: the profile does, or nothing else has room."""
+        return self._holds_float8 or profile.needs_float8_weights or profile.trainer
 
     @cached_property
     def _helper(self) -> ThreadPoolExecutor | None:
@@ -226,10 +232,11 @@ class Checkpoint:
         return ThreadPoolExecutor(1, "second-device", initializer=select_device, initargs=(self.second,))
 
     def _allocate_on(
-        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None
+        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None, rounded: bool
     ) -> Transformer:
         if not profile.trainer:
-            return PreparedTransformer(self.config, self.master, profile, self._placement(device, self.dtype))
+            placement = self._placement(device, self.dtype)
+            return PreparedTransformer(self.config, self.master, profile, placement, quantize=rounded)
         settings = trainer or TrainerSettings()
         if not profile.fused:
             return ExactPreview(self.config, self.master, profile, settings, device=device)
@@ -263,13 +270,25 @@ class Checkpoint:
     @cached_property
     def _linears(self) -> Mapping[str, tuple[int, ...]]:
         """The linear layers' weights, name to shape: asked for at every switch, and slow to find."""
-        return {name: tuple(self.master[name].shape) for name in linear_weights(self.config)}
+        return {name: self.master[name].shape for name in linear_weights(self.config)}
 
-    def missing_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None) -> int:
+    def text_settings(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> TrainerSettings | None:
+        """Which of the trainer's text encoders a transformer is used with; None: with the checkpoint's own."""
+        if profile.trainer:
+            return trainer or TrainerSettings()
+        return None if rounded or self.must_round(profile) else unrounded_text(self.dtype)
+
+    def missing_bytes(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> int:
         """What `pipeline` has yet to put on the device for a transformer of this profile: the trainer's parts."""
-        if not profile.trainer:
+        settings = self.text_settings(profile, trainer, rounded=rounded)
+        if settings is None:
             return 0
-        settings = trainer or TrainerSettings()
+        if not profile.trainer:
+            return self.trainer_parts.missing_bytes(settings, self.autoencoder.dtype, self.autoencoder.dtype)
         return self.trainer_parts.missing_bytes(
             settings, self._parts_dtype(profile, settings), self.autoencoder.dtype
         )
@@ -294,15 +313,16 @@ class Checkpoint:
         """
         if prepared.settings is not None:
             return self._trainer_pipeline(prepared, prepared.settings, context)
+        text = prepared.text_settings
         return Pipeline(
             transformer=prepared,
-            text_encoder=self.text_encoder,
+            text_encoder=self.text_encoder if text is None else self.trainer_parts.text_encoder(text, context),
             autoencoder=self.fused_autoencoder if prepared.profile.fused else self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
             device=self.device,
             dtype=self.dtype,
-            stored_dtype=self.master["img_in.weight"].dtype,
+            stored_dtype=self.stored_dtype,
             empty=self.empty,
             decoder_fallback=self._decoder_fallback(prepared),
             second=self.second,
@@ -310,8 +330,8 @@ class Checkpoint:
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
         """What the device does without for one of this checkpoint's transformers, as far as it was tried."""
-        settings = prepared.settings
-        encoder = self.text_encoder.fallback if settings is None else self.trainer_parts.encoder_fallback(settings)
+        text = prepared.text_settings
+        encoder = self.text_encoder.fallback if text is None else self.trainer_parts.encoder_fallback(text)
         return known_fallbacks(self.device, self._decoder_fallback(prepared), prepared, encoder)
 
     def _decoder_fallback(self, prepared: Transformer) -> DeviceFallback | None:
@@ -348,14 +368,19 @@ class Checkpoint:
         )
 
     def prepare(
-        self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
+        self,
+        adapters: AdapterSet,
+        profile: NumericsProfile,
+        trainer: TrainerSettings | None = None,
+        *,
+        rounded: bool = True,
     ) -> Pipeline:
-        """A pipeline to keep: merges adapters and quantizes, once.
+        """A pipeline to keep: merges adapters and quantizes, once; see `allocate`.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
         """
-        prepared = self.allocate(profile, trainer)
+        prepared = self.allocate(profile, trainer, rounded=rounded)
         prepared.switch(adapters)
         return self.pipeline(prepared)
 
@@ -365,36 +390,3 @@ def _fits_beside(device: torch.device, plan: MemoryPlan | None, choice: MemoryCh
     if plan is None:
         return True
     return usable_memory_bytes(device, choice.device_bytes) >= size_bytes + working_bytes(plan)
-
-
-def _part_sizes(
-    transformer: SafetensorsFile,
-    encoder: Sequence[SafetensorsFile],
-    vae: Sequence[SafetensorsFile],
-    dtype: torch.dtype,
-) -> PartSizes:
-    """From the files' headers."""
-    wide, stored, float8 = dtype.itemsize, 0, 0
-    count = 0
-    for name, entry in transformer.tensors.items():
-        elements = math.prod(entry.shape)
-        stored += entry.size_bytes
-        count += elements
-        float8 += elements * (1 if "_blocks." in name and len(entry.shape) > 1 else wide)
-    text = sum(
-        math.prod(entry.shape) * (1 if ".block." in name and len(entry.shape) > 1 else wide)
-        for file in encoder
-        for name, entry in file.tensors.items()
-        if not name.endswith("embed_tokens.weight")
-    )
-    pixels = sum(math.prod(entry.shape) * wide for file in vae for entry in file.tensors.values())
-    sides = sum(sum(entry.shape) for entry in transformer.tensors.values() if len(entry.shape) == 2)
-    return PartSizes(stored, count * wide, float8, text, pixels, beside=sides * RANK_BUCKETS[0] * wide)
-
-
-def _onto(device: torch.device, plan: MemoryPlan | None, files: Sequence[SharedFile]) -> torch.device | None:
-    """The device, where these files fit there as they are beside everything else; None where they do not."""
-    if plan is None:
-        return None
-    size = sum(entry.size_bytes for file in files for entry in file.header.tensors.values())
-    return device if plan.usable_bytes - plan.estimated_bytes > size else None

@@ -9,14 +9,15 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from torch import Tensor
     from transformers import T5Config, T5EncoderModel
 
 _ONE_IMPORTER = threading.Lock()
@@ -28,9 +29,11 @@ initializers for as long, and two threads would leave them there."""
 
 @dataclass(frozen=True)
 class Libraries:
-    """Classes that the pipeline builds."""
+    """Classes that the pipeline builds, and a function."""
 
     autoencoder: type[AutoencoderKL]
+    convert_autoencoder: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+    """An autoencoder's tensors from the original layout to diffusers', given the config that diffusers has."""
     scheduler: type[FlowMatchEulerDiscreteScheduler]
     t5_config: type[T5Config]
     t5_encoder: type[T5EncoderModel]
@@ -40,6 +43,17 @@ def libraries() -> Libraries:
     """The classes; waits where they are being imported."""
     with _ONE_IMPORTER:
         return _import()
+
+
+@cache
+def gguf_functions() -> Mapping[int, Callable[..., Tensor]]:
+    """Diffusers' dequantization of blocks, by GGUF's number of the type, in torch on any device."""
+    libraries()
+    with _ONE_IMPORTER:
+        from diffusers.quantizers.gguf.utils import dequantize_functions  # noqa: PLC0415
+
+    found: Mapping[int, Callable[..., Tensor]] = dequantize_functions
+    return found
 
 
 def import_ahead() -> None:
@@ -60,9 +74,12 @@ def _import() -> Libraries:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with _uncollected():
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # noqa: PLC0415
         from transformers import T5Config, T5EncoderModel  # noqa: PLC0415
 
-    return Libraries(AutoencoderKL, FlowMatchEulerDiscreteScheduler, T5Config, T5EncoderModel)
+    return Libraries(
+        AutoencoderKL, convert_ldm_vae_checkpoint, FlowMatchEulerDiscreteScheduler, T5Config, T5EncoderModel
+    )
 
 
 @contextmanager

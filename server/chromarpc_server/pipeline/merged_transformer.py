@@ -33,6 +33,7 @@ from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, LoadContext, LoadProgress
 from chromarpc_server.pipeline.sampling import Velocity
 from chromarpc_server.pipeline.weights.quantization import FLOAT8, dequantize_rows, quantize_rows
+from chromarpc_server.pipeline.weights.stored import StoredTensor, as_they_are, rounding_dtype
 
 AdapterSet = Sequence[tuple[Adapter, float]]
 """Adapters with their multipliers, in the order of application."""
@@ -58,7 +59,7 @@ class PreparedTransformer:
     def __init__(
         self,
         config: ChromaConfig,
-        master: Mapping[str, Tensor],
+        master: Mapping[str, StoredTensor],
         profile: NumericsProfile,
         placement: DevicePlacement,
         *,
@@ -68,10 +69,11 @@ class PreparedTransformer:
 
         Args:
             config: sizes.
-            master: parameters by name, in the dtype they are stored in, on the device or in host memory.
+            master: parameters by name, as they are stored, on the device or in host memory.
             profile: what it will be run with.
             placement: where the transformer lies, and what it takes there.
-            quantize: whether linear weights go through float8.
+            quantize: whether linear weights go through float8, and what was stored as codes or as fp16 through the
+                dtype that the checkpoint counts as; else nothing is rounded but to the dtype it computes in.
         """
         with torch.device("meta"):
             self.model = ChromaTransformer(config)
@@ -80,10 +82,13 @@ class PreparedTransformer:
         self.profile = profile
         self.settings: TrainerSettings | None = None
         """The trainer's config has no part in it."""
+        self.rounded = quantize
+        self.text_settings = None if quantize else unrounded_text(placement.dtype)
         self._master = master
         self._device = placement.device
         self._dtype = placement.dtype
         self._quantize = quantize
+        self._rounding = rounding_dtype({name: stored.recipe for name, stored in master.items()})
         self._record_graphs = placement.record_graphs
         self._hold_float8 = placement.hold_float8 or profile.needs_float8_weights
         self._linears = {
@@ -180,20 +185,24 @@ class PreparedTransformer:
         stage = "merging" if adapters else "quantizing"
         done = 0
         finite: dict[str, Tensor] = {}
-        for name, stored in on_device(self._master, stale, self._device):
+        for name, weight in on_device(self._master, stale, self._device):
             context.check()
-            weight = stored
-            for adapter, multiplier in adapters:
-                weight = adapter.apply(name, weight, multiplier)
+            merged = self._merge(name, weight, adapters)
             if wanted[name]:
-                finite[name] = torch.isfinite(weight).all()
+                finite[name] = torch.isfinite(merged).all()
             self._merged[name] = None
-            self._write(name, weight)
+            self._write(name, merged)
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
             context.progress(LoadProgress(stage, done, total))
         self._refuse_overflow(finite)
         return SwitchReport(len(stale))
+
+    def _merge(self, name: str, weight: Tensor, adapters: AdapterSet) -> Tensor:
+        """A dense weight with adapters merged, in the dtype that the checkpoint has it in."""
+        for adapter, multiplier in adapters:
+            weight = adapter.apply(name, weight, multiplier)
+        return weight.to(self._rounding) if self._quantize and self._master[name].recipe.widened else weight
 
     def _write(self, name: str, weight: Tensor) -> None:
         """Puts a merged weight where it is held, as it is held. Storage is made once and never replaced."""
@@ -244,29 +253,39 @@ class PreparedTransformer:
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
 
 
+def unrounded_text(dtype: torch.dtype) -> TrainerSettings:
+    """Which of the trainer's text encoders is one without rounding of ours: the one that it does not quantize."""
+    return TrainerSettings(
+        quantize=False, quantize_te=False, dtype="float32" if dtype == torch.float32 else "bfloat16"
+    )
+
+
 def on_device(
-    master: Mapping[str, Tensor], names: Sequence[str], device: torch.device
+    master: Mapping[str, StoredTensor], names: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Master weights on the device; those in host memory are copied while the ones before are worked on."""
+    """Master weights on the device, made dense there one by one; those in host memory are copied, as they are
+    stored, while the ones before are worked on.
+    """
     if device.type != "cuda" or all(master[name].is_cuda for name in names):
         for name in names:
-            yield name, master[name].to(device)
+            yield name, master[name].to(device).dense()
         return
     copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    ahead: deque[tuple[str, Tensor, torch.cuda.Event]] = deque()
+    ahead: deque[tuple[str, StoredTensor, torch.cuda.Event]] = deque()
 
     def take() -> tuple[str, Tensor]:
-        name, weight, copied = ahead.popleft()
+        name, stored, copied = ahead.popleft()
         working.wait_event(copied)
-        weight.record_stream(working)
-        return name, weight
+        for piece in stored.pieces:
+            piece.record_stream(working)
+        return name, stored.dense()
 
     for name in names:
         with torch.cuda.stream(copying):
-            weight = master[name].to(device, non_blocking=True)
+            stored = master[name].to(device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(copying)
-        ahead.append((name, weight, copied))
+        ahead.append((name, stored, copied))
         if len(ahead) > COPIES_AHEAD:
             yield take()
     while ahead:
@@ -284,7 +303,7 @@ def packed_velocity(run: GraphedForward, conditioning: Conditioning, modulations
 
 
 def prepared_bytes(
-    master: Mapping[str, Tensor],
+    master: Mapping[str, StoredTensor],
     profile: NumericsProfile,
     dtype_of: Callable[[str], torch.dtype],
     *,
@@ -315,14 +334,14 @@ def _merged_into(name: str, adapters: AdapterSet) -> Merged:
 
 def prepare_transformer(
     config: ChromaConfig,
-    master: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     adapters: AdapterSet,
     profile: NumericsProfile,
     placement: DevicePlacement,
     *,
     quantize: bool,
 ) -> PreparedTransformer:
-    """A transformer prepared once, for callers that never switch it; arguments and errors as above."""
-    prepared = PreparedTransformer(config, master, profile, placement, quantize=quantize)
+    """A transformer of dense weights, prepared once, for callers that never switch it; the rest as above."""
+    prepared = PreparedTransformer(config, as_they_are(weights), profile, placement, quantize=quantize)
     prepared.switch(adapters)
     return prepared

@@ -23,6 +23,7 @@ from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.parts import encode_as_trainer
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from chromarpc_server.verify.report import Outcome, Result, distance
 from chromarpc_server.verify.vectors import Vectors
 
@@ -81,7 +82,7 @@ class Model:
 
     def exact(self, settings: TrainerSettings, multiplier: float, device: torch.device) -> ExactPreview:
         """In the `preview-exact` profile."""
-        model = ExactPreview(self.config, self.tensors, PREVIEW_EXACT, settings, device=device)
+        model = ExactPreview(self.config, as_they_are(self.tensors), PREVIEW_EXACT, settings, device=device)
         model.switch(self.adapters(multiplier))
         return model
 
@@ -96,7 +97,7 @@ class Model:
         """In the `preview` profile; modulations in the trainer's dtype, as it serves, unless another is given."""
         model = FusedPreview(
             self.config,
-            self.tensors,
+            as_they_are(self.tensors),
             PREVIEW,
             settings,
             DevicePlacement(device, dtype),

@@ -16,6 +16,7 @@ from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.transformer import linear_weights
 from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.pipeline.adapters.conftest import values
 from tests.pipeline.trainer.models import (
     BASE,
@@ -81,7 +82,7 @@ def fused(master: dict[str, Tensor], config: ChromaConfig) -> Build:
     ) -> FusedPreview:
         made = FusedPreview(
             config,
-            master,
+            as_they_are(master),
             PROFILES["preview"],
             settings,
             DevicePlacement(CPU, torch.float32, hold_float8=hold_float8),

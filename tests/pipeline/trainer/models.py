@@ -14,6 +14,7 @@ from chromarpc_server.pipeline.denoising import Text
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.pipeline.adapters.conftest import rel
 from tests.tiny_checkpoint import GOLDENS
 
@@ -48,7 +49,7 @@ SETS = {
 def exact(
     config: ChromaConfig, master: Mapping[str, Tensor], adapters: Set, settings: TrainerSettings
 ) -> ExactPreview:
-    made = ExactPreview(config, master, PROFILES["preview-exact"], settings, device=CPU)
+    made = ExactPreview(config, as_they_are(master), PROFILES["preview-exact"], settings, device=CPU)
     made.switch(adapters)
     return made
 

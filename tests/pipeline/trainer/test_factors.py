@@ -18,6 +18,7 @@ from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.paths import pair_of
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from chromarpc_server.runtime.adapter_cache import AdapterCache, AdapterFile
 from tests.pipeline.trainer.models import CPU, FLOAT32
 from tests.tiny_checkpoint import GOLDENS
@@ -42,8 +43,8 @@ def build(
     def made() -> FusedPreview | ExactPreview:
         profile = PROFILES[request.param]
         if profile.fused:
-            return FusedPreview(config, master, profile, FLOAT32, DevicePlacement(CPU, torch.float32))
-        return ExactPreview(config, master, profile, FLOAT32, device=CPU)
+            return FusedPreview(config, as_they_are(master), profile, FLOAT32, DevicePlacement(CPU, torch.float32))
+        return ExactPreview(config, as_they_are(master), profile, FLOAT32, device=CPU)
 
     return made
 

@@ -18,6 +18,7 @@ from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.forward import TrainerLinear, make_modulations
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.weights.quantizers import quantize_linear
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.pipeline.adapters.conftest import rel
 from tests.pipeline.trainer.models import (
     CPU,
@@ -84,13 +85,18 @@ def test_modulations_are_the_trainers_own_bits_whatever_is_computed_in(
         for timestep in timesteps.bfloat16().split(1)
     ]
     settings = TrainerSettings(qtype=qtype)
-    model = FusedPreview(config, master, PROFILES["preview"], settings, DevicePlacement(CPU, dtype))
+    model = FusedPreview(config, as_they_are(master), PROFILES["preview"], settings, DevicePlacement(CPU, dtype))
     model.switch([])
     found = model.modulations(timesteps.to(dtype))
     assert found.dtype == dtype
     assert torch.equal(found.bfloat16(), torch.cat(expected))
     wide = FusedPreview(
-        config, master, PROFILES["preview"], settings, DevicePlacement(CPU, dtype), modulation_dtype=torch.float32
+        config,
+        as_they_are(master),
+        PROFILES["preview"],
+        settings,
+        DevicePlacement(CPU, dtype),
+        modulation_dtype=torch.float32,
     )
     wide.switch([])
     assert rel(found.float(), wide.modulations(timesteps).float()) > 1e-3
@@ -124,9 +130,9 @@ def test_a_row_of_zeros_is_refused_with_its_tensor_named_where_the_trainer_has_n
     def build(settings: TrainerSettings) -> FusedPreview | ExactPreview:
         if profile == "preview":
             return FusedPreview(
-                config, with_zeros, PROFILES[profile], settings, DevicePlacement(CPU, torch.float32)
+                config, as_they_are(with_zeros), PROFILES[profile], settings, DevicePlacement(CPU, torch.float32)
             )
-        return ExactPreview(config, with_zeros, PROFILES[profile], settings, device=CPU)
+        return ExactPreview(config, as_they_are(with_zeros), PROFILES[profile], settings, device=CPU)
 
     settings = TrainerSettings(qtype=qtype, dtype="float32")
     if qtype in ("qfloat8", "qfloat8_e5m2"):

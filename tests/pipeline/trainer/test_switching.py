@@ -16,6 +16,7 @@ from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
 from chromarpc_server.pipeline.trainer.fused import FusedPreview
 from chromarpc_server.pipeline.trainer.layer import rank_bucket
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from tests.pipeline.trainer.models import (
     CPU,
     FLOAT32,
@@ -158,7 +159,11 @@ def _build(
     if profile == "preview-exact":
         return exact(config, master, adapters, FLOAT32)
     made = FusedPreview(
-        config, master, PROFILES[profile], FLOAT32, DevicePlacement(CPU, torch.float32, hold_float8=hold_float8)
+        config,
+        as_they_are(master),
+        PROFILES[profile],
+        FLOAT32,
+        DevicePlacement(CPU, torch.float32, hold_float8=hold_float8),
     )
     made.switch(adapters)
     return made
@@ -211,7 +216,11 @@ def _empty(
     profile: str, config: ChromaConfig, master: dict[str, Tensor], settings: TrainerSettings, hold_float8: bool
 ) -> FusedPreview | ExactPreview:
     if profile == "preview-exact":
-        return ExactPreview(config, master, PROFILES[profile], settings, device=CPU)
+        return ExactPreview(config, as_they_are(master), PROFILES[profile], settings, device=CPU)
     return FusedPreview(
-        config, master, PROFILES[profile], settings, DevicePlacement(CPU, torch.float32, hold_float8=hold_float8)
+        config,
+        as_they_are(master),
+        PROFILES[profile],
+        settings,
+        DevicePlacement(CPU, torch.float32, hold_float8=hold_float8),
     )

@@ -69,6 +69,10 @@ class ChromaConfig:
             approximator_hidden, approximator_in = shapes["distilled_guidance_layer.in_proj.weight"]
         except KeyError as error:
             raise WeightsInvalid(f"not a Chroma checkpoint: it has no tensor {error}") from None
+        except (IndexError, ValueError):
+            raise WeightsInvalid("not a Chroma checkpoint: its tensors have other dimensions") from None
+        if not (hidden and head_dim) or hidden % head_dim:
+            raise WeightsInvalid(f"{hidden} channels do not make heads of {head_dim}")
         axes, theta = _axes(head_dim, metadata or {})
         return cls(
             in_channels=in_channels,
@@ -76,12 +80,12 @@ class ChromaConfig:
             hidden_size=hidden,
             mlp_ratio=mlp / hidden,
             num_heads=hidden // head_dim,
-            depth=_count(shapes, r"double_blocks\.(\d+)\."),
-            depth_single_blocks=_count(shapes, r"single_blocks\.(\d+)\."),
+            depth=_count(shapes, "double_blocks"),
+            depth_single_blocks=_count(shapes, "single_blocks"),
             axes_dim=axes,
             theta=theta,
             approximator_in_dim=approximator_in,
-            approximator_depth=_count(shapes, r"distilled_guidance_layer\.layers\.(\d+)\."),
+            approximator_depth=_count(shapes, "distilled_guidance_layer.layers"),
             approximator_hidden_size=approximator_hidden,
         )
 
@@ -94,13 +98,18 @@ def _axes(head_dim: int, metadata: Mapping[str, str]) -> tuple[tuple[int, int, i
             config = json.loads(metadata["config"])
             axes = [int(axis) for axis in config.get("axes_dim", axes)]
             theta = int(config.get("theta", theta))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise WeightsInvalid("the checkpoint's header has a `config` that cannot be read") from None
     if len(axes) != 3 or sum(axes) != head_dim or any(axis <= 0 or axis % 2 for axis in axes):
         raise WeightsInvalid(f"RoPE axes {tuple(axes)} do not add up to a head of {head_dim} channels")
     return (axes[0], axes[1], axes[2]), theta
 
 
-def _count(shapes: Mapping[str, Sequence[int]], pattern: str) -> int:
-    found = (re.match(pattern, key) for key in shapes)
-    return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+def _count(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
+    """How many of one kind there are: every number from 0, so that a name alone makes no thousand of them."""
+    found = (re.match(rf"{re.escape(prefix)}\.([0-9]{{1,6}})\.", key) for key in shapes)
+    numbers = {int(match.group(1)) for match in found if match}
+    missing = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if missing is not None:
+        raise WeightsInvalid(f"it has no tensor of {prefix}.{missing}, and has some of {prefix}.{max(numbers)}")
+    return len(numbers)

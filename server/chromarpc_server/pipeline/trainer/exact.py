@@ -37,6 +37,7 @@ from chromarpc_server.pipeline.trainer.paths import (
 )
 from chromarpc_server.pipeline.trainer.sizes import factor_bytes
 from chromarpc_server.pipeline.weights.quantizers import Bias, QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.weights.stored import StoredTensor
 
 
 class ExactPreview:
@@ -45,7 +46,7 @@ class ExactPreview:
     def __init__(
         self,
         config: ChromaConfig,
-        master: Mapping[str, Tensor],
+        master: Mapping[str, StoredTensor],
         profile: NumericsProfile,
         settings: TrainerSettings,
         *,
@@ -62,6 +63,8 @@ class ExactPreview:
         """
         self.profile = profile
         self.settings = settings
+        self.text_settings = settings
+        self.rounded = True
         self.config = config
         self._device = device
         self._dtype = TORCH_DTYPES[settings.dtype]

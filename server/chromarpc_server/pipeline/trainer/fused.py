@@ -44,6 +44,7 @@ from chromarpc_server.pipeline.trainer.paths import (
 from chromarpc_server.pipeline.trainer.sizes import padded_bytes
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, quantize_linear
+from chromarpc_server.pipeline.weights.stored import StoredTensor
 
 
 class FusedPreview:
@@ -52,7 +53,7 @@ class FusedPreview:
     def __init__(
         self,
         config: ChromaConfig,
-        master: Mapping[str, Tensor],
+        master: Mapping[str, StoredTensor],
         profile: NumericsProfile,
         settings: TrainerSettings,
         placement: DevicePlacement,
@@ -76,6 +77,8 @@ class FusedPreview:
         self.config = config
         self.profile = profile
         self.settings = settings
+        self.text_settings = settings
+        self.rounded = True
         self._device = placement.device
         self._dtype = placement.dtype
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]

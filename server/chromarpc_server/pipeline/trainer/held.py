@@ -13,6 +13,7 @@ from chromarpc_server.pipeline.merged_transformer import on_device
 from chromarpc_server.pipeline.progress import LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.paths import Placed, Placement, require_finite_weights
+from chromarpc_server.pipeline.weights.stored import StoredTensor
 
 Write = Callable[[str, Tensor, Sequence[Placed], Sequence[Placed]], Tensor]
 """Puts a parameter where it is held: name, stored weight, what is merged, what is added once it is quantized.
@@ -24,7 +25,9 @@ Returns what was written, to see whether it is finite.
 class HeldWeights:
     """Keeps account of one transformer's parameters. Belongs to the thread that owns the device."""
 
-    def __init__(self, master: Mapping[str, Tensor], settings: TrainerSettings, *, device: torch.device) -> None:
+    def __init__(
+        self, master: Mapping[str, StoredTensor], settings: TrainerSettings, *, device: torch.device
+    ) -> None:
         """Writes nothing; the first `rewrite` writes every parameter.
 
         Args:
@@ -61,10 +64,10 @@ class HeldWeights:
         stale = [name for name in self._master if self._merged[name] != wanted[name]]
         total, done = sum(self._master[name].nbytes for name in stale), 0
         finite: dict[str, Tensor] = {}
-        for name, stored in on_device(self._master, stale, self._device):
+        for name, weight in on_device(self._master, stale, self._device):
             context.check()
             self._merged[name] = None
-            written = write(name, stored.to(self._dtype), merged.get(name, ()), added.get(name, ()))
+            written = write(name, weight.to(self._dtype), merged.get(name, ()), added.get(name, ()))
             finite[name] = torch.isfinite(written).all()
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes

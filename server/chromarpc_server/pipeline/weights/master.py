@@ -1,4 +1,4 @@
-"""A transformer's master weights: read to where the memory plan wants them, and hashed on the way."""
+"""A transformer's master weights as they are stored: read to where the memory plan wants them, and hashed."""
 
 from __future__ import annotations
 
@@ -12,72 +12,92 @@ from torch import Tensor
 
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
-from chromarpc_server.pipeline.weights.shared import HostWeights, SharedFile, WeightFiles
+from chromarpc_server.pipeline.weights.part import StoredPart
+from chromarpc_server.pipeline.weights.shared import HostWeights, WeightFiles
 from chromarpc_server.pipeline.weights.staging import tensor_hash_prefix
+from chromarpc_server.pipeline.weights.stored import StoredWeights
 
 
 def read_master(
     reading: ReadingProgress,
-    file: SharedFile,
+    part: StoredPart,
     files: WeightFiles,
     device: torch.device,
     plan: MemoryPlan | None,
-) -> tuple[Mapping[str, Tensor], str]:
+) -> tuple[StoredWeights, str]:
     """The transformer's weights where the plan wants them, and their hash, which is computed once for a file.
 
     Args:
         reading: reports how far it is; checked between tensors, and while another device reads.
-        file: the transformer.
+        part: the transformer.
         files: what devices have in common, page-locked masters among them.
         device: what asks.
         plan: where the weights are to lie; None for a CPU, which has them mapped.
     """
     if plan is not None and plan.master == "device":
-        return _onto_device(reading, file, device)
-    if plan is None:
-        return _mapped(reading, file)
+        pieces: Mapping[str, Tensor] = _onto_device(reading, part, device)
+    elif plan is None:
+        pieces = _mapped(reading, part)
+    else:
+        pieces = _pinned(reading, part, files, device)
+    return StoredWeights(part.recipes, pieces), _revision(part)
+
+
+def _pinned(reading: ReadingProgress, part: StoredPart, files: WeightFiles, device: torch.device) -> HostWeights:
     made = False
 
     def make(note_progress: Callable[[], None]) -> Mapping[str, Tensor]:
         nonlocal made
         made, reading.note_progress = True, note_progress
-        return _mapped(reading, file)[0]
+        return _mapped(reading, part)
 
-    master = files.pinned(("master", file.identity), device, make, reading.check)
+    # Parts of one file lie in pieces of their own.
+    pieces = files.pinned(("master", part.identity, part.pieces), device, make, reading.check)
     if not made:
-        reading.skip(file)
-    if file.revision is None:
-        file.revision = _join_hashes({name: tensor_hash(name, tensor) for name, tensor in master.items()})
-    return master, file.revision
+        reading.skip(part)
+    for file, names in part.wanted.items():
+        file.hashes.update((name, tensor_hash(name, pieces[name])) for name in names.difference(file.hashes))
+    return pieces
 
 
-def _onto_device(
-    reading: ReadingProgress, file: SharedFile, device: torch.device
-) -> tuple[Mapping[str, Tensor], str]:
-    master: dict[str, Tensor] = {}
-    with file.reading(reading.check):
-        revision, hashes = file.revision, {}
-        for name, tensor, digest in reading.read_onto(file, device, hashed=revision is None):
-            master[name], hashes[name] = tensor, digest
-        if revision is None:
-            file.revision = revision = _join_hashes(hashes)
-    return master, revision
+def _onto_device(reading: ReadingProgress, part: StoredPart, device: torch.device) -> Mapping[str, Tensor]:
+    pieces: dict[str, Tensor] = {}
+    for file, names in part.wanted.items():
+        with file.reading(names, reading.check):
+            hashed = not names <= file.hashes.keys()
+            digests: dict[str, str] = {}
+            for name, tensor, digest in reading.read_onto(file, names, device, hashed=hashed):
+                pieces[name], digests[name] = tensor, digest
+            if hashed:
+                file.hashes.update(digests)
+    return pieces
 
 
-def _mapped(reading: ReadingProgress, file: SharedFile) -> tuple[HostWeights, str]:
-    with file.reading(reading.check):
-        if file.revision is not None:
-            for _ in reading.read(file):
-                pass
-            return reading.mapped[-1], file.revision
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
-            digests = {name: pool.submit(tensor_hash, name, tensor) for name, tensor in reading.read(file)}
-            file.revision = revision = _join_hashes({name: digest.result() for name, digest in digests.items()})
-        return reading.mapped[-1], revision
+def _mapped(reading: ReadingProgress, part: StoredPart) -> HostWeights:
+    found = HostWeights()
+    for file, names in part.wanted.items():
+        with file.reading(names, reading.check):
+            missing = names.difference(file.hashes)
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
+                digests = {}
+                for name, tensor in reading.read(file, names):
+                    found[name] = tensor
+                    if name in missing:
+                        digests[name] = pool.submit(tensor_hash, name, tensor)
+                file.hashes.update({name: digest.result() for name, digest in digests.items()})
+    return found
 
 
-def _join_hashes(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+def _revision(part: StoredPart) -> str:
+    """Hash over names, dtypes, shapes and values of what is stored, and over how it is to be understood where the
+    stored tensors alone do not say so.
+    """
+    hashes = {name: file.hashes[name] for file, names in part.wanted.items() for name in names}
+    digest = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode())
+    for name, recipe in sorted(part.recipes.items()):
+        if recipe.detail:
+            digest.update(f"{name}={recipe.detail}({', '.join(recipe.pieces)});".encode())
+    return digest.hexdigest()
 
 
 def tensor_hash(name: str, tensor: Tensor) -> str:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,16 +27,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chromarpc_server.pipeline.progress import Check, never_stop
+from chromarpc_server.pipeline.weights.tensor_file import (
+    ITEM_BYTES,
+    MAX_DIMENSIONS,
+    MAX_TENSORS,
+    TensorEntry,
+    TensorFileError,
+    open_regular,
+    shown,
+)
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-MAX_TENSORS = 100_000
-MAX_DIMENSIONS = 8
 MAX_METADATA_ENTRIES = 1_000
 MAX_JSON_CONTAINERS = 4 * MAX_TENSORS
 """Braces and brackets in a header, each of which may cost Python a hundred bytes."""
 _READ_BYTES = 4 * 1024 * 1024
-_MAX_NAME = 100
-"""Characters of a tensor's name that a message shows."""
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive, as PyTorch's pickles are",
     b"\x80\x02": "a pickle",
@@ -52,46 +56,12 @@ _OTHER_FORMATS = {
 }
 """How files begin that are renamed to safetensors, or saved in its place."""
 
-_ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
 Opener = Callable[[], BufferedReader]
 """Opens the file that is meant, each time it is called."""
 
 
-class SafetensorsError(ValueError):
+class SafetensorsError(TensorFileError):
     """The file is not safetensors, is truncated, or lies about its contents. The message names no path."""
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor as the header describes it."""
-
-    dtype: str
-    """As the format names it: `BF16`."""
-    shape: tuple[int, ...]
-    size_bytes: int
-    begin: int
-    """Where its bytes begin, counted from the header's end."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """As torch names it."""
-        return _DTYPES[self.dtype]
-
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether its values are floating-point numbers."""
-        return self.dtype.startswith(("F", "BF"))
 
 
 @dataclass(frozen=True)
@@ -168,7 +138,7 @@ class SafetensorsFile:
                         digest.update(piece)
                         done += len(piece)
                     if keep:
-                        tensors[name] = held.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+                        tensors[name] = held.view(entry.torch_dtype).reshape(entry.shape)
                 # Bytes of two versions, with one header, would make an adapter that nobody ever saved.
                 if stream.read(1) or _version(stream) != before:
                     raise changed
@@ -206,9 +176,9 @@ def open_safetensors(path: Path, opener: Opener | None = None) -> SafetensorsFil
         opener: opens it, where the path alone is not to be trusted.
 
     Raises:
-        SafetensorsError: saying what is wrong with it.
+        TensorFileError: saying what is wrong with it.
     """
-    opener = opener or partial(_open, path)
+    opener = opener or partial(open_regular, path)
     try:
         with opener() as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -238,15 +208,6 @@ def open_safetensors(path: Path, opener: Opener | None = None) -> SafetensorsFil
     return SafetensorsFile(path, entries, metadata, size, header_bytes, digest, opener)
 
 
-def _open(path: Path) -> BufferedReader:
-    """Opens a regular file and nothing else; a pipe would keep its reader waiting for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise SafetensorsError("not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def _version(stream: BufferedReader) -> tuple[int, int]:
     """What changes when somebody writes to an open file; a new name or another link to it changes neither."""
     status = os.fstat(stream.fileno())
@@ -257,11 +218,6 @@ def _other_format(prefix: bytes) -> str:
     """What a file that is not safetensors seems to be, as the end of a sentence; empty where that is not known."""
     found = next((name for start, name in _OTHER_FORMATS.items() if prefix.startswith(start)), None)
     return f"; it looks like {found}" if found else ""
-
-
-def _shown(name: str) -> str:
-    """A tensor's name as a message may carry it: printable and of bounded length."""
-    return ascii(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}...")
 
 
 def _parse(raw: bytes) -> dict[str, object]:
@@ -277,7 +233,7 @@ def _parse(raw: bytes) -> dict[str, object]:
         raise SafetensorsError("not a safetensors file: its header is not an object")
     for name in header:
         if not _encodable(name):
-            raise SafetensorsError(f"its header names a tensor in text that cannot be encoded: {_shown(name)}")
+            raise SafetensorsError(f"its header names a tensor in text that cannot be encoded: {shown(name)}")
     return header
 
 
@@ -286,7 +242,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members: dict[str, object] = {}
     for name, value in pairs:
         if name in members:
-            raise SafetensorsError(f"its header has the same name twice: {_shown(name)}")
+            raise SafetensorsError(f"its header has the same name twice: {shown(name)}")
         members[name] = value
     return members
 
@@ -315,16 +271,16 @@ def _entries(header: Mapping[str, object], data_bytes: int) -> dict[str, TensorE
     expected, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].size_bytes)):
         if entry.begin < expected:
-            raise SafetensorsError(f"its tensors overlap: {_shown(before)} and {_shown(name)}")
+            raise SafetensorsError(f"its tensors overlap: {shown(before)} and {shown(name)}")
         if entry.begin > expected:
             raise SafetensorsError(
-                f"its tensors leave a gap of {entry.begin - expected} bytes before {_shown(name)}"
+                f"its tensors leave a gap of {entry.begin - expected} bytes before {shown(name)}"
             )
         expected, before = entry.begin + entry.size_bytes, name
     if expected > data_bytes:
         raise SafetensorsError(
             f"truncated: its tensors claim {expected} bytes, the file has {data_bytes}; "
-            f"the last of them is {_shown(before)}"
+            f"the last of them is {shown(before)}"
         )
     if expected < data_bytes:
         raise SafetensorsError(f"{data_bytes - expected} bytes at its end belong to no tensor")
@@ -338,18 +294,18 @@ def _entry(name: str, described: object) -> TensorEntry:
         SafetensorsError: naming the tensor and what is wrong with it.
     """
     if not isinstance(described, dict):
-        raise SafetensorsError(f"its header describes no tensor under {_shown(name)}")
+        raise SafetensorsError(f"its header describes no tensor under {shown(name)}")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        shown = f": {_shown(dtype)}" if isinstance(dtype, str) else ""
-        raise SafetensorsError(f"{_shown(name)} is of a dtype that is not known{shown}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        which = f": {shown(dtype)}" if isinstance(dtype, str) else ""
+        raise SafetensorsError(f"{shown(name)} is of a dtype that is not known{which}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise SafetensorsError(f"{_shown(name)} has a shape that cannot be")
+        raise SafetensorsError(f"{shown(name)} has a shape that cannot be")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise SafetensorsError(f"{_shown(name)} has offsets that cannot be")
+        raise SafetensorsError(f"{shown(name)} has offsets that cannot be")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise SafetensorsError(f"{_shown(name)} has a shape of {dtype} that its {end - begin} bytes do not make")
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise SafetensorsError(f"{shown(name)} has a shape of {dtype} that its {end - begin} bytes do not make")
     return TensorEntry(dtype, tuple(shape), end - begin, begin)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.progress import Check
 from chromarpc_server.pipeline.weights.reading import open_weights
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, SafetensorsFile
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError
 
 LOOK_EVERY_S = 0.05
 """How often a thread that waits for another looks whether its own job was stopped."""
@@ -83,37 +83,37 @@ class Turn:
 class SharedFile:
     """One version of a file of weights. Any thread may use it."""
 
-    def __init__(self, header: SafetensorsFile, identity: Identity) -> None:
+    def __init__(self, header: TensorFile, identity: Identity) -> None:
         """`header`: as it was checked; `identity`: of the version that it is of."""
         self.header = header
         self.identity = identity
-        self.revision: str | None = None
-        """Hash over names, shapes and values of all tensors, once it is known."""
+        self.hashes: dict[str, str] = {}
+        """Of those of its tensors that were hashed, over name, dtype, shape and values."""
         self._turn = Turn()
-        self._was_read = False
+        self._read: frozenset[str] = frozenset()
         self._opening = threading.Lock()
         self._mapped: weakref.ref[HostWeights] | None = None
         self._descriptor: int | None = None
 
     @contextmanager
-    def reading(self, check: Check) -> Iterator[None]:
-        """Whoever reads the file does so inside: one after the other until one has read it whole.
+    def reading(self, names: frozenset[str], check: Check) -> Iterator[None]:
+        """Whoever reads of the file does so inside: one after the other until one has read those tensors.
 
         Args:
+            names: of the tensors that are going to be read.
             check: called while waiting; may raise to stop.
         """
-        if not self._was_read:
+        if not self.was_read(names):
             with self._turn.take(check):
-                if not self._was_read:
+                if not self.was_read(names):
                     yield
-                    self._was_read = True
+                    self._read |= names
                     return
         yield
 
-    @property
-    def was_read(self) -> bool:
-        """Whether some thread has read it whole, so that it is in the system's page cache."""
-        return self._was_read
+    def was_read(self, names: frozenset[str]) -> bool:
+        """Whether some thread has read these tensors, so that they are in the system's page cache."""
+        return names <= self._read
 
     def note_progress(self) -> None:
         """Whoever reads it gets on."""
@@ -123,7 +123,7 @@ class SharedFile:
         """Its tensors, mapped: the same for everybody as long as anybody holds them.
 
         Raises:
-            SafetensorsError: the file changed since its header was checked.
+            TensorFileError: the file changed since its header was checked.
         """
         with self._opening:
             found = None if self._mapped is None else self._mapped()
@@ -136,7 +136,7 @@ class SharedFile:
         """To read it by, open as long as this is held.
 
         Raises:
-            SafetensorsError: the file changed since its header was checked.
+            TensorFileError: the file changed since its header was checked.
             OSError: it cannot be read.
         """
         with self._opening:
@@ -144,14 +144,14 @@ class SharedFile:
                 self._descriptor = os.open(self.header.path, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._descriptor)
             if _identity(os.fstat(self._descriptor)) != self.identity:
-                raise SafetensorsError("it changed while it was read")
+                raise TensorFileError("it changed while it was read")
             return self._descriptor
 
 
 class WeightFiles:
     """Files of weights that devices of one process have open, and page-locked tensors that they have in common."""
 
-    def __init__(self, opens: Callable[[Path], SafetensorsFile] = open_weights) -> None:
+    def __init__(self, opens: Callable[[Path], TensorFile] = open_weights) -> None:
         """`opens`: checks a file's header."""
         self._opens = opens
         self._lock = threading.Lock()

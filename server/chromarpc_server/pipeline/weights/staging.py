@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.pipeline.device import select_device
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, SafetensorsFile
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError
 
 PIECE_BYTES = 16 * 1024**2
 THREADS = 12
@@ -62,18 +62,24 @@ def tensor_hash_prefix(name: str, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def read_onto(
-    file: SafetensorsFile, device: torch.device, descriptor: int | None = None, *, hashed: bool = True
+    file: TensorFile,
+    device: torch.device,
+    descriptor: int | None = None,
+    *,
+    wanted: Container[str] | None = None,
+    hashed: bool = True,
 ) -> Iterator[tuple[str, Tensor, str]]:
-    """Every tensor of a file in its order, on the device, with its hash over name, dtype, shape and values.
+    """Tensors of a file in its order, on the device, each with its hash over name, dtype, shape and values.
 
     Args:
         file: as it was opened.
         device: where the tensors are put.
         descriptor: the file, open for reading, which stays open; by default it is opened here.
+        wanted: names of those to read; every one if None.
         hashed: whether to hash the values; else hashes are of the rest alone.
 
     Raises:
-        SafetensorsError: the file changed since its header was checked, or cannot be read.
+        TensorFileError: the file changed since its header was checked, or cannot be read.
     """
     stages: SimpleQueue[_Stage] = SimpleQueue()
     count = min(THREADS, os.cpu_count() or 1)
@@ -82,7 +88,7 @@ def read_onto(
     try:
         source = os.open(file.path, os.O_RDONLY) if descriptor is None else descriptor
     except OSError as error:
-        raise SafetensorsError(f"cannot be read: {error.strerror}") from None
+        raise TensorFileError(f"cannot be read: {error.strerror}") from None
     waiting: deque[tuple[str, Tensor, Future[str]]] = deque()
     try:
         begins = file.require_unchanged(source)
@@ -106,7 +112,7 @@ def read_onto(
             return digest.hexdigest()
 
         with ThreadPoolExecutor(count, "read", initializer=select_device, initargs=(device,)) as pool:
-            names = iter(file.tensors)
+            names = iter([name for name in file.tensors if wanted is None or name in wanted])
             ahead = 0
             while True:
                 while ahead < AHEAD_BYTES and (name := next(names, None)) is not None:
@@ -121,7 +127,7 @@ def read_onto(
                 entry = file.tensors[name]
                 yield name, held.view(entry.torch_dtype).reshape(entry.shape), digest
     except OSError as error:
-        raise SafetensorsError(f"cannot be read: {error.strerror}") from None
+        raise TensorFileError(f"cannot be read: {error.strerror}") from None
     finally:
         for _, _, filled in waiting:
             filled.cancel()
@@ -135,5 +141,5 @@ def _read(descriptor: int, piece: Tensor, offset: int) -> None:
     while done < len(space):
         count = os.preadv(descriptor, [space[done:]], offset + done)
         if not count:
-            raise SafetensorsError("it changed while it was read")
+            raise TensorFileError("it changed while it was read")
         done += count
