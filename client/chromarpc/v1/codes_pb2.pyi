@@ -400,6 +400,10 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
     do: adjust `network_multiplier`.
     """
+    WARNING_CODE_LORA_FOR_ANOTHER_BASE: _WarningCode.ValueType  # 24
+    """The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+    that it was trained on, or expect a weaker likeness.
+    """
     WARNING_CODE_SCHEDULE_UNUSUAL: _WarningCode.ValueType  # 25
     """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
     do: use another schedule, such as `simple` or `beta`.
@@ -491,6 +495,10 @@ programs may use them.
 WARNING_CODE_LORA_SCALE_UNREAD: WarningCode.ValueType  # 23
 """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
 do: adjust `network_multiplier`.
+"""
+WARNING_CODE_LORA_FOR_ANOTHER_BASE: WarningCode.ValueType  # 24
+"""The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+that it was trained on, or expect a weaker likeness.
 """
 WARNING_CODE_SCHEDULE_UNUSUAL: WarningCode.ValueType  # 25
 """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to

@@ -25,6 +25,7 @@ def prepared_event(
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
+    base_name: str = "",
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
     rounded: bool = True,
@@ -35,6 +36,7 @@ def prepared_event(
         negative: the negative prompts, None for those that are empty.
         stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
+        base_name: what adapters for the model name as their base.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
         rounded: whether weights were rounded to float8.
@@ -68,7 +70,7 @@ def prepared_event(
             *(
                 warning
                 for index, (adapter, _) in enumerate(adapters)
-                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+                for warning in adapter_warnings(adapter, f"loras.{index}.path", base_name)
             ),
             *_steps_warnings(plan),
             *_rounding_warnings(plan, rounded),

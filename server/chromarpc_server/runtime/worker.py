@@ -186,6 +186,7 @@ class DeviceWorker:
                 versions=self._versions,
                 device=self._description,
                 weights=weights,
+                base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
                 rounded=pipeline.transformer.rounded,
