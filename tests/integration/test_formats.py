@@ -24,27 +24,38 @@ pytestmark = pytest.mark.slow
 NAME = "chroma-mini.safetensors"
 
 
-@pytest.mark.parametrize("name", writers.FORMATS)
+def _model_id(name: str) -> str:
+    return name.lower().replace(", ", "-").replace(" ", "-").replace("_", "-")
+
+
 def test_a_server_draws_with_an_adapter_from_every_format(
-    name: str, serve: Callable[..., RunningServer], tiny_checkpoint: Path, tmp_path: Path
+    serve: Callable[..., RunningServer], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    stored_as, write = writers.FORMATS[name]
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns(NAME))
     with safe_open(tiny_checkpoint / NAME, "pt") as file:
         config = file.metadata()["config"]
-    write(load_file(tiny_checkpoint / NAME), config, folder / NAME)
-    server = serve(model_folder={"chroma-mini": folder}, lora_root=GOLDENS / "adapters", preload=["chroma-mini"])
-    small = {"model": "chroma-mini", "width": 64, "height": 64, "sample_steps": 2}
+    weights = load_file(tiny_checkpoint / NAME)
+    others = {
+        "text_encoder": str(tiny_checkpoint / "text_encoder_2"),
+        "tokenizer": str(tiny_checkpoint / "tokenizer_2"),
+        "autoencoder": str(tiny_checkpoint / "vae"),
+    }
+    models = {
+        _model_id(name): {"transformer": str(write(weights, config, tmp_path / f"{_model_id(name)}.safetensors"))}
+        | others
+        for name, (_, write) in writers.FORMATS.items()
+    }
+    server = serve(models=models, lora_root=GOLDENS / "adapters")
     with chromarpc.Client(server.target) as client:
-        events = list(client.generate("a", **small))
-        (plain,) = client.generate_images("a", **small)
-        (adapted,) = client.generate_images("a", loras=["aitk.safetensors"], **small)
-        (again,) = client.generate_images("a", **small)
-        (model,) = [each for each in client.list_models() if each.id == "chroma-mini"]
-    assert plain.sha256 == again.sha256 != adapted.sha256
-    assert {part.part: part.stored_as for part in model.parts}["transformer"] == stored_as
-    assert [event.stored_as for event in events if isinstance(event, chromarpc.Prepared)] == [stored_as]
+        told = {model.id: {part.part: part.stored_as for part in model.parts} for model in client.list_models()}
+        for name, (stored_as, _) in writers.FORMATS.items():
+            small = {"model": _model_id(name), "width": 64, "height": 64, "sample_steps": 2}
+            events = list(client.generate("a", **small))
+            (prepared,) = (event for event in events if isinstance(event, chromarpc.Prepared))
+            assert prepared.stored_as == told[_model_id(name)]["transformer"] == stored_as
+            (plain,) = (event.image.sha256 for event in events if isinstance(event, chromarpc.ImageReady))
+            (adapted,) = client.generate_images("a", loras=["aitk.safetensors"], **small)
+            (again,) = client.generate_images("a", **small)
+            assert plain == again.sha256 != adapted.sha256
 
 
 def test_a_damaged_transformer_stops_the_start_by_its_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
