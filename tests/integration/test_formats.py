@@ -48,14 +48,13 @@ def test_a_server_draws_with_an_adapter_from_every_format(
     with chromarpc.Client(server.target) as client:
         told = {model.id: {part.part: part.stored_as for part in model.parts} for model in client.list_models()}
         for name, (stored_as, _) in writers.FORMATS.items():
-            small = {"model": _model_id(name), "width": 64, "height": 64, "sample_steps": 2}
+            small = {"model": _model_id(name), "width": 64, "height": 64, "sample_steps": 1}
             events = list(client.generate("a", **small))
             (prepared,) = (event for event in events if isinstance(event, chromarpc.Prepared))
             assert prepared.stored_as == told[_model_id(name)]["transformer"] == stored_as
             (plain,) = (event.image.sha256 for event in events if isinstance(event, chromarpc.ImageReady))
             (adapted,) = client.generate_images("a", loras=["aitk.safetensors"], **small)
-            (again,) = client.generate_images("a", **small)
-            assert plain == again.sha256 != adapted.sha256
+            assert adapted.sha256 != plain
 
 
 def test_a_damaged_transformer_stops_the_start_by_its_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
