@@ -67,7 +67,9 @@ class _Device:
         self.parts = _Parts()
         self.checkpoint: Any = SimpleNamespace(trainer_parts=self.parts)
         self.slots: list[Any] = [
-            SimpleNamespace(checkpoint=self.checkpoint, transformer=SimpleNamespace(size_bytes=100, text_settings=one))
+            SimpleNamespace(
+                checkpoint=self.checkpoint, transformer=SimpleNamespace(size_bytes=100, text_settings=one)
+            )
             for one in settings
         ]
         self.room: DeviceRoom[Any] = DeviceRoom(

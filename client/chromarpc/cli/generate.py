@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,7 @@ from chromarpc.client import Client
 from chromarpc.events import TrainerOptions
 from chromarpc.pictures.files import kind_of
 from chromarpc.request import build_request
+from chromarpc.sampling import COMFYUI, REFERENCE, SAMPLERS, SCHEDULES
 from chromarpc.v1 import generation_service_pb2
 
 DEFAULT_PREVIEW_EVERY = 5
@@ -56,6 +58,11 @@ class LokrFormChoice(StrEnum):
 
     FACTORIZED = "factorized"
     WEIGHT = "weight"
+
+
+def _completing(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes names that this version knows; a newer server may have more, so none is refused here."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 @with_client
@@ -106,11 +113,18 @@ def generate(
         typer.Option("--use-neg/--no-use-neg", help="Honour --neg in every profile.", show_default=False),
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="Sampler, see `chromarpc info`; the model's default when left out.")
+        str | None,
+        typer.Option(
+            autocompletion=_completing(SAMPLERS),
+            help="Sampler, see `chromarpc info`; the model's default when left out.",
+        ),
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="Schedule of noise levels, see `chromarpc info`; the model's default when left out."),
+        typer.Option(
+            autocompletion=_completing(SCHEDULES),
+            help="Schedule of noise levels, see `chromarpc info`; the model's default when left out.",
+        ),
     ] = None,
     shift: Annotated[
         float | None,
@@ -118,7 +132,10 @@ def generate(
     ] = None,
     settings: Annotated[
         str | None,
-        typer.Option(help="Whose way of drawing is followed: reference, when left out, or comfyui."),
+        typer.Option(
+            autocompletion=_completing((REFERENCE, COMFYUI)),
+            help="Whose way of drawing is followed: reference, when left out, or comfyui.",
+        ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Numerics profile, see `chromarpc info`.")] = None,
     noise_draw: Annotated[

@@ -162,6 +162,10 @@ class WarningCode(StrEnum):
         "`shift` has no effect on the schedule that is named.",
         "Leave it out, or use another schedule.",
     )
+    BASE_PARTS_DROPPED = (
+        "BASE_PARTS_DROPPED", 28,
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
+    )
     SETTINGS_ROUNDED = (
         "SETTINGS_ROUNDED", 29,
         "With the settings `comfyui` weights were rounded to float8 all the same; the message says why.",

@@ -189,6 +189,7 @@ class DeviceWorker:
                 base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
+                left_out=checkpoint.left_out,
                 rounded=pipeline.transformer.rounded,
             )
         )
