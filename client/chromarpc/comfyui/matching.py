@@ -83,7 +83,7 @@ def find_loras(
         path = adapter.name.replace("\\", "/")
         if "://" in path:  # a stranger's workflow shall have no server fetch anything
             found.refuse(
-                adapter.problem("is an address, which a workflow cannot have fetched: give it as an adapter")
+                adapter.problem("is an address, which no workflow may have fetched: give it as an adapter")
             )
             continue
         if stored is not None:
