@@ -34,9 +34,7 @@ HEADER = ImageHeader(0, "image/png", 3, 64, 64, "00", 2**63)
         Run(2, "id", plan(settings=DrawingSettings.COMFYUI), ()),
         Open("ray:0", Settings(model_folders=(("m", Path("/models")),))),
         Opened(None, InvalidParameter("no")),
-        Open(
-            "ray:1", Settings(models=(*REGISTRY.values(), replace(CHROMA, transformer=LocalPart(Path("/m.gguf")))))
-        ),
+        Open("ray:1", Settings(models=(CHROMA_MINI, replace(CHROMA, transformer=LocalPart(Path("/m.gguf")))))),
         Resident(CacheSnapshot(fallbacks=(DeviceFallback(Part.KERNELS, "too old"),))),
         Reports(2, (Loading(LoadingStage.READING, 1, 2), Step(0, 1, 2, 0.1 + 0.2, 1e-300, 0.0, None, (1.0, 0.5)))),
         Reports(3, (Preview(0, 1, "image/png", 1, 1, b"\0\xff"), EncodedImage(HEADER, b"abc", 0.1))),

@@ -112,7 +112,7 @@ def test_settings_may_name_a_model_of_the_folder(tmp_path: Path) -> None:
     named = ServerSettings(comfyui=folder, preload=["my-chroma-v2"], alias={"chroma": "my-chroma-v2"})
     assert "my-chroma-v2" in catalogue(named).models
     with pytest.raises(
-        ValueError, match="--preload other: no such model: other; known are chroma, .*my-chroma-v2"
+        ValueError, match=r"--preload other: no such model: other; known are chroma, .*, my-chroma-v2"
     ):
         catalogue(ServerSettings(comfyui=folder, preload=["other"]))
 
