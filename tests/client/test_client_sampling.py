@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from chromarpc.cli import app
 from chromarpc.cli.inquiry import _info_lines, _model_lines
 from chromarpc.cli.jobs import _lines
 from chromarpc.request import build_request
+from chromarpc.sampling import SAMPLERS, SCHEDULES
 from chromarpc.v1 import job_event_pb2, job_service_pb2, model_service_pb2
+from chromarpc_server.domain.sampling_choices import SAMPLERS as SERVED
+from chromarpc_server.domain.sampling_choices import SCHEDULES as SERVED_SCHEDULES
 from tests.client.client_fake_server import FakeServer, JobEvent, Request, Story, png
 
+ROOT = Path(__file__).parents[2]
 PROMPT: dict[str, Any] = {
     "prompt": "a",
     "neg": "ugly",
@@ -32,6 +37,15 @@ BODY: dict[str, Any] = {
     "settings": "comfyui",
     "output": {"format": "IMAGE_FORMAT_PNG"},
 }
+
+
+def test_the_names_that_are_known_without_a_server_are_the_servers() -> None:
+    page = (ROOT / "client/web/src/pictures/sampling.ts").read_text("utf-8")
+    for name, here, served in (("SAMPLERS", SAMPLERS, SERVED), ("SCHEDULES", SCHEDULES, SERVED_SCHEDULES)):
+        assert list(here) == list(served)
+        listed = re.search(rf"{name}: readonly string\[\] = \[\n  FLOWMATCH,(.*?)\];", page, re.DOTALL)
+        assert listed is not None
+        assert ["flowmatch", *re.findall(r'"(\w+)"', listed[1])] == list(served)
 
 
 def sent(body: dict[str, Any]) -> Request:
@@ -137,6 +151,19 @@ def test_options_of_the_shell_become_the_request(server: FakeServer, shell: Any)
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "out.png\n"), result.stderr
     assert server.requests == [sent(BODY)]
+
+
+def test_names_are_completed_in_the_shell() -> None:
+    complete = {"_CHROMARPC_COMPLETE": "complete_bash"}
+
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        result = CliRunner().invoke(app, [], prog_name="chromarpc", env={**complete, **words})
+        return result.stdout.split()
+
+    assert completed("chromarpc generate --sampler dpm") == ["dpm_2", "dpmpp_2m"]
+    assert completed("chromarpc generate --schedule k") == ["kl_optimal", "karras"]
+    assert completed("chromarpc generate --settings c") == ["comfyui"]
 
 
 def test_a_picture_is_drawn_again_with_another_sampler(server: FakeServer, shell: Any) -> None:

@@ -15,7 +15,7 @@ from chromarpc_server.cluster.wire import NotOurs, decode, encode
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter, QuotaExceeded
 from chromarpc_server.domain.events import ImageHeader, Loading, LoadingStage, Preview, Step
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
-from chromarpc_server.domain.models import CHROMA, LocalPart
+from chromarpc_server.domain.models import CHROMA, CHROMA_MINI, LocalPart
 from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ResidentSet, SetKey

@@ -408,10 +408,16 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
     do: use another schedule, such as `simple` or `beta`.
     """
+    WARNING_CODE_STEPS_DIFFER: _WarningCode.ValueType  # 26
+    """The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
     WARNING_CODE_SHIFT_IGNORED: _WarningCode.ValueType  # 27
     """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
     WARNING_CODE_BASE_PARTS_DROPPED: _WarningCode.ValueType  # 28
     """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
+    WARNING_CODE_SETTINGS_ROUNDED: _WarningCode.ValueType  # 29
+    """With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
+    the profile `reference` on a GPU with room for weights that are not rounded.
+    """
 
 class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
     """What a warning is about. `Warning.code` is one of these names without `WARNING_CODE_`, as text, so that a newer
@@ -500,8 +506,14 @@ WARNING_CODE_SCHEDULE_UNUSUAL: WarningCode.ValueType  # 25
 """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
 do: use another schedule, such as `simple` or `beta`.
 """
+WARNING_CODE_STEPS_DIFFER: WarningCode.ValueType  # 26
+"""The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
 WARNING_CODE_SHIFT_IGNORED: WarningCode.ValueType  # 27
 """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
 WARNING_CODE_BASE_PARTS_DROPPED: WarningCode.ValueType  # 28
 """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
+WARNING_CODE_SETTINGS_ROUNDED: WarningCode.ValueType  # 29
+"""With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
+the profile `reference` on a GPU with room for weights that are not rounded.
+"""
 Global___WarningCode: _TypeAlias = WarningCode  # noqa: Y015

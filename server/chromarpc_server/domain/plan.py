@@ -44,8 +44,13 @@ class PlannedPrompt:
     @property
     def pixels_per_step(self) -> int:
         """Width × height × calls of the model: what a step's work is roughly proportional to."""
+        return self.width * self.height * self.calls_per_step
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often a step calls the model, at most."""
         choice = SAMPLERS.get(self.sampler)  # a stored plan may name one of another version
-        return self.width * self.height * (1 if choice is None else choice.calls_per_step)
+        return 1 if choice is None else choice.calls_per_step
 
     @property
     def pixel_steps(self) -> int:

@@ -9,6 +9,7 @@ from chromarpc_server.domain.findings import Findings
 from chromarpc_server.domain.limits import Limits
 from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.plan import PlannedPrompt
+from chromarpc_server.domain.prompt_weights import names_embedding
 from chromarpc_server.domain.requests import FRAMES, MIN_SEED, RESOLUTIONS, GenerationRequest, PromptRequest
 from chromarpc_server.domain.sampling_choices import DrawingSettings, has_guidance
 from chromarpc_server.domain.sampling_options import refuse_too_few_steps, resolve_sampling
@@ -75,6 +76,8 @@ def _resolve_prompt(prompt: PromptRequest, index: int, rules: PromptRules, found
         found.refuse(f"{at}.seed", f"must be {MIN_SEED} (draw one) or more, got {seed}")
     sampling = resolve_sampling(prompt, at, defaults, rules.profile, rules.settings, found)
     refuse_too_few_steps(sample_steps, sampling.schedule, at, found)
+    if rules.settings is DrawingSettings.COMFYUI:
+        _refuse_embeddings(prompt, at, found)
     return PlannedPrompt(
         prompt=_replace_trigger(prompt, at, rules, found),
         width=_snap(f"{at}.width", prompt.width, defaults.width, rules, found),
@@ -112,6 +115,13 @@ def _resolve_neg(
     if len(neg.encode()) > rules.limits.max_prompt_bytes:
         found.refuse(f"{at}.neg", f"at most {rules.limits.max_prompt_bytes} bytes, got {len(neg.encode())}")
     return neg
+
+
+def _refuse_embeddings(prompt: PromptRequest, at: str, found: Findings) -> None:
+    """Textual inversions, which ComfyUI reads where a prompt names one."""
+    for name, text in (("prompt", prompt.prompt), ("neg", prompt.neg if prompt.use_neg else None)):
+        if text and names_embedding(text):
+            found.refuse(f"{at}.{name}", "names an `embedding:`, and there are none here: leave it out")
 
 
 def _snap(path: str, asked: int | None, default: int, rules: PromptRules, found: Findings) -> int:

@@ -153,6 +153,10 @@ class WarningCode(StrEnum):
         "The schedule was made for other kinds of models: most of its steps fall where little noise is left.",
         "Use another schedule, such as `simple` or `beta`.",
     )
+    STEPS_DIFFER = (
+        "STEPS_DIFFER", 26,
+        "The schedule has another number of steps than `sample_steps` says, as in ComfyUI.",
+    )
     SHIFT_IGNORED = (
         "SHIFT_IGNORED", 27,
         "`shift` has no effect on the schedule that is named.",
@@ -161,5 +165,10 @@ class WarningCode(StrEnum):
     BASE_PARTS_DROPPED = (
         "BASE_PARTS_DROPPED", 28,
         "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
+    )
+    SETTINGS_ROUNDED = (
+        "SETTINGS_ROUNDED", 29,
+        "With the settings `comfyui` weights were rounded to float8 all the same; the message says why.",
+        "Use the profile `reference` on a GPU with room for weights that are not rounded.",
     )
     # fmt: on

@@ -106,6 +106,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {},
         "'a.weight' has no scale",
     ),
+    "markers without end": (
+        {f"{n}.scaled_fp8": torch.zeros(0) for n in range(17)},
+        {},
+        "17 tensors say that weights are scaled",
+    ),
     "scales of blocks": ({"a.weight": W, "a.weight_scale": torch.ones(2, 4)}, {}, "a scale of F32"),
     "scales of columns": ({"a.weight": W, "a.weight_scale": torch.ones(16)}, {}, "a scale of F32"),
     "a scale of whole numbers": ({"a.weight": W, "a.weight_scale": torch.ones(1).int()}, {}, "a scale of I32"),

@@ -177,6 +177,10 @@ def test_what_the_header_says_of_codes_counts_for_the_revision(tmp_path: Path) -
             lambda t: t | {"single_blocks.99.linear1.weight": t["img_in.weight"]},
             r"single_blocks.2.*single_blocks.99",
         ),
+        (
+            lambda t: t | {f"single_blocks.{n}.norm.query_norm.scale": torch.ones(32) for n in range(300)},
+            "300 single_blocks, more than 256",
+        ),
         (lambda t: t | {"img_in.weight": torch.zeros(64, 63)}, "img_in.weight|in_channels|63"),
         (lambda t: t | {"img_in.weight": t["img_in.weight"][0]}, "dimensions"),
         (lambda t: t | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(0)}, "heads of 0"),

@@ -14,7 +14,7 @@ from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.bundled import t5_tokenizer_folder
 from chromarpc_server.pipeline.weights.gguf_file import MAGIC, open_gguf
 from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
-from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular, shown_few
 
 SUFFIXES = (".safetensors", ".gguf", ".json")
 """Of files that are a whole part of a model."""
@@ -143,5 +143,6 @@ def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object
     surplus = sorted(set(found) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors missing {missing[:3]}, {len(surplus)} unknown {surplus[:3]}"
+            f"{name}: {len(missing)} tensors missing {shown_few(missing)}, "
+            f"{len(surplus)} unknown {shown_few(surplus)}"
         )

@@ -31,6 +31,8 @@ from chromarpc_server.pipeline.weights.stored import Recipe, Recipes, as_stored
 from chromarpc_server.pipeline.weights.tensor_file import TensorEntry, TensorFile, TensorFileError, shown
 
 MARKER = "scaled_fp8"
+MAX_MARKERS = 16
+"""One for each part of a model."""
 QUANTIZATION = "_quantization_metadata"
 """The header's key."""
 _SCALES = (".scale_weight", ".weight_scale")
@@ -79,7 +81,9 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
             owners[name], entries[name] = file, entry
     layers = _layers(files, entries, owners)
     consumed = {name for name in entries if _describes(name)}
-    markers = {name.removesuffix(MARKER) for name in entries if _is_marker(name)}
+    marked = tuple(name.removesuffix(MARKER) for name in entries if _is_marker(name))
+    if len(marked) > MAX_MARKERS:
+        raise _invalid(files[0], f"{len(marked)} tensors say that weights are scaled, more than {MAX_MARKERS}")
     for name, entry in entries.items():
         if name in consumed or _is_marker(name):
             continue
@@ -87,7 +91,7 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
         if layer is not None:
             recipes[name] = _scaled(file, name, entry, entries, layer)
             continue
-        if _is_float8(entry) and (any(name.startswith(prefix) for prefix in markers) or layers):
+        if _is_float8(entry) and (layers or name.startswith(marked)):
             raise _invalid(file, f"{shown(name)} has no scale, in a file whose float8 weights are scaled")
         recipes[name] = _unscaled(file, name, entry)
     return recipes
