@@ -172,7 +172,7 @@ def test_fetch_knows_models_of_the_settings(
     assert fetched == [
         ("me/merges", "mine-Q8_0.gguf"),
         ("ostris/Flex.1-alpha", ["text_encoder_2/*"]),
-        ("me/vae", ["*.json", "*.safetensors"]),
+        ("me/vae", ["*.json", "*.safetensors", "*.model"]),
     ]
     assert "mine is ready" in capsys.readouterr().out
 

@@ -30,7 +30,7 @@ from chromarpc_server.domain.models import (
     tokenizer_for,
 )
 from chromarpc_server.pipeline import CheckpointFiles
-from chromarpc_server.pipeline.weights.reading import in_folder, is_single, shard_paths
+from chromarpc_server.pipeline.weights.reading import is_single, shard_paths, tokenizer_file
 from chromarpc_server.runtime.part_facts import PartFacts, part_facts
 
 _FOLDERS: Mapping[ModelPart, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ _FOLDERS: Mapping[ModelPart, tuple[str, ...]] = {
 """Where parts lie in the folder of a whole model: as the trainer's extras have it, then as diffusers has it."""
 _Place = tuple[PartSource, Path | None]
 """Where a part comes from, and lies; None where it does not."""
-_MARKS = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+_MARKS = ("config.json", "tokenizer.json", "spiece.model", "model.safetensors.index.json")
 """A file that a folder of the hub has, whichever part it is."""
 
 
@@ -247,7 +247,7 @@ def _found(part: ModelPart, source: PartSource, path: Path | None) -> FoundPart:
 def _lacking(part: ModelPart, path: Path) -> str:
     """Name of a file that a part lacks; empty where it has all."""
     if part is ModelPart.TOKENIZER:
-        wanted = [in_folder(path, "tokenizer.json")]
+        wanted = [tokenizer_file(path)]
     else:
         try:
             wanted = [*shard_paths(path)]
@@ -270,7 +270,7 @@ def fetch(parts: Sequence[HubPart], *, token: str | None = None) -> None:
         if part.is_file:
             huggingface_hub.hf_hub_download(part.repo, part.path, token=token)
             continue
-        patterns = [f"{part.path}/*"] if part.path else ["*.json", "*.safetensors"]
+        patterns = [f"{part.path}/*"] if part.path else ["*.json", "*.safetensors", "*.model"]
         huggingface_hub.snapshot_download(part.repo, allow_patterns=patterns, token=token)
 
 
@@ -342,7 +342,7 @@ def _tokenizer(spec: ModelSpec, beside: Path | None, text_encoder: Path | None) 
     if text_encoder is not None and text_encoder.is_dir():
         own += [text_encoder, _beside(text_encoder.parent, ModelPart.TOKENIZER)]
     for folder in own:
-        if folder is not None and (folder / "tokenizer.json").is_file():
+        if folder is not None and tokenizer_file(folder).is_file():
             return LocalPart(folder), folder
     rows = None if text_encoder is None else part_facts(text_encoder, ModelPart.TEXT_ENCODER).vocabulary
     found = T5_TOKENIZER if rows is None else tokenizer_for(rows)

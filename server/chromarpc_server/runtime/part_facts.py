@@ -19,7 +19,7 @@ from chromarpc_server.pipeline.weights.formats.prefixes import Part as PartName
 from chromarpc_server.pipeline.weights.formats.prefixes import part_prefix
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.part import StoredPart
-from chromarpc_server.pipeline.weights.reading import in_folder, read_json, shard_paths
+from chromarpc_server.pipeline.weights.reading import read_json, shard_paths, tokenizer_file
 from chromarpc_server.pipeline.weights.shared import WeightFiles
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
@@ -55,7 +55,7 @@ class PartFacts:
 def part_facts(path: Path, part: ModelPart) -> PartFacts:
     """What a file or folder is as this part. Touches the disk."""
     try:
-        shards = shard_paths(path) if part is not ModelPart.TOKENIZER else (in_folder(path, "tokenizer.json"),)
+        shards = shard_paths(path) if part is not ModelPart.TOKENIZER else (tokenizer_file(path),)
         found = (path, *shards) if path.is_dir() else shards
         version = tuple(_identity(each) for each in found)
     except WeightsInvalid as error:
