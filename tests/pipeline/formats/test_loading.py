@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from chromarpc_server.domain.errors import WeightsInvalid
@@ -161,3 +163,46 @@ def test_a_tokenizer_is_a_file_a_folder_or_t5s_own_sentencepiece(
     monkeypatch.setattr(reading, "SENTENCEPIECE_SHA256", hashlib.sha256(b"pieces").hexdigest())
     for place in (bundled, bundled / "tokenizer.json", older):
         assert Tokenizer(place)("a cat").ids[0, :4].tolist() == [3, 9, 1712, 1]
+
+
+def _original(name: str) -> str:
+    """The original layout's name of one of diffusers', of an autoencoder with four blocks."""
+    name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets", lambda found: f"up.{3 - int(found[1])}.block", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"mid_block\.attentions\.0\.(?:to_)?(\w+?)(?:\.0)?\.(weight|bias)$", r"mid.attn_1.\1.\2", name)
+    name = name.replace("attn_1.out.", "attn_1.proj_out.").replace("attn_1.group_norm", "attn_1.norm")
+    return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def test_one_file_can_be_the_whole_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As ComfyUI saves a checkpoint; what the autoencoder's tensors do not show lies beside it."""
+    single = tmp_path / "whole.safetensors"
+    transformer = tiny_checkpoint / "chroma-mini.safetensors"
+    with safe_open(transformer, "pt") as file:
+        config = file.metadata()
+    encoder = load_file(tiny_checkpoint / "text_encoder_2" / "model.safetensors")
+    pixels = load_file(tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {
+        **{f"model.diffusion_model.{name}": tensor for name, tensor in load_file(transformer).items()},
+        **{f"text_encoders.t5xxl.transformer.{name}": tensor for name, tensor in encoder.items()},
+        **{
+            f"vae.{_original(name)}": tensor[:, :, None, None]
+            if ".attentions." in name and tensor.ndim == 2
+            else tensor
+            for name, tensor in pixels.items()
+        },
+    }
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, single, config)
+    shutil.copy(tiny_checkpoint / "vae" / "config.json", tmp_path / "vae_config.json")
+    plain = _load(_tiny(tiny_checkpoint))
+    loaded = _load(_tiny(tiny_checkpoint, transformer=single, text_encoder=single, vae=single))
+    assert torch.equal(loaded.empty[0], plain.empty[0])
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn, expected = (autoencoder.decode(one.autoencoder, latents) for one in (loaded, plain))
+    assert torch.equal(drawn, expected)
+    assert {name: stored.dense().tolist() for name, stored in loaded.master.items() if stored.ndim == 1} == {
+        name: stored.dense().tolist() for name, stored in plain.master.items() if stored.ndim == 1
+    }
