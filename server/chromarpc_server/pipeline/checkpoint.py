@@ -24,7 +24,12 @@ from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import model_name, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import working_bytes
-from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
+from chromarpc_server.pipeline.merged_transformer import (
+    AdapterSet,
+    PreparedTransformer,
+    prepared_bytes,
+    unrounded_text,
+)
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
@@ -200,18 +205,27 @@ class Checkpoint:
             shared=(*opened.files, *(reading.mapped if plan is None else ())),
         )
 
-    def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
+    def allocate(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None = None, *, rounded: bool = True
+    ) -> Transformer:
         """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it.
 
         Args:
             profile: what it will be run with.
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
+            rounded: whether weights go through float8 as the reference's do; without effect where `must_round`.
         """
-        first = self._allocate_on(self.device, profile, trainer)
+        rounded = rounded or self.must_round(profile)
+        first = self._allocate_on(self.device, profile, trainer, rounded)
         if self.second is None:
             return first
-        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second, self._helper)
+        other = self._allocate_on(self.second, profile, trainer, rounded)
+        return TransformerPair(first, other, self.second, self._helper)
+
+    def must_round(self, profile: NumericsProfile) -> bool:
+        """Whether weights are rounded whatever a request says: the profile does, or nothing else has room."""
+        return self._holds_float8 or profile.needs_float8_weights or profile.trainer
 
     @cached_property
     def _helper(self) -> ThreadPoolExecutor | None:
@@ -221,10 +235,11 @@ class Checkpoint:
         return ThreadPoolExecutor(1, "second-device", initializer=select_device, initargs=(self.second,))
 
     def _allocate_on(
-        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None
+        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None, rounded: bool
     ) -> Transformer:
         if not profile.trainer:
-            return PreparedTransformer(self.config, self.master, profile, self._placement(device, self.dtype))
+            placement = self._placement(device, self.dtype)
+            return PreparedTransformer(self.config, self.master, profile, placement, quantize=rounded)
         settings = trainer or TrainerSettings()
         if not profile.fused:
             return ExactPreview(self.config, self.master, profile, settings, device=device)
@@ -260,11 +275,23 @@ class Checkpoint:
         """The linear layers' weights, name to shape: asked for at every switch, and slow to find."""
         return {name: self.master[name].shape for name in linear_weights(self.config)}
 
-    def missing_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None) -> int:
+    def text_settings(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> TrainerSettings | None:
+        """Which of the trainer's text encoders a transformer is used with; None: with the checkpoint's own."""
+        if profile.trainer:
+            return trainer or TrainerSettings()
+        return None if rounded or self.must_round(profile) else unrounded_text(self.dtype)
+
+    def missing_bytes(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> int:
         """What `pipeline` has yet to put on the device for a transformer of this profile: the trainer's parts."""
-        if not profile.trainer:
+        settings = self.text_settings(profile, trainer, rounded=rounded)
+        if settings is None:
             return 0
-        settings = trainer or TrainerSettings()
+        if not profile.trainer:
+            return self.trainer_parts.missing_bytes(settings, self.autoencoder.dtype, self.autoencoder.dtype)
         return self.trainer_parts.missing_bytes(
             settings, self._parts_dtype(profile, settings), self.autoencoder.dtype
         )
@@ -289,9 +316,10 @@ class Checkpoint:
         """
         if prepared.settings is not None:
             return self._trainer_pipeline(prepared, prepared.settings, context)
+        text = prepared.text_settings
         return Pipeline(
             transformer=prepared,
-            text_encoder=self.text_encoder,
+            text_encoder=self.text_encoder if text is None else self.trainer_parts.text_encoder(text, context),
             autoencoder=self.fused_autoencoder if prepared.profile.fused else self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
@@ -305,8 +333,8 @@ class Checkpoint:
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
         """What the device does without for one of this checkpoint's transformers, as far as it was tried."""
-        settings = prepared.settings
-        encoder = self.text_encoder.fallback if settings is None else self.trainer_parts.encoder_fallback(settings)
+        text = prepared.text_settings
+        encoder = self.text_encoder.fallback if text is None else self.trainer_parts.encoder_fallback(text)
         return known_fallbacks(self.device, self._decoder_fallback(prepared), prepared, encoder)
 
     def _decoder_fallback(self, prepared: Transformer) -> DeviceFallback | None:
@@ -343,14 +371,19 @@ class Checkpoint:
         )
 
     def prepare(
-        self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
+        self,
+        adapters: AdapterSet,
+        profile: NumericsProfile,
+        trainer: TrainerSettings | None = None,
+        *,
+        rounded: bool = True,
     ) -> Pipeline:
-        """A pipeline to keep: merges adapters and quantizes, once.
+        """A pipeline to keep: merges adapters and quantizes, once; see `allocate`.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
         """
-        prepared = self.allocate(profile, trainer)
+        prepared = self.allocate(profile, trainer, rounded=rounded)
         prepared.switch(adapters)
         return self.pipeline(prepared)
 

@@ -82,6 +82,8 @@ class PreparedTransformer:
         self.profile = profile
         self.settings: TrainerSettings | None = None
         """The trainer's config has no part in it."""
+        self.rounded = quantize
+        self.text_settings = None if quantize else unrounded_text(placement.dtype)
         self._master = master
         self._device = placement.device
         self._dtype = placement.dtype
@@ -253,6 +255,13 @@ class PreparedTransformer:
             if damaged:
                 raise WeightsInvalid(f"{first_named(damaged, 3)}: has values that are not finite, as it is stored")
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
+
+
+def unrounded_text(dtype: torch.dtype) -> TrainerSettings:
+    """Which of the trainer's text encoders is one without rounding of ours: the one that it does not quantize."""
+    return TrainerSettings(
+        quantize=False, quantize_te=False, dtype="float32" if dtype == torch.float32 else "bfloat16"
+    )
 
 
 def on_device(

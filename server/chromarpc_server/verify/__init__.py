@@ -18,6 +18,7 @@ from chromarpc_server.pipeline.fused.check import kernels_fallback
 from chromarpc_server.verify import (
     adapter_cases,
     bfloat16_cases,
+    comfyui_cases,
     float32_cases,
     format_cases,
     preview_cases,
@@ -83,6 +84,7 @@ def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
     ):
         # Of interest beside the reference's recorded outputs; alone it would verify nothing of them.
         torchao_cases.run(device, reporter)
+    comfyui_cases.run(directory, reporter)
 
 
 def _kernels(device: torch.device, reporter: Reporter) -> None:

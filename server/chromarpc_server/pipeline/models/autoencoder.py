@@ -67,9 +67,9 @@ def decode(model: AutoencoderKL, latents: Tensor, rounding: torch.dtype | None =
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
-def to_pixels(image: Tensor) -> npt.NDArray[np.uint8]:
-    """(1, 3, h, w) in 0…1 → (h, w, 3) uint8, round(255 · x)."""
-    pixels: npt.NDArray[np.uint8] = (
-        (image[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().contiguous().numpy()
-    )
+def to_pixels(image: Tensor, *, truncated: bool = False) -> npt.NDArray[np.uint8]:
+    """(1, 3, h, w) in 0…1 → (h, w, 3) uint8: 255 · x, rounded, or cut off where `truncated`."""
+    scaled = image[0].permute(1, 2, 0).float() * 255
+    whole = scaled.trunc() if truncated else scaled.round()
+    pixels: npt.NDArray[np.uint8] = whole.to(torch.uint8).cpu().contiguous().numpy()
     return pixels

@@ -53,13 +53,15 @@ class TokenizedPrompt:
     """A prompt as the text encoder takes it."""
 
     ids: Tensor = field(repr=False)
-    """(1, 512) int64: pieces, the end mark, padding."""
+    """(1, L) int64: pieces, the end mark, padding; L is 512, or what a prompt without padding has."""
     mask: Tensor = field(repr=False)
-    """(1, 512) int64, 1 for real tokens."""
+    """(1, L) int64, 1 for real tokens; without padding for all."""
     token_count: int
     """Real tokens, with the end mark."""
     cut_count: int
     """Tokens that did not fit."""
+    weights: tuple[float, ...] = field(repr=False, default=())
+    """(L), where any is not 1."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class PromptEmbedding:
     """Conditional and unconditional text, as the transformer takes them."""
 
     embeds: Tensor = field(repr=False)
-    """(1, 512, context)."""
+    """(1, L, context); L is 512, or what a text without padding has."""
     mask: Tensor = field(repr=False)
-    """(1, 512)."""
+    """(1, L)."""
     unconditional_embeds: Tensor = field(repr=False)
-    """(1, 512, context): of the empty prompt, or of the negative one where the profile honours it."""
+    """(1, L, context): of the empty prompt, or of the negative one where it is honoured."""
     unconditional_mask: Tensor = field(repr=False)
-    """(1, 512)."""
+    """(1, L)."""
 
 
 class Tokenizer:
@@ -116,13 +118,18 @@ class Tokenizer:
 
     def __call__(self, prompt: str) -> TokenizedPrompt:
         """Tokenizes one prompt."""
-        pieces = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        pieces = self.pieces(prompt)
         kept = pieces[: MAX_TOKENS - 1]
         count = len(kept) + 1
         ids = torch.full((1, MAX_TOKENS), PAD, dtype=torch.int64)
         ids[0, :count] = torch.tensor([*kept, END])
         mask = (torch.arange(MAX_TOKENS)[None] < count).to(torch.int64)
         return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
+
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a text, with nothing cut off and nothing put behind it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _replacements(tokenizer: Mapping[str, Any]) -> normalizers.Normalizer:
@@ -351,12 +358,20 @@ class RecordedEncoder:
         self._usable = record
         self.fallback: DeviceFallback | None = None
         """Why it is not recorded, where it should be."""
+        self._end_mark: Tensor | None = None
+
+    @property
+    def end_mark(self) -> Tensor:
+        """Embeddings of the end mark alone, the empty prompt without padding: computed once. (1, 1, context)."""
+        if self._end_mark is None:
+            self._end_mark = self(torch.tensor([[END]]))
+        return self._end_mark
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
-        """(1, 512) → (1, 512, context)."""
+        """(1, L) → (1, L, context); what is recorded is for 512 tokens, and other lengths are run as they are."""
         device = self.model.device
-        if device.type != "cuda" or not self._usable:
+        if device.type != "cuda" or not self._usable or ids.shape[1] != MAX_TOKENS:
             return self._run(self.model, ids)
         if self._graph is None and self._met:
             self._record(ids)
@@ -383,7 +398,7 @@ class RecordedEncoder:
 
 @torch.inference_mode()
 def encode(model: T5EncoderModel, ids: Tensor) -> Tensor:
-    """Embeds all 512 tokens, padding included, without a mask. (1, 512) → (1, 512, context)."""
+    """Embeds all tokens, padding included, without a mask. (1, L) → (1, L, context)."""
     with _reference_attention(model.device):
         embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds

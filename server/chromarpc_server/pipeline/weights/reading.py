@@ -38,6 +38,8 @@ class CheckpointFiles:
     """A file, or a folder with config.json and diffusion_pytorch_model safetensors, sharded or not."""
     preview: Path | None = None
     """Linear latent → RGB map of this model's VAE; the Flux VAE's where there is none."""
+    base_name: str = ""
+    """What adapters trained on this model name as their base; empty where nobody says."""
 
     def missing(self) -> tuple[Path, ...]:
         """Files that are not there."""
