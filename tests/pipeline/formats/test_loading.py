@@ -206,3 +206,23 @@ def test_one_file_can_be_the_whole_model(tiny_checkpoint: Path, tmp_path: Path) 
     assert {name: stored.dense().tolist() for name, stored in loaded.master.items() if stored.ndim == 1} == {
         name: stored.dense().tolist() for name, stored in plain.master.items() if stored.ndim == 1
     }
+
+
+def test_a_text_encoder_scaled_in_the_new_layout_is_the_one_scaled_in_the_old(tmp_path: Path) -> None:
+    description = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    new: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(FORMATS / "t5xxl_fp8_e4m3fn_scaled.safetensors").items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "scale_weight":
+            new |= {f"{layer}.weight_scale": tensor, f"{layer}.comfy_quant": description.clone()}
+        elif leaf == "scale_input":
+            new[f"{layer}.input_scale"] = tensor
+        elif name != "scaled_fp8":
+            new[name] = tensor
+    save_file(new, tmp_path / "t5.safetensors")
+    opened = open_text_encoder(tmp_path / "t5.safetensors", WeightFiles())
+    expected = _expected("t5_fp8_scaled")
+    stored = ReadingProgress((opened.part,), SILENT).stored(opened.part)
+    assert set(stored) == set(expected)
+    assert all(torch.equal(tensor.dense(), expected[name]) for name, tensor in stored.items())
+    assert opened.part.stored_as == "fp8 scaled"
