@@ -190,7 +190,7 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         21, errors.WeightsMissing, "FAILED_PRECONDITION", 400, Retry.NO,
-        when="Parts of the model are not on the server; the message names them, and the command that fetches them.",
+        when="Parts of the model are not on the server; the message names them and the command that fetches them.",
         operator="Run the command in the message; `chromarpc-server models` lists what is missing.",
     ),
     ErrorEntry(
