@@ -153,6 +153,19 @@ def test_options_of_the_shell_become_the_request(server: FakeServer, shell: Any)
     assert server.requests == [sent(BODY)]
 
 
+def test_names_are_completed_in_the_shell() -> None:
+    complete = {"_CHROMARPC_COMPLETE": "complete_bash"}
+
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        result = CliRunner().invoke(app, [], prog_name="chromarpc", env={**complete, **words})
+        return result.stdout.split()
+
+    assert completed("chromarpc generate --sampler dpm") == ["dpm_2", "dpmpp_2m"]
+    assert completed("chromarpc generate --schedule k") == ["kl_optimal", "karras"]
+    assert completed("chromarpc generate --settings c") == ["comfyui"]
+
+
 def test_a_picture_is_drawn_again_with_another_sampler(server: FakeServer, shell: Any) -> None:
     assert shell("generate", "a", "--schedule", "beta", "--settings", "comfyui", "-o", "a.png").exit_code == 0
     assert shell("generate", "--json", "a.png", "--sampler", "dpmpp_2m", "-o", "b.png").exit_code == 0

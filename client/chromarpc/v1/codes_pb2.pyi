@@ -400,6 +400,10 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
     do: adjust `network_multiplier`.
     """
+    WARNING_CODE_LORA_FOR_ANOTHER_BASE: _WarningCode.ValueType  # 24
+    """The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+    that it was trained on, or expect a weaker likeness.
+    """
     WARNING_CODE_SCHEDULE_UNUSUAL: _WarningCode.ValueType  # 25
     """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
     do: use another schedule, such as `simple` or `beta`.
@@ -408,6 +412,8 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
     WARNING_CODE_SHIFT_IGNORED: _WarningCode.ValueType  # 27
     """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+    WARNING_CODE_BASE_PARTS_DROPPED: _WarningCode.ValueType  # 28
+    """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
     WARNING_CODE_SETTINGS_ROUNDED: _WarningCode.ValueType  # 29
     """With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
     the profile `reference` on a GPU with room for weights that are not rounded.
@@ -492,6 +498,10 @@ WARNING_CODE_LORA_SCALE_UNREAD: WarningCode.ValueType  # 23
 """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
 do: adjust `network_multiplier`.
 """
+WARNING_CODE_LORA_FOR_ANOTHER_BASE: WarningCode.ValueType  # 24
+"""The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+that it was trained on, or expect a weaker likeness.
+"""
 WARNING_CODE_SCHEDULE_UNUSUAL: WarningCode.ValueType  # 25
 """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
 do: use another schedule, such as `simple` or `beta`.
@@ -500,6 +510,8 @@ WARNING_CODE_STEPS_DIFFER: WarningCode.ValueType  # 26
 """The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
 WARNING_CODE_SHIFT_IGNORED: WarningCode.ValueType  # 27
 """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+WARNING_CODE_BASE_PARTS_DROPPED: WarningCode.ValueType  # 28
+"""A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
 WARNING_CODE_SETTINGS_ROUNDED: WarningCode.ValueType  # 29
 """With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
 the profile `reference` on a GPU with room for weights that are not rounded.

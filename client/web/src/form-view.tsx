@@ -4,7 +4,16 @@ import { useEffect, useRef } from "preact/hooks";
 import { servedModels, serverInfo, serverState } from "./connection.ts";
 import { held } from "./drops.ts";
 import { FleetingButton } from "./fleeting-button.tsx";
-import { change, chosenModel, fieldErrors, form, otherErrors, removePrompt, sharedError } from "./form.ts";
+import {
+  change,
+  chosenModel,
+  defaultProfile,
+  fieldErrors,
+  form,
+  otherErrors,
+  removePrompt,
+  sharedError,
+} from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
 import { isSubmitting, submit } from "./runs.ts";
 import { SamplingView } from "./sampling-view.tsx";
@@ -163,7 +172,7 @@ export function FormView() {
               value={values.profile}
               onChange={(event) => change({ profile: event.currentTarget.value })}
             >
-              <option value="">{serverInfo.value?.defaultProfile ?? "default"} (default)</option>
+              <option value="">{defaultProfile.value || "default"} (default)</option>
               {serverInfo.value?.profiles.map(({ id, description }) => (
                 <option key={id} value={id} title={description}>
                   {id}

@@ -94,9 +94,14 @@ export const chosenModel = computed(() => {
   return wanted?.weightsPresent ? wanted : servedModels.value[0];
 });
 
+/** The profile of requests that name none: the model's, or the server's. */
+export const defaultProfile = computed(
+  () => chosenModel.value?.defaults?.profile || serverInfo.value?.defaultProfile || "",
+);
+
 /** What the chosen profile makes of a request. */
 export const chosenProfile = computed(() => {
-  const wanted = form.value.profile || serverInfo.value?.defaultProfile;
+  const wanted = form.value.profile || defaultProfile.value;
   return chosenModel.value?.profiles.find(({ id }) => id === wanted);
 });
 

@@ -261,4 +261,6 @@ def _check_totals(prompts: Sequence[PlannedPrompt], limits: Limits, found: Findi
         found.refuse("prompts", f"at most {limits.max_pixels} pixels in all, got {pixels}")
     pixel_steps = sum(prompt.pixel_steps for prompt in prompts)
     if pixel_steps > limits.max_pixel_steps:
-        found.refuse("prompts", f"at most {limits.max_pixel_steps} pixels × steps in all, got {pixel_steps}")
+        found.refuse(
+            "prompts", f"at most {limits.max_pixel_steps} pixels × calls of the model in all, got {pixel_steps}"
+        )

@@ -143,6 +143,11 @@ class WarningCode(StrEnum):
         "The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak.",
         "Adjust `network_multiplier`.",
     )
+    LORA_FOR_ANOTHER_BASE = (
+        "LORA_FOR_ANOTHER_BASE", 24,
+        "The adapter's header names another checkpoint of Chroma than the model that draws.",
+        "Use the model that it was trained on, or expect a weaker likeness.",
+    )
     SCHEDULE_UNUSUAL = (
         "SCHEDULE_UNUSUAL", 25,
         "The schedule was made for other kinds of models: most of its steps fall where little noise is left.",
@@ -156,6 +161,10 @@ class WarningCode(StrEnum):
         "SHIFT_IGNORED", 27,
         "`shift` has no effect on the schedule that is named.",
         "Leave it out, or use another schedule.",
+    )
+    BASE_PARTS_DROPPED = (
+        "BASE_PARTS_DROPPED", 28,
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
     )
     SETTINGS_ROUNDED = (
         "SETTINGS_ROUNDED", 29,

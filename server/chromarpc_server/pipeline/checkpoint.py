@@ -89,6 +89,8 @@ class Checkpoint:
     """The other device of a pair, which has a transformer's prepared weights and nothing else."""
     decoder_fallback: DeviceFallback | None = None
     """Why `fused_autoencoder` is not fused, where it should be."""
+    left_out: str = ""
+    """What its files hold and no part of it is, for people; empty where there is nothing."""
     shared: tuple[object, ...] = field(repr=False, default=())
     """What other devices of this host find as long as it is held here."""
 
@@ -198,6 +200,7 @@ class Checkpoint:
             memory=plan,
             second=second,
             decoder_fallback=next(iter(not_fused), None),
+            left_out=opened.text_encoder.left_out,
             # Files stay mapped where the master is: a GPU has no more use for them.
             shared=(*opened.files, *(reading.mapped if plan is None else ())),
         )

@@ -32,7 +32,7 @@ class Libraries:
     """Classes that the pipeline builds, and a function."""
 
     autoencoder: type[AutoencoderKL]
-    convert_autoencoder: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+    convert_autoencoder: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor | None]]
     """An autoencoder's tensors from the original layout to diffusers', given the config that diffusers has."""
     scheduler: type[FlowMatchEulerDiscreteScheduler]
     t5_config: type[T5Config]

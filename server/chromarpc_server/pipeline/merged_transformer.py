@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.errors import LoraIncompatible, first_named
+from chromarpc_server.domain.errors import LoraIncompatible, WeightsInvalid, first_named
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
@@ -178,6 +178,7 @@ class PreparedTransformer:
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
+            WeightsInvalid: the checkpoint's own codes or scales are of no finite value.
         """
         wanted = {name: _merged_into(name, adapters) for name in self._master}
         stale = [name for name in self._master if self._merged[name] != wanted[name]]
@@ -188,14 +189,14 @@ class PreparedTransformer:
         for name, weight in on_device(self._master, stale, self._device):
             context.check()
             merged = self._merge(name, weight, adapters)
-            if wanted[name]:
+            if wanted[name] or self._master[name].recipe.widened:
                 finite[name] = torch.isfinite(merged).all()
             self._merged[name] = None
             self._write(name, merged)
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
             context.progress(LoadProgress(stage, done, total))
-        self._refuse_overflow(finite)
+        self._require_finite(finite, wanted)
         return SwitchReport(len(stale))
 
     def _merge(self, name: str, weight: Tensor, adapters: AdapterSet) -> Tensor:
@@ -241,7 +242,7 @@ class PreparedTransformer:
             return weight.dtype == self._dtype
         return "_blocks." in name
 
-    def _refuse_overflow(self, finite: Mapping[str, Tensor]) -> None:
+    def _require_finite(self, finite: Mapping[str, Tensor], merged: Mapping[str, Merged]) -> None:
         """One look at the device for all tensors, instead of one for each."""
         if not finite:
             return
@@ -250,6 +251,9 @@ class PreparedTransformer:
         if bad:
             for name in bad:
                 self._merged[name] = None
+            damaged = [name for name in bad if not merged[name]]
+            if damaged:
+                raise WeightsInvalid(f"{first_named(damaged, 3)}: has values that are not finite, as it is stored")
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
 
 

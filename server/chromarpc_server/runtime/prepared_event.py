@@ -25,8 +25,10 @@ def prepared_event(
     versions: Mapping[str, str],
     device: DeviceDescription,
     weights: WeightsReport,
+    base_name: str = "",
     tiled_beyond_px: int | None = None,
     fallbacks: Sequence[DeviceFallback] = (),
+    left_out: str = "",
     rounded: bool = True,
 ) -> Prepared:
     """The event, with everything about files and tokens that the plan could not know.
@@ -35,8 +37,10 @@ def prepared_event(
         negative: the negative prompts, None for those that are empty.
         stored_as: what most of the checkpoint's transformer is stored as.
         device: what computes.
+        base_name: what adapters for the model name as their base.
         tiled_beyond_px: longer sides than this are decoded in tiles.
         fallbacks: what the device does without.
+        left_out: what the model's files hold and the model does not have; empty where there is nothing.
         rounded: whether weights were rounded to float8.
     """
     return Prepared(
@@ -68,12 +72,13 @@ def prepared_event(
             *(
                 warning
                 for index, (adapter, _) in enumerate(adapters)
-                for warning in adapter_warnings(adapter, f"loras.{index}.path")
+                for warning in adapter_warnings(adapter, f"loras.{index}.path", base_name)
             ),
             *_steps_warnings(plan),
             *_rounding_warnings(plan, rounded),
             *_tiling_warnings(plan, tiled_beyond_px),
             *(PlanWarning(WarningCode.DEVICE_FALLBACK, "", fallback.message) for fallback in fallbacks),
+            *_left_out_warnings(left_out),
         ),
     )
 
@@ -124,3 +129,8 @@ def _tiling_warnings(plan: Plan, beyond_px: int | None) -> Iterator[PlanWarning]
                 f"prompts.{index}",
                 "the device is short of memory: the image is decoded in tiles, which changes pixels a little",
             )
+
+
+def _left_out_warnings(left_out: str) -> Iterator[PlanWarning]:
+    if left_out:
+        yield PlanWarning(WarningCode.BASE_PARTS_DROPPED, "model", f"the model's files hold more: {left_out}")

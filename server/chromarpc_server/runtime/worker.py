@@ -186,8 +186,10 @@ class DeviceWorker:
                 versions=self._versions,
                 device=self._description,
                 weights=weights,
+                base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
+                left_out=checkpoint.left_out,
                 rounded=pipeline.transformer.rounded,
             )
         )

@@ -107,8 +107,10 @@ def _unknown(folder: Path, files: Mapping[str, Any], refused: Mapping[str, objec
             yield str(PurePosixPath(name))
 
 
-def _file(case: str, folder: Path, name: str, entry: Mapping[str, Any], reporter: Reporter) -> None:
+def _file(case: str, folder: Path, name: str, entry: object, reporter: Reporter) -> None:
     path = _inside(folder, name)
+    if not isinstance(entry, dict):
+        raise _Misunderstood(f"{INDEX} says {entry!r} of it")
     wanted = {entry.get("part"): entry.get("expected"), **entry.get("also", {})}
     tolerance = float(entry.get("rel", 0.0))
     for position, (part, expected) in enumerate(wanted.items()):

@@ -65,6 +65,10 @@ def test_sizes_that_are_not_fluxs_need_a_config() -> None:
     [
         ({"decoder.conv_in.weight": None}, "no tensor 'decoder.conv_in.weight'"),
         ({"encoder.down.0.block.0.conv1.weight": (8,)}, "shape"),
+        (
+            {"encoder.down.0.downsample.conv.bias": None},
+            "no tensor for 'encoder.down_blocks.0.downsamplers.0.conv.bias'",
+        ),
         ({"something.else": (8,)}, r"1 tensors belong to no autoencoder of Flux's kind: 'something.else'"),
         ({"decoder.mid.attn_1.q.weight": (16, 16, 2, 2)}, "to_q.weight' has the shape"),
     ],
@@ -80,3 +84,17 @@ def test_tensors_that_do_not_go_together_are_refused(
 def test_a_config_that_says_other_sizes_is_refused() -> None:
     with pytest.raises(WeightsInvalid, match="its config says layers_per_block '2', and its tensors have 1"):
         autoencoder_part(recipes_of(ORIGINAL), "vae", {**CONFIG, "layers_per_block": 2})
+
+
+@pytest.mark.parametrize(
+    "change", [{"scaling_factor": 0}, {"scaling_factor": "x"}, {"shift_factor": None}, {"norm_num_groups": "4"}]
+)
+def test_a_config_that_cannot_scale_latents_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(WeightsInvalid, match=f"its config says {next(iter(change))}"):
+        autoencoder_part(recipes_of(DIFFUSERS), "vae", {**CONFIG, **change})
+
+
+def test_a_config_that_diffusers_does_not_take_is_refused() -> None:
+    config = {**CONFIG, "act_fn": "no such function"}
+    with pytest.raises(WeightsInvalid, match="the autoencoder's config cannot be used"):
+        build_autoencoder(config, {}, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The fuzz target of text encoders and autoencoders, for a moment; `make fuzz` runs it for ten minutes."""
+"""The fuzz target of checkpoints' parts, for a moment; `make fuzz` runs it for ten minutes."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.models.text_encoder import text_encoder_config
 from chromarpc_server.pipeline.weights.formats.text_encoder import text_encoder_part
 from tests.pipeline.formats.layouts import recipes_of, t5_shapes
 
@@ -97,3 +98,8 @@ def test_a_config_that_says_other_sizes_is_refused() -> None:
 def test_a_folders_config_is_taken_as_it_is() -> None:
     config = {"d_model": 8, "num_heads": 2, "layer_norm_epsilon": 1e-5, "relative_attention_max_distance": 64}
     assert text_encoder_part(recipes_of(t5_shapes()), "text_encoder", config).config == config
+
+
+def test_a_config_that_transformers_does_not_take_is_refused() -> None:
+    with pytest.raises(WeightsInvalid, match="the text encoder's config cannot be used"):
+        text_encoder_config({"feed_forward_proj": "gated-gelu-twice-over"})

@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { type Plan, type Prepared, repeatRequest } from "chromarpc/web";
 import { loras, servedModels, serverInfo } from "../connection.ts";
-import { change, chosenModel, fill, form, showNoError } from "../form.ts";
+import { change, chosenModel, defaultProfile, fill, form, showNoError } from "../form.ts";
 import type { Run } from "../runs.ts";
 import { remove } from "../undo.ts";
 import { compareFacts, linesOf } from "./comparison.ts";
@@ -194,7 +194,7 @@ export function takeSettings({ picture }: ShownPicture, withUrls: boolean): void
   const served = {
     models: servedModels.value.map(({ id }) => id),
     profiles: chosenModel.value?.profiles ?? [],
-    profile: form.value.profile || (serverInfo.value?.defaultProfile ?? ""),
+    profile: form.value.profile || defaultProfile.value,
     adapters: loras.value,
     samplers: serverInfo.value?.samplers ?? [],
     schedules: serverInfo.value?.schedules ?? [],

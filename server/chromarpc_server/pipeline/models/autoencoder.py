@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.weights.reading import require_same_keys
 from chromarpc_server.pipeline.weights.stored import StoredTensor
+from chromarpc_server.pipeline.weights.tensor_file import shown
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -28,12 +30,21 @@ def build_autoencoder(
     """An autoencoder with these weights, as they are stored or dense, built on `meta` and assigned.
 
     Raises:
-        WeightsInvalid: tensors are missing or unknown.
+        WeightsInvalid: the config cannot be used, or tensors are missing, unknown or of other shapes.
     """
     autoencoder = libraries().autoencoder
-    with ONE_BUILDER, torch.device("meta"):
-        model = autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    require_same_keys(model.state_dict(), weights, "autoencoder")
+    try:
+        with ONE_BUILDER, torch.device("meta"):
+            model = autoencoder.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except Exception as error:  # noqa: BLE001 - whatever the library raises is about the file's content
+        raise WeightsInvalid(f"the autoencoder's config cannot be used: {shown(str(error))}") from None
+    expected = model.state_dict()
+    require_same_keys(expected, weights, "autoencoder")
+    for name, weight in weights.items():
+        if tuple(weight.shape) != tuple(expected[name].shape):
+            raise WeightsInvalid(
+                f"autoencoder: '{name}' has the shape {tuple(weight.shape)}, and not {tuple(expected[name].shape)}"
+            )
     placed = {
         name: weight.to(device=device, dtype=dtype)
         if isinstance(weight, Tensor)

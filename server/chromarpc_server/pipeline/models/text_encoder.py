@@ -35,6 +35,7 @@ from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
 from chromarpc_server.pipeline.weights.reading import read_json, require_same_keys, tokenizer_file
 from chromarpc_server.pipeline.weights.stored import StoredTensor
+from chromarpc_server.pipeline.weights.tensor_file import shown
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5EncoderModel
@@ -292,8 +293,16 @@ def _stream(
 
 
 def text_encoder_config(config: Mapping[str, object]) -> T5Config:
-    """What a T5 encoder is made of, from a config.json's content, or from sizes read off its tensors."""
-    return libraries().t5_config(**{key: value for key, value in config.items() if key != "dtype"})
+    """What a T5 encoder is made of, from a config.json's content, or from sizes read off its tensors.
+
+    Raises:
+        WeightsInvalid: the library does not take it.
+    """
+    t5_config = libraries().t5_config
+    try:
+        return t5_config(**{key: value for key, value in config.items() if key != "dtype"})
+    except Exception as error:  # noqa: BLE001 - whatever the library raises is about the file's content
+        raise WeightsInvalid(f"the text encoder's config cannot be used: {shown(str(error))}") from None
 
 
 class UnfusedAttention(TorchFunctionMode):

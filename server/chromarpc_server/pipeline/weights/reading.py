@@ -14,7 +14,7 @@ from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.bundled import t5_tokenizer_folder
 from chromarpc_server.pipeline.weights.gguf_file import MAGIC, open_gguf
 from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
-from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular, shown_few
 
 SUFFIXES = (".safetensors", ".gguf", ".json")
 """Of files that are a whole part of a model."""
@@ -38,6 +38,8 @@ class CheckpointFiles:
     """A file, or a folder with config.json and diffusion_pytorch_model safetensors, sharded or not."""
     preview: Path | None = None
     """Linear latent → RGB map of this model's VAE; the Flux VAE's where there is none."""
+    base_name: str = ""
+    """What adapters trained on this model name as their base; empty where nobody says."""
 
     def missing(self) -> tuple[Path, ...]:
         """Files that are not there."""
@@ -141,5 +143,6 @@ def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object
     surplus = sorted(set(found) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors missing {missing[:3]}, {len(surplus)} unknown {surplus[:3]}"
+            f"{name}: {len(missing)} tensors missing {shown_few(missing)}, "
+            f"{len(surplus)} unknown {shown_few(surplus)}"
         )

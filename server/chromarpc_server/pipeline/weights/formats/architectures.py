@@ -7,6 +7,7 @@ file that it takes for another is refused, and says so; no tensor is ever read o
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Header:
         for prefix in PREFIXES:
             self.names |= {name.removeprefix(prefix) for name in tuple(self.names) if name.startswith(prefix)}
         self.ends = {end for name in self.names for end in _ends(name)}
+        self._sorted = sorted(self.names)
 
     def has(self, *names: str) -> bool:
         """Whether every one of these is there."""
@@ -36,7 +38,8 @@ class Header:
 
     def begins_with(self, *starts: str) -> bool:
         """Whether a name begins with one of these."""
-        return any(name.startswith(starts) for name in self.names)
+        places = ((bisect_left(self._sorted, start), start) for start in starts)
+        return any(self._sorted[place].startswith(start) for place, start in places if place < len(self._sorted))
 
 
 def _unnumbered(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,7 @@ def autoencoder_part(recipes: Recipes, name: str, config: Mapping[str, object] |
         _require_agreement(sizes, config, name)
     whole = {**FLUX, **sizes, **(config or {})}
     _require_groups(whole, name)
+    _require_numbers(whole, name)
     return AutoencoderPart(_as_diffusers(recipes, whole, name) if original else recipes, whole)
 
 
@@ -121,6 +123,14 @@ def _require_groups(config: Mapping[str, object], name: str) -> None:
         )
 
 
+def _require_numbers(config: Mapping[str, object], name: str) -> None:
+    """Raises `WeightsInvalid` where latents cannot be scaled and shifted by what a config says."""
+    for key in ("scaling_factor", "shift_factor"):
+        said = config[key]
+        if not isinstance(said, int | float) or not math.isfinite(said) or (key == "scaling_factor" and not said):
+            raise WeightsInvalid(f"{name}: its config says {key} {shown(str(said))}")
+
+
 def _as_diffusers(recipes: Recipes, config: Mapping[str, object], name: str) -> Recipes:
     """The same tensors under diffusers' names, attention as matrices instead of 1×1 convolutions.
 
@@ -129,14 +139,22 @@ def _as_diffusers(recipes: Recipes, config: Mapping[str, object], name: str) -> 
     """
     names = list(recipes)
     labels = {key: torch.full((1,) * len(recipes[key].shape), place) for place, key in enumerate(names)}
-    converted = libraries().convert_autoencoder(labels, dict(config))
+    try:
+        converted = libraries().convert_autoencoder(labels, dict(config))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        raise WeightsInvalid(f"{name}: its tensors are not named as an autoencoder's of Flux's kind") from None
     found: dict[str, Recipe] = {}
+    placed: set[int] = set()
     for new, label in converted.items():
-        recipe = recipes[names[int(label.flatten()[0])]]
+        if label is None:  # the converter's word for a tensor that should be there
+            raise WeightsInvalid(f"{name}: not an autoencoder of Flux's kind: it has no tensor for {shown(new)}")
+        place = int(label.flatten()[0])
+        placed.add(place)
+        recipe = recipes[names[place]]
         found[new] = recipe if label.ndim == len(recipe.shape) else _as_matrix(recipe, new, name)
-    lost = sorted(set(names) - {names[int(label.flatten()[0])] for label in converted.values()})
+    lost = [one for place, one in enumerate(names) if place not in placed]
     if lost:
-        few = ", ".join(shown(one) for one in lost[:3])
+        few = ", ".join(shown(one) for one in sorted(lost)[:3])
         raise WeightsInvalid(f"{name}: {len(lost)} tensors belong to no autoencoder of Flux's kind: {few}")
     return found
 
