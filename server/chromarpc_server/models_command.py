@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 from chromarpc_server.domain.models import REGISTRY, HubPart, ModelSpec, hub_part
@@ -106,7 +107,12 @@ def _lines(
         yield ""
         yield "skipped:"
         for file in skipped:
-            yield f"  {file.path}: {file.reason}"
+            yield f"  {_shown(file.path)}: {file.reason}"
+
+
+def _shown(path: Path) -> str:
+    """A path for people, whatever is in it: line feeds, colours, bytes that are no UTF-8."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(path))
 
 
 def _part_text(part: FoundPart) -> str:

@@ -184,3 +184,15 @@ def test_fetch_says_what_it_knows(capsys: pytest.CaptureFixture[str], fetched: l
     )
     assert run("fetch", "chroma-mini") == 2
     assert fetched == []
+
+
+def test_a_files_name_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_comfyui_folder(tmp_path / "models")
+    try:
+        (folder / "unet" / "\x1b[31mred\n.safetensors").write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert run("models", "--comfyui", str(folder)) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert r"\x1b[31mred\n.safetensors: " in text

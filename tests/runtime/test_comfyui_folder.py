@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,45 @@ def test_a_folder_of_many_large_files_is_gone_through_by_their_headers(folder: P
     found = find_models(folder)
     assert time.process_time() - began < 5
     assert (len(found.models), len(found.skipped)) == (1, 100)
+
+
+def test_what_cannot_be_followed_is_told_and_stops_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = folder / "diffusion_models"
+    (models / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    (models / "itself.safetensors").symlink_to(models / "itself.safetensors")
+    (models / "closed").mkdir()
+    scandir = os.scandir
+
+    def denied(path: Path) -> Iterator[os.DirEntry[str]]:  # whoever runs tests may read everything
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found = find_models(folder)
+    assert [spec.id for spec in found.models] == ["my-chroma-v2"]
+    assert {file.path.name: file.reason for file in found.skipped} == {
+        "gone.safetensors": "is a link to a file that is not there",
+        "itself.safetensors": f"cannot be read: {os.strerror(errno.ELOOP)}",
+        "closed": "cannot be read: Permission denied",
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [b"line\nfeed.safetensors", b"\x1b[31mred.safetensors", b"latin1-\xe4.safetensors"]
+)
+def test_a_name_that_no_client_can_be_told_is_skipped(folder: Path, name: bytes) -> None:
+    try:
+        shutil.copy(TRANSFORMER, folder / "unet" / os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    found = find_models(folder)
+    assert [spec.id for spec in found.models] == ["my-chroma-v2"]
+    assert [file.reason for file in found.skipped] == ["its name has characters that no client can be told"]
+
+
+def test_letters_with_accents_are_plain_letters_in_an_id(folder: Path) -> None:
+    shutil.copy(TRANSFORMER, folder / "unet" / "Chröma Détail.safetensors")
+    assert "chroma-detail" in [spec.id for spec in find_models(folder).models]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,13 @@ _OTHERS = {
     ModelPart.AUTOENCODER: re.compile("sd3|sd35|stable.?diffusion"),
 }
 """Names of parts of other models that have the same shapes."""
+_UNTELLABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes that are no UTF-8: no message can hold such a name, or no terminal should."""
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file of weights that is served as no model."""
+    """A file of weights that is served as no model, or a folder that was not looked through."""
 
     path: Path
     reason: str
@@ -57,7 +60,8 @@ class ComfyuiFolder:
 
     models: tuple[ModelSpec, ...] = ()
     skipped: tuple[SkippedFile, ...] = ()
-    """Transformers and checkpoints that are something else, and text encoders and autoencoders that are."""
+    """Transformers and checkpoints that are something else, text encoders and autoencoders that are, and folders
+    and links that cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,11 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
     """
     if not _has_models(folder) and _has_models(folder / "models"):
         folder = folder / "models"
-    transformers = list(_files(folder, TRANSFORMER_FOLDERS, ModelPart.TRANSFORMER))
+    unread: list[SkippedFile] = []
+    transformers = list(_files(folder, TRANSFORMER_FOLDERS, ModelPart.TRANSFORMER, unread))
     beside = {
-        ModelPart.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, ModelPart.TEXT_ENCODER)),
-        ModelPart.AUTOENCODER: list(_files(folder, AUTOENCODER_FOLDERS, ModelPart.AUTOENCODER)),
+        ModelPart.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, ModelPart.TEXT_ENCODER, unread)),
+        ModelPart.AUTOENCODER: list(_files(folder, AUTOENCODER_FOLDERS, ModelPart.AUTOENCODER, unread)),
     }
     ids: set[str] = set()
     models: list[ModelSpec] = []
@@ -100,7 +105,7 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
         for file in files
         if file.facts.problem
     ]
-    return ComfyuiFolder(tuple(models), tuple(skipped))
+    return ComfyuiFolder(tuple(models), (*skipped, *unread))
 
 
 def _has_models(folder: Path) -> bool:
@@ -137,41 +142,70 @@ def _chosen(part: ModelPart, files: list[_File], text_width: int | None) -> Loca
     return LocalPart(fit[0].path) if fit else None
 
 
-def _files(folder: Path, kinds: tuple[str, ...], part: ModelPart) -> Iterator[_File]:
+def _files(folder: Path, kinds: tuple[str, ...], part: ModelPart, unread: list[SkippedFile]) -> Iterator[_File]:
     """Files of weights below some of the folders, by path; each once, however many links lead to it."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for kind in kinds:
-        for path in sorted(_below(folder / kind)):
-            real = path.resolve()
-            if real not in seen:
-                seen.add(real)
-                yield _File(path, path.relative_to(folder).as_posix(), part_facts(path, part))
+        for path in sorted(_below(folder / kind, unread)):
+            name = path.relative_to(folder).as_posix()
+            real = os.path.realpath(path)
+            if real in seen:
+                continue
+            seen.add(real)
+            if _UNTELLABLE.search(name):
+                unread.append(SkippedFile(path, "its name has characters that no client can be told"))
+            else:
+                yield _File(path, name, part_facts(path, part))
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Every file of weights, through links to folders as well; a link that leads back is followed once."""
-    visited: set[Path] = set()
+def _below(folder: Path, unread: list[SkippedFile]) -> Iterator[Path]:
+    """Every file of weights, through links to folders as well; a link that leads back is followed once.
+
+    `unread` collects what cannot be followed.
+    """
+    visited: set[str] = set()
     waiting = [(folder, 0)]
     found = 0
     while waiting:
         at, depth = waiting.pop()
-        try:
-            real = at.resolve(strict=True)
-            entries = sorted(os.scandir(at), key=lambda entry: entry.name)
-        except (OSError, RuntimeError):  # gone, not ours to read, or a link to itself
-            continue
-        if real in visited or depth > MAX_DEPTH:
+        real = os.path.realpath(at)
+        if real in visited:
             continue
         visited.add(real)
-        for entry in entries:
+        if depth > MAX_DEPTH:
+            unread.append(SkippedFile(at, f"lies more than {MAX_DEPTH} folders deep"))
+            continue
+        for entry in _entries(at, unread):
             path = at / entry.name
-            if entry.name.startswith("."):
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:  # a link to itself, or through a folder that is not ours to read
+                unread.append(SkippedFile(path, f"cannot be read: {error.strerror}"))
                 continue
-            if path.is_dir():
+            if is_folder:
                 waiting.append((path, depth + 1))
-            elif path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file() and found < MAX_FILES:
+            elif path.suffix.lower() not in WEIGHT_SUFFIXES:
+                continue
+            elif is_file and found == MAX_FILES:
+                unread.append(SkippedFile(folder, f"has more than {MAX_FILES} files of weights"))
+                return
+            elif is_file:
                 found += 1
                 yield path
+            elif entry.is_symlink():
+                unread.append(SkippedFile(path, "is a link to a file that is not there"))
+
+
+def _entries(folder: Path, unread: list[SkippedFile]) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name, but for what is hidden."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except FileNotFoundError:  # a ComfyUI folder need not have every kind
+        return []
+    except OSError as error:
+        unread.append(SkippedFile(folder, f"cannot be read: {error.strerror}"))
+        return []
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _free_id(name: str, ids: Container[str], taken: Container[str]) -> str:
@@ -189,5 +223,6 @@ def _free_id(name: str, ids: Container[str], taken: Container[str]) -> str:
 
 
 def _as_id(text: str) -> str:
-    """Lower case, and a hyphen for everything that no id may have."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:MAX_ID] or "model"
+    """Lower case without accents, and a hyphen for everything else that no id may have."""
+    plain = "".join(each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each))
+    return re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-._")[:MAX_ID] or "model"
