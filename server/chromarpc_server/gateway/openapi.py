@@ -1,7 +1,7 @@
 """The HTTP API as an OpenAPI 3.1 document: `openapi.json` beside this file, which the gateway serves.
 
 What a request may hold comes from the contract and from the ranges of `domain/requests.py`; the answers are those
-of `transport/messages/http_bodies.py`. A test validates real answers against it.
+of `answers.py`. A test validates real answers against it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from chromarpc_server.domain.sampling_choices import (
 )
 from chromarpc_server.domain.sampling_options import COMFYUI_PROFILES
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TRAINER_SIZES
+from chromarpc_server.gateway.answers import Schema, answer_schemas, or_null, ref
 
 FILE: Final = Path(__file__).with_name("openapi.json")
 JSON: Final = "application/json"
-Schema = dict[str, Any]
 
 _ABOUT: Final = " ".join(
     (
@@ -74,8 +74,8 @@ DESCRIPTIONS: Final = {
     "prompts.ctrl_img_3": "Chroma takes no control image.",
     "prompts.schedule": "Schedule of noise levels: `flowmatch` is the reference's, the others are ComfyUI's. The "
     "model's default when left out.",
-    "prompts.shift": "Fixed shift of the schedule towards noise; 1 shifts nothing. The schedule's own when left "
-    "out.",
+    "prompts.shift": "Fixed shift of the schedule towards noise; 1 shifts nothing. When left out, the model's "
+    "default where `schedule` is left out too, else the schedule's own.",
     "prompts.use_neg": "Makes `neg` the unconditional text, in every profile.",
     "kv_cache": "An option of other models.",
     "match_target_res": "An option of other models.",
@@ -190,7 +190,7 @@ def document() -> dict[str, Any]:
         "paths": _paths(),
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {**request_schemas(), **_answer_schemas()},
+            "schemas": {**request_schemas(), **answer_schemas()},
         },
     }
 
@@ -227,7 +227,7 @@ def _field(field: FieldDescriptor, path: str, parent: str, schemas: dict[str, Sc
     if field.is_repeated:
         schema = {"type": "array", "items": schema, **({"minItems": 1} if required else {})}
     if not required:
-        schema = _or_null(schema)
+        schema = or_null(schema)
     return {"description": DESCRIPTIONS[path], **schema}
 
 
@@ -253,17 +253,10 @@ def _value(field: FieldDescriptor, path: str, schemas: dict[str, Schema]) -> Sch
     return schema
 
 
-def _or_null(schema: Schema) -> Schema:
-    if "$ref" in schema:
-        return {"anyOf": [schema, {"type": "null"}]}
-    enum = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, "type": [schema["type"], "null"], **enum}
-
-
 def _paths() -> dict[str, Any]:
     request_id = _parameter("request_id", "As `/v1/inference` answered it.")
     index = _parameter("prompt_index", "Index of the prompt, from 0.")
-    body = {"required": True, "content": {JSON: {"schema": _ref("Request")}}}
+    body = {"required": True, "content": {JSON: {"schema": ref("Request")}}}
     image: Schema = {
         "description": "The image.",
         "content": {f"image/{kind}": {} for kind in ("jpeg", "png", "webp")},
@@ -333,101 +326,4 @@ def _json(name: str) -> Schema:
 
 
 def _content(name: str) -> Schema:
-    return {"content": {JSON: {"schema": _ref(name)}}}
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(**properties: Schema) -> Schema:
-    """An object whose keys are all there."""
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-def _answer_schemas() -> dict[str, Schema]:
-    words: Schema = {"type": "string"}
-    count: Schema = {"type": "integer", "minimum": 0}
-    seconds: Schema = {"type": "number", "minimum": 0}
-    time: Schema = {"type": "string", "format": "date-time"}
-    url: Schema = {"type": "string", "format": "uri-reference"}
-    state: Schema = {"type": "string", "enum": ["in_queue", "in_progress", "succeeded", "failed", "canceled"]}
-    warnings: Schema = {"type": "array", "items": _ref("Warning")}
-    failure = {
-        "error": {"description": "Why it failed, for people.", **_or_null(words)},
-        "detail": {"description": "The same in the shape of an error.", **_or_null(_ref("ErrorDetail"))},
-    }
-    return {
-        "Submitted": _object(
-            request_id=words,
-            status={"const": "queued"},
-            status_url=url,
-            result_url=url,
-            created_at=time,
-            warnings=warnings,
-        ),
-        "Status": _object(
-            request_id=words,
-            status=state,
-            created_at=time,
-            started_at=_or_null(time),
-            finished_at=_or_null(time),
-            **failure,
-            queue_position={"description": "1 is next; null when it does not wait.", **_or_null(count)},
-            done_steps=count,
-            total_steps=count,
-        ),
-        "Result": _object(
-            request_id=words,
-            status=state,
-            outputs=_or_null(_ref("Outputs")),
-            **failure,
-            created_at=time,
-            finished_at=_or_null(time),
-            metadata=_or_null(_ref("Metadata")),
-        ),
-        "Outputs": _object(
-            images={"type": "array", "items": _ref("Image")},
-            videos={"type": "array", "maxItems": 0, "items": {}},
-        ),
-        "Image": _object(
-            format={"type": "string", "enum": ["jpeg", "png", "webp"]},
-            width=count,
-            height=count,
-            url=url,
-            seed={"type": "integer", "format": "int64"},
-            size_bytes=count,
-            sha256=words,
-        ),
-        "Metadata": _object(
-            model={"description": "Id of the model that was asked for.", **words},
-            inference_time={"description": "Seconds from its start to its end.", **seconds},
-            timings={"description": "Seconds.", **_object(queued=seconds, total=seconds)},
-            warnings=warnings,
-        ),
-        "Warning": _object(code=words, field=words, message=words),
-        "Models": _object(models={"type": "array", "items": _ref("Model")}),
-        "Model": _object(
-            id=words,
-            base_model=words,
-            resolution_divisor=count,
-            default_steps=count,
-            default_guidance_scale={"type": "number"},
-            requires_control_image={"const": False},
-            is_video_model={"const": False},
-            default_num_frames={"type": "null"},
-            default_fps={"type": "null"},
-        ),
-        "Health": _object(status={"const": "healthy"}),
-        "Error": _object(detail=_ref("ErrorDetail")),
-        "ErrorDetail": _object(error=_ref("ErrorBody")),
-        "ErrorBody": _object(
-            code={"description": "Stable name, such as `INVALID_PARAMETER`.", **words},
-            message={"description": "For people.", **words},
-            details={
-                "description": "Further facts for programs.",
-                "type": "object",
-                "properties": {"violations": {"type": "array", "items": _object(field=words, description=words)}},
-            },
-        ),
-    }
+    return {"content": {JSON: {"schema": ref(name)}}}
