@@ -72,7 +72,8 @@ class Prompt:
     schedule: str | None = None
     """As `server_info` lists them."""
     shift: float | None = None
-    """Fixed shift of the schedule, more than 0 and at most 100; the schedule's own where nobody says."""
+    """Fixed shift of the schedule, more than 0 and at most 100. When left out, the model's default where
+    `schedule` is left out too, else the schedule's own."""
     use_neg: bool | None = None
     """Makes `neg` the unconditional text, in every profile."""
 
@@ -115,7 +116,8 @@ class GenerateOptions(TypedDict, total=False):
     schedule: str | None
     """As `server_info` lists them; the model's default when left out."""
     shift: float | None
-    """Fixed shift of the schedule; 1 shifts nothing; the schedule's own when left out."""
+    """Fixed shift of the schedule; 1 shifts nothing. When left out, the model's default where `schedule` is left
+    out too, else the schedule's own."""
     settings: str | None
     """Whose way of drawing is followed where programs differ: `reference` (when left out) or `comfyui`."""
     profile: str | None

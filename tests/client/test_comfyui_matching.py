@@ -86,16 +86,13 @@ def test_the_profile_that_is_asked_for_says_which_sizes_there_are() -> None:
     assert mapped([model], flow=flow, profile="fine").request.prompts[0].width == 1008
 
 
-def test_comfyuis_own_shift_is_refused_where_the_model_would_be_drawn_with_another() -> None:
+def test_without_a_shift_comfyuis_own_is_asked_for_whatever_the_models_default_is() -> None:
     flow = changed(custom_flow(), nguider={"model": ["model", 0]}, nsigmas={"model": ["model", 0]})
     defaults = model_service_pb2.ModelDefaults(schedule="simple", shift=1.0)
     model = served_model("m", "chroma1-hd-Q4_K_S.gguf", defaults=defaults)
-    said = problems([model], flow=flow)
-    assert said.startswith("node sigmas (BasicScheduler), model: no node sets a shift, so ComfyUI takes its own")
+    asked = mapped([model], flow=flow).request.prompts[0]
+    assert (asked.schedule, asked.HasField("shift")) == ("simple", False), "a named schedule has its own"
     assert mapped([model], flow=flow, shift=2.0).request.prompts[0].shift == 2.0
-    defaults.schedule = "beta"  # whose shift is not taken for another schedule
-    model = served_model("m", "chroma1-hd-Q4_K_S.gguf", defaults=defaults)
-    assert not mapped([model], flow=flow).request.prompts[0].HasField("shift")
 
 
 @pytest.mark.parametrize(

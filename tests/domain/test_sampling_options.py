@@ -81,9 +81,16 @@ def test_what_the_request_names_wins(settings: str) -> None:
     assert _sampling(_plan(_serving(HD), request={"settings": settings}, **named)) == tuple(named.values())
 
 
-def test_a_models_shift_goes_with_its_schedule_and_with_no_other() -> None:
-    assert _sampling(_plan(_serving(HD), schedule="beta"))[2] == 1.0
-    assert _sampling(_plan(_serving(HD), schedule="simple"))[2] is None
+@pytest.mark.parametrize("settings", ["reference", "comfyui"])
+def test_a_models_shift_is_for_requests_that_name_neither_schedule_nor_shift(settings: str) -> None:
+    def sampled(**asked: Any) -> tuple[str, str, float | None]:
+        return _sampling(_plan(_serving(HD), request={"settings": settings}, **asked))
+
+    assert sampled() == ("heun", "beta", 1.0)
+    assert sampled(schedule="", sampler="euler") == ("euler", "beta", 1.0)
+    assert sampled(shift=2.0) == ("heun", "beta", 2.0)
+    for schedule in ("beta", "simple"):
+        assert sampled(schedule=schedule) == ("heun", schedule, None), "the schedule's own can be asked for"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -128,7 +128,10 @@ def generate(
     ] = None,
     shift: Annotated[
         float | None,
-        typer.Option(help="Fixed shift of the schedule, up to 100; 1 shifts nothing; its own when left out."),
+        typer.Option(
+            help="Fixed shift of the schedule, up to 100; 1 shifts nothing; its own when left out, and the "
+            "model's default where --schedule is left out too."
+        ),
     ] = None,
     settings: Annotated[
         str | None,

@@ -87,7 +87,6 @@ def _followed(graph: Graph, found: Findings) -> Workflow | None:
         text_encoder_file=positive.encoder.file,
         autoencoder_file=picture.autoencoder,
         size_node=size.node,
-        schedule_node=sampling.scheduled.node,
         unread=found.given & _READ,
         remarks=tuple(found.remarks),
     )

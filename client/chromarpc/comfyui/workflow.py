@@ -67,8 +67,6 @@ class Workflow:
     """The same."""
     size_node: Node = field(repr=False)
     """Where the size comes from."""
-    schedule_node: Node = field(repr=False)
-    """Where the schedule comes from."""
     unread: frozenset[str] = frozenset()
     """Options that `request` has to get, since what the workflow has in their place was not read."""
     remarks: tuple[str, ...] = ()
@@ -166,20 +164,6 @@ class Workflow:
                         side, f"is {pixels}, and {model.id} draws multiples of {divisor}: give another {side}"
                     )
                 )
-        defaults = model.defaults
-        if (
-            self.shift is None
-            and defaults.HasField("shift")
-            and defaults.schedule == self.schedule
-            and not {"shift", "schedule"} & given.keys()
-        ):
-            found.refuse(
-                self.schedule_node.problem(
-                    "model",
-                    f"no node sets a shift, so ComfyUI takes its own, while {model.id} has {defaults.shift:g} by "
-                    "default: add ModelSamplingAuraFlow, or give a shift",
-                )
-            )
         for name, file in (("text_encoder", self.text_encoder_file), ("autoencoder", self.autoencoder_file)):
             ours = file_of(part_source(model, name))
             if file and ours.lower().endswith(_FILES) and ours.casefold() != base_name(file).casefold():

@@ -325,8 +325,8 @@ class Prompt(_message.Message):
     of the image. The model's default when left out.
     """
     shift: _builtins.float
-    """Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. The schedule's own when
-    left out.
+    """Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. When left out, the model's
+    default where `schedule` is left out too, else the schedule's own.
     """
     use_neg: _builtins.bool
     """Makes `neg` the unconditional text, in every profile."""

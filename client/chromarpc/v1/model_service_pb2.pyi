@@ -500,7 +500,7 @@ class ModelDefaults(_message.Message):
     schedule: _builtins.str
     """Schedule of noise levels."""
     shift: _builtins.float
-    """Fixed shift of the schedule; left out where the schedule has its own."""
+    """Fixed shift of requests that name neither `schedule` nor `shift`; left out where the schedule has its own."""
     profile: _builtins.str
     """Numerics profile; empty where it is the server's."""
     def __init__(

@@ -63,7 +63,10 @@ export interface PromptOptions {
   readonly sampler?: string | undefined;
   /** As `serverInfo` lists them; the model's default where nobody says. */
   readonly schedule?: string | undefined;
-  /** Fixed shift of the schedule, more than 0 and at most 100; the schedule's own where nobody says. */
+  /**
+   * Fixed shift of the schedule, more than 0 and at most 100. When left out, the model's default where `schedule` is
+   * left out too, else the schedule's own.
+   */
   readonly shift?: number | undefined;
 }
 

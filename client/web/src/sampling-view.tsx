@@ -35,7 +35,7 @@ export function SamplingView() {
       <NumberField
         name="shift"
         label="Shift"
-        hint="1 shifts nothing; empty is the schedule's own"
+        hint="1 shifts nothing; empty is the schedule's own, or the model's"
         value={values.shift}
         placeholder={undefined}
         step={0.5}

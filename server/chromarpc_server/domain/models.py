@@ -103,7 +103,7 @@ class ModelDefaults:
     sampler: str = "flowmatch"
     schedule: str = "flowmatch"
     shift: float | None = None
-    """Of that schedule; None: the schedule's own."""
+    """Of that schedule, where a request names neither; None: the schedule's own."""
     profile: str = ""
     """Numerics profile; empty: the server's."""
 

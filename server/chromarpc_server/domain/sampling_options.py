@@ -80,7 +80,8 @@ def resolve_sampling(
     """How an image is sampled; but for the profiles that draw the trainer's own, which sample in one way.
 
     What the request leaves out is the model's default. Where that is the reference's, the settings `comfyui` have
-    defaults of their own. A model's shift goes with its schedule: another schedule has its own.
+    defaults of their own. A model's shift goes with its schedule: a request that names a schedule, be it the
+    model's, and no shift gets the schedule's own.
 
     Args:
         asked: what the request says of the image.
@@ -100,9 +101,8 @@ def resolve_sampling(
     default_sampler = COMFYUI_SAMPLER if is_comfyui and defaults.sampler == FLOWMATCH else defaults.sampler
     sampler = _known_sampler(asked.sampler, at, found) if asked.sampler else default_sampler
     schedule = _known_schedule(asked.schedule, at, found) if asked.schedule else usual
-    return Sampling(
-        sampler, schedule, _shift(asked.shift, schedule, defaults.shift if schedule == usual else None, at, found)
-    )
+    shift = _shift(asked.shift, schedule, None if asked.schedule else defaults.shift, at, found)
+    return Sampling(sampler, schedule, shift)
 
 
 def require_known_sampling(plan: Plan) -> None:

@@ -324,8 +324,8 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   schedule?: string | undefined;
 
   /**
-   * Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. The schedule's own when
-   * left out.
+   * Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. When left out, the model's
+   * default where `schedule` is left out too, else the schedule's own.
    *
    * @generated from field: optional double shift = 18;
    */

@@ -584,7 +584,7 @@ export type ModelDefaults = Message<"chromarpc.v1.ModelDefaults"> & {
   schedule: string;
 
   /**
-   * Fixed shift of the schedule; left out where the schedule has its own.
+   * Fixed shift of requests that name neither `schedule` nor `shift`; left out where the schedule has its own.
    *
    * @generated from field: optional double shift = 9;
    */
