@@ -176,9 +176,7 @@ def _host_peak(plan: MemoryPlan, sizes: PartSizes) -> int:
     return _locked(plan, sizes) + max(0, twice - sizes.blocks.streamed_bytes(plan.streamed_blocks))
 
 
-def _on_host(
-    plan: MemoryPlan, sizes: PartSizes, allowed: list[MemoryPlan], host_bytes: int | None
-) -> MemoryPlan:
+def _on_host(plan: MemoryPlan, sizes: PartSizes, allowed: list[MemoryPlan], host_bytes: int | None) -> MemoryPlan:
     """The plan with the master page-locked, where it fits the host's memory, else mapped."""
     available = None if host_bytes is None else max(0, host_bytes - HOST_SPARE_BYTES)
     mapped = replace(plan, master="mapped") if plan.master == "host" else plan
@@ -196,7 +194,8 @@ def _on_host(
     larger = [
         estimate_bytes(other, sizes)
         for other in allowed
-        if _host_peak(replace(other, master="mapped") if other.master == "host" else other, sizes) <= (available or 0)
+        if _host_peak(replace(other, master="mapped") if other.master == "host" else other, sizes)
+        <= (available or 0)
     ]
     raise OutOfMemory(f"{told}; on this host a device with {_gb(min(larger))} free would do" if larger else told)
 

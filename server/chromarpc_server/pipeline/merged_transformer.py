@@ -106,9 +106,7 @@ class PreparedTransformer:
     def run(self) -> GraphedForward:
         """The fused forward over these weights, once they are there."""
         if self._run is None:
-            fused = FusedTransformer(
-                self.model, float8_products=self.profile.float8_products, blocks=self._blocks
-            )
+            fused = FusedTransformer(self.model, float8_products=self.profile.float8_products, blocks=self._blocks)
             self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
 

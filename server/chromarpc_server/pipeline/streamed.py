@@ -59,7 +59,10 @@ class BlockSizes:
         share = count * self.doubles // max(1, self.doubles + 2 * self.singles)
         singles = min(self.singles, count - share)
         doubles = count - singles
-        return (*_spread(doubles, self.doubles), *(self.doubles + index for index in _spread(singles, self.singles)))
+        return (
+            *_spread(doubles, self.doubles),
+            *(self.doubles + index for index in _spread(singles, self.singles)),
+        )
 
     def streamed_bytes(self, count: int) -> int:
         """Copied in every step; held in host memory."""
