@@ -154,8 +154,9 @@ bench-simulate: setup  ## How the queue chooses on 8 to 512 devices, in virtual 
 bench-watchers: setup  ## Many watchers of running jobs, many new jobs, cuts, idleness (Linux)
 	PYTHONPATH=. $(BIN)/python -m bench.watchers
 
-fuzz: setup  ## Feed damaged adapter files to the reader for ten minutes
+fuzz: setup  ## Feed damaged adapters, text encoders and autoencoders to their readers, ten minutes each
 	$(BIN)/python -m tools.fuzz_adapters --minutes 10
+	$(BIN)/python -m tools.fuzz_parts --minutes 10
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist out

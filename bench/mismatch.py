@@ -33,6 +33,7 @@ from chromarpc_server.pipeline import (
     library_versions,
     read_adapter,
 )
+from chromarpc_server.pipeline.weights.stored import as_they_are
 from chromarpc_server.verify.vectors import Vectors
 
 RECORDED = ROOT / "tests" / "goldens" / "preview" / "runs" / "exact"
@@ -188,10 +189,10 @@ class Artist:
         if not drawing.merged_first:
             return self._checkpoint, [(adapter, drawing.multiplier)]
         merged = {
-            name: adapter.apply(name, weight, drawing.multiplier)
-            for name, weight in self._checkpoint.master.items()
+            name: adapter.apply(name, stored.dense(), drawing.multiplier)
+            for name, stored in self._checkpoint.master.items()
         }
-        return replace(self._checkpoint, master=merged), []
+        return replace(self._checkpoint, master=as_they_are(merged)), []
 
 
 def as_jpeg(image: Image.Image) -> bytes:

@@ -14,6 +14,7 @@
 is in `chromarpc.errors`; the messages themselves are in `chromarpc.v1`.
 """
 
+from chromarpc import comfyui
 from chromarpc.aio import AsyncClient, AsyncEventStream
 from chromarpc.channel import TlsOptions
 from chromarpc.client import Client, EventStream
@@ -186,5 +187,6 @@ __all__ = [
     "WeightsReport",
     "WeightsSource",
     "__version__",
+    "comfyui",
     "parse_request_json",
 ]

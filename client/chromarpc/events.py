@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Literal, TypeAlias
 
 from chromarpc.images import GeneratedImage
+from chromarpc.sampling import FLOWMATCH, REFERENCE
 
 ImageFormat: TypeAlias = Literal["png", "jpeg", "webp", "jpeg-trainer"]
 """How finished images are encoded; `jpeg-trainer` as ai-toolkit writes its samples."""
@@ -77,7 +78,11 @@ class PlannedPrompt:
     guidance_scale: float
     seed: int
     neg: str = ""
-    """Negative prompt, where the profile honours it."""
+    """Negative prompt, where it is honoured."""
+    sampler: str = FLOWMATCH
+    schedule: str = FLOWMATCH
+    shift: float | None = None
+    """Fixed shift of the schedule; None where the schedule has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +182,8 @@ class Accepted(_Event):
     """Whether each picture carries what it was drawn with."""
     trainer: TrainerOptions | None = None
     """What the trainer's config decides, where the profile takes it."""
+    settings: str = REFERENCE
+    """Whose way of drawing is followed: `reference` or `comfyui`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +256,8 @@ class Prepared(_Event):
     """Id of the device, as `server_info` lists it; of a pair, the pair's; empty from an older server."""
     second_device: str = ""
     """The card that computes the unconditional pass, such as `cuda:1`, where guidance is computed on two."""
+    stored_as: str = ""
+    """How the file of the model's weights stores them, such as `fp8 scaled`; empty from an older server."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from chromarpc.sampling import REFERENCE
 from chromarpc.version import __version__
 
 if TYPE_CHECKING:
@@ -43,11 +44,19 @@ def run_record(image: GeneratedImage) -> dict[str, object]:
             "versions": dict(prepared.versions),
             "device": prepared.device,
         }
-        if prepared.second_device and image.prompt.guidance_scale > 1:
+        if prepared.stored_as:
+            record["stored_as"] = prepared.stored_as
+        if prepared.second_device and _has_guidance(image):
             record["guidance_on_two_devices"] = True
     if image.warnings:
         record["warnings"] = [{"code": w.code, "field": w.field, "message": w.message} for w in image.warnings]
     return record
+
+
+def _has_guidance(image: GeneratedImage) -> bool:
+    """Whether each step made an unconditional pass: above 1, and as ComfyUI below 1 too."""
+    scale = image.prompt.guidance_scale
+    return scale > 1 or (scale < 1 and image.plan.settings != REFERENCE)
 
 
 def repeat_request(image: GeneratedImage) -> dict[str, object]:
@@ -77,7 +86,10 @@ def repeat_request(image: GeneratedImage) -> dict[str, object]:
                 "sample_steps": prompt.sample_steps,
                 "guidance_scale": prompt.guidance_scale,
                 "seed": image.seed,
-                **({"neg": prompt.neg} if prompt.neg else {}),
+                **({"neg": prompt.neg, "use_neg": True} if prompt.neg else {}),
+                "sampler": prompt.sampler,
+                "schedule": prompt.schedule,
+                **({} if prompt.shift is None else {"shift": prompt.shift}),
             }
         ],
         "output": output,
@@ -86,6 +98,8 @@ def repeat_request(image: GeneratedImage) -> dict[str, object]:
     }
     if plan.trainer is not None:
         request["trainer"] = _trainer(plan.trainer)
+    if plan.settings != REFERENCE:
+        request["settings"] = plan.settings
     return request
 
 
@@ -99,7 +113,8 @@ def parameters_line(image: GeneratedImage) -> str:
     plan, prompt = image.plan, image.prompt
     facts = {
         "Steps": prompt.sample_steps,
-        "Sampler": "flowmatch",
+        "Sampler": prompt.sampler,
+        "Schedule type": prompt.schedule,
         "CFG scale": f"{prompt.guidance_scale:g}",
         "Seed": image.seed,
         "Size": f"{image.width}x{image.height}",
@@ -109,6 +124,10 @@ def parameters_line(image: GeneratedImage) -> str:
         facts["Model hash"] = image.prepared.model_revision[:12]
     for number, lora in enumerate(plan.loras):
         facts[f"Lora {number}"] = f"{lora.path} x {lora.network_multiplier:g}"
+    if prompt.shift is not None:
+        facts["Shift"] = f"{prompt.shift:g}"
+    if plan.settings != REFERENCE:
+        facts["Settings"] = plan.settings
     facts["Version"] = f"chromarpc {__version__}"
     negative = f"Negative prompt: {prompt.neg}\n" if prompt.neg else ""
     return f"{prompt.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in facts.items())

@@ -66,7 +66,15 @@ class Prompt:
     seed: int | None = None
     """-1 draws one; 42 plus the prompt's index where nobody says."""
     neg: str | None = None
-    """Negative prompt: honoured in the trainer's profiles, elsewhere answered by a warning."""
+    """Negative prompt: honoured with `use_neg` and in the trainer's profiles, else answered by a warning."""
+    sampler: str | None = None
+    """As `server_info` lists them."""
+    schedule: str | None = None
+    """As `server_info` lists them."""
+    shift: float | None = None
+    """Fixed shift of the schedule, more than 0 and at most 100; the schedule's own where nobody says."""
+    use_neg: bool | None = None
+    """Makes `neg` the unconditional text, in every profile."""
 
 
 PromptLike: TypeAlias = str | Prompt
@@ -78,8 +86,8 @@ LoraLike: TypeAlias = str | os.PathLike[str] | Lora
 class GenerateOptions(TypedDict, total=False):
     """What a generation may be told besides its prompts; everything has a default.
 
-    `width`, `height`, `guidance_scale`, `sample_steps`, `seed` and `neg` are for every prompt that does not
-    say otherwise itself.
+    `width`, `height`, `guidance_scale`, `sample_steps`, `seed`, `neg`, `use_neg`, `sampler`, `schedule` and
+    `shift` are for every prompt that does not say otherwise itself.
     """
 
     model: str
@@ -99,7 +107,17 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     """The same for every such prompt; -1 draws one for each; 42 plus the prompt's index when left out."""
     neg: str | None
-    """Negative prompt; honoured in the trainer's profiles, elsewhere answered by a warning."""
+    """Negative prompt; honoured with `use_neg` and in the trainer's profiles, else answered by a warning."""
+    use_neg: bool | None
+    """Makes `neg` the unconditional text, in every profile."""
+    sampler: str | None
+    """As `server_info` lists them; the model's default when left out."""
+    schedule: str | None
+    """As `server_info` lists them; the model's default when left out."""
+    shift: float | None
+    """Fixed shift of the schedule; 1 shifts nothing; the schedule's own when left out."""
+    settings: str | None
+    """Whose way of drawing is followed where programs differ: `reference` (when left out) or `comfyui`."""
     profile: str | None
     """Numerics profile, as `server_info` names them."""
     noise_draw: NoiseDraw | None
@@ -139,6 +157,11 @@ def build_request(
     sample_steps: int | None = None,
     seed: int | None = None,
     neg: str | None = None,
+    use_neg: bool | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    shift: float | None = None,
+    settings: str | None = None,
     profile: str | None = None,
     noise_draw: NoiseDraw | None = None,
     output_format: ImageFormat | None = None,
@@ -164,10 +187,14 @@ def build_request(
         "sample_steps": sample_steps,
         "seed": seed,
         "neg": neg,
+        "use_neg": use_neg,
+        "sampler": sampler,
+        "schedule": schedule,
+        "shift": shift,
     }
     request = generation_service_pb2.GenerateRequest()
     _set(request, "", model=model, hf_token=hf_token, trigger_word=trigger_word, profile=profile)
-    _set(request, "", request_id=request_id)
+    _set(request, "", request_id=request_id, settings=settings)
     if detach:
         request.on_disconnect = generation_service_pb2.DISCONNECT_POLICY_DETACH
     if max_queue_s is not None:

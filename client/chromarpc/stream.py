@@ -23,6 +23,7 @@ from chromarpc.errors import (
 )
 from chromarpc.images import GeneratedImage
 from chromarpc.jobs import JobMessage
+from chromarpc.sampling import FLOWMATCH, REFERENCE
 from chromarpc.v1 import job_event_pb2, options_pb2
 
 MAX_IMAGE_BYTES: Final = 512 * 2**20
@@ -269,6 +270,9 @@ def _accepted(sequence: int, time: datetime, message: job_event_pb2.Accepted) ->
                 guidance_scale=prompt.guidance_scale,
                 seed=prompt.seed,
                 neg=prompt.neg,
+                sampler=prompt.sampler or FLOWMATCH,
+                schedule=prompt.schedule or FLOWMATCH,
+                shift=prompt.shift if prompt.HasField("shift") else None,
             )
             for prompt in message.prompts
         ),
@@ -285,6 +289,7 @@ def _accepted(sequence: int, time: datetime, message: job_event_pb2.Accepted) ->
         picture_record=has_record,
         trainer=_trainer(message.trainer) if message.HasField("trainer") else None,
         warnings=_warnings(message.warnings),
+        settings=message.settings or REFERENCE,
     )
 
 
@@ -344,6 +349,7 @@ def _prepared(sequence: int, time: datetime, message: job_event_pb2.Prepared) ->
         device=message.device,
         device_id=message.device_id,
         second_device=message.second_device,
+        stored_as=message.stored_as,
         weights=events.WeightsReport(
             source=_WEIGHTS_SOURCES.get(message.weights.source, events.WeightsSource.UNKNOWN),
             rewritten_tensor_count=message.weights.rewritten_tensor_count,

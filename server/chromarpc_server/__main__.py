@@ -1,4 +1,4 @@
-"""`chromarpc-server`: serve (the default), web, verify, fetch, token, store.
+"""`chromarpc-server`: serve (the default), web, verify, models, fetch, token, store.
 
 The light install has this command too, so whatever is not Python's own is imported where it is needed.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from chromarpc_server import extras
-from chromarpc_server.domain.models import REGISTRY, HubSource
+from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.observability import logs
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def _run(arguments: list[str]) -> int:
             return _web(rest)
         case "verify":
             return _verify(rest)
+        case "models":
+            return _models(rest)
         case "fetch":
             return _fetch(rest)
         case "token":
@@ -67,7 +69,7 @@ def _run(arguments: list[str]) -> int:
         case "store":
             return _store(rest)
         case _:
-            known = "serve, web, verify, fetch, token or store"
+            known = "serve, web, verify, models, fetch, token or store"
             print(f"chromarpc-server: no such command: {command}; try {known}", file=sys.stderr)
             return EXIT_USAGE
 
@@ -148,15 +150,26 @@ def _settings(kind: type[_Settings], arguments: list[str]) -> _Settings | None:
         return CliApp.run(kind, cli_args=arguments)
     except ValidationError as error:
         for problem in error.errors():
-            where = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
             message = problem["msg"].removeprefix("Value error, ")
-            print(f"chromarpc-server: {where + ': ' if problem['loc'] else ''}{message}", file=sys.stderr)
+            print(f"chromarpc-server: {_where(problem['loc'])}{message}", file=sys.stderr)
         return None
     except SettingsError as error:
         print(f"chromarpc-server: {error}", file=sys.stderr)
         return None
     finally:
         kind.model_config["toml_file"] = before
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    """The flag that a problem is about, and the key inside it; empty where the problem says it itself."""
+    match location:
+        case ("model", name, *keys):
+            flag = f"--model {name}"
+        case ("models", name, *keys):
+            flag = f"[models.{name}]"
+        case _:
+            flag, keys = "--" + "-".join(str(part) for part in location).replace("_", "-"), []
+    return "".join(f"{part}: " for part in (flag, *keys)) if location else ""
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -185,26 +198,72 @@ def _verify(arguments: list[str]) -> int:
     return verify(options.folder, device=options.device, as_json=options.json, out=sys.stdout)
 
 
+def _models(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chromarpc-server models",
+        description="Lists the models that a server with these settings has: where each part lies and how it is "
+        "stored, what is missing and how to fetch it, and which files are no Chroma. Exits 0 if one of the models "
+        "that the settings bring is complete (without any: one that is built in), 1 if none is.",
+        allow_abbrev=False,
+    )
+    _add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args(arguments)
+    extras.require((*extras.SETTINGS, *extras.FETCH))
+    settings = _model_settings(options)
+    if settings is None:
+        return EXIT_USAGE
+    from chromarpc_server.models_command import list_models  # noqa: PLC0415 - torch takes seconds
+
+    try:
+        return list_models(settings, as_json=options.json, out=sys.stdout)
+    except ValueError as error:
+        print(f"chromarpc-server models: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
 def _fetch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="chromarpc-server fetch",
-        description="Downloads a model's weights into the Hugging Face cache (HF_HOME), resuming what an "
+        description="Downloads models' weights into the Hugging Face cache (HF_HOME), resuming what an "
         "earlier try left. A token for gated files is taken from HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
     )
-    fetchable = [spec.id for spec in REGISTRY.values() if isinstance(spec.source, HubSource)]
-    parser.add_argument("model", choices=fetchable, help="which model")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(REGISTRY)}, a model of the settings, or owner/name[:file or folder] of the hub",
+    )
+    _add_model_flags(parser)
     options = parser.parse_args(arguments)
     extras.require(extras.FETCH)
-    from chromarpc_server.runtime.model_files import fetch  # noqa: PLC0415 - slow imports
+    settings = None
+    if any(name not in REGISTRY for name in options.names) or options.model or options.config or options.comfyui:
+        extras.require(extras.SETTINGS)
+        settings = _model_settings(options)
+        if settings is None:
+            return EXIT_USAGE
+    from chromarpc_server.models_command import fetch_models  # noqa: PLC0415 - slow imports
 
-    try:
-        fetch(REGISTRY[options.model])
-    except OSError as error:  # huggingface_hub's HTTP errors are OSErrors too
-        print(f"chromarpc-server fetch: {error}", file=sys.stderr)
-        print("Run the same command again to go on where it stopped.", file=sys.stderr)
-        return 1
-    print(f"{options.model} is ready: start the server with `chromarpc-server --preload {options.model}`")
-    return 0
+    return fetch_models(options.names, settings)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of the server that say which models it has."""
+    parser.add_argument("--comfyui", metavar="DIR", help="a ComfyUI models folder")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE_OR_REPO[,key=value...]")
+    parser.add_argument("--config", metavar="FILE", help="the server's TOML file")
+
+
+def _model_settings(options: argparse.Namespace) -> ServerSettings | None:
+    """The server's settings, as far as these flags, the environment and the file have them."""
+    from chromarpc_server.settings import ServerSettings  # noqa: PLC0415 - an extra
+
+    flags = [flag for model in options.model for flag in ("--model", model)]
+    flags += ["--comfyui", options.comfyui] if options.comfyui else []
+    flags += ["--config", options.config] if options.config else []
+    return _settings(ServerSettings, flags)
 
 
 def _token(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 
 from chromarpc_server.adapters.content_store import ContentStore
@@ -19,13 +20,15 @@ from chromarpc_server.adapters.sources import AdapterSources
 from chromarpc_server.adapters.stored_lora import LoraSource
 from chromarpc_server.adapters.uploads.registry import UploadRegistry
 from chromarpc_server.cluster.ray_devices import RayDevices
-from chromarpc_server.devices import device_source, model_files_of, require_profile
+from chromarpc_server.devices import device_source, model_files_of, require_profiles
 from chromarpc_server.disk_room import DiskRoom
 from chromarpc_server.domain.errors import ChromaError
-from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.domain.resolve import PictureRecords, Serving
 from chromarpc_server.jobs.engine import DeviceCalls, Engine, EngineRules
 from chromarpc_server.jobs.store.job_store import JobStore
+from chromarpc_server.model_catalogue import served_models
+from chromarpc_server.model_settings import parse_size
 from chromarpc_server.observability.audit_log import AuditLog
 from chromarpc_server.observability.metrics import Metrics
 from chromarpc_server.observability.probes import StatusPort
@@ -37,9 +40,9 @@ from chromarpc_server.pipeline import (
 )
 from chromarpc_server.ports import require_free
 from chromarpc_server.runtime.device import DeviceSource
-from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
+from chromarpc_server.runtime.model_files import ModelFiles
 from chromarpc_server.runtime.running_time import RunningTime
-from chromarpc_server.settings import ServerSettings, parse_size
+from chromarpc_server.settings import ServerSettings
 from chromarpc_server.transport.access.authentication import Authentication
 from chromarpc_server.transport.access.callers_file import CallersFile
 from chromarpc_server.transport.access.quotas import CallQuotas
@@ -132,8 +135,9 @@ class App:
         require_free(settings.wanted_ports())  # before jobs are resumed and weights are read
         import_ahead()
         running_time = RunningTime()
-        devices = device_source(settings, running_time)
-        serving = self._serving(devices)
+        models = await asyncio.to_thread(served_models, settings)
+        devices = device_source(settings, models, running_time)
+        serving = self._serving(models, devices)
         model_files = model_files_of(settings, devices)
         access = self._access()
         version = metadata.version("chromarpc")
@@ -163,15 +167,6 @@ class App:
             observers=[part.observer for part in (metrics, tracing) if part is not None],
         )
         self._use(engine, devices)
-        models = ModelServicer(
-            engine,
-            serving,
-            model_files,
-            library,
-            version=version,
-            library_versions=library_versions(),
-            profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
-        )
         await engine.start()
         listening: Listening | None = None
         try:
@@ -181,7 +176,7 @@ class App:
                 Services(
                     GenerationServicer(engine, serving),
                     JobServicer(engine, serving),
-                    models,
+                    _model_servicer(engine, serving, model_files, library, version),
                     LoraServicer(library, adapters, serving, ModelFiles(settings.model_folder)),
                 ),
                 access=access,
@@ -195,7 +190,7 @@ class App:
             raise
         try:
             stopping = asyncio.create_task(self._stop.wait())
-            preloading = asyncio.create_task(self._preload(engine))
+            preloading = asyncio.create_task(self._preload(engine, serving))
             sweeping = asyncio.create_task(self._sweep_uploads(library))
             await asyncio.wait({stopping, preloading}, return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
@@ -204,7 +199,7 @@ class App:
                 self._listening = listening
                 engine.begin()
                 self._set_available(engine.is_available)
-                await self._announce(engine, listening, model_files)
+                await self._announce(engine, serving, listening, model_files)
                 if started is not None:
                     started.set_result(listening.port)
                 await stopping
@@ -225,15 +220,16 @@ class App:
         if isinstance(devices, RayDevices):
             devices.follow(lambda: engine.unended_jobs, lambda: self._set_available(engine.is_available))
 
-    def _serving(self, devices: DeviceSource) -> Serving:
+    def _serving(self, models: Mapping[str, ModelSpec], devices: DeviceSource) -> Serving:
         """What requests may ask for.
 
         Raises:
-            InvalidParameter: the default profile is not among them.
+            InvalidParameter: a default profile is not among them.
         """
         settings = self._settings
-        require_profile(settings, devices)
+        require_profiles(settings, models, devices)
         return Serving(
+            models=models,
             aliases=settings.alias,
             profiles=devices.profiles,
             default_profile=settings.profile,
@@ -317,13 +313,15 @@ class App:
             f"{encryption}, {'client certificates' if settings.tls_client_ca else 'open to all who can connect'}"
         )
 
-    async def _preload(self, engine: Engine) -> None:
+    async def _preload(self, engine: Engine, serving: Serving) -> None:
         settings = self._settings
         for model_id in settings.preload:
             log.info("model.preloading", extra={"model": model_id})
-            served = REGISTRY[settings.alias.get(model_id, model_id)]
+            served = serving.models[settings.alias.get(model_id, model_id)]
             sizes = settings.warm_up or [f"{served.defaults.width}x{served.defaults.height}"]
-            await engine.preload(served, settings.profile, [parse_size(size) for size in sizes])
+            await engine.preload(
+                served, served.defaults.profile or settings.profile, [parse_size(size) for size in sizes]
+            )
 
     async def _sweep_uploads(self, library: AdapterLibrary) -> None:
         """Drops uploads that nobody goes on with, whether others begin or not."""
@@ -335,7 +333,9 @@ class App:
             except OSError:
                 log.exception("housekeeping.failed")
 
-    async def _announce(self, engine: Engine, listening: Listening, model_files: ModelFiles) -> None:
+    async def _announce(
+        self, engine: Engine, serving: Serving, listening: Listening, model_files: ModelFiles
+    ) -> None:
         settings = self._settings
         devices = [one.description for one in engine.status().devices]
         told = {
@@ -347,11 +347,10 @@ class App:
         print(
             f"chromarpc-server listens on {joined(settings.host, listening.port)} ({self._admits()})", flush=True
         )
-        for spec in REGISTRY.values():
-            served = REGISTRY[settings.alias.get(spec.id, spec.id)]
-            here = await asyncio.to_thread(model_files.find, served) is not None
+        for spec in serving.models.values():
+            served = serving.models[settings.alias.get(spec.id, spec.id)]
+            state = await asyncio.to_thread(model_files.state, served)
             by = f" (served by {served.id})" if served is not spec else ""
-            state = "ready" if here else f"weights missing: {fetch_command(served) or 'reinstall the package'}"
             print(f"  {spec.id}{by}: {state}", flush=True)
         root = settings.lora_root
         print(f"  adapters: {root if root is not None else 'none served (set --lora-root DIR)'}", flush=True)
@@ -371,6 +370,20 @@ class App:
         # Every stream has had its last event by now; this waits for their bytes to leave.
         await listening.server.stop(grace=5.0)
         log.info("server.stopped", extra={"exit_code": self._exit_code})
+
+
+def _model_servicer(
+    engine: Engine, serving: Serving, model_files: ModelFiles, library: AdapterLibrary, version: str
+) -> ModelServicer:
+    return ModelServicer(
+        engine,
+        serving,
+        model_files,
+        library,
+        version=version,
+        library_versions=library_versions(),
+        profile_descriptions={name: profile.description for name, profile in PROFILES.items()},
+    )
 
 
 async def serve(settings: ServerSettings) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from chromarpc_server.cluster.cluster_size import ClusterSize
 from chromarpc_server.cluster.messages import HostSettings
@@ -10,8 +11,8 @@ from chromarpc_server.cluster.placement import RayPlacement
 from chromarpc_server.cluster.ray_devices import ClusterSettings, RayDevices
 from chromarpc_server.device_settings import ray_devices
 from chromarpc_server.domain.errors import InvalidParameter
-from chromarpc_server.domain.models import REGISTRY
-from chromarpc_server.pipeline import TRAINER_CHOICES, choose_device, choose_devices, idle_gpus
+from chromarpc_server.domain.models import ModelSpec
+from chromarpc_server.pipeline import PROFILES, TRAINER_CHOICES, choose_device, choose_devices, idle_gpus
 from chromarpc_server.runtime.device import DeviceSource
 from chromarpc_server.runtime.local_devices import LocalDevices
 from chromarpc_server.runtime.model_files import ModelFiles, ModelFilesElsewhere
@@ -21,14 +22,16 @@ from chromarpc_server.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 
-def device_source(settings: ServerSettings, running_time: RunningTime) -> DeviceSource:
-    """Where jobs are computed.
+def device_source(
+    settings: ServerSettings, models: Mapping[str, ModelSpec], running_time: RunningTime
+) -> DeviceSource:
+    """Where jobs are computed, and `models` with them.
 
     Raises:
         WeightsInvalid: a device is not there, or cannot be paired.
     """
     if settings.devices is not None and ray_devices(settings.devices) is not None:
-        return _cluster(settings, running_time)
+        return _cluster(settings, models, running_time)
     if settings.devices is None:
         choices = [choose_device(settings.device, settings.dtype, threads=settings.threads)]
         idle = idle_gpus(choices) if choices[0].device.type == "cuda" else []
@@ -41,7 +44,7 @@ def device_source(settings: ServerSettings, running_time: RunningTime) -> Device
     return LocalDevices(choices, running_time, settings.budgets(), settings.device_timeouts())
 
 
-def _cluster(settings: ServerSettings, running_time: RunningTime) -> RayDevices:
+def _cluster(settings: ServerSettings, models: Mapping[str, ModelSpec], running_time: RunningTime) -> RayDevices:
     wanted, ray = ray_devices(settings.devices or ""), settings.ray
     assert wanted is not None  # noqa: S101 - whoever calls has looked
     hosts = HostSettings(
@@ -51,7 +54,8 @@ def _cluster(settings: ServerSettings, running_time: RunningTime) -> RayDevices:
         budgets=settings.budgets(),
         timeouts=settings.device_timeouts(),
         model_folders=tuple(settings.model_folder.items()),
-        served_models=tuple(dict.fromkeys(settings.alias.get(model, model) for model in REGISTRY)),
+        models=tuple(models.values()),
+        served_models=tuple(dict.fromkeys(settings.alias.get(model, model) for model in models)),
         preloaded_models=tuple(settings.alias.get(model, model) for model in settings.preload),
         content_folder=ray.adapter_folder,
         content_bytes=ray.adapter_bytes,
@@ -72,18 +76,27 @@ def model_files_of(settings: ServerSettings, devices: DeviceSource) -> ModelFile
     return kind(settings.model_folder)
 
 
-def require_profile(settings: ServerSettings, devices: DeviceSource) -> None:
-    """Checks that a device computes the default profile.
+def require_profiles(settings: ServerSettings, models: Mapping[str, ModelSpec], devices: DeviceSource) -> None:
+    """Checks that a device computes the default profile, and those of models.
 
     Raises:
         InvalidParameter: none does.
     """
-    if settings.profile in devices.profiles:
+    _require_profile(settings.profile, "", settings, devices)
+    for spec in models.values():
+        if spec.defaults.profile:
+            _require_profile(spec.defaults.profile, f"--model {spec.id}: profile: ", settings, devices)
+
+
+def _require_profile(name: str, where: str, settings: ServerSettings, devices: DeviceSource) -> None:
+    if name in devices.profiles:
         return
-    is_other_dtype = settings.profile == "preview-exact" and settings.dtype not in TRAINER_CHOICES
+    if name not in PROFILES:
+        raise InvalidParameter(f"{where}no such profile: {name}; known are {', '.join(PROFILES)}")
+    is_other_dtype = name == "preview-exact" and settings.dtype not in TRAINER_CHOICES
     needs = (
         f"computes in bfloat16, as the trainer does, and --dtype says {settings.dtype}"
         if is_other_dtype
         else "needs a GPU of compute capability 8.9 or more"
     )
-    raise InvalidParameter(f"the profile {settings.profile} {needs}")
+    raise InvalidParameter(f"{where}the profile {name} {needs}")

@@ -23,7 +23,8 @@ class LimitSettings(BaseModel):
     )
     max_loras: PositiveInt = Field(_LIMITS.max_loras, description="adapters in one request")
     max_pixel_steps: PositiveInt = Field(
-        _LIMITS.max_pixel_steps, description="width × height × steps, summed over a request's prompts"
+        _LIMITS.max_pixel_steps,
+        description="width × height × calls of the model, summed over a request's prompts",
     )
     max_pixels: PositiveInt = Field(
         _LIMITS.max_pixels, description="width × height, summed over a request's prompts"

@@ -6,12 +6,14 @@ An unknown or bad value stops the start.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ByteSize, Field, PositiveInt, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliSuppress,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -30,9 +32,10 @@ from chromarpc_server.domain.limits import (
     UploadLimits,
     WeightsPlace,
 )
-from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.domain.models import REGISTRY, ModelSpec
 from chromarpc_server.domain.resolve import PictureRecords
 from chromarpc_server.limit_settings import LimitSettings
+from chromarpc_server.model_settings import ImageSize, ModelFlags, ModelTables, configured_models, require_known
 from chromarpc_server.platform_folders import default_data_dir
 from chromarpc_server.ports import WantedPort
 from chromarpc_server.transport.addresses import is_local, is_unix, parse_host, parse_tcp_host
@@ -52,36 +55,8 @@ MEMORY_STORE_BYTES = 512 * 1024**2
 Profile = Literal["reference", "exact", "fp8", "preview", "preview-exact"]
 
 
-def _known_model(model_id: str) -> str:
-    if model_id not in REGISTRY:
-        raise ValueError(f"no such model: {model_id}; known are {', '.join(REGISTRY)}")
-    return model_id
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`1024x1024` → width and height in pixels, multiples of 32.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"not a size: {text}; write it like 1024x1024")
-    sides = int(width), int(height)
-    if any(not 64 <= side <= 4096 or side % 32 for side in sides):
-        raise ValueError(f"{text}: sides are multiples of 32 from 64 to 4096")
-    return sides
-
-
-def _size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
 Host = Annotated[str, AfterValidator(parse_host)]
 TcpHost = Annotated[str, AfterValidator(parse_tcp_host)]
-ImageSize = Annotated[str, AfterValidator(_size)]
-ModelId = Annotated[str, AfterValidator(_known_model)]
 
 
 class ServerSettings(BaseSettings):
@@ -91,6 +66,8 @@ class ServerSettings(BaseSettings):
       chromarpc-server                                    serve what is here, on 127.0.0.1:50051
       chromarpc-server --alias chroma=chroma-mini         run production requests on a laptop
       chromarpc-server --lora-root ~/loras --preload chroma
+      chromarpc-server --comfyui ~/ComfyUI/models         every Chroma that lies there, as it lies there
+      chromarpc-server models --comfyui ~/ComfyUI/models  what was found, and what is missing
       chromarpc-server fetch chroma                       download the weights of Chroma1-Base
       chromarpc-server verify DIR                         check this install against recorded vectors
       chromarpc-server token NAME                         make a token, and the entry that lets it in
@@ -185,15 +162,30 @@ class ServerSettings(BaseSettings):
         ByteSize(_DOWNLOADS.cache_bytes), description="disk for fetched adapters, below the data folder"
     )
     download_timeout_s: float = Field(_DOWNLOADS.total_s, gt=0, description="seconds that one download may take")
-    alias: dict[ModelId, ModelId] = Field(
+    model: ModelFlags = Field(
+        default_factory=dict,
+        description="NAME=FILE_OR_REPO[,key=value...]: a model of a file, a folder or owner/name[:file] of the "
+        "Hugging Face hub; keys: text_encoder, tokenizer, autoencoder, base_name, description, width, height, "
+        "steps, guidance, sampler, schedule, shift, profile; repeatable",
+    )
+    models: CliSuppress[ModelTables] = Field(
+        default_factory=dict,
+        description="tables [models.NAME] of the file: the same keys, and transformer",
+    )
+    comfyui: Path | None = Field(
+        None,
+        description="a ComfyUI models folder: every Chroma below its diffusion_models, unet and checkpoints is "
+        "served, with the text encoder and autoencoder that lie there; nothing is copied",
+    )
+    alias: dict[str, str] = Field(
         default_factory=dict, description="MODEL=OTHER: serve requests for MODEL by OTHER; repeatable"
     )
-    model_folder: dict[ModelId, Path] = Field(
+    model_folder: dict[str, Path] = Field(
         default_factory=dict,
         description="MODEL=DIR: folder with the model's transformer file, text_encoder_2/, tokenizer_2/ and "
         "vae/; repeatable; the Hugging Face cache otherwise",
     )
-    preload: list[ModelId] = Field(
+    preload: list[str] = Field(
         default_factory=list, description="models to load before the server says SERVING; repeatable"
     )
     warm_up: list[ImageSize] = Field(
@@ -351,10 +343,9 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        in_ray = self.devices is not None and ray_devices(self.devices) is not None
-        if in_ray and (self.device not in ("auto", "cuda", "cpu") or self.cfg_parallel):
+        if self._in_ray and (self.device not in ("auto", "cuda", "cpu") or self.cfg_parallel):
             raise ValueError("--devices ray takes whole GPUs, or with --device cpu CPUs; Ray says which")
-        if self.devices is not None and not in_ray and "device" in self.model_fields_set:
+        if self.devices is not None and not self._in_ray and "device" in self.model_fields_set:
             raise ValueError("--device names one device and --devices several; give one of them")
         if self.cfg_parallel and self.devices is None:
             raise ValueError("--cfg-parallel needs --devices")
@@ -371,13 +362,41 @@ class ServerSettings(BaseSettings):
             )
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ValueError(f"--lora-root {self.lora_root} is not a folder")
+        self._check_models()
+        return self
+
+    def _check_models(self) -> None:
         for model_id, folder in self.model_folder.items():
-            if not in_ray and not folder.is_dir():
+            if not self._in_ray and not folder.is_dir():
                 raise ValueError(f"--model-folder {model_id}={folder}: not a folder")
         for source, target in self.alias.items():
             if target in self.alias:
                 raise ValueError(f"--alias {source}={target}: {target} is an alias itself")
-        return self
+        if self.comfyui is not None and not self.comfyui.is_dir():
+            raise ValueError(f"--comfyui {self.comfyui}: not a folder")
+        configured = self.configured_models()
+        if self.comfyui is None:  # else once it is known what lies there
+            self.require_models({**REGISTRY, **configured})
+
+    @property
+    def _in_ray(self) -> bool:
+        return self.devices is not None and ray_devices(self.devices) is not None
+
+    def configured_models(self) -> dict[str, ModelSpec]:
+        """The models that the settings describe one by one.
+
+        Raises:
+            ValueError: naming where, and the key.
+        """
+        return configured_models(self.models, self.model, must_exist=not self._in_ray)
+
+    def require_models(self, known: Collection[str]) -> None:
+        """Checks every setting that names a model.
+
+        Raises:
+            ValueError: naming the setting, and the models that there are.
+        """
+        require_known(known, aliases=self.alias, folders=self.model_folder, preloaded=self.preload)
 
     @classmethod
     def settings_customise_sources(

@@ -50,6 +50,9 @@ COMPARED: Final = (
     ("ours.png", "ours-without-adapter.png"),
     ("ours.png", "ours-odd.png"),
     ("ours.png", "comfyui.png"),
+    ("ours.png", "ours-sampled.png"),
+    ("ours-sampled.png", "comfyui.png"),
+    ("ours-sampled.png", "ours-sampled-lost.png"),
     ("a1111.png", "ours-preview.webp"),
     ("comfyui.png", "comfyui-custom.png"),
     ("a1111.png", "forge.webp"),
@@ -111,6 +114,17 @@ SAME_PREVIEW: Final = {
     "request": {**PREVIEW["request"], "trainer": {**PREVIEW["request"]["trainer"], "dtype": "bfloat16"}},
 }
 """With the other word for its type."""
+SAMPLED: Final = changed(
+    request={
+        **prompted(sampler="heun", schedule="beta", shift=1, neg="ugly", use_neg=True),
+        "settings": "comfyui",
+    },
+    stored_as="GGUF Q4_K",
+)
+ODD_SAMPLING: Final = changed(
+    request={**prompted(sampler=3, schedule=["beta"], shift="much", use_neg="yes"), "settings": None},
+    stored_as=[1],
+)
 ODD: Final = changed(
     request={
         **prompted(prompt="\\ \t\r\u2028 é 猫 😀 \x7f", seed=2**63 - 1, guidance_scale=10**301, sample_steps=20.0),
@@ -189,6 +203,15 @@ def made() -> dict[str, bytes]:
         "ours-without-adapter.png": recorded(changed(request={"loras": []}, adapters=[])),
         "ours-odd.png": recorded(ODD),
         "ours-old.png": recorded(old),
+        "ours-sampled.png": recorded(SAMPLED),
+        "ours-odd-sampling.png": recorded(ODD_SAMPLING),
+        "ours-sampled-lost.png": png_with(
+            {
+                "parameters": "a cat\nNegative prompt: ugly\nSteps: 8, Sampler: heun, Schedule type: beta, "
+                "CFG scale: 4.0, Seed: 42, Size: 64x64, Model: chroma, Shift: 1, Profile: reference, "
+                "Settings: comfyui, Version: chromarpc 0.1.0"
+            }
+        ),
         "ours-resized.png": recorded(RECORD, image=pixels(size=(32, 64))),
         "ours-extended.jpg": extended(changed()),
         "ours-cut.jpg": extended(changed(), missing=True),

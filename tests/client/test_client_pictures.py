@@ -337,7 +337,8 @@ def test_urls_in_a_picture_are_shown_and_fetched_only_if_confirmed(
     ("arguments", "said"),
     [
         (("a", "b", "--json", "a.png"), "one PROMPT at most"),
-        (("--json", "comfy.png"), "chromarpc explain --request"),
+        (("--json", "comfy.png"), "ComfyUI drew this picture; give it as --comfyui comfy.png"),
+        (("--json", "a1111.png"), "chromarpc explain --request"),
         (("--json", "plain.png"), "does not say what it was drawn with"),
         (("--json", "odd.png"), "record"),
         (("--json", "a.png", "--format", "webp", "-o", "b.png"), "the name says png"),
@@ -348,6 +349,7 @@ def test_what_cannot_be_drawn_again_exits_2(shell: Shell, arguments: tuple[str, 
     write("a.png")
     Path("plain.png").write_bytes(png())
     Path("comfy.png").write_bytes(png_with({"prompt": COMFYUI}))
+    Path("a1111.png").write_bytes(png_with({"parameters": A1111}))
     Path("odd.png").write_bytes(png_with({"chromarpc": {"request": {"prompts": []}}}))
     result = shell("generate", *arguments)
     assert result.exit_code == 2

@@ -38,7 +38,16 @@ def test_a_saved_png_holds_its_pixels_and_its_record(server: FakeServer, client:
     again = parse_request_json(json.dumps(record["request"]))
     assert again.unknown == ()
     assert again.request == build_request(
-        Prompt("sks a cät", width=32, height=32, sample_steps=2, guidance_scale=4.0, seed=42),
+        Prompt(
+            "sks a cät",
+            width=32,
+            height=32,
+            sample_steps=2,
+            guidance_scale=4.0,
+            seed=42,
+            sampler="flowmatch",
+            schedule="flowmatch",
+        ),
         model="chroma",
         loras=Lora("j/l.safetensors", 0.5),
         output_format="png",

@@ -29,6 +29,8 @@ def test_a_picture_of_comfyui_is_followed_from_where_it_is_saved() -> None:
         "sample_steps": 20,
         "sampler": "euler",
         "scheduler": "beta",
+        "shift": 1.0,
+        "settings": "comfyui",
         "guidance_scale": 3.5,
         "guidance": "classifier-free",
         "width": 64,
@@ -37,6 +39,20 @@ def test_a_picture_of_comfyui_is_followed_from_where_it_is_saved() -> None:
     assert facts is not None
     assert facts.facts["scheduler"].note == "shift 1.0 (ModelSamplingAuraFlow)"
     assert facts.facts["loras.0.placement"].note
+    assert facts.request is not None
+    assert facts.request["settings"] == "comfyui"
+    (prompt,) = facts.request["prompts"]
+    assert (prompt["sampler"], prompt["schedule"], prompt["shift"]) == ("euler", "beta", 1.0)
+    assert (prompt["neg"], prompt["use_neg"]) == ("blurry", True)
+
+
+def test_names_that_have_no_counterpart_here_are_told_and_not_asked_for() -> None:
+    graph = json.loads(json.dumps(COMFYUI_CUSTOM).replace("res_multistep", "euler_ancestral"))
+    facts = comfyui_facts({"prompt": json.dumps(graph)})
+    assert facts is not None
+    assert facts.request is not None
+    assert any("the sampler euler_ancestral has no counterpart" in remark for remark in facts.remarks)
+    assert "sampler" not in facts.request["prompts"][0]
 
 
 def test_samplers_of_several_nodes_and_lists_of_adapters_are_followed() -> None:
@@ -52,7 +68,7 @@ def test_samplers_of_several_nodes_and_lists_of_adapters_are_followed() -> None:
     assert "loras.1.path" not in known
     assert facts is not None
     assert any("denoise 0.6" in remark for remark in facts.remarks)
-    assert any("res_multistep has no counterpart" in remark for remark in facts.remarks)
+    assert not any("counterpart" in remark for remark in facts.remarks)
 
 
 def test_a_workflow_alone_is_enough_for_what_its_nodes_list() -> None:

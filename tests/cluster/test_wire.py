@@ -13,6 +13,7 @@ from chromarpc_server.cluster.messages import HostSettings as Settings
 from chromarpc_server.cluster.wire import NotOurs, decode, encode
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter, QuotaExceeded
 from chromarpc_server.domain.events import ImageHeader, Loading, LoadingStage, Preview, Step
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ResidentSet, SetKey
 from chromarpc_server.runtime.work import EncodedImage, StageDone
@@ -27,6 +28,7 @@ HEADER = ImageHeader(0, "image/png", 3, 64, 64, "00", 2**63)
     "value",
     [
         Run(1, "id", plan("a.safetensors"), ()),
+        Run(2, "id", plan(settings=DrawingSettings.COMFYUI), ()),
         Open("ray:0", Settings(model_folders=(("m", Path("/models")),))),
         Opened(None, InvalidParameter("no")),
         Reports(2, (Loading(LoadingStage.READING, 1, 2), Step(0, 1, 2, 0.1 + 0.2, 1e-300, 0.0, None, (1.0, 0.5)))),

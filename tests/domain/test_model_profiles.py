@@ -14,7 +14,9 @@ from chromarpc_server.transport.services.models import ModelServicer
 
 def _models(serving: Serving) -> dict[str, model_service_pb2.Model]:
     idle: Any = SimpleNamespace(status=lambda: SimpleNamespace(cache=CacheSnapshot(), devices=()))
-    nothing: Any = SimpleNamespace(find=lambda spec: None, hidden_from=lambda owner: frozenset())
+    nothing: Any = SimpleNamespace(
+        find=lambda spec: None, parts=lambda spec: (), hidden_from=lambda owner: frozenset()
+    )
     servicer = ModelServicer(
         idle, serving, nothing, nothing, version="1", library_versions={}, profile_descriptions={}
     )

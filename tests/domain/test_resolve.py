@@ -153,7 +153,7 @@ def test_options_that_have_no_effect_are_told() -> None:
 def test_an_unknown_model_names_those_that_are() -> None:
     with pytest.raises(ModelNotFound) as caught:
         resolve(GenerationRequest(model="x", prompts=(PromptRequest("a"),)), Serving())
-    assert caught.value.metadata["models"] == "chroma,chroma-mini"
+    assert caught.value.metadata["models"] == "chroma,chroma-mini,chroma1-flash,chroma1-hd"
 
 
 @given(width=st.integers(64, 4096), height=st.integers(64, 4096))

@@ -62,4 +62,4 @@ def test_an_unknown_command_says_what_there_is(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as caught:
         main(["paint"])
     assert caught.value.code == 2
-    assert "serve, web, verify, fetch, token or store" in capsys.readouterr().err
+    assert "serve, web, verify, models, fetch, token or store" in capsys.readouterr().err

@@ -256,6 +256,9 @@ def _edges(described: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
                 step = 1 if item["type"][0] == "integer" else 0.01
                 for value in (item["minimum"], item["minimum"] - step, item["maximum"], item["maximum"] + step):
                     yield name, field, value
+            elif "exclusiveMinimum" in item:
+                low, high = item["exclusiveMinimum"], item["maximum"]
+                yield from ((name, field, value) for value in (low, low + 0.01, high, high + 0.01))
             elif "enum" in item:
                 yield from ((name, field, value) for value in [*item["enum"], "other", 99, True])
             elif "$ref" not in str(item):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import chromarpc
 from chromarpc import Lora
 from chromarpc.v1 import job_service_pb2, job_service_pb2_grpc
-from chromarpc_server.domain import resolve
+from chromarpc_server.domain import resolve, sampling_options
 from chromarpc_server.domain.models import CHROMA
 from chromarpc_server.transport.access.callers_file import entry_text
 from tests.conftest import RunningServer
@@ -224,6 +224,24 @@ class TestAdaptersThatAreNotWhatTheyWere:
 def test_without_stored_prompts_there_is_nothing_to_draw(serve: Serve) -> None:
     with chromarpc.Client(serve(store_prompts=False).target) as client:
         assert _refused(client, _cancelled(client).job_id, chromarpc.NotKept) == ["prompts"]
+
+
+def test_a_sampler_that_another_version_had_is_refused_by_its_name(
+    client: chromarpc.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _cancelled(client, sampler="heun", schedule="beta")
+    monkeypatch.setattr(sampling_options, "SAMPLERS", {"flowmatch": None})
+    assert _refused(client, before.job_id, chromarpc.InvalidRequest) == ["prompts.0.sampler"]
+
+
+def test_sampler_schedule_shift_settings_and_negative_text_are_the_jobs(client: chromarpc.Client) -> None:
+    said: dict[str, Any] = {"sampler": "heun", "schedule": "beta", "shift": 1.5, "neg": "ugly", "use_neg": True}
+    before = _cancelled(client, settings="comfyui", **said)
+    again = client.redraw_job(before.job_id)
+    client.cancel_job(again.job_id)
+    assert (again.plan.prompts, again.plan.settings) == (before.plan.prompts, "comfyui")
+    (prompt,) = again.plan.prompts
+    assert (prompt.sampler, prompt.schedule, prompt.shift, prompt.neg) == ("heun", "beta", 1.5, "ugly")
 
 
 def test_a_model_or_a_profile_that_is_not_served_any_more(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

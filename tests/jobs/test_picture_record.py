@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chromarpc.json_request import parse_request_json
 from chromarpc_server.domain.events import AdapterReport, Prepared, TokenCount, WeightsReport, WeightsSource
 from chromarpc_server.domain.plan import Plan, PlannedLora, PlannedOutput, PlannedPrompt, PlanWarning
 from chromarpc_server.domain.requests import (
@@ -21,11 +22,13 @@ from chromarpc_server.domain.requests import (
     PromptRequest,
 )
 from chromarpc_server.domain.resolve import PictureRecords, Serving, resolve
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import LokrForm, TrainerSettings
 from chromarpc_server.jobs.encoding import encode_image, encode_pixels
 from chromarpc_server.jobs.picture_record import PictureRecord, picture_record
 from chromarpc_server.runtime.work import RenderedImage
 from chromarpc_server.settings import ServerSettings
+from chromarpc_server.transport.messages.requests import generation_request
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (48, 80, 3), np.uint8)
 SHA256 = "ab" * 32
@@ -91,6 +94,9 @@ def test_a_record_holds_all_that_decided_the_picture() -> None:
                     "guidance_scale": 4.0,
                     "seed": 7,
                     "neg": "ugly",
+                    "use_neg": True,
+                    "sampler": "flowmatch",
+                    "schedule": "flowmatch",
                 }
             ],
             "output": {"format": "IMAGE_FORMAT_PNG"},
@@ -137,6 +143,41 @@ def test_a_record_says_that_two_devices_made_a_pass_each(guidance: float, said: 
     assert on_two == on_one
 
 
+def test_a_record_names_what_its_picture_was_sampled_with() -> None:
+    prompt = PlannedPrompt("x", 64, 64, 8, 1.5, 1, sampler="heun", schedule="beta", shift=1.0)
+    made = record(
+        plan(prompts=(prompt,), profile="reference", trainer=None, settings=DrawingSettings.COMFYUI),
+        prepared(stored_as="GGUF Q4_K"),
+    )
+    said = json.loads(made.text)
+    assert said["request"]["settings"] == "comfyui"
+    assert said["request"]["prompts"] == [
+        {
+            "prompt": "x",
+            "width": 64,
+            "height": 64,
+            "sample_steps": 8,
+            "guidance_scale": 1.5,
+            "seed": 1,
+            "sampler": "heun",
+            "schedule": "beta",
+            "shift": 1.0,
+        }
+    ]
+    assert said["stored_as"] == "GGUF Q4_K"
+    assert "Sampler: heun, Schedule type: beta, " in made.parameters
+    assert ", Shift: 1, Profile: reference, Settings: comfyui, Version" in made.parameters
+
+
+def test_a_records_request_draws_the_same_again() -> None:
+    prompt = PromptRequest("x", neg="ugly", use_neg=True, sampler="heun", schedule="beta", shift=1.0)
+    planned = resolve(GenerationRequest("chroma", prompts=(prompt,), settings="comfyui"), Serving())
+    body = json.loads(record(replace(planned, loras=plan().loras)).text)["request"]
+    again = resolve(generation_request(parse_request_json(json.dumps(body)).request), Serving())
+    assert again.prompts == planned.prompts
+    assert again.settings is planned.settings
+
+
 def test_what_happened_to_come_differently_gives_the_same_record() -> None:
     other = prepared(
         weights=WeightsReport(WeightsSource.SWITCHED, 0, 0.1, 4, 5000),
@@ -175,8 +216,9 @@ def test_no_secret_and_no_place_of_a_machine_is_in_a_record(path: str, said: str
 
 def test_people_read_prompt_negative_text_and_settings() -> None:
     assert record().parameters == (
-        'a <cät> & "dog"\n\nNegative prompt: ugly\nSteps: 3, Sampler: flowmatch, CFG scale: 4, Seed: 7, '
-        "Size: 64x96, Model: chroma-mini, Model hash: cdcdcdcdcdcd, Lora 0: job/l.safetensors x 0.5, "
+        'a <cät> & "dog"\n\nNegative prompt: ugly\nSteps: 3, Sampler: flowmatch, Schedule type: flowmatch, '
+        "CFG scale: 4, Seed: 7, Size: 64x96, Model: chroma-mini, Model hash: cdcdcdcdcdcd, "
+        "Lora 0: job/l.safetensors x 0.5, "
         "Profile: preview, Version: chromarpc 0.1.0"
     )
 

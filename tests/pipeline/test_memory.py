@@ -103,7 +103,7 @@ def test_a_pairs_second_device_needs_room_for_the_transformer_alone(
 
 
 def test_a_pair_whose_second_device_is_too_small_is_told_so() -> None:
-    with pytest.raises(OutOfMemory, match="the pair's second device has 8.0 GB"):
+    with pytest.raises(OutOfMemory, match=r"the pair's second device has 8\.0 GB"):
         plan_memory(80 * GB, CHROMA, MemoryChoice(), second_bytes=8 * GB)
-    with pytest.raises(OutOfMemory, match="^the device has 8.0 GB .* leave out --cfg-parallel"):
+    with pytest.raises(OutOfMemory, match=r"^the device has 8\.0 GB .* leave out --cfg-parallel"):
         plan_memory(8 * GB, CHROMA, MemoryChoice(), second_bytes=80 * GB)

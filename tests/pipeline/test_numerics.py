@@ -20,6 +20,7 @@ from chromarpc_server.pipeline.models.positions import key_attention_mask, rope_
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.sampling import draw_noise, pack, unpack
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
+from chromarpc_server.pipeline.weights.other_parts import open_text_encoder
 from chromarpc_server.pipeline.weights.quantization import (
     FLOAT8_MAX,
     SMALLEST_SCALE,
@@ -226,10 +227,10 @@ def test_a_text_encoder_held_in_float8_gives_the_same_bits(tiny_checkpoint: Path
     ids = torch.randint(2, 60, (1, 512), generator=torch.Generator().manual_seed(1))
 
     def build(**options: bool) -> torch.nn.Module:
-        part = text_encoder.open_text_encoder(folder, WeightFiles())
+        opened = open_text_encoder(folder, WeightFiles())
         return text_encoder.build_text_encoder(
-            text_encoder.text_encoder_config(folder),
-            text_encoder.read_all(part, ReadingProgress((part,), SILENT)),
+            text_encoder.text_encoder_config(opened.config),
+            ReadingProgress((opened.part,), SILENT).stored(opened.part),
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             quantize=True,

@@ -120,8 +120,14 @@ def test_what_the_operator_decides_is_kept_where_blocks_are_streamed() -> None:
 
 @pytest.mark.parametrize(
     ("host_gib", "gib", "master", "locked"),
-    [(64, 8, "host", 27.5), (64, 12, "host", 22.7), (14.5, 8, "mapped", 9.7), (14.5, 24, "mapped", 0), (4, 79, "device", 0)],
-)  # fmt: skip
+    [
+        (64, 8, "host", 27.5),
+        (64, 12, "host", 22.7),
+        (14.5, 8, "mapped", 9.7),
+        (14.5, 24, "mapped", 0),
+        (4, 79, "device", 0),
+    ],
+)
 def test_the_master_stays_in_its_file_where_the_host_is_too_small(
     host_gib: float, gib: float, master: str, locked: float
 ) -> None:
@@ -266,8 +272,8 @@ def test_other_links_are_predicted_by_the_formula_that_is_told() -> None:
 
 def _figure(case: str, seconds: float, **other: object) -> dict[str, object]:
     side, guidance = {"guidance": (1024, 4.0), "512": (512, 4.0), "single pass": (1024, 1.0)}[case]
-    figure = {"case": case, "side": side, "guidance": guidance, "total_s": seconds, "step_s": 0.2, "rate": None}
-    return {**figure, "bytes_a_step": 0, "waited_s_a_step": 0, "hidden": None, "equal_bits": None, "predicted": {}, **other}  # fmt: skip
+    figure = {"case": case, "side": side, "guidance": guidance, "total_s": seconds, "step_s": 0.2}
+    return {**figure, "rate": None, "equal_bits": None, "predicted": {}, **other}
 
 
 def test_the_table_says_what_failed_what_missed_its_target_and_whose_bits_differ() -> None:

@@ -147,9 +147,10 @@ def test_a_step_that_broke_off_leaves_nothing_that_the_next_one_computes_with(
             if block == broken:
                 raise MemoryError
 
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        with monkeypatch.context() as patched:
             patched.setattr(BlockStream, "enter", stop)
-            _steps(prepared, (7,))
+            with pytest.raises(MemoryError):
+                _steps(prepared, (7,))
         assert _same(_steps(prepared, (7,)), expected)
 
 

@@ -67,7 +67,9 @@ class _Device:
         self.parts = _Parts()
         self.checkpoint: Any = SimpleNamespace(trainer_parts=self.parts)
         self.slots: list[Any] = [
-            SimpleNamespace(checkpoint=self.checkpoint, transformer=SimpleNamespace(size_bytes=100, settings=one))
+            SimpleNamespace(
+                checkpoint=self.checkpoint, transformer=SimpleNamespace(size_bytes=100, text_settings=one)
+            )
             for one in settings
         ]
         self.room: DeviceRoom[Any] = DeviceRoom(
@@ -83,7 +85,7 @@ class _Device:
 
     @property
     def left(self) -> list[str | None]:
-        return [slot.transformer.settings and slot.transformer.settings.qtype for slot in self.slots]
+        return [slot.transformer.text_settings and slot.transformer.text_settings.qtype for slot in self.slots]
 
 
 def test_a_text_encoder_that_no_resident_set_takes_leaves_first_and_the_oldest_of_them_before_others() -> None:

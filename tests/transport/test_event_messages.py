@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 
 from chromarpc.v1 import job_event_pb2
 from chromarpc_server.domain.events import Event, Prepared, Restarted, WeightsReport, WeightsSource
+from chromarpc_server.domain.requests import GenerationRequest, PromptRequest
+from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.log import LoggedEvent
-from chromarpc_server.transport.messages.events import job_event
+from chromarpc_server.transport.messages.events import accepted_message, job_event
 
 PREPARED = Prepared((), "ab" * 32, (), {}, "NVIDIA H100", WeightsReport(WeightsSource.BUILT, 0, 0.0, 1, 1), ())
 
@@ -25,6 +27,24 @@ def test_prepared_names_both_devices_of_a_pair() -> None:
     pair = {"device_id": "cuda:0+cuda:1", "second_device": "cuda:1"}
     prepared = message(Prepared(**vars(PREPARED) | pair)).prepared
     assert (prepared.device_id, prepared.second_device) == ("cuda:0+cuda:1", "cuda:1")
+
+
+def test_prepared_says_how_the_weights_were_stored() -> None:
+    assert message(PREPARED).prepared.stored_as == ""
+    assert message(Prepared(**vars(PREPARED) | {"stored_as": "fp8 scaled"})).prepared.stored_as == "fp8 scaled"
+
+
+def test_accepted_says_what_each_image_is_sampled_with() -> None:
+    request = GenerationRequest(
+        "chroma",
+        prompts=(PromptRequest("a"), PromptRequest("b", neg="c", use_neg=True, schedule="beta", shift=1.5)),
+        settings="comfyui",
+    )
+    accepted = accepted_message("job", resolve(request, Serving()))
+    first, second = accepted.prompts
+    assert accepted.settings == "comfyui"
+    assert (first.sampler, first.schedule, first.HasField("shift")) == ("euler", "simple", False)
+    assert (second.sampler, second.schedule, second.shift, second.neg) == ("euler", "beta", 1.5, "c")
 
 
 def test_a_job_that_was_taken_over_by_another_process_moved_from_no_device() -> None:

@@ -10,6 +10,7 @@ import pytest
 from chromarpc.v1 import model_service_pb2
 from chromarpc_server.domain.models import REGISTRY
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES
 from chromarpc_server.runtime.device import DeviceStatus
 from chromarpc_server.runtime.model_files import ModelFiles
 from chromarpc_server.transport.services.models import ModelServicer
@@ -71,6 +72,23 @@ async def test_every_device_is_listed_with_what_it_is_and_does() -> None:
     assert [fallback.without for fallback in other.fallbacks] == ["kernels"]
     assert not pair.fallbacks, "what one device does without is not another's"
     assert found.queue.running_jobs == 1
+
+
+async def test_what_requests_may_name_is_listed() -> None:
+    found = await info(FIRST)
+    assert list(found.samplers) == list(SAMPLERS)
+    assert list(found.schedules) == list(SCHEDULES)
+    assert list(found.settings) == ["reference", "comfyui"]
+
+
+async def test_a_model_says_what_it_is_sampled_with_by_default() -> None:
+    defaults = (await model(FIRST)).defaults
+    assert (defaults.sampler, defaults.schedule, defaults.HasField("shift"), defaults.profile) == (
+        "flowmatch",
+        "flowmatch",
+        False,
+        "",
+    )
 
 
 async def test_the_device_of_older_clients_is_the_first_one() -> None:

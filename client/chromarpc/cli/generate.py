@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,11 +16,13 @@ from chromarpc.cli.files import ImageFiles, image_files, preview_folder
 from chromarpc.cli.following import follow
 from chromarpc.cli.progress import display
 from chromarpc.cli.recorded import Recorded, recorded_picture
-from chromarpc.cli.request import parse_body, parse_lora, read_source, request_format
+from chromarpc.cli.request import parse_body, parse_lora, print_request, read_source, request_format
+from chromarpc.cli.workflow import workflow_request
 from chromarpc.client import Client
 from chromarpc.events import TrainerOptions
 from chromarpc.pictures.files import kind_of
 from chromarpc.request import build_request
+from chromarpc.sampling import COMFYUI, REFERENCE, SAMPLERS, SCHEDULES
 from chromarpc.v1 import generation_service_pb2
 
 DEFAULT_PREVIEW_EVERY = 5
@@ -29,6 +32,7 @@ Examples:
   chromarpc generate "[trigger] a cat" --trigger-word sks --lora job/my.safetensors:0.8
   chromarpc generate --json request.json --events
   chromarpc generate --json circle.png --seed 43 -o again.png
+  chromarpc generate --comfyui workflow.json --seed 43
   chromarpc job watch $(chromarpc generate --detach "a red circle")
 """
 
@@ -54,6 +58,11 @@ class LokrFormChoice(StrEnum):
 
     FACTORIZED = "factorized"
     WEIGHT = "weight"
+
+
+def _completing(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes names that this version knows; a newer server may have more, so none is refused here."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 @with_client
@@ -96,7 +105,37 @@ def generate(
         typer.Option(help="The same for every prompt, -1 draws one; 42 plus the index when left out."),
     ] = None,
     neg: Annotated[
-        str | None, typer.Option(help="Negative prompt; honoured in the profiles preview and preview-exact.")
+        str | None,
+        typer.Option(help="Negative prompt; honoured with --use-neg, and in preview and preview-exact."),
+    ] = None,
+    use_neg: Annotated[
+        bool | None,
+        typer.Option("--use-neg/--no-use-neg", help="Honour --neg in every profile.", show_default=False),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=_completing(SAMPLERS),
+            help="Sampler, see `chromarpc info`; the model's default when left out.",
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=_completing(SCHEDULES),
+            help="Schedule of noise levels, see `chromarpc info`; the model's default when left out.",
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(help="Fixed shift of the schedule, up to 100; 1 shifts nothing; its own when left out."),
+    ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=_completing((REFERENCE, COMFYUI)),
+            help="Whose way of drawing is followed: reference, when left out, or comfyui.",
+        ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Numerics profile, see `chromarpc info`.")] = None,
     noise_draw: Annotated[
@@ -143,6 +182,19 @@ def generate(
             "of the service again, with what PROMPT and options change.",
         ),
     ] = None,
+    comfyui: Annotated[
+        Path | None,
+        typer.Option(
+            "--comfyui",
+            metavar="FILE",
+            help="Draw what this workflow of ComfyUI draws: its API form (Workflow → Export (API)), or a picture "
+            "that ComfyUI saved. PROMPT and options change just what they say.",
+        ),
+    ] = None,
+    print_only: Annotated[
+        bool,
+        typer.Option("--print-request", help="Print the request as JSON, as --json takes it; draw nothing."),
+    ] = False,
     fetch_urls: Annotated[
         bool,
         typer.Option("--fetch-urls", help="Have adapters fetched that --json PICTURE names by URLs, unasked."),
@@ -178,6 +230,11 @@ def generate(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "neg": neg,
+        "use_neg": use_neg,
+        "sampler": sampler,
+        "schedule": schedule,
+        "shift": shift,
+        "settings": settings,
         "profile": profile,
         "noise_draw": noise_draw,
         "output_format": image_format,
@@ -187,16 +244,20 @@ def generate(
         "preview_every": preview_every,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    source = _Source(prompts or [], json_file, comfyui)
+    if print_only:
+        print_request(_wanted(client, source, given, output).request)
+        return
     if detach:
         unused = {"-o": output, "--preview-dir": preview_dir, "--events": events, "--timeout": timeout}
         unwanted = [name for name, value in unused.items() if value]
         if unwanted:
             raise UsageError(f"--detach waits for nothing; leave out {', '.join(unwanted)}")
-        wanted = _wanted(prompts or [], given, json_file)
+        wanted = _wanted(client, source, given)
         _check_record(client, wanted.recorded, fetch_urls)
         typer.echo(client.create_job_request(wanted.request).job_id)
         return
-    wanted, files = _wanted_and_files(prompts or [], given, json_file, output, preview_dir)
+    wanted, files = _wanted_and_files(client, source, given, output, preview_dir)
     _check_record(client, wanted.recorded, fetch_urls)
     on_event = wanted.recorded.warn_prepared if wanted.recorded is not None else None
     with (
@@ -236,6 +297,15 @@ _OPTION_NAMES = {
 
 
 @dataclass(frozen=True)
+class _Source:
+    """What says what to draw."""
+
+    prompts: list[str]
+    json_file: Path | None
+    comfyui: Path | None
+
+
+@dataclass(frozen=True)
 class _Wanted:
     """What is to be sent."""
 
@@ -250,13 +320,16 @@ def _check_record(client: Client, recorded: Recorded | None, fetch_urls: bool) -
         recorded.warn_before(client)
 
 
-def _wanted(
-    prompts: list[str], options: dict[str, Any], json_file: Path | None, output: Path | None = None
-) -> _Wanted:
-    """From a body, from prompts and options, or from a picture and what these change."""
+def _wanted(client: Client, source: _Source, options: dict[str, Any], output: Path | None = None) -> _Wanted:
+    """From a body, from prompts and options, or from a picture or a workflow and what these change."""
+    prompts, json_file = source.prompts, source.json_file
+    if source.comfyui is not None:
+        if json_file is not None:
+            raise UsageError("--json and --comfyui each say what to draw; leave one out")
+        return _Wanted(workflow_request(client, source.comfyui, prompts, options))
     if json_file is None:
         if not prompts:
-            raise UsageError("say what to draw: a PROMPT, or a request by --json")
+            raise UsageError("say what to draw: a PROMPT, a request by --json, or a workflow by --comfyui")
         return _Wanted(build_request(prompts, **options))
     names = [_OPTION_NAMES.get(name, "--" + name.replace("_", "-")) for name in options]
     unwanted = (["PROMPT"] if prompts else []) + names
@@ -274,23 +347,23 @@ def _wanted(
 
 
 def _wanted_and_files(
-    prompts: list[str],
+    client: Client,
+    source: _Source,
     options: dict[str, Any],
-    json_file: Path | None,
     output: Path | None,
     preview_dir: Path | None,
 ) -> tuple[_Wanted, ImageFiles]:
     """What to send, and the files that its images go to; everything is checked before anything is sent."""
     if "preview_every" in options and preview_dir is None:
         raise UsageError("--preview-every needs --preview-dir to write the previews to")
-    if json_file is not None:
-        wanted = _wanted(prompts, options, json_file, output)
+    if source.json_file is not None:
+        wanted = _wanted(client, source, options, output)
         files, _ = image_files(output, request_format(wanted.request.output), len(wanted.request.prompts))
     else:
         if preview_dir is not None:
             options = {"preview_every": DEFAULT_PREVIEW_EVERY, **options}
-        files, image_format = image_files(output, options.get("output_format"), len(prompts))
-        wanted = _wanted(prompts, {**options, "output_format": image_format}, None)
+        files, image_format = image_files(output, options.get("output_format"), max(1, len(source.prompts)))
+        wanted = _wanted(client, source, {**options, "output_format": image_format})
     if preview_dir is not None:
         preview_folder(preview_dir)
     return wanted, files

@@ -86,12 +86,21 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
         defaults = model.defaults
         yield (
             f"defaults: {defaults.width}x{defaults.height}, {defaults.sample_steps} steps, "
-            f"guidance {defaults.guidance_scale:g}, seed {defaults.seed}"
+            f"guidance {defaults.guidance_scale:g}, seed {defaults.seed}{_sampling_text(defaults)}"
         )
     for profile in model.profiles:
         if profile.takes_trainer_options:
             neg = ", negative text is honoured" if profile.honours_neg else ""
             yield f"in {profile.id}: sizes are floored to {profile.resolution_divisor}{neg}"
+
+
+def _sampling_text(defaults: model_service_pb2.ModelDefaults) -> str:
+    """What it is sampled with; nothing of an older server, which has one way."""
+    if not defaults.sampler:
+        return ""
+    shift = f", shift {defaults.shift:g}" if defaults.HasField("shift") else ""
+    profile = f", profile {defaults.profile}" if defaults.profile else ""
+    return f", sampler {defaults.sampler}, schedule {defaults.schedule}{shift}{profile}"
 
 
 def _device_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:
@@ -131,6 +140,13 @@ def _info_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]
     for profile in found.profiles:
         default = " (default)" if profile.id == found.default_profile else ""
         yield f"  {profile.id}{default}: {profile.description}"
+    for title, names in (
+        ("samplers", found.samplers),
+        ("schedules", found.schedules),
+        ("settings", found.settings),
+    ):
+        if names:
+            yield f"{title:<9}  {', '.join(names)}"
     yield "limits"
     for name, value in message_json(limits).items():
         yield f"  {name}: {value}"

@@ -20,7 +20,8 @@ from chromarpc.cli.following import follow
 from chromarpc.cli.progress import bytes_text, display
 from chromarpc.cli.request import request_format
 from chromarpc.client import Client
-from chromarpc.v1 import job_service_pb2
+from chromarpc.sampling import FLOWMATCH, REFERENCE
+from chromarpc.v1 import job_event_pb2, job_service_pb2
 
 MAX_PROMPT_TEXT = 60
 """Characters of a prompt in a list."""
@@ -188,15 +189,18 @@ def _lines(job: job_service_pb2.Job) -> Iterator[str]:
     yield f"{job.job_id}: {_progress_text(job)}"
     if job.request_id:
         yield f"  request   {job.request_id}"
-    yield f"  model     {job.plan.served_model}, {job.plan.profile}"
+    settings = f", as {job.plan.settings}" if job.plan.settings not in ("", REFERENCE) else ""
+    yield f"  model     {job.plan.served_model}, {job.plan.profile}{settings}"
     for lora in job.plan.loras:
         yield f"  lora      {lora.path} × {lora.network_multiplier:g}"
     for prompt in job.plan.prompts:
         yield f"  prompt    {' '.join(prompt.prompt.split())}"
         yield (
             f"            {prompt.width}x{prompt.height}, {prompt.sample_steps} steps, "
-            f"guidance {prompt.guidance_scale:g}, seed {prompt.seed}"
+            f"guidance {prompt.guidance_scale:g}, seed {prompt.seed}{_sampling_text(prompt)}"
         )
+        if prompt.neg:
+            yield f"  negative  {' '.join(prompt.neg.split())}"
     for name, time in (
         ("created", "create_time"),
         ("started", "start_time"),
@@ -212,6 +216,14 @@ def _lines(job: job_service_pb2.Job) -> Iterator[str]:
         yield f"  image {image.prompt_index:<3} {size}, sha256 {image.sha256}"
     if job.HasField("failure"):
         yield f"  failure   {job.failure.message}"
+
+
+def _sampling_text(prompt: job_event_pb2.PlannedPrompt) -> str:
+    """What it is sampled with; nothing of the reference's way, and of an older server, which has no other."""
+    if prompt.sampler in ("", FLOWMATCH) and prompt.schedule in ("", FLOWMATCH) and not prompt.HasField("shift"):
+        return ""
+    shift = f", shift {prompt.shift:g}" if prompt.HasField("shift") else ""
+    return f", sampler {prompt.sampler}, schedule {prompt.schedule}{shift}"
 
 
 def _progress_text(job: job_service_pb2.Job) -> str:

@@ -23,7 +23,8 @@ from chromarpc.pictures.recorded import Unreadable, read_record, recorded_hashes
 from chromarpc.request import build_request
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
-_FOREIGN_KEYS = ("prompt", "workflow", PARAMETERS_KEY)
+_WORKFLOW_KEY = "prompt"
+_FOREIGN_KEYS = ("workflow", PARAMETERS_KEY)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def recorded_picture(
     except NoPicture as error:
         raise UsageError(f"{source}: is a picture ({kind_of(picture)}) that cannot be read: it {error}") from None
     except KeyError:
+        if _WORKFLOW_KEY in texts:
+            raise UsageError(f"{source}: ComfyUI drew this picture; give it as --comfyui {source}") from None
         if any(key in texts for key in _FOREIGN_KEYS):
             raise UsageError(
                 f"{source}: another program drew this picture; `chromarpc explain --request` makes a request of it"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 import sys
 from pathlib import Path
+
+import typer
+from google.protobuf import json_format
 
 from chromarpc.cli.exits import UsageError, say
 from chromarpc.events import ImageFormat
@@ -77,6 +81,15 @@ def parse_body(source: Path, content: bytes) -> generation_service_pb2.GenerateR
     for path in parsed.unknown:
         say(f"warning: {path}: unknown, left out")
     return parsed.request
+
+
+def print_request(request: generation_service_pb2.GenerateRequest) -> None:
+    """Prints a request as a JSON body that `--json` takes."""
+    body = json_format.MessageToDict(request, preserving_proto_field_name=True)
+    for prompt in body.get("prompts", ()):  # protobuf writes whole numbers of 64 bits as text
+        if "seed" in prompt:
+            prompt["seed"] = int(prompt["seed"])
+    typer.echo(json.dumps(body, indent=2))
 
 
 def _require_text(source: Path, content: bytes) -> None:

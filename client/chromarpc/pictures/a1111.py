@@ -13,6 +13,7 @@ from typing import Final
 
 from chromarpc.pictures.facts import OURS, UNKNOWN, Fact, PictureFacts, name_of_file
 from chromarpc.pictures.requests import request_of
+from chromarpc.sampling import REFERENCE
 
 MAX_LORAS: Final = 100
 _SETTING: Final = re.compile(r'\s*([\w][\w \-/()+.]{0,79}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -53,7 +54,7 @@ def parameters_facts(text: str) -> PictureFacts | None:
     remarks = [
         f"{name} ({settings[name]}) has no counterpart here"
         for name in ("Denoising strength", "Hires upscale", "Clip skip", "Shift", "Distilled CFG Scale")
-        if name in settings
+        if name in settings and not (ours and name == "Shift")
     ]
     return PictureFacts(
         program=version if ours else _program(version),
@@ -111,7 +112,9 @@ def _networks(prompt: str, settings: dict[str, str]) -> dict[str, Fact]:
 
 def _ours(settings: dict[str, str]) -> dict[str, Fact]:
     """Of this project's own text, where its record was lost."""
-    facts: dict[str, Fact] = {"neg": Fact("")} if settings.get("Profile") not in (None, "preview") else {}
+    facts: dict[str, Fact] = {"settings": Fact(settings.get("Settings", REFERENCE))}
+    if "Shift" in settings:
+        facts["shift"] = _float(settings["Shift"])
     for number in range(MAX_LORAS):
         path, found, multiplier = settings.get(f"Lora {number}", "").rpartition(" x ")
         if not found:

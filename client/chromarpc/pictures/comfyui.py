@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from chromarpc.pictures.facts import UNKNOWN, Fact, PictureFacts, name_of_file
 from chromarpc.pictures.requests import request_of
+from chromarpc.sampling import COMFYUI, SAMPLERS, SCHEDULES
 
 Graph: TypeAlias = "Mapping[str, Node]"
 Inputs: TypeAlias = Mapping[str, Any]
@@ -85,6 +86,8 @@ def _facts(graph: Graph) -> PictureFacts:
         "sample_steps": steps,
         "sampler": _sampler_fact(_text(graph, selected.inputs.get("sampler_name"))),
         "scheduler": _scheduler(graph, sigmas, model),
+        **_shift(graph, model),
+        "settings": Fact(COMFYUI),
         "guidance_scale": _float(graph, guider.inputs.get("cfg")),
         "guidance": _guidance(graph, guider, conditioning),
         **_loaded(model),
@@ -106,9 +109,9 @@ def _remarks(graph: Graph, sampler: Node, sigmas: Node, facts: Mapping[str, Fact
         yield f"denoise {denoise}: it began from another picture, which is not known here"
     if sum(node.kind == sampler.kind for node in graph.values()) > 1:
         yield "the workflow has several samplers; the one nearest to the saved picture is taken"
-    compared = facts["sampler"].compared
-    if compared is not None and compared != "euler":
-        yield f"the sampler {facts['sampler'].shown} has no counterpart here, which samples by Euler steps"
+    for name, known in (("sampler", SAMPLERS), ("scheduler", SCHEDULES)):
+        if facts[name].value is not None and facts[name].value not in known:
+            yield f"the {name} {facts[name].shown} has no counterpart here"
 
 
 def _graph(texts: Mapping[str, str]) -> Graph | None:
@@ -268,11 +271,23 @@ def _scheduler(graph: Graph, sigmas: Node, model: list[Node]) -> Fact:
     name = _text(graph, sigmas.inputs.get("scheduler"))
     if name is None:
         return Fact(None, f"its steps come from {sigmas.kind}")
-    shifting = next((node for node in model if node.kind.startswith("ModelSampling")), None)
+    shifting = _shifting(model)
     if shifting is None:
         return Fact(name, "with the model's own shift")
     shift = _number(graph, shifting.inputs.get("shift", shifting.inputs.get("max_shift")))
     return Fact(name, f"shift {shift.shown} ({shifting.kind})")
+
+
+def _shift(graph: Graph, model: list[Node]) -> dict[str, Fact]:
+    """The fixed shift, where a node says one; that of ModelSamplingFlux depends on the size."""
+    shifting = _shifting(model)
+    if shifting is None or "shift" not in shifting.inputs:
+        return {}
+    return {"shift": _float(graph, shifting.inputs["shift"])}
+
+
+def _shifting(model: list[Node]) -> Node | None:
+    return next((node for node in model if node.kind.startswith("ModelSampling")), None)
 
 
 def _guidance(graph: Graph, guider: Node, conditioning: Any) -> Fact:

@@ -20,6 +20,7 @@ _ORDER: Final = (
     r"prompt",
     r"tokens",
     r"profile",
+    r"settings",
     r"dtype",
     r"trainer\..*",
     r"width",
@@ -29,6 +30,7 @@ _ORDER: Final = (
     r"sample_steps",
     r"sampler",
     r"scheduler",
+    r"shift",
     r"guidance_scale",
     r"guidance",
     r"guidance_on_two_devices",
@@ -40,6 +42,7 @@ _ORDER: Final = (
     r"output\..*",
     r"versions",
     r"versions\..*",
+    r"stored_as",
     r"device",
 )
 ALWAYS_ASKED: Final = (

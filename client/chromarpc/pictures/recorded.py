@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from chromarpc.pictures.facts import OURS, UNKNOWN, Fact, PictureFacts, Value, name_of_file
+from chromarpc.sampling import COMFYUI, FLOWMATCH, REFERENCE
 
 MAX_ADAPTERS: Final = 100
 MAX_NAMES: Final = 50
 """Of versions, and of a trainer's options."""
 LARGEST_SCALE: Final = 10**300
-SAMPLER: Final = Fact("flowmatch", "Euler steps along the flow", same_as="euler")
-SCHEDULER: Final = Fact("flowmatch", "evenly spaced, shifted by the picture's size")
+SAMPLER: Final = Fact(FLOWMATCH, "Euler steps along the flow", same_as="euler")
+SCHEDULER: Final = Fact(FLOWMATCH, "evenly spaced, shifted by the picture's size")
 GUIDANCE: Final = Fact("classifier-free", "one pass at 1 and below")
+COMFYUI_GUIDANCE: Final = Fact("classifier-free", "one pass at 1 alone")
 ON_TWO_DEVICES: Final = "a pass on each, which changes no bit in exact and rounds otherwise in other profiles"
 PREVIEW_PROFILES: Final = ("preview", "preview-exact")
 DTYPES: Final = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -53,19 +55,21 @@ def recorded_facts(text: str) -> PictureFacts:
     versions = record.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     profile = request.get("profile")
+    settings = request.get("settings", REFERENCE)
     facts: dict[str, Fact] = {
         "model": _fact(record.get("served_model", request.get("model"))),
         "model_revision": _fact(record.get("model_revision")),
         "profile": _fact(profile),
+        "settings": _fact(settings),
         "dtype": _fact(record.get("dtype")),
         "device": _fact(record.get("device")),
-        "sampler": SAMPLER,
-        "scheduler": SCHEDULER,
-        "guidance": GUIDANCE,
+        "sampler": _named(prompt.get("sampler"), SAMPLER),
+        "scheduler": _named(prompt.get("schedule"), SCHEDULER if "shift" not in prompt else Fact(FLOWMATCH)),
+        "guidance": COMFYUI_GUIDANCE if settings == COMFYUI else GUIDANCE,
         "noise_draw": _fact(_short(request.get("noise_draw"), "NOISE_DRAW_")),
-        "neg": Fact("", "" if profile in PREVIEW_PROFILES else "no effect in this profile"),
+        "neg": Fact("", "" if profile in PREVIEW_PROFILES else "none that had an effect"),
     }
-    for name in ("prompt", "width", "height", "seed", "sample_steps", "guidance_scale", "neg"):
+    for name in ("prompt", "width", "height", "seed", "sample_steps", "guidance_scale", "shift", "neg"):
         if name in prompt:
             facts[name] = _fact(_number(name, prompt[name]))
     facts |= dict(_adapters(request, record))
@@ -83,6 +87,8 @@ def recorded_facts(text: str) -> PictureFacts:
     tokens = record.get("tokens")
     if isinstance(tokens, dict) and tokens.get("cut"):
         facts["tokens"] = Fact(f"{tokens.get('used')} read, {tokens.get('cut')} cut off")
+    if record.get("stored_as"):
+        facts["stored_as"] = _fact(record["stored_as"], "how the file of its weights stores them")
     if record.get("tiled"):
         facts["tiled"] = Fact(True, "decoded in tiles, which changes pixels a little")
     if record.get("guidance_on_two_devices"):
@@ -145,10 +151,15 @@ def _urls(request: Mapping[str, Any]) -> Iterator[str]:
 
 def _number(name: str, value: Any) -> Any:
     """Scales as floats, so that 4 and 4.0 are shown alike; None where one is beyond them."""
-    is_scale = name in ("guidance_scale", "network_multiplier")
+    is_scale = name in ("guidance_scale", "network_multiplier", "shift")
     if not is_scale or isinstance(value, bool) or not isinstance(value, int):
         return value
     return float(value) if abs(value) < LARGEST_SCALE else None
+
+
+def _named(value: Any, usual: Fact) -> Fact:
+    """A sampler or a schedule; older records name none, since there was one."""
+    return usual if value is None or value == usual.value else _fact(value)
 
 
 def _short(value: Any, prefix: str) -> Any:

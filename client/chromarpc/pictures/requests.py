@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from chromarpc.pictures.facts import Fact
 from chromarpc.request import DEFAULT_MODEL
+from chromarpc.sampling import SAMPLERS, SCHEDULES
 
 _PROMPT: Final = ("prompt", "width", "height", "sample_steps", "guidance_scale", "seed")
 _LARGEST_SEED: Final = 2**63 - 1
@@ -25,8 +26,15 @@ def request_of(facts: Mapping[str, Fact], **more: Any) -> dict[str, Any]:
         if value is not None and not (name == "seed" and not 0 <= value <= _LARGEST_SEED):
             prompt[name] = value
     if negative := _value(facts, "neg"):
-        prompt["neg"] = negative
+        prompt |= {"neg": negative, "use_neg": True}
+    for name, told, known in (("sampler", "sampler", SAMPLERS), ("schedule", "scheduler", SCHEDULES)):
+        if (value := _value(facts, told)) in known:
+            prompt[name] = value
+    if (shift := _value(facts, "shift")) is not None:
+        prompt["shift"] = shift
     body: dict[str, Any] = {"model": DEFAULT_MODEL, **more, "prompts": [prompt]}
+    if (settings := _value(facts, "settings")) is not None:
+        body["settings"] = settings
     loras: list[dict[str, Any]] = []
     while (path := _value(facts, f"loras.{len(loras)}.path")) is not None:
         multiplier = _value(facts, f"loras.{len(loras)}.network_multiplier")

@@ -347,12 +347,12 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     `trigger_word`.
     """
     WARNING_CODE_NEG_IGNORED: _WarningCode.ValueType  # 6
-    """The negative prompt has no effect in the profile that is named. What to do: use a profile that honours it, or
-    leave it out.
+    """The negative prompt has no effect in the profile that is named, unless the request says `use_neg`. What to do:
+    set `use_neg`, or leave it out.
     """
     WARNING_CODE_NEG_WITHOUT_GUIDANCE: _WarningCode.ValueType  # 7
-    """The negative prompt has no effect, because guidance of 1 or less makes a single pass. What to do: raise
-    `guidance_scale`, or leave it out.
+    """The negative prompt has no effect, because guidance of 1 (and less, but as ComfyUI) makes a single pass. What
+    to do: raise `guidance_scale`, or leave it out.
     """
     WARNING_CODE_TRAINER_OPTIONS_IGNORED: _WarningCode.ValueType  # 8
     """An option of `trainer` has no effect in the profile that is named, or beside the request's others. What to do:
@@ -400,6 +400,24 @@ class _WarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarningCo
     """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
     do: adjust `network_multiplier`.
     """
+    WARNING_CODE_LORA_FOR_ANOTHER_BASE: _WarningCode.ValueType  # 24
+    """The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+    that it was trained on, or expect a weaker likeness.
+    """
+    WARNING_CODE_SCHEDULE_UNUSUAL: _WarningCode.ValueType  # 25
+    """The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
+    do: use another schedule, such as `simple` or `beta`.
+    """
+    WARNING_CODE_STEPS_DIFFER: _WarningCode.ValueType  # 26
+    """The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
+    WARNING_CODE_SHIFT_IGNORED: _WarningCode.ValueType  # 27
+    """`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+    WARNING_CODE_BASE_PARTS_DROPPED: _WarningCode.ValueType  # 28
+    """A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
+    WARNING_CODE_SETTINGS_ROUNDED: _WarningCode.ValueType  # 29
+    """With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
+    the profile `reference` on a GPU with room for weights that are not rounded.
+    """
 
 class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
     """What a warning is about. `Warning.code` is one of these names without `WARNING_CODE_`, as text, so that a newer
@@ -427,12 +445,12 @@ WARNING_CODE_TRIGGER_NOT_REPLACED: WarningCode.ValueType  # 5
 `trigger_word`.
 """
 WARNING_CODE_NEG_IGNORED: WarningCode.ValueType  # 6
-"""The negative prompt has no effect in the profile that is named. What to do: use a profile that honours it, or
-leave it out.
+"""The negative prompt has no effect in the profile that is named, unless the request says `use_neg`. What to do:
+set `use_neg`, or leave it out.
 """
 WARNING_CODE_NEG_WITHOUT_GUIDANCE: WarningCode.ValueType  # 7
-"""The negative prompt has no effect, because guidance of 1 or less makes a single pass. What to do: raise
-`guidance_scale`, or leave it out.
+"""The negative prompt has no effect, because guidance of 1 (and less, but as ComfyUI) makes a single pass. What
+to do: raise `guidance_scale`, or leave it out.
 """
 WARNING_CODE_TRAINER_OPTIONS_IGNORED: WarningCode.ValueType  # 8
 """An option of `trainer` has no effect in the profile that is named, or beside the request's others. What to do:
@@ -479,5 +497,23 @@ programs may use them.
 WARNING_CODE_LORA_SCALE_UNREAD: WarningCode.ValueType  # 23
 """The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak. What to
 do: adjust `network_multiplier`.
+"""
+WARNING_CODE_LORA_FOR_ANOTHER_BASE: WarningCode.ValueType  # 24
+"""The adapter's header names another checkpoint of Chroma than the model that draws. What to do: use the model
+that it was trained on, or expect a weaker likeness.
+"""
+WARNING_CODE_SCHEDULE_UNUSUAL: WarningCode.ValueType  # 25
+"""The schedule was made for other kinds of models: most of its steps fall where little noise is left. What to
+do: use another schedule, such as `simple` or `beta`.
+"""
+WARNING_CODE_STEPS_DIFFER: WarningCode.ValueType  # 26
+"""The schedule has another number of steps than `sample_steps` says, as in ComfyUI."""
+WARNING_CODE_SHIFT_IGNORED: WarningCode.ValueType  # 27
+"""`shift` has no effect on the schedule that is named. What to do: leave it out, or use another schedule."""
+WARNING_CODE_BASE_PARTS_DROPPED: WarningCode.ValueType  # 28
+"""A file of the model holds more than the model has, such as a text encoder's decoder; it is left out."""
+WARNING_CODE_SETTINGS_ROUNDED: WarningCode.ValueType  # 29
+"""With the settings `comfyui` weights were rounded to float8 all the same; the message says why. What to do: use
+the profile `reference` on a GPU with room for weights that are not rounded.
 """
 Global___WarningCode: _TypeAlias = WarningCode  # noqa: Y015

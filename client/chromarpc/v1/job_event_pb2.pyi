@@ -266,6 +266,7 @@ class Accepted(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     TRAINER_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id of the job."""
     model: _builtins.str
@@ -276,6 +277,8 @@ class Accepted(_message.Message):
     """Numerics profile."""
     noise_draw: _options_pb2.NoiseDraw.ValueType
     """How initial noise is drawn from a seed."""
+    settings: _builtins.str
+    """Whose way of drawing is followed: `reference` or `comfyui`."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedPrompt]:
         """One for each prompt, in order."""
@@ -309,10 +312,11 @@ class Accepted(_message.Message):
         output: _options_pb2.OutputOptions | None = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
         trainer: _options_pb2.TrainerOptions | None = ...,
+        settings: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "trainer", b"trainer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "loras", b"loras", "model", b"model", "noise_draw", b"noise_draw", "output", b"output", "profile", b"profile", "prompts", b"prompts", "served_model", b"served_model", "trainer", b"trainer", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "loras", b"loras", "model", b"model", "noise_draw", b"noise_draw", "output", b"output", "profile", b"profile", "prompts", b"prompts", "served_model", b"served_model", "settings", b"settings", "trainer", b"trainer", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,6 +335,9 @@ class PlannedPrompt(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NEG_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt after `[trigger]` was replaced."""
     width: _builtins.int
@@ -344,7 +351,13 @@ class PlannedPrompt(_message.Message):
     seed: _builtins.int
     """Seed of the initial noise."""
     neg: _builtins.str
-    """Negative prompt, only where it is honoured."""
+    """Negative prompt, only where it is honoured. To repeat the run, send it with `use_neg`."""
+    sampler: _builtins.str
+    """Sampler."""
+    schedule: _builtins.str
+    """Schedule of noise levels."""
+    shift: _builtins.float
+    """Fixed shift of the schedule; left out where the schedule has its own."""
     def __init__(
         self,
         *,
@@ -355,14 +368,22 @@ class PlannedPrompt(_message.Message):
         guidance_scale: _builtins.float = ...,
         seed: _builtins.int = ...,
         neg: _builtins.str | None = ...,
+        sampler: _builtins.str = ...,
+        schedule: _builtins.str = ...,
+        shift: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "neg", b"neg"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "_shift", b"_shift", "neg", b"neg", "shift", b"shift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "prompt", b"prompt", "sample_steps", b"sample_steps", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_neg", b"_neg", "_shift", b"_shift", "guidance_scale", b"guidance_scale", "height", b"height", "neg", b"neg", "prompt", b"prompt", "sample_steps", b"sample_steps", "sampler", b"sampler", "schedule", b"schedule", "seed", b"seed", "shift", b"shift", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__neg: _TypeAlias = _typing.Literal["neg"]  # noqa: Y015
     _WhichOneofArgType__neg: _TypeAlias = _typing.Literal["_neg", b"_neg"]  # noqa: Y015
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__neg) -> _WhichOneofReturnType__neg | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
 
 Global___PlannedPrompt: _TypeAlias = PlannedPrompt  # noqa: Y015
 

@@ -829,7 +829,7 @@ class Limits(_message.Message):
     max_loras: _builtins.int
     """Adapters in one request."""
     max_pixel_steps: _builtins.int
-    """Width × height × steps, summed over the request's prompts."""
+    """Width × height × calls of the model, summed over the request's prompts: one for each step of most samplers."""
     max_queued_jobs: _builtins.int
     """Jobs waiting at once."""
     max_request_bytes: _builtins.int

@@ -55,8 +55,12 @@ export interface PlannedPrompt {
   readonly guidanceScale: number;
   /** Up to 2^63 - 1. */
   readonly seed: bigint;
-  /** Negative prompt, where the profile honours it. */
+  /** Negative prompt, where it is honoured. */
   readonly neg?: string | undefined;
+  readonly sampler: string;
+  readonly schedule: string;
+  /** Fixed shift of the schedule; undefined where the schedule has its own. */
+  readonly shift?: number | undefined;
 }
 
 /** One adapter, with nothing left open. */
@@ -86,6 +90,8 @@ export interface Plan {
   readonly pictureRecord?: boolean | undefined;
   /** What the trainer's config decides, where the profile takes it. */
   readonly trainer?: TrainerOptions | undefined;
+  /** Whose way of drawing is followed: `reference` or `comfyui`. */
+  readonly settings: string;
   /** Those known so far; more may come with `prepared`. */
   readonly warnings: readonly JobWarning[];
 }
@@ -183,6 +189,8 @@ export interface Prepared extends EventBase {
    * empty.
    */
   readonly secondDevice: string;
+  /** How the file of the model's weights stores them, such as `fp8 scaled`; empty from an older server. */
+  readonly storedAs: string;
   readonly weights: WeightsReport;
   /** Those that needed files or the tokenizer, such as `PROMPT_TRUNCATED`. */
   readonly warnings: readonly JobWarning[];

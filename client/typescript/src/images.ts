@@ -1,5 +1,6 @@
 /** A finished image: its bytes, and everything that is needed to draw it again. */
 import type { JobWarning, Plan, PlannedPrompt, Prepared, TrainerOptions } from "./events.js";
+import { REFERENCE } from "./sampling.js";
 
 /** What an image is made of. */
 export interface ImageFacts {
@@ -92,6 +93,10 @@ export interface RequestJson {
     readonly guidance_scale: number;
     readonly seed: number | string;
     readonly neg?: string;
+    readonly use_neg?: boolean;
+    readonly sampler: string;
+    readonly schedule: string;
+    readonly shift?: number;
   }[];
   readonly output: { readonly format: string; readonly quality?: number; readonly picture_record?: boolean };
   readonly profile: string;
@@ -103,6 +108,7 @@ export interface RequestJson {
     readonly dtype?: string;
     readonly lokr_form?: string;
   };
+  readonly settings?: string;
 }
 
 /** The body that draws one image of a plan again. */
@@ -127,7 +133,10 @@ export function repeatRequest(plan: Plan, promptIndex: number, seed?: bigint): R
         sample_steps: prompt.sampleSteps,
         guidance_scale: prompt.guidanceScale,
         seed: drawn <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(drawn) : drawn.toString(),
-        ...(prompt.neg ? { neg: prompt.neg } : {}),
+        ...(prompt.neg ? { neg: prompt.neg, use_neg: true } : {}),
+        sampler: prompt.sampler,
+        schedule: prompt.schedule,
+        ...(prompt.shift === undefined ? {} : { shift: prompt.shift }),
       },
     ],
     output: {
@@ -138,6 +147,7 @@ export function repeatRequest(plan: Plan, promptIndex: number, seed?: bigint): R
     profile: plan.profile,
     noise_draw: `NOISE_DRAW_${plan.noiseDraw.toUpperCase()}`,
     ...(plan.trainer && { trainer: trainerJson(plan.trainer) }),
+    ...(plan.settings === REFERENCE ? {} : { settings: plan.settings }),
   };
 }
 

@@ -55,8 +55,16 @@ export interface PromptOptions {
   readonly sampleSteps?: number | undefined;
   /** -1 draws one; 42 plus the prompt's index where nobody says. */
   readonly seed?: number | bigint | undefined;
-  /** Negative prompt: honoured in the trainer's profiles, elsewhere answered by a warning. */
+  /** Negative prompt: honoured with `useNeg` and in the trainer's profiles, else answered by a warning. */
   readonly neg?: string | undefined;
+  /** Makes `neg` the unconditional text, in every profile. */
+  readonly useNeg?: boolean | undefined;
+  /** As `serverInfo` lists them; the model's default where nobody says. */
+  readonly sampler?: string | undefined;
+  /** As `serverInfo` lists them; the model's default where nobody says. */
+  readonly schedule?: string | undefined;
+  /** Fixed shift of the schedule, more than 0 and at most 100; the schedule's own where nobody says. */
+  readonly shift?: number | undefined;
 }
 
 /** One image to draw; what it leaves out is taken from the call's options. */
@@ -76,6 +84,8 @@ export interface GenerateOptions extends PromptOptions {
   readonly triggerWord?: string | undefined;
   /** Numerics profile, as `serverInfo` names them. */
   readonly profile?: string | undefined;
+  /** Whose way of drawing is followed where programs differ: `reference` (when left out) or `comfyui`. */
+  readonly settings?: string | undefined;
   readonly noiseDraw?: NoiseDrawName | undefined;
   /** How images are encoded; PNG when left out. */
   readonly outputFormat?: ImageFormatName | undefined;
@@ -116,6 +126,7 @@ export function buildRequest(prompts: Prompts, options: GenerateOptions = {}): G
       hfToken: options.hfToken,
       triggerWord: options.triggerWord,
       profile: options.profile,
+      settings: options.settings,
       requestId: options.requestId,
       maxQueueTime: options.maxQueueTimeMs === undefined ? undefined : durationFromMs(options.maxQueueTimeMs),
       noiseDraw: options.noiseDraw && choice("noise_draw", options.noiseDraw, NOISE_DRAWS),
@@ -176,6 +187,10 @@ function prompt(item: string | Prompt, shared: PromptOptions, at: string) {
       sampleSteps: int32(`${at}.sample_steps`, own.sampleSteps ?? shared.sampleSteps),
       seed: int64(`${at}.seed`, own.seed ?? shared.seed),
       neg: own.neg ?? shared.neg,
+      useNeg: own.useNeg ?? shared.useNeg,
+      sampler: own.sampler ?? shared.sampler,
+      schedule: own.schedule ?? shared.schedule,
+      shift: number(`${at}.shift`, own.shift ?? shared.shift),
     }),
   };
 }

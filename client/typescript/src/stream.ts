@@ -19,6 +19,7 @@ import type {
   LoadingStage,
   LokrForm,
   Plan,
+  PlannedPrompt,
   Prepared,
   TrainerOptions,
   WeightsSource,
@@ -26,6 +27,7 @@ import type {
 import * as pb from "./gen/chromarpc/v1/job_event_pb.js";
 import * as options from "./gen/chromarpc/v1/options_pb.js";
 import { GeneratedImage } from "./images.js";
+import { FLOWMATCH, REFERENCE } from "./sampling.js";
 import { date, milliseconds, optionalMilliseconds } from "./units.js";
 
 /** A 4096×4096 PNG of noise is about 50 MB; a server that announces more than this is not believed. */
@@ -345,15 +347,7 @@ export function planOf(message: pb.Accepted): Plan {
     servedModel: message.servedModel,
     profile: message.profile,
     noiseDraw: message.noiseDraw === options.NoiseDraw.LEGACY ? "legacy" : "float32",
-    prompts: message.prompts.map(({ prompt, width, height, sampleSteps, guidanceScale, seed, neg }) => ({
-      prompt,
-      width,
-      height,
-      sampleSteps,
-      guidanceScale,
-      seed,
-      neg,
-    })),
+    prompts: message.prompts.map(plannedOf),
     loras: message.loras.map(({ path, networkMultiplier, expectedSha256 }) => ({
       path,
       networkMultiplier,
@@ -363,7 +357,17 @@ export function planOf(message: pb.Accepted): Plan {
     outputQuality: message.output?.quality,
     pictureRecord: message.output?.pictureRecord,
     trainer: message.trainer && trainerOf(message.trainer),
+    settings: message.settings || REFERENCE,
     warnings: warningsOf(message.warnings),
+  };
+}
+
+function plannedOf(message: pb.PlannedPrompt): PlannedPrompt {
+  const { prompt, width, height, sampleSteps, guidanceScale, seed, neg, sampler, schedule, shift } = message;
+  return {
+    ...{ prompt, width, height, sampleSteps, guidanceScale, seed, neg, shift },
+    sampler: sampler || FLOWMATCH,
+    schedule: schedule || FLOWMATCH,
   };
 }
 
@@ -422,6 +426,7 @@ function preparedOf(message: pb.Prepared): Omit<Prepared, "type" | "sequence" | 
     device: message.device,
     deviceId: message.deviceId,
     secondDevice: message.secondDevice,
+    storedAs: message.storedAs,
     weights: {
       source: WEIGHTS_SOURCES[weights?.source ?? 0] ?? "unknown",
       rewrittenTensorCount: weights?.rewrittenTensorCount ?? 0,

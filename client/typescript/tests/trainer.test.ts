@@ -71,7 +71,7 @@ test("what the server tells is read, and repeats the run", () => {
     ["jpeg-trainer", undefined, true],
   );
   const body = repeatRequest(plan, 0);
-  assert.equal(body.prompts[0]?.neg, "ugly");
+  assert.deepEqual([body.prompts[0]?.neg, body.prompts[0]?.use_neg], ["ugly", true]);
   assert.equal(body.loras[0]?.expected_sha256, SHA256);
   assert.deepEqual(body.output, { format: "IMAGE_FORMAT_JPEG_TRAINER", picture_record: true });
   assert.deepEqual(body.trainer, {

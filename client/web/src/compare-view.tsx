@@ -109,11 +109,15 @@ function factsOf(plan: Plan, index: number): Map<string, string> {
   const facts = new Map<string, string>([
     ["model", plan.servedModel],
     ["profile", plan.profile],
+    ["settings", plan.settings],
   ]);
   if (prompt !== undefined) {
     facts.set("prompt", prompt.prompt);
     facts.set("seed", String(prompt.seed));
     facts.set("steps", String(prompt.sampleSteps));
+    facts.set("sampler", prompt.sampler);
+    facts.set("schedule", prompt.schedule);
+    if (prompt.shift !== undefined) facts.set("shift", String(prompt.shift));
     facts.set("guidance", String(prompt.guidanceScale));
     facts.set("size", `${prompt.width} × ${prompt.height}`);
     if (prompt.neg) facts.set("negative text", prompt.neg);

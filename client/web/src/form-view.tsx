@@ -4,9 +4,19 @@ import { useEffect, useRef } from "preact/hooks";
 import { servedModels, serverInfo, serverState } from "./connection.ts";
 import { held } from "./drops.ts";
 import { FleetingButton } from "./fleeting-button.tsx";
-import { change, chosenModel, fieldErrors, form, otherErrors, removePrompt, sharedError } from "./form.ts";
+import {
+  change,
+  chosenModel,
+  defaultProfile,
+  fieldErrors,
+  form,
+  otherErrors,
+  removePrompt,
+  sharedError,
+} from "./form.ts";
 import { LoraView } from "./lora-view.tsx";
 import { isSubmitting, submit } from "./runs.ts";
+import { SamplingView } from "./sampling-view.tsx";
 import { TrainerView } from "./trainer-view.tsx";
 
 const IDEAS = [
@@ -162,7 +172,7 @@ export function FormView() {
               value={values.profile}
               onChange={(event) => change({ profile: event.currentTarget.value })}
             >
-              <option value="">{serverInfo.value?.defaultProfile ?? "default"} (default)</option>
+              <option value="">{defaultProfile.value || "default"} (default)</option>
               {serverInfo.value?.profiles.map(({ id, description }) => (
                 <option key={id} value={id} title={description}>
                   {id}
@@ -194,6 +204,7 @@ export function FormView() {
           Go on drawing when this page is closed
         </label>
       </details>
+      <SamplingView />
       <TrainerView />
       {otherErrors.value.map(([field, message]) => (
         <p key={field} class="error" role="alert">
@@ -257,7 +268,7 @@ function PromptField({ index, prompt, count }: { index: number; prompt: string; 
 }
 
 interface NumberFieldProps {
-  readonly name: "width" | "height" | "steps" | "guidance";
+  readonly name: "width" | "height" | "steps" | "guidance" | "shift";
   readonly wire?: string;
   readonly label: string;
   readonly value: string;
@@ -266,7 +277,8 @@ interface NumberFieldProps {
   readonly step: number;
 }
 
-function NumberField({ name, wire, label, value, hint, placeholder, step }: NumberFieldProps) {
+/** A number that arrows change by a step. */
+export function NumberField({ name, wire, label, value, hint, placeholder, step }: NumberFieldProps) {
   return (
     <Field name={wire ?? name} label={label} {...(hint === undefined ? {} : { hint })}>
       {(props) => (

@@ -40,8 +40,16 @@ export interface FormValues {
   readonly format: ImageFormat;
   /** Whether the job goes on when this page is closed. */
   readonly outlivesPage: boolean;
-  /** From here on, what only profiles that draw as the trainer does take; empty is the trainer's default. */
+  /** Empty is the model's default, or the settings'. */
+  readonly sampler: string;
+  readonly schedule: string;
+  readonly shift: string;
+  /** Whose way of drawing is followed; empty is the reference's. */
+  readonly settings: string;
   readonly neg: string;
+  /** Whether the negative text counts in profiles that do not honour it anyway. */
+  readonly usesNeg: boolean;
+  /** From here on, what only profiles that draw as the trainer does take; empty is the trainer's default. */
   readonly isQuantized: boolean;
   readonly qtype: string;
   readonly textQuantized: "" | "yes" | "no";
@@ -63,7 +71,12 @@ const EMPTY: FormValues = {
   profile: "",
   format: "png",
   outlivesPage: true,
+  sampler: "",
+  schedule: "",
+  shift: "",
+  settings: "",
   neg: "",
+  usesNeg: false,
   isQuantized: true,
   qtype: "",
   textQuantized: "",
@@ -81,10 +94,21 @@ export const chosenModel = computed(() => {
   return wanted?.weightsPresent ? wanted : servedModels.value[0];
 });
 
+/** The profile of requests that name none: the model's, or the server's. */
+export const defaultProfile = computed(
+  () => chosenModel.value?.defaults?.profile || serverInfo.value?.defaultProfile || "",
+);
+
 /** What the chosen profile makes of a request. */
 export const chosenProfile = computed(() => {
-  const wanted = form.value.profile || serverInfo.value?.defaultProfile;
+  const wanted = form.value.profile || defaultProfile.value;
   return chosenModel.value?.profiles.find(({ id }) => id === wanted);
+});
+
+/** Whether the form asks for another way of sampling than the model's. */
+export const isSampledOtherwise = computed(() => {
+  const { sampler, schedule, shift, settings, usesNeg } = form.value;
+  return sampler !== "" || schedule !== "" || shift !== "" || settings !== "" || usesNeg;
 });
 
 effect(() => store(localStorage, "form", form.value));
@@ -112,7 +136,12 @@ const WIRE_NAMES: Readonly<Record<string, readonly string[]>> = {
   loras: ["path", "network_multiplier", "loras"],
   profile: ["profile"],
   format: ["format", "quality"],
+  sampler: ["sampler"],
+  schedule: ["schedule"],
+  shift: ["shift"],
+  settings: ["settings"],
   neg: ["neg"],
+  usesNeg: ["use_neg"],
   qtype: ["qtype"],
   dtype: ["dtype"],
 };
@@ -171,7 +200,7 @@ export function requestOf(values: FormValues): GenerateRequest {
     guidanceScale: number("prompts.0.guidance_scale", values.guidance),
     previewEvery: 1,
     previewMaxSidePx: 512,
-    neg: (chosenProfile.value?.honoursNeg && values.neg) || undefined,
+    ...samplingOf(values),
     trainer: chosenProfile.value?.takesTrainerOptions ? trainerOf(values) : undefined,
   };
   const seed = values.isSeedRandom ? -1n : wholeNumber("prompts.0.seed", values.seed);
@@ -180,6 +209,21 @@ export function requestOf(values: FormValues): GenerateRequest {
     seed: seed === undefined || seed < 0n ? seed : seed + BigInt(index),
   }));
   return buildRequest(prompts, options);
+}
+
+/** How to sample; of that, profiles that draw as the trainer does take the negative text alone. */
+function samplingOf(values: FormValues): GenerateOptions {
+  const profile = chosenProfile.value;
+  if (profile?.honoursNeg) return { neg: values.neg || undefined };
+  // An older server has one way, and takes no negative text here.
+  if (profile?.takesTrainerOptions || !serverInfo.value?.samplers.length) return {};
+  return {
+    sampler: values.sampler || undefined,
+    schedule: values.schedule || undefined,
+    shift: number("prompts.0.shift", values.shift),
+    settings: values.settings || undefined,
+    ...(values.usesNeg && values.neg ? { neg: values.neg, useNeg: true } : {}),
+  };
 }
 
 function trainerOf(values: FormValues): TrainerOptions {
@@ -192,13 +236,24 @@ function trainerOf(values: FormValues): TrainerOptions {
   };
 }
 
+/** Changes values; what is sampled as its model usually is stays the model's business. */
+export function fill(values: Partial<FormValues>): void {
+  const defaults = models.value.find(({ id }) => id === (values.model ?? chosenModel.value?.id))?.defaults;
+  const isUsual =
+    values.settings === "" &&
+    values.sampler === defaults?.sampler &&
+    values.schedule === defaults?.schedule &&
+    values.shift === String(defaults?.shift ?? "");
+  change(isUsual ? { ...values, sampler: "", schedule: "", shift: "" } : values);
+}
+
 /** Fills the form with what a run was made of, seed included; what stood there can be had back. */
 export function reuse(plan: Plan): void {
   const [first] = plan.prompts;
   if (first === undefined) return;
   const before = form.value;
   showNoError();
-  change({
+  fill({
     model: plan.model,
     prompts: plan.prompts.map(({ prompt }) => prompt),
     triggerWord: "",
@@ -215,7 +270,12 @@ export function reuse(plan: Plan): void {
     })),
     profile: plan.profile,
     format: plan.outputFormat,
+    sampler: first.sampler,
+    schedule: first.schedule,
+    shift: first.shift === undefined ? "" : String(first.shift),
+    settings: plan.settings === "reference" ? "" : plan.settings,
     neg: first.neg ?? "",
+    usesNeg: Boolean(first.neg),
     isQuantized: plan.trainer?.quantize ?? true,
     qtype: plan.trainer?.qtype ?? "",
     textQuantized: plan.trainer?.quantizeTe === undefined ? "" : plan.trainer.quantizeTe ? "yes" : "no",

@@ -207,7 +207,15 @@ function Facts({ run }: { run: Run }) {
         <dt>Job</dt>
         <dd class="hash">{run.jobId}</dd>
         <dt>Profile</dt>
-        <dd>{plan.profile}</dd>
+        <dd>
+          {plan.profile}
+          {plan.settings !== "reference" && `, as ${plan.settings}`}
+        </dd>
+        <dt>Sampler</dt>
+        <dd>
+          {first.sampler}, schedule {first.schedule}
+          {first.shift !== undefined && `, shift ${first.shift}`}
+        </dd>
         {prepared && (
           <>
             <dt>Device</dt>
@@ -218,6 +226,7 @@ function Facts({ run }: { run: Run }) {
             <dt>Weights</dt>
             <dd>
               {prepared.weights.source}, in {duration(prepared.weights.durationMs)}
+              {prepared.storedAs && `, stored as ${prepared.storedAs}`}
             </dd>
             {prepared.adapters.map((adapter) => (
               <>

@@ -200,8 +200,12 @@ describe("pictures on the page", { skip: noBrowser }, () => {
     const left = await tab.getByRole("list", { name: "What the form could not take" }).allInnerTexts();
     assert.match(left[0], /^model: Chroma1-HD\.safetensors is a file of another program/);
     assert.match(left[0], /loras\.0\.path: \S*hollow_shapes\.safetensors is taken for mine\/hollow_shapes/);
-    assert.match(left[0], /neg: has no effect in the profile/);
-    assert.match(left[0], /scheduler: beta has no counterpart here/);
+    assert.doesNotMatch(left[0], /neg:|sampler:|scheduler:|settings:/);
+    const sampled = ["Draw as", "Sampler", "Schedule", "Negative prompt"].map((label) =>
+      tab.getByLabel(label, { exact: true }).inputValue(),
+    );
+    assert.deepEqual(await Promise.all(sampled), ["comfyui", "euler", "beta", "blurry"]);
+    assert.equal(await tab.getByLabel("Use the negative prompt").isChecked(), true);
     assert.equal(await tab.getByRole("slider", { name: /^Strength of .*hollow_shapes/ }).inputValue(), "0.8");
     await shot(tab, "explained-comfyui");
     assert.deepEqual(tab.complaints, []);

@@ -61,6 +61,9 @@ describe("what pictures say", () => {
     ],
     profile: "reference",
     adapters: [],
+    samplers: ["flowmatch", "euler", "heun"],
+    schedules: ["flowmatch", "simple", "beta"],
+    settings: ["reference", "comfyui"],
   };
 
   test("every field of the form that a record names is taken, and the rest is listed", async () => {
@@ -72,6 +75,11 @@ describe("what pictures say", () => {
       triggerWord: "",
       model: "chroma",
       neg: "ugly,\nbad",
+      sampler: "flowmatch",
+      schedule: "flowmatch",
+      shift: "",
+      settings: "",
+      usesNeg: false,
       prompts: ["a cat"],
       width: "80",
       height: "64",
@@ -99,6 +107,39 @@ describe("what pictures say", () => {
       [hash],
     );
     assert.match(without.remarks[0], /^loras\.0\.path: https:\S+ was not to be fetched$/);
+  });
+
+  test("sampler, schedule, shift, settings and negative text are taken with their switch", async () => {
+    const { values, remarks } = pictures.settingsOf(await read("ours-sampled.png"), served, false);
+    assert.deepEqual(
+      [values.sampler, values.schedule, values.shift, values.settings, values.neg, values.usesNeg],
+      ["heun", "beta", "1", "comfyui", "ugly", true],
+    );
+    assert.deepEqual(
+      remarks.filter((remark) => !remark.startsWith("loras.")),
+      [],
+    );
+    const older = { ...served, samplers: [], schedules: [], settings: [] };
+    const left = pictures.settingsOf(await read("ours-sampled.png"), older, false);
+    assert.deepEqual([left.values.sampler, left.values.settings], ["flowmatch", ""]);
+    assert.deepEqual(left.remarks.slice(0, 2), [
+      "sampler: this server has no heun",
+      "schedule: this server has no beta",
+    ]);
+    const odd = pictures.settingsOf(await read("ours-odd-sampling.png"), served, false);
+    assert.deepEqual(
+      odd.remarks.map((remark) => remark.split(":")[0]).filter((name) => !name.startsWith("loras.")),
+      ["sampler", "schedule", "shift", "use_neg", "settings"],
+    );
+  });
+
+  test("a picture of ComfyUI is taken as ComfyUI draws", async () => {
+    const { values, remarks } = pictures.settingsOf(await read("comfyui.png"), served, false);
+    assert.deepEqual(
+      [values.sampler, values.schedule, values.shift, values.settings, values.neg, values.usesNeg],
+      ["euler", "beta", "1", "comfyui", "blurry", true],
+    );
+    assert.ok(!remarks.some((remark) => remark.includes("counterpart")));
   });
 
   test("what the server does not have is listed by name", async () => {

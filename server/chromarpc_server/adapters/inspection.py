@@ -88,7 +88,8 @@ def inspect_adapter(
     try:
         model = open_transformer(files.transformer, WeightFiles())
         adapter = read_checked(file, model.shapes, check=check)
-        return _describe(adapter, norms.squared(model.part, adapter.targets, check=check), check)
+        squares = norms.squared(model.part, adapter.targets, check=check)
+        return _describe(adapter, squares, check, files.base_name)
     except (RuntimeError, MemoryError) as error:
         out_of_memory = translate_memory_error(error)
         if out_of_memory is None:
@@ -97,7 +98,9 @@ def inspect_adapter(
 
 
 @torch.inference_mode()
-def _describe(adapter: Adapter, squares: Mapping[str, float], check: Callable[[], None]) -> AdapterInspection:
+def _describe(
+    adapter: Adapter, squares: Mapping[str, float], check: Callable[[], None], base_name: str
+) -> AdapterInspection:
     """`squares`: ‖W‖² of each parameter that the adapter changes."""
     blocks = tuple(_blocks(adapter, squares, check))
     alphas = sorted({alpha for change in adapter.changes.values() for alpha in alphas_of(change)})
@@ -114,7 +117,7 @@ def _describe(adapter: Adapter, squares: Mapping[str, float], check: Callable[[]
         changed_parameters=len(adapter.changes),
         blocks=blocks,
         metadata=adapter.metadata,
-        warnings=tuple(adapter_warnings(adapter, FIELD)),
+        warnings=tuple(adapter_warnings(adapter, FIELD, base_name)),
     )
 
 

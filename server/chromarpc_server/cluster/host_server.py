@@ -39,7 +39,7 @@ from chromarpc_server.cluster.messages import (
 from chromarpc_server.cluster.versions import own_versions
 from chromarpc_server.cluster.wire import NotOurs
 from chromarpc_server.domain.errors import ChromaError, DeviceLost, LoraDamaged, WeightsMissing
-from chromarpc_server.domain.models import REGISTRY
+from chromarpc_server.domain.models import ModelSpec
 from chromarpc_server.jobs.encoding import ImageEncoder
 from chromarpc_server.pipeline import CheckpointFiles, choose_device, import_ahead
 from chromarpc_server.platform_folders import default_data_dir
@@ -104,7 +104,8 @@ class HostServer:
         self._encoder = ImageEncoder()
         self._device: DeviceThread | None = None
         self._settings = HostSettings()
-        self._models = ModelFiles()
+        self._models: dict[str, ModelSpec] = {}
+        self._model_files = ModelFiles()
         self._files = HostFiles(default_data_dir(), 0)
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._fetches = 0
@@ -146,12 +147,13 @@ class HostServer:
 
     async def _open(self, message: Open) -> None:
         settings = self._settings = message.settings
-        self._models = ModelFiles(dict(settings.model_folders))
+        self._models = {spec.id: spec for spec in settings.models}
+        self._model_files = ModelFiles(dict(settings.model_folders))
         folder = settings.content_folder or default_data_dir() / "cluster-adapters"
         self._files = HostFiles(folder, settings.content_bytes)
         self._running_time.start()
         try:
-            await asyncio.to_thread(self._require_models)
+            parts = await asyncio.to_thread(self._required_parts)
             import_ahead()
             choice = choose_device(settings.device, settings.dtype, threads=settings.threads)
             choice = replace(choice, id=message.device_id)
@@ -160,14 +162,25 @@ class HostServer:
         except ChromaError as error:
             self._link.send(Opened(None, error))
         else:
-            self._link.send(Opened(replace(description, host=socket.gethostname())))
+            self._link.send(Opened(replace(description, host=socket.gethostname()), parts=parts))
 
-    def _require_models(self) -> None:
+    def _required_parts(self) -> dict[str, str]:
+        """What this host has of the served models.
+
+        Raises:
+            WeightsMissing: it lacks a model that it needs.
+        """
         for model_id in self._settings.preloaded_models:
             self._require_files(model_id)
-        served = [REGISTRY[model] for model in self._settings.served_models]
-        if served and not any(self._models.find(spec) for spec in served):
+        served = [self._models[model] for model in self._settings.served_models]
+        if served and not any(self._model_files.find(spec) for spec in served):
             self._require_files(served[0].id)
+        return {
+            f"the {found.part.replace('_', ' ')} of {spec.id}": found.facts.fingerprint
+            for spec in served
+            for found in self._model_files.parts(spec)
+            if found.facts.fingerprint
+        }
 
     def _require_files(self, model_id: str) -> CheckpointFiles:
         """The model's files on this host.
@@ -176,7 +189,7 @@ class HostServer:
             WeightsMissing: naming the host.
         """
         try:
-            return self._models.require(REGISTRY[model_id])
+            return self._model_files.require(self._models[model_id])
         except WeightsMissing as error:
             text = error.message.replace("on this server", f"on the host {socket.gethostname()}")
             raise WeightsMissing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from chromarpc_server.cluster.wire import register
 from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import ChromaError
 from chromarpc_server.domain.limits import Budgets, DeviceTimeouts
+from chromarpc_server.domain.models import REGISTRY, ModelSpec
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.runtime.model_cache import CacheSnapshot
 from chromarpc_server.runtime.work import Report, WorkDone
@@ -28,6 +30,8 @@ class HostSettings:
     timeouts: DeviceTimeouts = DeviceTimeouts()
     model_folders: tuple[tuple[str, Path], ...] = ()
     """Where models lie on every host; the Hugging Face cache otherwise."""
+    models: tuple[ModelSpec, ...] = tuple(REGISTRY.values())
+    """The server's own: what their ids mean on every host."""
     served_models: tuple[str, ...] = ()
     """A host needs the weights of one of them at least."""
     preloaded_models: tuple[str, ...] = ()
@@ -52,6 +56,8 @@ class Opened:
 
     description: DeviceDescription | None
     error: ChromaError | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Of the served models' parts that its host has: hashes of their headers, the same on every host."""
 
 
 @dataclass(frozen=True)

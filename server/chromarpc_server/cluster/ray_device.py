@@ -67,11 +67,11 @@ class Revisions:
         self._known: dict[str, str] = {}
 
     def difference(self, revisions: dict[str, str]) -> str:
-        """What differs; nothing where nothing does."""
-        for model, revision in revisions.items():
-            known = self._known.setdefault(model, revision)
+        """What differs, of models or parts of models by name; nothing where nothing does."""
+        for name, revision in revisions.items():
+            known = self._known.setdefault(name, revision)
             if known != revision:
-                return f"revision {revision[:12]} of {model} instead of {known[:12]}"
+                return f"revision {revision[:12]} of {name} instead of {known[:12]}"
         return ""
 
 
@@ -154,6 +154,8 @@ class RayDevice:
         if opened.description is None:
             # The connection stays: whoever has it decides how long the actor keeps its GPU.
             raise opened.error or DeviceLost(f"the device on {self._host} cannot be used")
+        if difference := self._revisions.difference(dict(opened.parts)):
+            raise OtherWeights(f"{self._host} has {difference}")
         self._description = opened.description
         self._start(self._read())
         self._start(self._watch())

@@ -14,10 +14,33 @@ from types import ModuleType
 from typing import Any
 
 from chromarpc_server.adapters.file import AdapterFile
-from chromarpc_server.domain import devices, errors, events, fallbacks, limits, models, plan, requests, trainer
+from chromarpc_server.domain import (
+    devices,
+    errors,
+    events,
+    fallbacks,
+    limits,
+    models,
+    plan,
+    requests,
+    sampling_choices,
+    trainer,
+)
 from chromarpc_server.runtime import model_cache, work
 
-_MODULES = (devices, events, fallbacks, limits, models, plan, requests, trainer, model_cache, work)
+_MODULES = (
+    devices,
+    events,
+    fallbacks,
+    limits,
+    models,
+    plan,
+    requests,
+    sampling_choices,
+    trainer,
+    model_cache,
+    work,
+)
 
 FileOf = Callable[[str, int], AdapterFile]
 """What this end knows a file by: its SHA-256 and its size."""

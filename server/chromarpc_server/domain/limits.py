@@ -15,7 +15,7 @@ class Limits:
     """UTF-8 bytes of one prompt after `[trigger]` is replaced."""
     max_loras: int = 8
     max_pixel_steps: int = 2**31
-    """Width × height × steps, summed over the prompts."""
+    """Width × height × calls of the model, summed over the prompts."""
     max_pixels: int = 2**27
     """Width × height, summed over the prompts: bounds what a job's finished images can weigh."""
     max_queued_jobs: int = 32
@@ -34,7 +34,7 @@ class CallerLimits:
     """Calls in progress, streams and single answers alike."""
     max_queued_jobs: int = 32
     max_pixel_steps: int = 2**31
-    """Width × height × steps, summed over one request's prompts."""
+    """Width × height × calls of the model, summed over one request's prompts."""
     max_upload_bytes: int = 32 * 1024**3
     """Of the adapters it has uploaded, and of what its unfinished uploads will become."""
     max_calls_per_minute: int = 12_000

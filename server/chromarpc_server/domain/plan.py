@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 
 from chromarpc_server.domain.adapter_urls import is_url
 from chromarpc_server.domain.requests import ImageFormat, NoiseDraw
-from chromarpc_server.domain.sampling_choices import FLOWMATCH, SAMPLERS, DrawingSettings
+from chromarpc_server.domain.sampling_choices import FLOWMATCH, SAMPLERS, DrawingSettings, has_guidance
 from chromarpc_server.domain.trainer import TrainerSettings
-
-GUIDANCE_THRESHOLD = 1.00001
-"""At or below it a single conditional pass is made, as in the reference."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,20 @@ class PlannedPrompt:
     """Fixed shift of the schedule; None: the schedule's own."""
 
     @property
-    def has_guidance(self) -> bool:
-        """Whether each step makes an unconditional pass, too."""
-        return self.guidance_scale > GUIDANCE_THRESHOLD
+    def pixels_per_step(self) -> int:
+        """Width × height × calls of the model: what a step's work is roughly proportional to."""
+        return self.width * self.height * self.calls_per_step
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often a step calls the model, at most."""
+        choice = SAMPLERS.get(self.sampler)  # a stored plan may name one of another version
+        return 1 if choice is None else choice.calls_per_step
 
     @property
     def pixel_steps(self) -> int:
-        """Width × height × calls of the model: what the work is roughly proportional to."""
-        choice = SAMPLERS.get(self.sampler)  # a stored plan may name one of another version
-        return self.width * self.height * self.sample_steps * (1 if choice is None else choice.calls_per_step)
+        """The same over all steps."""
+        return self.pixels_per_step * self.sample_steps
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,13 @@ class Plan:
     trainer: TrainerSettings | None = None
     """What the trainer's config decides; None outside the preview profiles."""
     settings: DrawingSettings = DrawingSettings.REFERENCE
+    """Whose way of drawing is followed."""
+
+    def has_guidance(self, prompt: PlannedPrompt) -> bool:
+        """Whether each of the prompt's steps makes an unconditional pass, too."""
+        return has_guidance(prompt.guidance_scale, self.settings)
 
     @property
     def pixel_steps(self) -> int:
-        """Width × height × steps over all prompts."""
+        """Width × height × calls of the model over all prompts."""
         return sum(prompt.pixel_steps for prompt in self.prompts)

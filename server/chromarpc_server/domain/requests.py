@@ -29,8 +29,6 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
 """What numbers may be, both ends included; a field's path without list indices."""
 MIN_SEED = -1
 """Draws one."""
-SAMPLERS = ("flowmatch",)
-"""ai-toolkit's name for the flow-match Euler sampler, the only one Chroma is sampled with."""
 RESOLUTIONS = ("Default",)
 FRAMES = 1
 """Chroma draws single images."""

@@ -25,28 +25,12 @@ from chromarpc_server.domain.plan import (
     PlannedPreview,
     PlannedPrompt,
 )
-from chromarpc_server.domain.requests import (
-    FRAMES,
-    MIN_SEED,
-    RESOLUTIONS,
-    SAMPLERS,
-    GenerationRequest,
-    ImageFormat,
-    LoraRequest,
-    NoiseDraw,
-    PromptRequest,
-)
-from chromarpc_server.domain.trainer import (
-    MIN_SIZE_PX,
-    PREVIEW_PROFILES,
-    SIZE_MULTIPLE,
-    TRAINER_SIZES,
-    trainer_size,
-)
+from chromarpc_server.domain.prompts import PromptRules, resolve_prompts
+from chromarpc_server.domain.requests import GenerationRequest, ImageFormat, LoraRequest, NoiseDraw
+from chromarpc_server.domain.sampling_options import resolve_settings
 from chromarpc_server.domain.trainer_options import resolve_trainer
 from chromarpc_server.domain.warning_codes import WarningCode
 
-TRIGGER = "[trigger]"
 MAX_QUEUE_S = 30 * 86_400
 MAX_LORA_PATH_BYTES = 4096
 MAX_UUID_LENGTH = len("urn:uuid:{00000000-0000-0000-0000-000000000000}")
@@ -110,7 +94,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
     elif served_id != spec.id:
         found.warn(WarningCode.MODEL_ALIASED, "model", f"{spec.id} is served by {served_id} on this server")
 
-    profile = request.profile or serving.default_profile
+    profile = request.profile or spec.defaults.profile or serving.default_profile
     if profile not in serving.profiles:
         known = ", ".join(serving.profiles)
         found.refuse("profile", f"no such numerics profile: {profile[:64]!r}; known are {known}")
@@ -119,13 +103,14 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
             found.refuse(name, "Chroma has no such option")
     for path in request.unknown_fields[:MAX_LISTED]:
         found.warn(WarningCode.UNKNOWN_FIELD, path, "this server's version of the API does not know it")
-    rules = _Rules(spec, divisor, profile, limits, request.trigger_word, draw_seed)
+    settings = resolve_settings(request.settings, profile, request.noise_draw, found)
+    rules = PromptRules(spec, divisor, profile, settings, limits, request.trigger_word, draw_seed)
     loras = _resolve_loras(request.loras, rules, found)
     if request.hf_token and not any(lora.is_url for lora in loras):
         found.warn(
             WarningCode.HF_TOKEN_UNUSED, "hf_token", "no adapter of this request is fetched, so it has no effect"
         )
-    prompts = _resolve_prompts(request, rules, found)
+    prompts = resolve_prompts(request, rules, found)
     output = _resolve_output(request, serving, found)
     preview = _resolve_preview(request, prompts, found)
     trainer = resolve_trainer(request.trainer, profile, found)
@@ -152,6 +137,7 @@ def resolve(request: GenerationRequest, serving: Serving, *, draw_seed: Callable
         may_return=request.request_id is not None and not request.detach and not request.cancel_at_once,
         max_queue_s=request.max_queue_s,
         trainer=trainer,
+        settings=settings,
     )
 
 
@@ -181,24 +167,7 @@ def _check_delivery(request: GenerationRequest, found: Findings) -> None:
         found.refuse("max_queue_time", f"must be more than 0 and at most {MAX_QUEUE_S} seconds")
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What every prompt and adapter of one request is judged by."""
-
-    spec: ModelSpec
-    divisor: int
-    profile: str
-    limits: Limits
-    trigger_word: str | None
-    draw_seed: Callable[[], int]
-
-    @property
-    def is_preview(self) -> bool:
-        """Whether the trainer's own image is drawn."""
-        return self.profile in PREVIEW_PROFILES
-
-
-def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: Findings) -> list[PlannedLora]:
+def _resolve_loras(loras: Sequence[LoraRequest], rules: PromptRules, found: Findings) -> list[PlannedLora]:
     if len(loras) > rules.limits.max_loras:
         found.refuse("loras", f"at most {rules.limits.max_loras} adapters, got {len(loras)}")
         return []
@@ -228,129 +197,6 @@ def _resolve_loras(loras: Sequence[LoraRequest], rules: _Rules, found: Findings)
             )
         )
     return planned
-
-
-def _resolve_prompts(request: GenerationRequest, rules: _Rules, found: Findings) -> list[PlannedPrompt]:
-    if not request.prompts:
-        found.refuse("prompts", "at least one is required")
-    if len(request.prompts) > rules.limits.max_prompts:
-        found.refuse("prompts", f"at most {rules.limits.max_prompts} prompts, got {len(request.prompts)}")
-        return []
-    if request.trigger_word and not any(TRIGGER in (prompt.prompt or "") for prompt in request.prompts):
-        found.warn(
-            WarningCode.TRIGGER_WORD_UNUSED, "trigger_word", f"no prompt contains {TRIGGER}, so it has no effect"
-        )
-    return [_resolve_prompt(prompt, index, rules, found) for index, prompt in enumerate(request.prompts)]
-
-
-def _resolve_prompt(prompt: PromptRequest, index: int, rules: _Rules, found: Findings) -> PlannedPrompt:
-    at = f"prompts.{index}"
-    defaults = rules.spec.defaults
-    _refuse_foreign_options(prompt, at, found)
-    guidance_scale = defaults.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
-    found.in_range(f"{at}.guidance_scale", guidance_scale)
-    sample_steps = defaults.sample_steps if prompt.sample_steps is None else prompt.sample_steps
-    found.in_range(f"{at}.sample_steps", sample_steps)
-    seed = defaults.seed + index if prompt.seed is None else prompt.seed
-    if seed < MIN_SEED:
-        found.refuse(f"{at}.seed", f"must be {MIN_SEED} (draw one) or more, got {seed}")
-    return PlannedPrompt(
-        prompt=_replace_trigger(prompt, at, rules, found),
-        width=_snap(f"{at}.width", prompt.width, defaults.width, rules, found),
-        height=_snap(f"{at}.height", prompt.height, defaults.height, rules, found),
-        sample_steps=sample_steps,
-        guidance_scale=guidance_scale,
-        seed=rules.draw_seed() if seed == MIN_SEED else seed,
-        neg=_resolve_neg(prompt.neg or "", guidance_scale, at, rules, found),
-    )
-
-
-def _resolve_neg(neg: str, guidance_scale: float, at: str, rules: _Rules, found: Findings) -> str:
-    """The trainer takes it as it stands: no trigger word is put into it, and no space cut off."""
-    if not neg:
-        return ""
-    if not rules.is_preview:
-        found.warn(
-            WarningCode.NEG_IGNORED,
-            f"{at}.neg",
-            f"in the profile {rules.profile} Chroma's unconditional text is always empty, so this has no effect",
-        )
-        return ""
-    if guidance_scale <= 1:
-        found.warn(
-            WarningCode.NEG_WITHOUT_GUIDANCE,
-            f"{at}.neg",
-            "guidance of 1 and below makes a single pass, so this has no effect",
-        )
-    if len(neg.encode()) > rules.limits.max_prompt_bytes:
-        found.refuse(f"{at}.neg", f"at most {rules.limits.max_prompt_bytes} bytes, got {len(neg.encode())}")
-    return neg
-
-
-def _snap(path: str, asked: int | None, default: int, rules: _Rules, found: Findings) -> int:
-    size = default if asked is None else asked
-    multiple = SIZE_MULTIPLE if rules.is_preview else rules.divisor
-    found.in_range(path, size, TRAINER_SIZES if rules.is_preview else None)
-    snapped = trainer_size(size) if rules.is_preview else size // multiple * multiple
-    if snapped > size:
-        found.warn(
-            WarningCode.SIZE_SNAPPED,
-            path,
-            f"{size} was raised to {MIN_SIZE_PX}, the least in the profile {rules.profile}",
-        )
-    elif snapped != size:
-        found.warn(
-            WarningCode.SIZE_SNAPPED,
-            path,
-            f"{size} was floored to {snapped}, a multiple of {multiple}, in the profile {rules.profile}",
-        )
-    return snapped
-
-
-def _replace_trigger(prompt: PromptRequest, at: str, rules: _Rules, found: Findings) -> str:
-    if prompt.prompt is None:
-        found.refuse(f"{at}.prompt", "is required; it may be empty")
-        return ""
-    trigger_word = prompt.trigger_word or rules.trigger_word
-    count = prompt.prompt.count(TRIGGER)
-    if prompt.trigger_word and not count:
-        found.warn(
-            WarningCode.TRIGGER_WORD_UNUSED,
-            f"{at}.trigger_word",
-            f"the prompt does not contain {TRIGGER}, so it has no effect",
-        )
-    if count and not trigger_word:
-        found.warn(
-            WarningCode.TRIGGER_NOT_REPLACED,
-            f"{at}.prompt",
-            f"contains {TRIGGER} and no trigger word is given, so it stays as written",
-        )
-    # Sized before it is built: a short prompt of many placeholders can become enormous.
-    size = len(prompt.prompt.encode())
-    if trigger_word:
-        size += count * (len(trigger_word.encode()) - len(TRIGGER))
-    if size > rules.limits.max_prompt_bytes:
-        found.refuse(
-            f"{at}.prompt",
-            f"at most {rules.limits.max_prompt_bytes} bytes after {TRIGGER} is replaced, would be {size}",
-        )
-        return ""
-    return prompt.prompt.replace(TRIGGER, trigger_word) if trigger_word else prompt.prompt
-
-
-def _refuse_foreign_options(prompt: PromptRequest, at: str, found: Findings) -> None:
-    if prompt.fps is not None:
-        found.in_range(f"{at}.fps", prompt.fps)
-        found.warn(WarningCode.FPS_IGNORED, f"{at}.fps", "an image has no frames a second, so this has no effect")
-    if prompt.sampler and prompt.sampler not in SAMPLERS:
-        found.refuse(f"{at}.sampler", f"Chroma is sampled with {SAMPLERS[0]!r} only")
-    if prompt.num_frames is not None and prompt.num_frames != FRAMES:
-        found.refuse(f"{at}.num_frames", f"Chroma draws single images, so only 1, got {prompt.num_frames}")
-    if prompt.resolution and prompt.resolution not in RESOLUTIONS:
-        found.refuse(f"{at}.resolution", f"only {RESOLUTIONS[0]!r} can be honoured")
-    for name in ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"):
-        if getattr(prompt, name):
-            found.refuse(f"{at}.{name}", "Chroma takes no control image")
 
 
 def _resolve_output(request: GenerationRequest, serving: Serving, found: Findings) -> PlannedOutput:
@@ -415,4 +261,6 @@ def _check_totals(prompts: Sequence[PlannedPrompt], limits: Limits, found: Findi
         found.refuse("prompts", f"at most {limits.max_pixels} pixels in all, got {pixels}")
     pixel_steps = sum(prompt.pixel_steps for prompt in prompts)
     if pixel_steps > limits.max_pixel_steps:
-        found.refuse("prompts", f"at most {limits.max_pixel_steps} pixels × steps in all, got {pixel_steps}")
+        found.refuse(
+            "prompts", f"at most {limits.max_pixel_steps} pixels × calls of the model in all, got {pixel_steps}"
+        )

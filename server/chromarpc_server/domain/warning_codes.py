@@ -57,12 +57,12 @@ class WarningCode(StrEnum):
     )
     NEG_IGNORED = (
         "NEG_IGNORED", 6,
-        "The negative prompt has no effect in the profile that is named.",
-        "Use a profile that honours it, or leave it out.",
+        "The negative prompt has no effect in the profile that is named, unless the request says `use_neg`.",
+        "Set `use_neg`, or leave it out.",
     )
     NEG_WITHOUT_GUIDANCE = (
         "NEG_WITHOUT_GUIDANCE", 7,
-        "The negative prompt has no effect, because guidance of 1 or less makes a single pass.",
+        "The negative prompt has no effect, because guidance of 1 (and less, but as ComfyUI) makes a single pass.",
         "Raise `guidance_scale`, or leave it out.",
     )
     TRAINER_OPTIONS_IGNORED = (
@@ -142,5 +142,33 @@ class WarningCode(StrEnum):
         "LORA_SCALE_UNREAD", 23,
         "The adapter's header gives scales that the server cannot follow, so it may be too strong or too weak.",
         "Adjust `network_multiplier`.",
+    )
+    LORA_FOR_ANOTHER_BASE = (
+        "LORA_FOR_ANOTHER_BASE", 24,
+        "The adapter's header names another checkpoint of Chroma than the model that draws.",
+        "Use the model that it was trained on, or expect a weaker likeness.",
+    )
+    SCHEDULE_UNUSUAL = (
+        "SCHEDULE_UNUSUAL", 25,
+        "The schedule was made for other kinds of models: most of its steps fall where little noise is left.",
+        "Use another schedule, such as `simple` or `beta`.",
+    )
+    STEPS_DIFFER = (
+        "STEPS_DIFFER", 26,
+        "The schedule has another number of steps than `sample_steps` says, as in ComfyUI.",
+    )
+    SHIFT_IGNORED = (
+        "SHIFT_IGNORED", 27,
+        "`shift` has no effect on the schedule that is named.",
+        "Leave it out, or use another schedule.",
+    )
+    BASE_PARTS_DROPPED = (
+        "BASE_PARTS_DROPPED", 28,
+        "A file of the model holds more than the model has, such as a text encoder's decoder; it is left out.",
+    )
+    SETTINGS_ROUNDED = (
+        "SETTINGS_ROUNDED", 29,
+        "With the settings `comfyui` weights were rounded to float8 all the same; the message says why.",
+        "Use the profile `reference` on a GPU with room for weights that are not rounded.",
     )
     # fmt: on

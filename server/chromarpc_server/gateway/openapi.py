@@ -14,7 +14,16 @@ from google.protobuf import duration_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from chromarpc.v1 import generation_service_pb2
-from chromarpc_server.domain.requests import FRAMES, MIN_SEED, RANGES, RESOLUTIONS, SAMPLERS
+from chromarpc_server.domain.requests import FRAMES, MIN_SEED, RANGES, RESOLUTIONS
+from chromarpc_server.domain.sampling_choices import (
+    FLOWMATCH,
+    LEAST_STEPS,
+    SAMPLERS,
+    SCHEDULES,
+    SHIFT_RANGE,
+    DrawingSettings,
+)
+from chromarpc_server.domain.sampling_options import COMFYUI_PROFILES
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TRAINER_SIZES
 
 FILE: Final = Path(__file__).with_name("openapi.json")
@@ -51,9 +60,11 @@ DESCRIPTIONS: Final = {
     "prompts.height": _SIDE,
     "prompts.guidance_scale": "Classifier-free guidance; 4 when left out.",
     "prompts.sample_steps": "Denoising steps; 25 when left out.",
-    "prompts.neg": "Negative prompt: honoured in `preview` and `preview-exact`, elsewhere answered by a warning.",
+    "prompts.neg": "Negative prompt: honoured with `use_neg`, and in `preview` and `preview-exact`; else answered "
+    "by a warning.",
     "prompts.seed": f"Seed of the noise; {MIN_SEED} draws one; 42 plus the prompt's index when left out.",
-    "prompts.sampler": "Chroma has one sampler.",
+    "prompts.sampler": "Sampler: `flowmatch` is the reference's, the others are ComfyUI's. The model's default "
+    "when left out.",
     "prompts.num_frames": "Chroma draws single images.",
     "prompts.fps": "Frames a second: has no effect on an image, and is answered by a warning.",
     "prompts.resolution": "Chroma has one way.",
@@ -61,6 +72,11 @@ DESCRIPTIONS: Final = {
     "prompts.ctrl_img_1": "Chroma takes no control image.",
     "prompts.ctrl_img_2": "Chroma takes no control image.",
     "prompts.ctrl_img_3": "Chroma takes no control image.",
+    "prompts.schedule": "Schedule of noise levels: `flowmatch` is the reference's, the others are ComfyUI's. The "
+    "model's default when left out.",
+    "prompts.shift": "Fixed shift of the schedule towards noise; 1 shifts nothing. The schedule's own when left "
+    "out.",
+    "prompts.use_neg": "Makes `neg` the unconditional text, in every profile.",
     "kv_cache": "An option of other models.",
     "match_target_res": "An option of other models.",
     "output": "How images are encoded; JPEG of quality 95 when left out.",
@@ -81,12 +97,15 @@ DESCRIPTIONS: Final = {
     "trainer.quantize_te": "`model.quantize_te`: whether the text encoder is; as `quantize` when left out.",
     "trainer.dtype": "`train.dtype`: `bf16` or `float32`, in any of the trainer's spellings; `bf16` if left out.",
     "trainer.lokr_form": "How a LoKr is added to the weights.",
+    "settings": "Whose way of drawing is followed where programs differ; `reference` when left out.",
     "max_queue_time": "How long the job may wait, in seconds such as `30s`; for ever when left out.",
 }
 _REQUIRED: Final = {"": ["model", "prompts"], "loras": ["path"], "prompts": ["prompt"]}
 _ONLY: Final[dict[str, list[object]]] = {
     "loras.transformer": [""],
     "prompts.sampler": [*SAMPLERS, ""],
+    "prompts.schedule": [*SCHEDULES, ""],
+    "settings": [*DrawingSettings, ""],
     "prompts.num_frames": [FRAMES],
     "prompts.resolution": [*RESOLUTIONS, ""],
     **{f"prompts.{name}": [""] for name in ("ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")},
@@ -104,12 +123,52 @@ _NAMES: Final = {
 }
 _RANGES: Final = {**RANGES, "prompts.width": TRAINER_SIZES, "prompts.height": TRAINER_SIZES}
 """The widest that any profile takes."""
+_KEYWORDS: Final[dict[str, Schema]] = {
+    "prompts.seed": {"minimum": MIN_SEED, "maximum": 2**63 - 1},
+    "prompts.shift": {"exclusiveMinimum": SHIFT_RANGE[0], "maximum": SHIFT_RANGE[1]},
+    "loras.path": {"minLength": 1},
+    "loras.expected_sha256": {"pattern": r"^([0-9a-fA-F]{64})?$"},
+    "request_id": {"format": "uuid"},
+}
+"""What else holds for a field."""
 _SIDES: Final = {side: {"minimum": RANGES[f"prompts.{side}"][0]} for side in ("width", "height")}
+_TRAINERS: Final[Schema] = {
+    "sampler": {"enum": [FLOWMATCH, "", None]},
+    "schedule": {"enum": [FLOWMATCH, "", None]},
+    "shift": {"type": "null"},
+}
+
+
+def _where(field: str, *values: str) -> Schema:
+    """Holds for a message that gives the field one of these values."""
+    return {"required": [field], "properties": {field: {"enum": list(values)}}}
+
+
 _RULES: Final[dict[str, Schema]] = {
     "": {
-        "if": {"required": ["profile"], "properties": {"profile": {"enum": sorted(PREVIEW_PROFILES)}}},
-        "else": {"properties": {"prompts": {"items": {"properties": _SIDES}}}},
-    }
+        "allOf": [
+            {
+                "if": _where("profile", *sorted(PREVIEW_PROFILES)),
+                "then": {"properties": {"prompts": {"items": {"properties": _TRAINERS}}}},
+                "else": {"properties": {"prompts": {"items": {"properties": _SIDES}}}},
+            },
+            {
+                "if": _where("settings", DrawingSettings.COMFYUI),
+                "then": {
+                    "properties": {
+                        "profile": {"enum": [*COMFYUI_PROFILES, "", None]},
+                        "noise_draw": {"not": {"const": "NOISE_DRAW_LEGACY"}},
+                    }
+                },
+            },
+        ]
+    },
+    "prompts": {
+        "allOf": [
+            {"if": _where("schedule", schedule), "then": {"properties": {"sample_steps": {"minimum": least}}}}
+            for schedule, least in LEAST_STEPS.items()
+        ]
+    },
 }
 """What holds between the fields of a message; for a request that names no profile, as the reference has it."""
 _INTEGERS: Final = {FieldDescriptor.CPPTYPE_INT32: "int32", FieldDescriptor.CPPTYPE_INT64: "int64"}
@@ -188,14 +247,7 @@ def _value(field: FieldDescriptor, path: str, schemas: dict[str, Schema]) -> Sch
         schema = {"type": "boolean" if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL else "string"}
     if path in _RANGES:
         schema["minimum"], schema["maximum"] = _RANGES[path]
-    if path == "prompts.seed":
-        schema["minimum"], schema["maximum"] = MIN_SEED, 2**63 - 1
-    if path == "loras.path":
-        schema["minLength"] = 1
-    if path == "loras.expected_sha256":
-        schema["pattern"] = r"^([0-9a-fA-F]{64})?$"
-    if path == "request_id":
-        schema["format"] = "uuid"
+    schema.update(_KEYWORDS.get(path, {}))
     if path in _ONLY:
         schema["enum"] = _ONLY[path]
     return schema

@@ -202,5 +202,5 @@ def _require_size(plan: Plan, caller: Caller) -> None:
             "caller",
             "max_pixel_steps",
             limit,
-            f"width × height × steps come to {plan.pixel_steps}, and you may ask for {limit} at once",
+            f"width × height × calls of the model come to {plan.pixel_steps}, and you may ask for {limit} at once",
         )

@@ -97,8 +97,7 @@ class AttemptRecorder:
             case Prepared():
                 self._take_prepared(attempt, report)
             case Step():
-                prompt = job.plan.prompts[report.prompt_index]
-                pixels = prompt.width * prompt.height
+                pixels = job.plan.prompts[report.prompt_index].pixels_per_step
                 job.pixel_steps_done += pixels
                 job.done_steps += 1
                 self._estimates.observe(

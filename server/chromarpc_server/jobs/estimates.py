@@ -6,7 +6,7 @@ from chromarpc_server.domain.plan import Plan
 
 
 class StepTimes:
-    """Seconds for each pixel × step, by (device's model, model, profile), as a moving average."""
+    """Seconds for each pixel × call of the model, by (device's model, model, profile), as a moving average."""
 
     _WEIGHT = 0.2
 
@@ -14,7 +14,7 @@ class StepTimes:
         self._seconds: dict[tuple[str, str, str], float] = {}
 
     def observe(self, device: str, model: str, profile: str, pixel_steps: int, duration_s: float) -> None:
-        """Takes in one step of `pixel_steps` = width × height, measured on a device of this model."""
+        """Takes in one step of so many pixels × calls of the model, measured on a device of this model."""
         key = (device, model, profile)
         measured = duration_s / pixel_steps
         before = self._seconds.get(key, measured)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from chromarpc_server.domain.events import AdapterReport, Prepared
 from chromarpc_server.domain.plan import Plan, PlannedLora, PlannedOutput
 from chromarpc_server.domain.requests import ImageFormat
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
 
 RECORD_VERSION: Final = 1
@@ -62,7 +63,9 @@ def picture_record(plan: Plan, prompt_index: int, prepared: Prepared, *, device_
         "device": prepared.device,
         "dtype": device_dtype if plan.trainer is None else plan.trainer.dtype,
     }
-    if prepared.second_device and plan.prompts[prompt_index].has_guidance:
+    if prepared.stored_as:
+        record["stored_as"] = prepared.stored_as
+    if prepared.second_device and plan.has_guidance(plan.prompts[prompt_index]):
         record["guidance_on_two_devices"] = True
     return PictureRecord(
         # ASCII, so that no writer and no reader of any file format changes a character of it.
@@ -91,7 +94,10 @@ def _request(plan: Plan, prompt_index: int, paths: list[str]) -> dict[str, objec
                 "sample_steps": prompt.sample_steps,
                 "guidance_scale": prompt.guidance_scale,
                 "seed": prompt.seed,
-                **({"neg": prompt.neg} if prompt.neg else {}),
+                **({"neg": prompt.neg, "use_neg": True} if prompt.neg else {}),
+                "sampler": prompt.sampler,
+                "schedule": prompt.schedule,
+                **({} if prompt.shift is None else {"shift": prompt.shift}),
             }
         ],
         "output": _output(plan.output),
@@ -100,6 +106,8 @@ def _request(plan: Plan, prompt_index: int, paths: list[str]) -> dict[str, objec
     }
     if plan.trainer is not None:
         request["trainer"] = _trainer(plan.trainer)
+    if plan.settings is not DrawingSettings.REFERENCE:
+        request["settings"] = plan.settings.value
     return request
 
 
@@ -156,7 +164,8 @@ def _parameters(plan: Plan, prompt_index: int, prepared: Prepared, paths: list[s
     prompt = plan.prompts[prompt_index]
     facts: dict[str, Any] = {
         "Steps": prompt.sample_steps,
-        "Sampler": "flowmatch",
+        "Sampler": prompt.sampler,
+        "Schedule type": prompt.schedule,
         "CFG scale": f"{prompt.guidance_scale:g}",
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",
@@ -165,7 +174,11 @@ def _parameters(plan: Plan, prompt_index: int, prepared: Prepared, paths: list[s
     }
     for number, (path, lora) in enumerate(zip(paths, plan.loras, strict=True)):
         facts[f"Lora {number}"] = f"{path} x {lora.network_multiplier:g}"
+    if prompt.shift is not None:
+        facts["Shift"] = f"{prompt.shift:g}"
     facts["Profile"] = plan.profile
+    if plan.settings is not DrawingSettings.REFERENCE:
+        facts["Settings"] = plan.settings.value
     facts["Version"] = f"chromarpc {prepared.versions.get('chromarpc', '')}".rstrip()
     negative = f"Negative prompt: {prompt.neg}\n" if prompt.neg else ""
     settings = ", ".join(f"{name}: {_quoted(f'{value}')}" for name, value in facts.items())

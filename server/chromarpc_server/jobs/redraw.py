@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from chromarpc_server.domain.callers import Caller
 from chromarpc_server.domain.errors import InvalidParameter, JobNotEnded, JobNotFound, NotKept, StoreUnavailable
 from chromarpc_server.domain.resolve import PictureRecords, Serving, model_not_found
+from chromarpc_server.domain.sampling_options import require_known_sampling
 from chromarpc_server.jobs.admission import Admission
 from chromarpc_server.jobs.housekeeping import HOUSEKEEPING_S
 from chromarpc_server.jobs.job import AnyJob, Job
@@ -64,7 +65,7 @@ class Redrawing:
             JobNotEnded: it waits or runs.
             NotKept: its prompts are not stored, or an adapter would have to be fetched with a token.
             ModelNotFound: its model is not served any more.
-            InvalidParameter: its profile is not served any more.
+            InvalidParameter: its profile is not served any more, or a sampler or schedule of it is not known.
             ChromaError: see `Admission.submit`.
         """
         known = await self._registry.existing(redraw.caller.name, redraw.request_id, redraw.fingerprint)
@@ -79,6 +80,7 @@ class Redrawing:
             raise model_not_found(plan.served_model, serving.models)
         if plan.profile not in serving.profiles:
             raise InvalidParameter(f"this server has no numerics profile {plan.profile} any more", field="profile")
+        require_known_sampling(plan)
         plan = plan_for_now(plan, picture_records=serving.picture_records is PictureRecords.WRITTEN)
         return await self._admission.submit(
             Submission(

@@ -57,6 +57,6 @@ class Waits:
 
     def _left_s(self, taker: Taker, job: Job) -> float:
         """Seconds that a job will still take on a device; infinite while nothing was measured."""
-        left = job.plan.pixel_steps - job.pixel_steps_done
+        left = max(0, job.plan.pixel_steps - job.pixel_steps_done)  # a schedule may have more steps than asked for
         left_s = self._estimates.estimate_s(taker.model, job.plan.served_model, job.plan.profile, left)
         return math.inf if left_s is None else left_s

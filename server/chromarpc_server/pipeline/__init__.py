@@ -7,6 +7,7 @@ Knows torch and the plan's values; knows no queue and no wire.
 
 from chromarpc_server.pipeline.adapters import Adapter, read_adapter
 from chromarpc_server.pipeline.checkpoint import Checkpoint
+from chromarpc_server.pipeline.denoising import SamplingChoice
 from chromarpc_server.pipeline.device import (
     DeviceChoice,
     choose_device,
@@ -34,7 +35,7 @@ from chromarpc_server.pipeline.pair import Transformer, TransformerPair
 from chromarpc_server.pipeline.pipeline import Pipeline
 from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
-from chromarpc_server.pipeline.sampling import DenoiseStep
+from chromarpc_server.pipeline.sampling import DenoiseStep, image_tokens
 from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 from chromarpc_server.pipeline.weights.shared import WeightFiles
@@ -56,6 +57,7 @@ __all__ = [
     "Pipeline",
     "PreparedTransformer",
     "PromptEmbedding",
+    "SamplingChoice",
     "SwitchReport",
     "TokenizedPrompt",
     "Transformer",
@@ -69,6 +71,7 @@ __all__ = [
     "finished_steps",
     "forget_frames",
     "idle_gpus",
+    "image_tokens",
     "import_ahead",
     "lacks_host_memory",
     "library_versions",

@@ -25,7 +25,12 @@ from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.device import release_memory, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import working_bytes
-from chromarpc_server.pipeline.merged_transformer import AdapterSet, PreparedTransformer, prepared_bytes
+from chromarpc_server.pipeline.merged_transformer import (
+    AdapterSet,
+    PreparedTransformer,
+    prepared_bytes,
+    unrounded_text,
+)
 from chromarpc_server.pipeline.models import autoencoder, text_encoder
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Tokenizer
@@ -47,7 +52,7 @@ from chromarpc_server.pipeline.trainer.sizes import factor_bytes, padded_bytes
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.master import read_master
 from chromarpc_server.pipeline.weights.quantizers import FLOAT8_QTYPES
-from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 from chromarpc_server.pipeline.weights.shared import WeightFiles
 from chromarpc_server.pipeline.weights.stored import StoredWeights, rounding_dtype
 
@@ -86,6 +91,8 @@ class Checkpoint:
     """The other device of a pair, which has a transformer's prepared weights and nothing else."""
     decoder_fallback: DeviceFallback | None = None
     """Why `fused_autoencoder` is not fused, where it should be."""
+    left_out: str = ""
+    """What its files hold and no part of it is, for people; empty where there is nothing."""
     shared: tuple[object, ...] = field(repr=False, default=())
     """What other devices of this host find as long as it is held here."""
 
@@ -131,14 +138,15 @@ class Checkpoint:
         plan = opened.plan(device, dtype, memory or MemoryChoice(), second, weights)
         reading = ReadingProgress(opened.parts, context)
         master, revision = read_master(reading, opened.transformer.part, weights, device, plan)
-        tokenizer = Tokenizer(files.tokenizer)
+        tokenizer = Tokenizer(files.tokenizer, vocabulary=opened.text_encoder.vocabulary)
         encoder = text_encoder.build_text_encoder(
             # Read before transformers is asked for, which a starting server is still importing.
-            weights=text_encoder.read_all(opened.text_encoder, reading, opened.text_encoder_onto(device, plan)),
-            config=text_encoder.text_encoder_config(files.text_encoder),
+            weights=reading.stored(opened.text_encoder.part, opened.text_encoder_onto(device, plan)),
+            config=text_encoder.text_encoder_config(opened.text_encoder.config),
             device=device,
             dtype=dtype,
             quantize=True,
+            rounding=opened.text_encoder.rounding,
             hold_float8=plan is not None,
             keep_in_host_memory=plan is not None and plan.text_encoder == "host",
             pinned=lambda tensors: weights.pinned(
@@ -148,11 +156,12 @@ class Checkpoint:
                 context.check,
             ),
         )
-        # What quantizing took for a while would be cut up by what stays.
-        release_memory(device)
+        if plan is not None and plan.streamed_blocks:
+            # What quantizing took for a while would be cut up by what stays.
+            release_memory(device)
         vae = autoencoder.build_autoencoder(
-            read_json(files.vae / "config.json"),
-            text_encoder.read_all(opened.autoencoder, reading),
+            opened.autoencoder.config,
+            reading.stored(opened.autoencoder.part),
             device=device,
             dtype=dtype,
         )
@@ -196,17 +205,21 @@ class Checkpoint:
             memory=plan,
             second=second,
             decoder_fallback=next(iter(not_fused), None),
+            left_out=opened.text_encoder.left_out,
             # Files stay mapped where the master is: a GPU that has a copy has no more use for them.
             shared=(*opened.files, *(reading.mapped if plan is None or plan.master == "mapped" else ())),
         )
 
-    def allocate(self, profile: NumericsProfile, trainer: TrainerSettings | None = None) -> Transformer:
+    def allocate(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None = None, *, rounded: bool = True
+    ) -> Transformer:
         """A transformer of this checkpoint with nothing in it yet; its first `switch` fills it.
 
         Args:
             profile: what it will be run with.
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
+            rounded: whether weights go through float8 as the reference's do; without effect where `must_round`.
 
         Raises:
             InvalidParameter: the profile needs the whole transformer on the device, and blocks are streamed.
@@ -214,10 +227,16 @@ class Checkpoint:
         withheld = "" if self.memory is None else self.memory.withholds(profile.name)
         if withheld:
             raise InvalidParameter(withheld, field="profile")
-        first = self._allocate_on(self.device, profile, trainer)
+        rounded = rounded or self.must_round(profile)
+        first = self._allocate_on(self.device, profile, trainer, rounded)
         if self.second is None:
             return first
-        return TransformerPair(first, self._allocate_on(self.second, profile, trainer), self.second, self._helper)
+        other = self._allocate_on(self.second, profile, trainer, rounded)
+        return TransformerPair(first, other, self.second, self._helper)
+
+    def must_round(self, profile: NumericsProfile) -> bool:
+        """Whether weights are rounded whatever a request says: the profile does, or nothing else has room."""
+        return self._holds_float8 or profile.needs_float8_weights or profile.trainer
 
     @cached_property
     def _helper(self) -> ThreadPoolExecutor | None:
@@ -227,10 +246,11 @@ class Checkpoint:
         return ThreadPoolExecutor(1, "second-device", initializer=select_device, initargs=(self.second,))
 
     def _allocate_on(
-        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None
+        self, device: torch.device, profile: NumericsProfile, trainer: TrainerSettings | None, rounded: bool
     ) -> Transformer:
         if not profile.trainer:
-            return PreparedTransformer(self.config, self.master, profile, self._placement(device, self.dtype))
+            placement = self._placement(device, self.dtype)
+            return PreparedTransformer(self.config, self.master, profile, placement, quantize=rounded)
         settings = trainer or TrainerSettings()
         if not profile.fused:
             return ExactPreview(self.config, self.master, profile, settings, device=device)
@@ -269,11 +289,23 @@ class Checkpoint:
         """The linear layers' weights, name to shape: asked for at every switch, and slow to find."""
         return {name: self.master[name].shape for name in linear_weights(self.config)}
 
-    def missing_bytes(self, profile: NumericsProfile, trainer: TrainerSettings | None) -> int:
+    def text_settings(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> TrainerSettings | None:
+        """Which of the trainer's text encoders a transformer is used with; None: with the checkpoint's own."""
+        if profile.trainer:
+            return trainer or TrainerSettings()
+        return None if rounded or self.must_round(profile) else unrounded_text(self.dtype)
+
+    def missing_bytes(
+        self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True
+    ) -> int:
         """What `pipeline` has yet to put on the device for a transformer of this profile: the trainer's parts."""
-        if not profile.trainer:
+        settings = self.text_settings(profile, trainer, rounded=rounded)
+        if settings is None:
             return 0
-        settings = trainer or TrainerSettings()
+        if not profile.trainer:
+            return self.trainer_parts.missing_bytes(settings, self.autoencoder.dtype, self.autoencoder.dtype)
         return self.trainer_parts.missing_bytes(
             settings, self._parts_dtype(profile, settings), self.autoencoder.dtype
         )
@@ -302,9 +334,10 @@ class Checkpoint:
         """
         if prepared.settings is not None:
             return self._trainer_pipeline(prepared, prepared.settings, context)
+        text = prepared.text_settings
         return Pipeline(
             transformer=prepared,
-            text_encoder=self.text_encoder,
+            text_encoder=self.text_encoder if text is None else self.trainer_parts.text_encoder(text, context),
             autoencoder=self.fused_autoencoder if prepared.profile.fused else self.autoencoder,
             tokenizer=self.tokenizer,
             latent_preview=self.latent_preview,
@@ -318,8 +351,8 @@ class Checkpoint:
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
         """What the device does without for one of this checkpoint's transformers, as far as it was tried."""
-        settings = prepared.settings
-        encoder = self.text_encoder.fallback if settings is None else self.trainer_parts.encoder_fallback(settings)
+        text = prepared.text_settings
+        encoder = self.text_encoder.fallback if text is None else self.trainer_parts.encoder_fallback(text)
         return known_fallbacks(self.device, self._decoder_fallback(prepared), prepared, encoder)
 
     def _decoder_fallback(self, prepared: Transformer) -> DeviceFallback | None:
@@ -356,14 +389,19 @@ class Checkpoint:
         )
 
     def prepare(
-        self, adapters: AdapterSet, profile: NumericsProfile, trainer: TrainerSettings | None = None
+        self,
+        adapters: AdapterSet,
+        profile: NumericsProfile,
+        trainer: TrainerSettings | None = None,
+        *,
+        rounded: bool = True,
     ) -> Pipeline:
-        """A pipeline to keep: merges adapters and quantizes, once.
+        """A pipeline to keep: merges adapters and quantizes, once; see `allocate`.
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
         """
-        prepared = self.allocate(profile, trainer)
+        prepared = self.allocate(profile, trainer, rounded=rounded)
         prepared.switch(adapters)
         return self.pipeline(prepared)
 

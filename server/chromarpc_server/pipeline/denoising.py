@@ -1,18 +1,21 @@
-"""From embedded text and noise to latents: whatever transformer computes the velocities."""
+"""From embedded text and noise to latents: whatever transformer computes velocities, whichever sampler asks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.plan import GUIDANCE_THRESHOLD
+from chromarpc_server.domain.sampling_choices import FLOWMATCH, DrawingSettings, has_guidance
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
+from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, evaluated_sigmas
 from chromarpc_server.pipeline.sampling import DenoiseStep
+from chromarpc_server.pipeline.schedules import COMFYUI_MU, schedule_sigmas
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Text:
 
     @property
     def kept(self) -> Tensor:
-        """(real + 1, context): what the reference's attention sees."""
+        """(real + 1, context): what the reference's attention sees; all of a text without padding."""
         return self.embeds[0, : int(self.mask.sum()) + 1]
 
 
@@ -39,14 +42,55 @@ class VelocityMaker(Protocol):
     """A transformer with its weights ready."""
 
     def velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> sampling.Velocity:
-        """What computes the velocities of one image's steps.
+        """What computes the velocities of one image.
 
         Args:
             texts: the prompt and, where guidance is on, the unconditional text.
-            timesteps: (S,) in 0…1, in the latents' dtype.
+            timesteps: (S,) in 0…1, of every call in order, in the latents' dtype or in float32.
             grid: rows and columns of image tokens.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SamplingChoice:
+    """How an image's steps are taken, by the names that requests use."""
+
+    sampler: str = FLOWMATCH
+    schedule: str = FLOWMATCH
+    shift: float | None = None
+    """Fixed shift of the schedule; None for the schedule's own."""
+    settings: DrawingSettings = DrawingSettings.REFERENCE
+    mu: float = COMFYUI_MU
+    """Flux's shift, in ComfyUI's schedules without a fixed one."""
+
+    @property
+    def as_comfyui(self) -> bool:
+        """Whether ComfyUI's way is followed where it differs from the reference's."""
+        return self.settings is DrawingSettings.COMFYUI
+
+    @property
+    def rounds_latents(self) -> bool:
+        """Whether latents are kept in the transformer's dtype, as the reference's are; else in float32."""
+        return self.sampler == FLOWMATCH and not self.as_comfyui
+
+    def sigmas(self, steps: int, image_tokens: int) -> list[float]:
+        """The noise levels of so many steps; see `schedule_sigmas`."""
+        return schedule_sigmas(
+            self.schedule,
+            steps,
+            shift=self.shift,
+            image_tokens=image_tokens,
+            sampler=self.sampler,
+            mu=self.mu,
+        )
+
+    def has_guidance(self, guidance_scale: float) -> bool:
+        """Whether each call makes an unconditional pass, too."""
+        return has_guidance(guidance_scale, self.settings)
+
+
+AS_REFERENCE = SamplingChoice()
 
 
 @torch.inference_mode()
@@ -60,19 +104,91 @@ def denoise_from(
     guidance_scale: float,
     *,
     timestep_dtype: torch.dtype | None = None,
+    choice: SamplingChoice = AS_REFERENCE,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[DenoiseStep]:
     """Runs the transformer over a schedule from given noise (1, N, 64), in the noise's dtype and device.
 
-    `timestep_dtype` is what timesteps are rounded to: the noise's dtype, as in the reference, unless
-    another is given.
+    Args:
+        transformer: computes the velocities.
+        embedding: conditional and unconditional text.
+        noise: of standard deviation 1.
+        width: pixels.
+        height: pixels.
+        steps: that were asked for; a schedule may make others of them.
+        guidance_scale: classifier-free guidance.
+        timestep_dtype: what timesteps are rounded to: the noise's dtype, as in the reference, unless another is
+            given.
+        choice: sampler, schedule and settings.
+        dtype: what the transformer takes, where that is another dtype than the noise's.
     """
     grid = sampling.token_grid(width, height)
-    scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
+    like = noise if dtype is None else noise.to(dtype)
+    texts = [Text.of(embedding.embeds, embedding.mask, like)]
+    if choice.has_guidance(guidance_scale):
+        texts.append(Text.of(embedding.unconditional_embeds, embedding.unconditional_mask, like))
+    if not choice.rounds_latents:
+        sigmas = choice.sigmas(steps, noise.shape[1])
+        yield from _sampled(transformer, texts, noise, grid, sigmas, guidance_scale, choice, like, timestep_dtype)
+        return
+    if choice == AS_REFERENCE:
+        scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
+    else:
+        scheduler = sampling.scheduler_of(choice.sigmas(steps, noise.shape[1]), noise.device)
     seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
     timesteps = seen.to(noise.dtype) / 1000
-    texts = [Text.of(embedding.embeds, embedding.mask, noise)]
-    if guidance_scale > GUIDANCE_THRESHOLD:
-        texts.append(Text.of(embedding.unconditional_embeds, embedding.unconditional_mask, noise))
     yield from sampling.denoise(
         noise, scheduler, seen, guidance_scale, transformer.velocity(texts, timesteps, grid)
     )
+
+
+def _sampled(
+    transformer: VelocityMaker,
+    texts: Sequence[Text],
+    noise: Tensor,
+    grid: tuple[int, int],
+    sigmas: Sequence[float],
+    guidance_scale: float,
+    choice: SamplingChoice,
+    like: Tensor,
+    timestep_dtype: torch.dtype | None,
+) -> Iterator[DenoiseStep]:
+    """By one of ComfyUI's samplers, on float32 latents. `like`: a tensor in the transformer's dtype."""
+    name = "euler" if choice.sampler == FLOWMATCH else choice.sampler
+    sampler = SAMPLERS_BY_NAME[name]
+    asked = evaluated_sigmas(sampler, sigmas)
+
+    def seen(levels: Sequence[float]) -> Tensor:
+        """Timesteps in 0…1000 as the transformer sees them."""
+        exact = torch.tensor(levels, dtype=torch.float32) * 1000
+        return exact if choice.as_comfyui else exact.to(timestep_dtype or noise.dtype)
+
+    if choice.as_comfyui:
+        timesteps = torch.tensor(asked, dtype=torch.float32)
+    else:
+        timesteps = seen(asked).to(like.dtype) / 1000
+    velocity = transformer.velocity(texts, timesteps.to(noise.device), grid)
+    calls = count()
+
+    def model(x: Tensor, sigma: float) -> Tensor:
+        conditional, unconditional = velocity(x.to(like.dtype), next(calls))
+        guided = conditional.to(x.dtype)
+        if unconditional is not None:
+            other = unconditional.to(x.dtype)
+            guided = other + guidance_scale * (guided - other)
+        return x - sigma * guided
+
+    reported = seen(sigmas[:-1]).tolist()
+    x = noise.float() * sigmas[0]
+    for index, step in enumerate(sampler(model, x, sigmas)):
+        last = index + 2 == len(sigmas)
+        # What noise a schedule leaves in the end is taken for a part of the image's scale.
+        yield DenoiseStep(
+            index=index,
+            total=len(sigmas) - 1,
+            sigma=sigmas[index],
+            timestep=reported[index],
+            sigmas=tuple(sigmas),
+            latents=step.x / (1 - sigmas[-1]) if last and sigmas[-1] else step.x,
+            predicted_x0=step.denoised,
+        )

@@ -11,7 +11,7 @@ _GROUPS = {
     "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
-"""By controller, of version 2 and of version 1: files of the limit and of what is used, and what of that is cache."""
+"""By controller, of version 2 and of version 1: files of the limit and of what is used; what of that is cache."""
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:

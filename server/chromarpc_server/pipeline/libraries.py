@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -29,9 +29,11 @@ initializers for as long, and two threads would leave them there."""
 
 @dataclass(frozen=True)
 class Libraries:
-    """Classes that the pipeline builds."""
+    """Classes that the pipeline builds, and a function."""
 
     autoencoder: type[AutoencoderKL]
+    convert_autoencoder: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor | None]]
+    """An autoencoder's tensors from the original layout to diffusers', given the config that diffusers has."""
     scheduler: type[FlowMatchEulerDiscreteScheduler]
     t5_config: type[T5Config]
     t5_encoder: type[T5EncoderModel]
@@ -72,9 +74,12 @@ def _import() -> Libraries:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with _uncollected():
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # noqa: PLC0415
         from transformers import T5Config, T5EncoderModel  # noqa: PLC0415
 
-    return Libraries(AutoencoderKL, FlowMatchEulerDiscreteScheduler, T5Config, T5EncoderModel)
+    return Libraries(
+        AutoencoderKL, convert_ldm_vae_checkpoint, FlowMatchEulerDiscreteScheduler, T5Config, T5EncoderModel
+    )
 
 
 @contextmanager

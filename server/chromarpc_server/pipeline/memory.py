@@ -87,7 +87,7 @@ def plan_memory(
         usable_bytes: of the device, as its driver says.
         sizes: of the checkpoint's parts.
         choice: what the settings say.
-        second_bytes: what may be used of the other device of a pair, which has the transformer alone, and all of it.
+        second_bytes: what may be used of the other device of a pair, which has all of the transformer and no more.
         host_bytes: free in host memory; None where nobody knows.
 
     Raises:
@@ -188,8 +188,8 @@ def _on_host(plan: MemoryPlan, sizes: PartSizes, allowed: list[MemoryPlan], host
         return mapped
     told = (
         f"the model needs {_gb(needed)} of host memory beside a device with {_gb(plan.usable_bytes)} free, and of "
-        f"{_gb(host_bytes or 0)} that the host has free it leaves {_gb(HOST_SPARE_BYTES)} to everything else: close "
-        "what else holds host memory, or give the server's control group more"
+        f"{_gb(host_bytes or 0)} that the host has free it leaves {_gb(HOST_SPARE_BYTES)} to everything else: "
+        "close what else holds host memory, or give the server's control group more"
     )
     larger = [
         estimate_bytes(other, sizes)

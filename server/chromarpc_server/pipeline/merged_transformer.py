@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chromarpc_server.domain.errors import LoraIncompatible, first_named
+from chromarpc_server.domain.errors import LoraIncompatible, WeightsInvalid, first_named
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
@@ -84,6 +84,8 @@ class PreparedTransformer:
         self.profile = profile
         self.settings: TrainerSettings | None = None
         """The trainer's config has no part in it."""
+        self.rounded = quantize
+        self.text_settings = None if quantize else unrounded_text(placement.dtype)
         self._master = master
         self._device = placement.device
         self._dtype = placement.dtype
@@ -188,6 +190,7 @@ class PreparedTransformer:
 
         Raises:
             LoraIncompatible: merging gave values that are not finite.
+            WeightsInvalid: the checkpoint's own codes or scales are of no finite value.
         """
         wanted = {name: _merged_into(name, adapters) for name in self._master}
         stale = [name for name in self._master if self._merged[name] != wanted[name]]
@@ -201,14 +204,14 @@ class PreparedTransformer:
         for name, weight in on_device(self._master, stale, self._device):
             context.check()
             merged = self._merge(name, weight, adapters)
-            if wanted[name]:
+            if wanted[name] or self._master[name].recipe.widened:
                 finite[name] = torch.isfinite(merged).all()
             self._merged[name] = None
             self._write(name, merged)
             self._merged[name] = wanted[name]
             done += self._master[name].nbytes
             context.progress(LoadProgress(stage, done, total))
-        self._refuse_overflow(finite)
+        self._require_finite(finite, wanted)
         return SwitchReport(len(stale))
 
     def _merge(self, name: str, weight: Tensor, adapters: AdapterSet) -> Tensor:
@@ -244,7 +247,7 @@ class PreparedTransformer:
             self._put(linear, held, weight)
 
     def _put(self, linear: Linear | None, held: Tensor, weight: Tensor) -> None:
-        """A merged weight, rounded as it is held: `linear` is the layer whose weight it is, if it is to be rounded."""
+        """Rounds a merged weight as it is held; `linear`: the layer whose weight it is, if it is to be rounded."""
         ops = fused_ops(self._device) if weight.dtype == torch.bfloat16 else plain
         if linear is None:
             held.copy_(weight)
@@ -276,7 +279,7 @@ class PreparedTransformer:
             return weight.dtype == self._dtype
         return "_blocks." in name
 
-    def _refuse_overflow(self, finite: Mapping[str, Tensor]) -> None:
+    def _require_finite(self, finite: Mapping[str, Tensor], merged: Mapping[str, Merged]) -> None:
         """One look at the device for all tensors, instead of one for each."""
         if not finite:
             return
@@ -285,7 +288,17 @@ class PreparedTransformer:
         if bad:
             for name in bad:
                 self._merged[name] = None
+            damaged = [name for name in bad if not merged[name]]
+            if damaged:
+                raise WeightsInvalid(f"{first_named(damaged, 3)}: has values that are not finite, as it is stored")
             raise LoraIncompatible(f"merging the adapters overflows {first_named(bad, 3)}")
+
+
+def unrounded_text(dtype: torch.dtype) -> TrainerSettings:
+    """Which of the trainer's text encoders is one without rounding of ours: the one that it does not quantize."""
+    return TrainerSettings(
+        quantize=False, quantize_te=False, dtype="float32" if dtype == torch.float32 else "bfloat16"
+    )
 
 
 def on_device(

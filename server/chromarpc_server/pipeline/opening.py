@@ -8,17 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
+from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.pipeline.device import model_name, usable_memory_bytes
 from chromarpc_server.pipeline.host_memory import available_host_bytes
 from chromarpc_server.pipeline.memory import PartSizes, plan_memory
-from chromarpc_server.pipeline.models import text_encoder
 from chromarpc_server.pipeline.models.stored_transformer import StoredTransformer, open_transformer
 from chromarpc_server.pipeline.streamed import BlockSizes
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
 from chromarpc_server.pipeline.weights.master import master_key
-from chromarpc_server.pipeline.weights.part import StoredPart, open_part
+from chromarpc_server.pipeline.weights.other_parts import (
+    StoredAutoencoder,
+    StoredTextEncoder,
+    open_autoencoder,
+    open_text_encoder,
+)
+from chromarpc_server.pipeline.weights.part import StoredPart
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
 
@@ -28,8 +34,8 @@ class OpenCheckpoint:
     """Of one model."""
 
     transformer: StoredTransformer
-    text_encoder: StoredPart
-    autoencoder: StoredPart
+    text_encoder: StoredTextEncoder
+    autoencoder: StoredAutoencoder
 
     @classmethod
     def open(cls, files: CheckpointFiles, weights: WeightFiles) -> OpenCheckpoint:
@@ -40,18 +46,33 @@ class OpenCheckpoint:
             weights: what this host's devices have open.
 
         Raises:
-            WeightsInvalid: one is damaged, or of another model.
+            WeightsInvalid: one is damaged, or of another model, or they do not go together.
         """
-        return cls(
+        opened = cls(
             open_transformer(files.transformer, weights),
-            text_encoder.open_text_encoder(files.text_encoder, weights),
-            open_part(files.vae, "autoencoder", weights),
+            open_text_encoder(files.text_encoder, weights),
+            open_autoencoder(files.vae, weights),
         )
+        opened._require_fit(files)
+        return opened
+
+    def _require_fit(self, files: CheckpointFiles) -> None:
+        config = self.transformer.config
+        if self.text_encoder.width != config.context_in_dim:
+            raise WeightsInvalid(
+                f"{files.text_encoder.name} gives {self.text_encoder.width} channels of text, and "
+                f"{files.transformer.name} takes {config.context_in_dim}: they are of different models"
+            )
+        if 4 * self.autoencoder.latent_channels != config.in_channels:
+            raise WeightsInvalid(
+                f"{files.vae.name} has {self.autoencoder.latent_channels} latent channels, and "
+                f"{files.transformer.name} draws {config.in_channels // 4}: they are of different models"
+            )
 
     @property
     def parts(self) -> tuple[StoredPart, ...]:
         """In the order in which they are read."""
-        return self.transformer.part, self.text_encoder, self.autoencoder
+        return self.transformer.part, self.text_encoder.part, self.autoencoder.part
 
     @property
     def files(self) -> tuple[SharedFile, ...]:
@@ -90,12 +111,12 @@ class OpenCheckpoint:
 
     def text_encoder_key(self, device: torch.device, dtype: torch.dtype) -> Hashable:
         """Of its layers in page-locked memory, once they were quantized on a device of this model."""
-        return "text encoder", self.text_encoder.identity, dtype, model_name(device)
+        return "text encoder", self.text_encoder.part.identity, dtype, model_name(device)
 
     def sizes(self, dtype: torch.dtype) -> PartSizes:
         """Of the parts as they could be held, to compute in this dtype."""
         wide = dtype.itemsize
-        transformer, encoder = self.transformer.part.recipes, self.text_encoder.recipes
+        transformer, encoder = self.transformer.part.recipes, self.text_encoder.part.recipes
         float8 = sum(
             math.prod(recipe.shape) * (1 if "_blocks." in name and len(recipe.shape) > 1 else wide)
             for name, recipe in transformer.items()
@@ -103,7 +124,6 @@ class OpenCheckpoint:
         text = sum(
             math.prod(recipe.shape) * (1 if ".block." in name and len(recipe.shape) > 1 else wide)
             for name, recipe in encoder.items()
-            if not name.endswith("embed_tokens.weight")
         )
         sides = sum(sum(recipe.shape) for recipe in transformer.values() if len(recipe.shape) == 2)
         return PartSizes(
@@ -111,7 +131,7 @@ class OpenCheckpoint:
             dequantized=sum(math.prod(recipe.shape) * wide for recipe in transformer.values()),
             float8=float8,
             text_encoder=text,
-            autoencoder=sum(math.prod(recipe.shape) * wide for recipe in self.autoencoder.recipes.values()),
+            autoencoder=sum(math.prod(recipe.shape) * wide for recipe in self.autoencoder.part.recipes.values()),
             beside=sides * RANK_BUCKETS[0] * wide,
             blocks=BlockSizes.of({name: recipe.shape for name, recipe in transformer.items()}),
         )
@@ -120,4 +140,4 @@ class OpenCheckpoint:
         """The device, where the text encoder fits there as it is stored beside everything else; else None."""
         if plan is None:
             return None
-        return device if plan.usable_bytes - plan.estimated_bytes > self.text_encoder.size_bytes else None
+        return device if plan.usable_bytes - plan.estimated_bytes > self.text_encoder.part.size_bytes else None

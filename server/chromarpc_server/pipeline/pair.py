@@ -53,6 +53,16 @@ class Transformer(VelocityMaker, Protocol):
         ...
 
     @property
+    def rounded(self) -> bool:
+        """Whether its weights were rounded to float8, or to what the trainer's config says."""
+        ...
+
+    @property
+    def text_settings(self) -> TrainerSettings | None:
+        """Which of `TrainerParts`' text encoders it is used with; None: with the checkpoint's own."""
+        ...
+
+    @property
     def size_bytes(self) -> int:
         """Of everything it holds on a device: of two, on each."""
         ...
@@ -125,6 +135,16 @@ class TransformerPair:
         return self.first.settings
 
     @property
+    def rounded(self) -> bool:
+        """See `Transformer.rounded`."""
+        return self.first.rounded
+
+    @property
+    def text_settings(self) -> TrainerSettings | None:
+        """See `Transformer.text_settings`."""
+        return self.first.text_settings
+
+    @property
     def size_bytes(self) -> int:
         """See `Transformer.size_bytes`."""
         return max(self.first.size_bytes, self.second.size_bytes)
@@ -154,10 +174,10 @@ class TransformerPair:
         if len(texts) == 1:
             return self.first.velocity(texts, timesteps, grid)
         there = timesteps.to(self._device)
-        text = Text.of(texts[1].embeds, texts[1].mask, there)
+        text = Text(texts[1].embeds.to(self._device), texts[1].mask.to(self._device))
         # In float32 this thread has the process's precision of products for the whole step (see `precision`), and
         # the other one might wait for it.
-        beside = self._helper if timesteps.dtype == torch.bfloat16 else None
+        beside = self._helper if text.embeds.dtype == torch.bfloat16 else None
         # What all steps have in common takes milliseconds, and then the host waits for it.
         conditional, unconditional = self._both(
             lambda: self.first.velocity(texts[:1], timesteps, grid),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.fallbacks import DeviceFallback
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.pipeline import sampling
-from chromarpc_server.pipeline.denoising import Text, denoise_from
+from chromarpc_server.pipeline.denoising import AS_REFERENCE, SamplingChoice, Text, denoise_from
 from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
 from chromarpc_server.pipeline.models import autoencoder
 from chromarpc_server.pipeline.models.text_encoder import (
@@ -23,6 +24,7 @@ from chromarpc_server.pipeline.models.text_encoder import (
     TokenizedPrompt,
     Tokenizer,
 )
+from chromarpc_server.pipeline.models.weighted_text import embed_weighted, tokenize_weighted
 from chromarpc_server.pipeline.pacing import beside
 from chromarpc_server.pipeline.pair import Transformer
 from chromarpc_server.pipeline.precision import float32_products
@@ -73,16 +75,22 @@ class Pipeline:
         """Longer sides than this are decoded in tiles; None where nothing is."""
         return self.autoencoder.tile_sample_min_size if self.autoencoder.use_tiling else None
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        """Tokenizes a prompt; needs no device."""
+    def tokenize(self, prompt: str, settings: DrawingSettings = DrawingSettings.REFERENCE) -> TokenizedPrompt:
+        """Tokenizes a prompt, padded to 512 or as ComfyUI does; needs no device."""
+        if settings is DrawingSettings.COMFYUI:
+            return tokenize_weighted(self.tokenizer, prompt)
         return self.tokenizer(prompt)
 
     def encode(self, tokens: TokenizedPrompt, negative: TokenizedPrompt | None = None) -> PromptEmbedding:
         """Embeds a prompt, and beside it the unconditional text: the negative prompt if there is one."""
-        embeds = self.text_encoder(tokens.ids)
-        unconditional = self.empty
+        embeds = embed_weighted(self.text_encoder, tokens)
         if negative is not None and negative.token_count > EMPTY_TOKENS:
-            unconditional = self.text_encoder(negative.ids), negative.mask.to(self.device)
+            unconditional = embed_weighted(self.text_encoder, negative), negative.mask.to(self.device)
+        elif tokens.ids.shape == self.empty[1].shape:
+            unconditional = self.empty
+        else:
+            end_mark = self.text_encoder.end_mark
+            unconditional = end_mark, torch.ones(end_mark.shape[:2], dtype=torch.int64, device=self.device)
         return PromptEmbedding(embeds, tokens.mask.to(self.device), *unconditional)
 
     def denoise(
@@ -95,6 +103,7 @@ class Pipeline:
         guidance_scale: float,
         seed: int,
         noise_draw: str,
+        choice: SamplingChoice = AS_REFERENCE,
     ) -> Iterator[DenoiseStep]:
         """Draws one image's latents, yielding after every step; a GPU may still be computing it then.
 
@@ -102,21 +111,26 @@ class Pipeline:
             embedding: from `encode`.
             width: pixels, a multiple of 16.
             height: pixels, a multiple of 16.
-            steps: Euler steps, 1 or more.
-            guidance_scale: classifier-free guidance; at 1 and below a single pass is made.
+            steps: 1 or more; see `SamplingChoice.sigmas`.
+            guidance_scale: classifier-free guidance; at 1 and below a single pass is made, as ComfyUI at 1 only.
             seed: of the initial noise.
             noise_draw: `float32` or `legacy`.
+            choice: sampler, schedule and settings.
         """
-        noise = sampling.draw_noise(width, height, seed, self.stored_dtype, noise_draw)
+        drawn_in = torch.float32 if choice.as_comfyui else self.stored_dtype
+        noise = sampling.draw_noise(width, height, seed, drawn_in, noise_draw)
+        kept_in = self.dtype if choice.rounds_latents else torch.float32
         drawn = denoise_from(
             self.transformer,
             embedding,
-            noise.to(device=self.device, dtype=self.dtype),
+            noise.to(device=self.device, dtype=kept_in),
             width,
             height,
             steps,
             guidance_scale,
             timestep_dtype=self.stored_dtype,
+            choice=choice,
+            dtype=self.dtype,
         )
         while True:
             with self._products():
@@ -156,18 +170,27 @@ class Pipeline:
                     texts = [Text.of(*pair, last.latents) for pair in pairs]
                     self.transformer.record(texts, last.latents, sampling.token_grid(width, height))
 
-    def decode(self, latents: Tensor, width: int, height: int) -> npt.NDArray[np.uint8]:
-        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8.
+    def decode(
+        self,
+        latents: Tensor,
+        width: int,
+        height: int,
+        drawing: DrawingSettings = DrawingSettings.REFERENCE,
+    ) -> npt.NDArray[np.uint8]:
+        """Packed latents (1, N, 64) → pixels (h, w, 3) uint8, rounded, or cut off as ComfyUI does.
 
         In the trainer's profiles they are rounded as the trainer rounds them, whatever is computed in: in bf16 a
         step between pixels is as large as one of their 256 values.
         """
         settings = self.transformer.settings
+        as_comfyui = drawing is DrawingSettings.COMFYUI
         rounding = None if settings is None else self.stored_dtype
+        if as_comfyui:
+            rounding = torch.float32
         as_trainer = settings if not self.transformer.profile.fused else None
         with trainer_arithmetic(self.device, as_trainer) if as_trainer else self._products():
             image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height), rounding)
-        return autoencoder.to_pixels(image)
+        return autoencoder.to_pixels(image, truncated=as_comfyui)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
         """A small image (height, width, 3) uint8 of what a finished step predicts."""

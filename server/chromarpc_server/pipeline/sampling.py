@@ -5,7 +5,7 @@ Shapes: h, w image size in pixels; N = h/16 · w/16 packed latent tokens of 64 c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,12 @@ def token_grid(width: int, height: int) -> tuple[int, int]:
     """Rows and columns of packed latent tokens of an image."""
     side = PIXELS_PER_LATENT * PATCH
     return height // side, width // side
+
+
+def image_tokens(width: int, height: int) -> int:
+    """N, packed latent tokens of an image."""
+    rows, columns = token_grid(width, height)
+    return rows * columns
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -109,6 +115,13 @@ def make_scheduler(image_tokens: int, steps: int, device: torch.device) -> FlowM
     return scheduler
 
 
+def scheduler_of(sigmas: Sequence[float], device: torch.device) -> FlowMatchEulerDiscreteScheduler:
+    """The same over given noise levels, falling, the last of which is 0."""
+    scheduler = libraries().scheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=list(sigmas[:-1]), device=device)
+    return scheduler
+
+
 @dataclass(frozen=True)
 class DenoiseStep:
     """What one step did."""
@@ -116,6 +129,7 @@ class DenoiseStep:
     index: int
     """From 0."""
     total: int
+    """Steps of the schedule, which may be others than were asked for; never calls of the model."""
     sigma: float
     """Noise level the step started from."""
     timestep: float
@@ -129,7 +143,7 @@ class DenoiseStep:
 
 
 Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""(latents, step index) → conditional and, where guidance is on, unconditional velocity."""
+"""(latents, number of the call) → conditional and, where guidance is on, unconditional velocity."""
 
 
 def seen_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which of a transformer's blocks are streamed, and where they take turns on the device: arithmetic of sizes alone.
+"""Which of a transformer's blocks are streamed, and where they take turns on the device: arithmetic of sizes.
 
 A streamed block's matrices lie in host memory and are copied to the device for every step. Blocks that compute at
 different times have the same memory there, a ring that is as large as two of the largest ones.

@@ -69,7 +69,7 @@ class DeviceRoom(Generic[Slot]):
         Args:
             needed: bytes.
             checkpoint: of the job at hand.
-            trainer: its settings, whose text encoder is not idle.
+            trainer: the settings of its text encoder, which is not idle.
         """
         idle = sum(held.trainer_parts.idle_bytes(self._taken(held, checkpoint, trainer)) for held in self._all())
         if not self._fits(needed - idle):
@@ -128,7 +128,7 @@ class DeviceRoom(Generic[Slot]):
         self, held: Checkpoint, checkpoint: Checkpoint, trainer: TrainerSettings | None
     ) -> list[TrainerSettings]:
         """Whose text encoders a checkpoint's resident transformers take, and the job at hand."""
-        taken = [slot.transformer.settings for slot in self._slots if slot.checkpoint is held]
+        taken = [slot.transformer.text_settings for slot in self._slots if slot.checkpoint is held]
         wanted = [*taken, trainer if held is checkpoint else None]
         return [settings for settings in wanted if settings is not None]
 

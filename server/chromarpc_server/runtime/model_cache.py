@@ -52,6 +52,8 @@ class SetKey:
     adapters: tuple[tuple[AdapterFile, float], ...]
     trainer: TrainerSettings | None = None
     """What the trainer's config decides about the weights, in profiles that draw the trainer's image."""
+    rounded: bool = True
+    """Whether weights go through float8 as the reference's do."""
 
     @classmethod
     def of(
@@ -61,10 +63,12 @@ class SetKey:
         files: Sequence[AdapterFile],
         loras: Sequence[PlannedLora],
         trainer: TrainerSettings | None = None,
+        *,
+        rounded: bool = True,
     ) -> SetKey:
         """Adapters at multiplier 0 change nothing, so they make no set of their own."""
         pairs = ((file, lora.network_multiplier) for file, lora in zip(files, loras, strict=True))
-        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0), trainer)
+        return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0), trainer, rounded)
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,9 @@ class ModelCache:
             OutOfMemory: the prepared weights do not fit.
         """
         started, evictions = time.monotonic(), self._counters.evictions
+        profile = PROFILES[key.profile]
+        # One set for both where they would be the same.
+        key = replace(key, rounded=key.rounded or checkpoint.must_round(profile))
         try:
             slot = next((slot for slot in self._slots if slot.key == key), None)
             if slot is not None:
@@ -225,7 +232,7 @@ class ModelCache:
             else:
                 slot, source, switched = self._make(checkpoint, adapters, key, context)
                 self._share.adapters.trim()  # what lies beside weights was made of them
-            missing = checkpoint.missing_bytes(PROFILES[key.profile], key.trainer)
+            missing = checkpoint.missing_bytes(profile, key.trainer, rounded=key.rounded)
             self._make_room(missing, checkpoint, key, keep=slot)
             pipeline = checkpoint.pipeline(slot.transformer, context)
         finally:
@@ -273,12 +280,14 @@ class ModelCache:
             if slot.checkpoint is checkpoint
             and slot.transformer.profile.name == key.profile
             and slot.transformer.settings == key.trainer
+            and slot.transformer.rounded == key.rounded
         ]
         broken = next((slot for slot in alike if slot.key is None), None)
         profile = PROFILES[key.profile]
         needed = checkpoint.prepared_bytes(profile, key.trainer, adapters)
-        needed += checkpoint.missing_bytes(profile, key.trainer)
-        if broken is None and (not alike or self._room.fits_without_idle(needed, checkpoint, key.trainer)):
+        needed += checkpoint.missing_bytes(profile, key.trainer, rounded=key.rounded)
+        text = checkpoint.text_settings(profile, key.trainer, rounded=key.rounded)
+        if broken is None and (not alike or self._room.fits_without_idle(needed, checkpoint, text)):
             fresh = self._allocate(checkpoint, key, needed)
             try:
                 return fresh, WeightsSource.BUILT, self._switch(fresh, adapters, key, context)
@@ -320,14 +329,16 @@ class ModelCache:
         return report
 
     def _allocate(self, checkpoint: Checkpoint, key: SetKey, needed: int) -> _Slot:
-        slot = _Slot(checkpoint.allocate(PROFILES[key.profile], key.trainer), checkpoint)
+        profile = PROFILES[key.profile]
+        slot = _Slot(checkpoint.allocate(profile, key.trainer, rounded=key.rounded), checkpoint)
         self._make_room(needed, checkpoint, key, keep=slot)
         self._slots.append(slot)
         return slot
 
     def _make_room(self, needed: int, checkpoint: Checkpoint, key: SetKey, *, keep: _Slot) -> None:
         """Evicts what has to go for this many bytes more."""
-        evicted = self._room.make(needed, checkpoint, key.trainer, keep=keep)
+        text = checkpoint.text_settings(PROFILES[key.profile], key.trainer, rounded=key.rounded)
+        evicted = self._room.make(needed, checkpoint, text, keep=keep)
         self._counters = replace(self._counters, evictions=self._counters.evictions + evicted)
 
     def _evict_checkpoint(self) -> None:

@@ -48,10 +48,10 @@ class Watchdog:
         self._running_time = running_time
         self._doing: _Doing | None = None
 
-    def step(self, expected_s: float | None = None) -> None:
-        """A denoising step begins, which probably takes `expected_s`."""
+    def step(self, expected_s: float | None = None, *, calls: int = 1) -> None:
+        """A denoising step begins, which probably takes `expected_s` and calls the model so often."""
         expected = 0.0 if expected_s is None else self._timeouts.step_factor * expected_s
-        self._begin("a denoising step", max(self._timeouts.step_s, expected))
+        self._begin("a denoising step", max(calls * self._timeouts.step_s, expected))
 
     def other(self, what: str) -> None:
         """Something else begins: reading weights, compiling, decoding."""

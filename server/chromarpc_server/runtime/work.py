@@ -11,6 +11,7 @@ import numpy.typing as npt
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.domain.events import Event, ImageHeader, Timings
 from chromarpc_server.domain.plan import Plan
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.cancellation import Cancellation
 from chromarpc_server.runtime.model_cache import SetKey
@@ -90,4 +91,5 @@ class WorkDone:
 
 def set_key(plan: Plan, adapter_files: tuple[AdapterFile, ...]) -> SetKey:
     """The prepared weights that a plan needs with its adapters in these files."""
-    return SetKey.of(plan.served_model, plan.profile, adapter_files, plan.loras, plan.trainer)
+    rounded = plan.settings is not DrawingSettings.COMFYUI
+    return SetKey.of(plan.served_model, plan.profile, adapter_files, plan.loras, plan.trainer, rounded=rounded)

@@ -19,7 +19,7 @@ from chromarpc_server.domain.events import (
     Step,
     Timings,
 )
-from chromarpc_server.domain.plan import Plan, PlannedPrompt
+from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.pipeline import (
     SILENT,
@@ -29,6 +29,7 @@ from chromarpc_server.pipeline import (
     LoadProgress,
     Pipeline,
     PromptEmbedding,
+    SamplingChoice,
     finished_steps,
     forget_frames,
     lacks_host_memory,
@@ -170,8 +171,10 @@ class DeviceWorker:
         pipeline, weights = self._cache.pipeline(checkpoint, adapters, work.set_key, context)
         clock.lap("loading_s")
 
-        tokenized = [pipeline.tokenize(prompt.prompt) for prompt in plan.prompts]
-        negative = [pipeline.tokenize(prompt.neg) for prompt in plan.prompts] if plan.trainer is not None else []
+        tokenized = [pipeline.tokenize(prompt.prompt, plan.settings) for prompt in plan.prompts]
+        negative = [
+            pipeline.tokenize(prompt.neg, plan.settings) if prompt.neg else None for prompt in plan.prompts
+        ]
         emit(
             prepared_event(
                 plan,
@@ -179,18 +182,22 @@ class DeviceWorker:
                 tokenized,
                 negative,
                 model_revision=checkpoint.revision,
+                stored_as=checkpoint.stored_as,
                 versions=self._versions,
                 device=self._description,
                 weights=weights,
+                base_name=work.model_files.base_name,
                 tiled_beyond_px=pipeline.tiled_beyond_px,
                 fallbacks=pipeline.fallbacks,
+                left_out=checkpoint.left_out,
+                rounded=pipeline.transformer.rounded,
             )
         )
         remaining = _Remaining(plan)
         for index, tokens in enumerate(tokenized):
             check()
             self._watchdog.other("encoding a prompt")
-            embedding = pipeline.encode(tokens, negative[index] if negative else None)
+            embedding = pipeline.encode(tokens, negative[index])
             synchronize(self._choice.device)
             clock.lap("text_encoding_s", index)
             check()
@@ -211,7 +218,7 @@ class DeviceWorker:
         prompt = plan.prompts[index]
         ended = time.monotonic()
         latents = None
-        self._watchdog.step()
+        self._watchdog.step(calls=prompt.calls_per_step)
         steps = pipeline.denoise(
             embedding,
             width=prompt.width,
@@ -220,11 +227,12 @@ class DeviceWorker:
             guidance_scale=prompt.guidance_scale,
             seed=prompt.seed,
             noise_draw=plan.noise_draw.value,
+            choice=SamplingChoice(prompt.sampler, prompt.schedule, prompt.shift, plan.settings),
         )
         for done in finished_steps(steps, self._choice.device, cancellation.pause):
             began, ended = ended, time.monotonic()
             # The next step is being computed while this one is reported.
-            self._watchdog.step(ended - began)
+            self._watchdog.step(ended - began, calls=prompt.calls_per_step)
             emit(
                 Step(
                     prompt_index=index,
@@ -233,7 +241,7 @@ class DeviceWorker:
                     sigma=done.sigma,
                     timestep=done.timestep,
                     duration_s=ended - began,
-                    estimated_remaining_s=remaining.after(prompt, ended - began),
+                    estimated_remaining_s=remaining.after(index, done.total - done.index - 1, ended - began),
                     sigmas=done.sigmas if done.index == 0 else (),
                 )
             )
@@ -252,7 +260,7 @@ class DeviceWorker:
         clock.lap("denoising_s", index)
         if latents is None:
             raise ValueError(f"denoise yielded no step for {prompt.sample_steps} steps")
-        pixels = pipeline.decode(latents, prompt.width, prompt.height)
+        pixels = pipeline.decode(latents, prompt.width, prompt.height, plan.settings)
         clock.lap("decoding_s", index)
         cancellation.check()
         emit(RenderedImage(index, prompt.seed, pixels))
@@ -281,14 +289,14 @@ class _Remaining:
     """How long the rest of a job will take, from its own steps so far."""
 
     def __init__(self, plan: Plan) -> None:
-        self._left = plan.pixel_steps
+        self._prompts = plan.prompts
         self._done = 0
         self._seconds = 0.0
 
-    def after(self, prompt: PlannedPrompt, duration_s: float) -> float:
-        """Takes in one step and gives the seconds that are left."""
-        work = prompt.width * prompt.height
-        self._left -= work
-        self._done += work
+    def after(self, index: int, steps_left: int, duration_s: float) -> float:
+        """Takes in one step of an image that has so many left, and gives the seconds that the job has left."""
+        step = self._prompts[index].pixels_per_step
+        self._done += step
         self._seconds += duration_s
-        return self._seconds / self._done * self._left
+        left = steps_left * step + sum(prompt.pixel_steps for prompt in self._prompts[index + 1 :])
+        return self._seconds / self._done * left

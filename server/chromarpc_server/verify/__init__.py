@@ -1,8 +1,8 @@
 """Checks an install against recorded outputs of the reference.
 
-The folder is laid out like tests/goldens, or is one of its folders of bfloat16 vectors or of the trainer's
-image; subfolders and files may be absent, and whatever is there is read for its sizes, names and counts. A file
-that cannot be used is that case's failure, never a traceback.
+The folder is laid out like tests/goldens, or is one of its folders of bfloat16 vectors, of the trainer's image, or
+of formats; subfolders and files may be absent, and whatever is there is read for its sizes, names and counts. A
+file that cannot be used is that case's failure, never a traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from chromarpc_server.pipeline.fused.check import kernels_fallback
 from chromarpc_server.verify import (
     adapter_cases,
     bfloat16_cases,
+    comfyui_cases,
     float32_cases,
+    format_cases,
     preview_cases,
     preview_runs,
     request_cases,
@@ -67,17 +69,22 @@ def _run(directory: Path, device: torch.device, reporter: Reporter) -> None:
             preview_runs.run(preview.folder, device, reporter)
         else:
             preview_cases.run(preview, device, reporter)
+    formats = format_cases.find_formats_folder(directory)
+    if formats is not None:
+        format_cases.run(formats, reporter)
     reporter.guarded("device/kernels", lambda: _kernels(device, reporter))
     base = directory / float32_cases.GROUP / "transformer_tiny.safetensors"
     reporter.guarded("adapters", lambda: adapter_cases.run(directory / "adapters", base, reporter))
     requests = directory / "requests" / "reference_requests.json"
     if requests.is_file():
         reporter.guarded("requests", lambda: request_cases.run(requests, reporter))
+    others = (PREVIEW, f"{format_cases.GROUP}/")
     if any(
-        result.outcome is not Outcome.SKIP and not result.case.startswith(PREVIEW) for result in reporter.results
+        result.outcome is not Outcome.SKIP and not result.case.startswith(others) for result in reporter.results
     ):
         # Of interest beside the reference's recorded outputs; alone it would verify nothing of them.
         torchao_cases.run(device, reporter)
+    comfyui_cases.run(directory, reporter)
 
 
 def _kernels(device: torch.device, reporter: Reporter) -> None:

@@ -119,12 +119,13 @@ def _noise(path: Path, reporter: Reporter) -> None:
         width, height = (int(side) for side in size.split("x"))
         found = sampling.draw_noise(width, height, int(seed), getattr(torch, dtype), draw)
         result = identical(f"{GROUP}/{path.stem}/{name}", found, expected)
-        if result.outcome is Outcome.FAIL and not _has_avx2():
+        if result.outcome is Outcome.FAIL and not has_avx2():
             result = within(result.case, found, expected, 1e-3, "not exact: this CPU has no AVX2")
         reporter.add(result)
 
 
-def _has_avx2() -> bool:
+def has_avx2() -> bool:
+    """Whether this CPU draws the noise that was recorded, bit for bit."""
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 

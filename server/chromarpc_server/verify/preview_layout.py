@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from chromarpc_server.pipeline.weights.safetensors_file import SafetensorsError, open_safetensors
+from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
+from chromarpc_server.pipeline.weights.tensor_file import TensorFileError
 
 RUN_VECTORS = "expected.safetensors"
 CPU_FILES = frozenset(
@@ -99,7 +100,7 @@ def _header(path: Path) -> dict[str, str]:
     """The file's metadata; empty where it is not there or cannot be read."""
     try:
         return dict(open_safetensors(path).metadata) if path.is_file() else {}
-    except SafetensorsError:
+    except TensorFileError:
         return {}
 
 

@@ -14,6 +14,7 @@ from chromarpc.json_request import parse_request_json
 from chromarpc_server.domain.events import Accepted, AdapterPlacement, Prepared, Restarted
 from chromarpc_server.domain.plan import Plan
 from chromarpc_server.domain.resolve import Serving, resolve
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES
 from chromarpc_server.jobs.log import LoggedEvent
 from chromarpc_server.jobs.store import records
@@ -51,7 +52,7 @@ def test_a_restart_stored_before_moved_from_nowhere() -> None:
     assert restarted.event == Restarted(2, moved_from="", bits_may_differ=False)
 
 
-@pytest.mark.parametrize("field", ["device_id", "second_device"])
+@pytest.mark.parametrize("field", ["device_id", "second_device", "stored_as"])
 def test_the_devices_that_drew_come_back(field: str) -> None:
     plan = records.read_plan(json.dumps(BEFORE["plan"]))
     packed = zlib.compress(json.dumps(BEFORE["events"]).encode())
@@ -83,6 +84,25 @@ def test_a_request_without_the_new_fields_is_known_by_its_old_fingerprint() -> N
 def test_a_plan_of_the_trainers_profiles_comes_back_as_it_was() -> None:
     plan = _trainers_plan()
     assert plan.trainer is not None
+    assert records.read_plan(records.plan_json(plan, with_prompts=True)) == plan
+
+
+def test_a_plan_stored_before_samplers_could_be_chosen_draws_as_it_did() -> None:
+    plan = records.read_plan(json.dumps(BEFORE["plan"]))
+    assert {(prompt.sampler, prompt.schedule, prompt.shift) for prompt in plan.prompts} == {
+        ("flowmatch", "flowmatch", None)
+    }
+    assert plan.settings is DrawingSettings.REFERENCE
+
+
+def test_sampler_schedule_shift_and_settings_come_back_as_they_were() -> None:
+    body = {
+        "model": "chroma",
+        "prompts": [{"prompt": "a", "sampler": "heun", "schedule": "beta", "shift": 1.5}],
+        "settings": "comfyui",
+    }
+    plan = resolve(generation_request(parse_request_json(json.dumps(body)).request), Serving())
+    assert (plan.prompts[0].shift, plan.settings) == (1.5, DrawingSettings.COMFYUI)
     assert records.read_plan(records.plan_json(plan, with_prompts=True)) == plan
 
 

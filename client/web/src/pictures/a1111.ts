@@ -7,6 +7,7 @@
 import { type Fact, fact, named, OURS, type PictureFacts, UNKNOWN } from "./facts.ts";
 import { parseJson } from "./json.ts";
 import { requestOf } from "./requests.ts";
+import { REFERENCE } from "./sampling.ts";
 import { fractionOf, partition, strip } from "./texts.ts";
 
 type Settings = ReadonlyMap<string, string>;
@@ -52,9 +53,9 @@ export function parametersFacts(text: string): PictureFacts | undefined {
   if (version) facts.set("versions", fact(version));
   const held = settings.get("Diffusion in Low Bits");
   if (held !== undefined) facts.set("dtype", fact(undefined, `its weights are held as ${held}`));
-  const remarks = WITHOUT_COUNTERPART.filter((name) => settings.has(name)).map(
-    (name) => `${name} (${settings.get(name)}) has no counterpart here`,
-  );
+  const remarks = WITHOUT_COUNTERPART.filter(
+    (name) => settings.has(name) && !(isOurs && name === "Shift"),
+  ).map((name) => `${name} (${settings.get(name)}) has no counterpart here`);
   return {
     program: isOurs ? version : programOf(version),
     facts,
@@ -127,8 +128,8 @@ function noteNetworks(prompt: string, settings: Settings, facts: Map<string, Fac
 
 /** Of this project's own text, where its record was lost. */
 function noteOurs(settings: Settings, facts: Map<string, Fact>): void {
-  const profile = settings.get("Profile");
-  if (profile !== undefined && profile !== "preview") facts.set("neg", fact(""));
+  facts.set("settings", fact(settings.get("Settings") ?? REFERENCE));
+  if (settings.has("Shift")) facts.set("shift", fraction(settings.get("Shift")));
   for (let number = 0; number < MAX_LORAS; number++) {
     const text = settings.get(`Lora ${number}`) ?? "";
     const at = text.lastIndexOf(" x ");

@@ -14,7 +14,6 @@ import {
   valueAt,
 } from "./comfyui-graph.ts";
 import {
-  compared,
   type Fact,
   type Facts,
   fact,
@@ -23,9 +22,11 @@ import {
   type PictureFacts,
   shown,
   UNKNOWN,
+  type Value,
 } from "./facts.ts";
 import { isObject, isTruthy, type Json } from "./json.ts";
 import { requestOf } from "./requests.ts";
+import { COMFYUI, SAMPLERS, SCHEDULES } from "./sampling.ts";
 import { fractionText } from "./texts.ts";
 
 const PROGRAM = "ComfyUI";
@@ -57,9 +58,11 @@ function factsOf(graph: Graph): PictureFacts {
     ["sample_steps", numberAt(graph, sigmas.inputs.get("steps"))],
     ["sampler", name === undefined ? UNKNOWN : fact(name)],
     ["scheduler", schedulerOf(graph, sigmas, model)],
+    ["settings", fact(COMFYUI)],
     ["guidance_scale", fractionAt(graph, guider.inputs.get("cfg"))],
     ["guidance", guidanceOf(graph, guider, conditioning)],
   ]);
+  noteShift(graph, model, facts);
   noteLoaded(model, facts);
   noteAdapters(graph, model, facts);
   for (const side of latent === undefined ? [] : ["width", "height"]) {
@@ -83,9 +86,14 @@ function* remarksOf(graph: Graph, sampler: Node, sigmas: Node, facts: Facts): Ge
   if ([...graph.values()].filter(({ kind }) => kind === sampler.kind).length > 1) {
     yield "the workflow has several samplers; the one nearest to the saved picture is taken";
   }
-  const used = facts.get("sampler") ?? UNKNOWN;
-  if (compared(used) !== undefined && compared(used) !== "euler") {
-    yield `the sampler ${shown(used)} has no counterpart here, which samples by Euler steps`;
+  for (const [name, known] of [
+    ["sampler", SAMPLERS],
+    ["scheduler", SCHEDULES],
+  ] as const) {
+    const told = facts.get(name) ?? UNKNOWN;
+    if (told.value !== undefined && !(known as readonly Value[]).includes(told.value)) {
+      yield `the ${name} ${shown(told)} has no counterpart here`;
+    }
   }
 }
 
@@ -157,10 +165,20 @@ function sizeNode(graph: Graph, link: Json | undefined): Node | undefined {
 function schedulerOf(graph: Graph, sigmas: Node, model: readonly Node[]): Fact {
   const name = textAt(graph, sigmas.inputs.get("scheduler"));
   if (name === undefined) return fact(undefined, `its steps come from ${sigmas.kind}`);
-  const shifting = model.find(({ kind }) => kind.startsWith("ModelSampling"));
+  const shifting = shiftingIn(model);
   if (shifting === undefined) return fact(name, "with the model's own shift");
   const shift = shown(numberAt(graph, first(shifting, "shift", "max_shift")));
   return fact(name, `shift ${shift} (${shifting.kind})`);
+}
+
+/** The fixed shift, where a node says one; that of ModelSamplingFlux depends on the size. */
+function noteShift(graph: Graph, model: readonly Node[], facts: Map<string, Fact>): void {
+  const shifting = shiftingIn(model);
+  if (shifting?.inputs.has("shift")) facts.set("shift", fractionAt(graph, shifting.inputs.get("shift")));
+}
+
+function shiftingIn(model: readonly Node[]): Node | undefined {
+  return model.find(({ kind }) => kind.startsWith("ModelSampling"));
 }
 
 function guidanceOf(graph: Graph, guider: Node, conditioning: Json | undefined): Fact {

@@ -41,6 +41,7 @@ const ORDER = [
   /^prompt$/,
   /^tokens$/,
   /^profile$/,
+  /^settings$/,
   /^dtype$/,
   /^trainer\..*$/,
   /^width$/,
@@ -50,6 +51,7 @@ const ORDER = [
   /^sample_steps$/,
   /^sampler$/,
   /^scheduler$/,
+  /^shift$/,
   /^guidance_scale$/,
   /^guidance$/,
   /^guidance_on_two_devices$/,
@@ -61,6 +63,7 @@ const ORDER = [
   /^output\..*$/,
   /^versions$/,
   /^versions\..*$/,
+  /^stored_as$/,
   /^device$/,
 ];
 /** Of every picture; where nobody says, it is unknown rather than not there. */

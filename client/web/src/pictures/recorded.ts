@@ -1,6 +1,7 @@
 /** Facts of this project's pictures: of the server's record, and of the older one that the client wrote. */
 import { type Fact, fact, named, OURS, type PictureFacts, UNKNOWN } from "./facts.ts";
 import { isList, isObject, isTruthy, type Json, type JsonObject, parseJson } from "./json.ts";
+import { COMFYUI, FLOWMATCH, REFERENCE } from "./sampling.ts";
 import { compareTexts, fractionText } from "./texts.ts";
 
 const MAX_ADAPTERS = 100;
@@ -9,7 +10,8 @@ const MAX_NAMES = 50;
 const LARGEST_SCALE = 10n ** 300n;
 const ON_TWO_DEVICES = "a pass on each, which changes no bit in exact and rounds otherwise in other profiles";
 const PREVIEW_PROFILES: readonly Json[] = ["preview", "preview-exact"];
-const SCALES: readonly string[] = ["guidance_scale", "network_multiplier"];
+const SCALES: readonly string[] = ["guidance_scale", "network_multiplier", "shift"];
+const SHIFTED = "evenly spaced, shifted by the picture's size";
 const PLACED: Readonly<Record<string, string>> = {
   merged: "merged into the weights",
   beside: "computed beside the weights",
@@ -36,20 +38,34 @@ export function recordedFacts(text: string): PictureFacts {
   const prompt = objectOr(isList(prompts) ? prompts[0] : undefined);
   const versions = objectOr(record.get("versions"));
   const profile = request.get("profile");
+  const settings = request.has("settings") ? request.get("settings") : REFERENCE;
   const isPreview = profile !== undefined && PREVIEW_PROFILES.includes(profile);
   const facts = new Map<string, Fact>([
     ["model", known(record.has("served_model") ? record.get("served_model") : request.get("model"))],
     ["model_revision", known(record.get("model_revision"))],
     ["profile", known(profile)],
+    ["settings", known(settings)],
     ["dtype", known(record.get("dtype"))],
     ["device", known(record.get("device"))],
-    ["sampler", fact("flowmatch", "Euler steps along the flow", "euler")],
-    ["scheduler", fact("flowmatch", "evenly spaced, shifted by the picture's size")],
-    ["guidance", fact("classifier-free", "one pass at 1 and below")],
+    ["sampler", namedOr(prompt.get("sampler"), fact(FLOWMATCH, "Euler steps along the flow", "euler"))],
+    ["scheduler", namedOr(prompt.get("schedule"), fact(FLOWMATCH, prompt.has("shift") ? "" : SHIFTED))],
+    [
+      "guidance",
+      fact("classifier-free", settings === COMFYUI ? "one pass at 1 alone" : "one pass at 1 and below"),
+    ],
     ["noise_draw", known(short(request.get("noise_draw"), "NOISE_DRAW_"))],
-    ["neg", fact("", isPreview ? "" : "no effect in this profile")],
+    ["neg", fact("", isPreview ? "" : "none that had an effect")],
   ]);
-  for (const name of ["prompt", "width", "height", "seed", "sample_steps", "guidance_scale", "neg"]) {
+  for (const name of [
+    "prompt",
+    "width",
+    "height",
+    "seed",
+    "sample_steps",
+    "guidance_scale",
+    "shift",
+    "neg",
+  ]) {
     if (prompt.has(name)) facts.set(name, known(scaled(name, prompt.get(name))));
   }
   noteAdapters(request, record, facts);
@@ -67,6 +83,9 @@ export function recordedFacts(text: string): PictureFacts {
   if (isTruthy(tokens.get("cut"))) {
     facts.set("tokens", fact(`${written(tokens.get("used"))} read, ${written(tokens.get("cut"))} cut off`));
   }
+  if (isTruthy(record.get("stored_as"))) {
+    facts.set("stored_as", known(record.get("stored_as"), "how the file of its weights stores them"));
+  }
   if (isTruthy(record.get("tiled"))) {
     facts.set("tiled", fact(true, "decoded in tiles, which changes pixels a little"));
   }
@@ -83,6 +102,11 @@ export function recordedFacts(text: string): PictureFacts {
     remarks: [],
     urls: urlsOf(request),
   };
+}
+
+/** A sampler or a schedule; older records name none, since there was one. */
+function namedOr(value: Json | undefined, usual: Fact): Fact {
+  return value === undefined || value === null || value === usual.value ? usual : known(value);
 }
 
 function readRecord(text: string): { record: JsonObject; request: JsonObject } {

@@ -2,8 +2,13 @@
 import { DEFAULT_MODEL } from "chromarpc/web";
 import type { Facts, Value } from "./facts.ts";
 import type { Json, JsonObject } from "./json.ts";
+import { SAMPLERS, SCHEDULES } from "./sampling.ts";
 
 const PROMPT = ["prompt", "width", "height", "sample_steps", "guidance_scale", "seed"];
+const NAMED = [
+  ["sampler", "sampler", SAMPLERS],
+  ["schedule", "scheduler", SCHEDULES],
+] as const;
 const LARGEST_SEED = 2n ** 63n - 1n;
 
 /** A request body with what is known; what is not is left to the server's defaults. */
@@ -14,11 +19,19 @@ export function requestOf(facts: Facts): JsonObject {
     if (value !== undefined && !(name === "seed" && !isSeed(value))) prompt.set(name, value);
   }
   const negative = known(facts, "neg");
-  if (negative) prompt.set("neg", negative);
+  if (negative) prompt.set("neg", negative).set("use_neg", true);
+  for (const [name, told, listed] of NAMED) {
+    const value = known(facts, told);
+    if (typeof value === "string" && listed.includes(value)) prompt.set(name, value);
+  }
+  const shift = known(facts, "shift");
+  if (shift !== undefined) prompt.set("shift", shift);
   const body = new Map<string, Json>([
     ["model", DEFAULT_MODEL],
     ["prompts", [prompt]],
   ]);
+  const settings = known(facts, "settings");
+  if (settings !== undefined) body.set("settings", settings);
   const loras = lorasOf(facts);
   return loras.length > 0 ? body.set("loras", loras) : body;
 }

@@ -6,6 +6,7 @@ import { RECORD_KEY } from "./files.ts";
 import { isList, isObject, type Json, type JsonObject } from "./json.ts";
 import type { OpenedPicture } from "./opened.ts";
 import { isUrl, recordedHashes } from "./recorded.ts";
+import { FLOWMATCH, REFERENCE } from "./sampling.ts";
 
 /** What the server has. */
 export interface Served {
@@ -14,6 +15,10 @@ export interface Served {
   /** That draws where a picture names none. */
   readonly profile: string;
   readonly adapters: readonly ServedAdapter[];
+  /** Empty of an older server, which has one way. */
+  readonly samplers: readonly string[];
+  readonly schedules: readonly string[];
+  readonly settings: readonly string[];
 }
 
 export interface ServedProfile {
@@ -49,7 +54,10 @@ const DEFAULT_QUALITY = 95n;
 const DEFAULT_DRAWS: readonly Json[] = ["NOISE_DRAW_FLOAT32", "NOISE_DRAW_UNSPECIFIED"];
 const DTYPES: readonly Json[] = ["bf16", "float32"];
 /** What other programs do in ways that no request of this service can ask for. */
-const FOREIGN = ["sampler", "scheduler"];
+const FOREIGN = [
+  ["sampler", "sampler"],
+  ["scheduler", "schedule"],
+] as const;
 const NO_FIELD = "the form has no field for it";
 
 /** Addresses from which a picture's request has a server fetch adapters. */
@@ -111,7 +119,11 @@ class Taker {
     const [first, ...more] = isList(prompts) ? prompts : [];
     for (const number of more.keys()) this.leave(`prompts.${number + 1}`, "a picture has one prompt");
     if (!isObject(first)) return;
-    if (isWhole) this.values.neg = "";
+    if (isWhole) {
+      // As the reference samples, and every older version.
+      const asBefore: Values = { neg: "", sampler: FLOWMATCH, schedule: FLOWMATCH, shift: "", settings: "" };
+      Object.assign(this.values, { ...asBefore, usesNeg: false });
+    }
     for (const [name, value] of first) {
       this.take(name, value, () => {
         switch (name) {
@@ -119,6 +131,14 @@ class Taker {
             return this.text(value, (text) => ({ prompts: [text] }));
           case "neg":
             return this.text(value, (text) => ({ neg: text }));
+          case "use_neg":
+            return this.flag(value, (usesNeg) => ({ usesNeg }));
+          case "sampler":
+            return this.listed(name, value, this.served.samplers, (sampler) => ({ sampler }));
+          case "schedule":
+            return this.listed(name, value, this.served.schedules, (schedule) => ({ schedule }));
+          case "shift":
+            return this.number(value, (shift) => ({ shift }));
           case "width":
             return this.number(value, (text) => ({ width: text }));
           case "height":
@@ -195,7 +215,7 @@ class Taker {
       return true;
     });
     const drawn = profiles.find(({ id }) => id === (this.values.profile ?? this.served.profile));
-    if (this.values.neg && drawn?.honoursNeg === false) {
+    if (this.values.neg && drawn?.honoursNeg === false && !this.values.usesNeg) {
       this.leave("neg", `has no effect in the profile ${drawn.id}`);
     }
     const trainer = this.request.get("trainer");
@@ -246,17 +266,45 @@ class Taker {
       if (known.includes(name)) continue;
       this.take(name, value, () => {
         if (name === "trigger_word") return this.text(value, (text) => ({ triggerWord: text }));
+        if (name === "settings") return this.settings(value);
         return name === "noise_draw" && DEFAULT_DRAWS.includes(value);
       });
     }
   }
 
   foreign({ facts }: OpenedPicture): void {
-    for (const name of FOREIGN) {
+    for (const [name, field] of FOREIGN) {
+      if (this.values[field] !== undefined) continue;
       const told = facts.facts.get(name);
       if (told?.value === undefined || compared(told) === "euler") continue;
       this.leave(name, `${shown(told)} has no counterpart here`);
     }
+  }
+
+  private settings(value: Json): boolean {
+    return this.listed("settings", value, this.served.settings, (settings) => ({
+      settings: settings === REFERENCE ? "" : settings,
+    }));
+  }
+
+  /** A name that the server must have; the reference's ways need no list. */
+  private listed(
+    name: string,
+    value: Json,
+    known: readonly string[],
+    values: (text: string) => Values,
+  ): boolean {
+    if (typeof value !== "string") return false;
+    if (known.includes(value) || value === FLOWMATCH || value === REFERENCE) {
+      Object.assign(this.values, values(value));
+    } else this.leave(name, `this server has no ${value}`);
+    return true;
+  }
+
+  private flag(value: Json, values: (flag: boolean) => Values): boolean {
+    if (typeof value !== "boolean") return false;
+    Object.assign(this.values, values(value));
+    return true;
   }
 
   private take(name: string, value: Json | undefined, taken: (value: Json) => boolean): void {

@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { type Plan, type Prepared, repeatRequest } from "chromarpc/web";
 import { loras, servedModels, serverInfo } from "../connection.ts";
-import { change, chosenModel, form, showNoError } from "../form.ts";
+import { change, chosenModel, defaultProfile, fill, form, showNoError } from "../form.ts";
 import type { Run } from "../runs.ts";
 import { remove } from "../undo.ts";
 import { compareFacts, linesOf } from "./comparison.ts";
@@ -160,9 +160,16 @@ function withPlan(picture: OpenedPicture, { plan, prepared, index }: DrawnHere):
     tokens: prepared?.tokenCounts[index],
     versions: prepared?.versions,
     device: prepared?.device,
-    guidance_on_two_devices: Boolean(prepared?.secondDevice) && (plan.prompts[index]?.guidanceScale ?? 0) > 1,
+    stored_as: prepared?.storedAs,
+    guidance_on_two_devices: Boolean(prepared?.secondDevice) && hasGuidance(plan, index),
   };
   return { ...picture, facts: recordedFacts(JSON.stringify(record)) };
+}
+
+/** Whether each step made an unconditional pass: above 1, and as ComfyUI below 1 too. */
+function hasGuidance({ prompts, settings }: Plan, index: number): boolean {
+  const scale = prompts[index]?.guidanceScale ?? 0;
+  return scale > 1 || (scale < 1 && settings !== "reference");
 }
 
 function compare(first: ShownPicture, second: ShownPicture): void {
@@ -187,13 +194,16 @@ export function takeSettings({ picture }: ShownPicture, withUrls: boolean): void
   const served = {
     models: servedModels.value.map(({ id }) => id),
     profiles: chosenModel.value?.profiles ?? [],
-    profile: form.value.profile || (serverInfo.value?.defaultProfile ?? ""),
+    profile: form.value.profile || defaultProfile.value,
     adapters: loras.value,
+    samplers: serverInfo.value?.samplers ?? [],
+    schedules: serverInfo.value?.schedules ?? [],
+    settings: serverInfo.value?.settings ?? [],
   };
   const before = form.value;
   const { values, remarks } = settingsOf(picture, served, withUrls);
   showNoError();
-  change(values);
+  fill(values);
   untaken.value = remarks;
   remove({ notice: "The form has the settings of this picture.", undo: () => change(before) });
 }

@@ -20,11 +20,11 @@ from chromarpc_server.pipeline.adapters.strength import largest_value
 from chromarpc_server.pipeline.progress import Check, never_stop
 from chromarpc_server.pipeline.weights.safetensors_file import (
     Opener,
-    SafetensorsError,
     SafetensorsFile,
     all_finite,
     open_safetensors,
 )
+from chromarpc_server.pipeline.weights.tensor_file import TensorFileError
 
 MAX_FILE_BYTES = 8 * 1024**3
 MAX_CHANGE = 1e15
@@ -129,7 +129,7 @@ def read_adapter(
         wanted = {key for module in keys.modules for key in module.all_keys()}
         _require_floats(file, wanted)
         tensors, sha256 = file.load(wanted, check)
-    except SafetensorsError as error:
+    except TensorFileError as error:
         raise LoraInvalid(f"the file cannot be used: {error}") from None
     except OSError:
         raise LoraInvalid("the file cannot be read") from None
@@ -171,7 +171,7 @@ def require_adapter_file(path: Path, opener: Opener | None = None) -> None:
     """
     try:
         file = open_safetensors(path, opener)
-    except SafetensorsError as error:
+    except TensorFileError as error:
         raise LoraInvalid(f"the file cannot be used: {error}") from None
     _require_size(file)
     keys = sort_keys(file.tensors, {})

@@ -5,8 +5,8 @@ layers' parameters are set once: what changes is what lies there. A stream of it
 place is begun when the last one that computed there was given to the device, and a block waits for its own copy
 before it computes. The host waits for neither.
 
-Blocks that stay lie beside the ring in one piece of memory, allocated before anything else: else what merging takes
-for a while would leave holes between them.
+Blocks that stay lie beside the ring in one piece of memory, allocated before anything else: else what merging
+takes for a while would leave holes between them.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class BlockStream:
         return self._host_memory.nbytes
 
     def weight(self, name: str) -> Tensor:
-        """The matrix where it is multiplied by: between `enter` and `leave` of its block, where that is streamed."""
+        """The matrix where it is multiplied by; of a streamed block between its `enter` and `leave`."""
         place = self._places[name]
         return place.of(self._on_device[place.block])
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from chromarpc_server.domain.errors import WeightsInvalid
 
 FLUX_AXES = (16, 56, 56)
+MAX_BLOCKS = 256
+"""Of one kind."""
 
 
 @dataclass(frozen=True)
@@ -112,4 +114,6 @@ def _count(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
     missing = next((number for number in range(len(numbers)) if number not in numbers), None)
     if missing is not None:
         raise WeightsInvalid(f"it has no tensor of {prefix}.{missing}, and has some of {prefix}.{max(numbers)}")
+    if len(numbers) > MAX_BLOCKS:
+        raise WeightsInvalid(f"{len(numbers)} {prefix}, more than {MAX_BLOCKS}")
     return len(numbers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -60,14 +63,21 @@ def open_transformer(path: Path, files: WeightFiles) -> StoredTransformer:
     return transformer
 
 
-def _require_parameters(transformer: StoredTransformer, name: str) -> None:
+@lru_cache(8)
+def _parameters(config: ChromaConfig) -> Mapping[str, tuple[int, ...]]:
+    """Name to shape; kept, since a folder may hold hundreds of checkpoints of the same sizes."""
     with torch.device("meta"):
-        expected = ChromaTransformer(transformer.config).state_dict()
+        expected = ChromaTransformer(config).state_dict()
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in expected.items()})
+
+
+def _require_parameters(transformer: StoredTransformer, name: str) -> None:
+    expected = _parameters(transformer.config)
     recipes = transformer.part.recipes
     require_same_keys(expected, recipes, name)
     for parameter, recipe in recipes.items():
-        if recipe.shape != tuple(expected[parameter].shape) or not recipe.dtype.is_floating_point:
+        if recipe.shape != expected[parameter] or not recipe.dtype.is_floating_point:
             raise WeightsInvalid(
                 f"{name}: {parameter} is {recipe.stored_as} {list(recipe.shape)}, "
-                f"and should be numbers {list(expected[parameter].shape)}"
+                f"and should be numbers {list(expected[parameter])}"
             )

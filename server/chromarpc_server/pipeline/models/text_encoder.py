@@ -30,12 +30,12 @@ from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.memory import pin
 from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
-from chromarpc_server.pipeline.weights.loading import ReadingProgress
-from chromarpc_server.pipeline.weights.part import StoredPart, open_part
+from chromarpc_server.pipeline.weights.formats.text_encoder import EMBED, SHARED
 from chromarpc_server.pipeline.weights.quantization import FLOAT8
 from chromarpc_server.pipeline.weights.quantizers import QuantizedLinear, reference_float8
-from chromarpc_server.pipeline.weights.reading import in_folder, read_json, require_same_keys
-from chromarpc_server.pipeline.weights.shared import WeightFiles
+from chromarpc_server.pipeline.weights.reading import read_json, require_same_keys, tokenizer_file
+from chromarpc_server.pipeline.weights.stored import StoredTensor
+from chromarpc_server.pipeline.weights.tensor_file import shown
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5EncoderModel
@@ -44,9 +44,7 @@ log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
 PAD, END = 0, 1
-_SHARED = "shared.weight"
-_EMBED = "encoder.embed_tokens.weight"
-EMBEDDINGS = (_SHARED, _EMBED)
+EMBEDDINGS = (SHARED, EMBED)
 """The names of the one embedding, in files and in the model."""
 
 
@@ -55,13 +53,15 @@ class TokenizedPrompt:
     """A prompt as the text encoder takes it."""
 
     ids: Tensor = field(repr=False)
-    """(1, 512) int64: pieces, the end mark, padding."""
+    """(1, L) int64: pieces, the end mark, padding; L is 512, or what a prompt without padding has."""
     mask: Tensor = field(repr=False)
-    """(1, 512) int64, 1 for real tokens."""
+    """(1, L) int64, 1 for real tokens; without padding for all."""
     token_count: int
     """Real tokens, with the end mark."""
     cut_count: int
     """Tokens that did not fit."""
+    weights: tuple[float, ...] = field(repr=False, default=())
+    """(L), where any is not 1."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,32 @@ class PromptEmbedding:
     """Conditional and unconditional text, as the transformer takes them."""
 
     embeds: Tensor = field(repr=False)
-    """(1, 512, context)."""
+    """(1, L, context); L is 512, or what a text without padding has."""
     mask: Tensor = field(repr=False)
-    """(1, 512)."""
+    """(1, L)."""
     unconditional_embeds: Tensor = field(repr=False)
-    """(1, 512, context): of the empty prompt, or of the negative one where the profile honours it."""
+    """(1, L, context): of the empty prompt, or of the negative one where it is honoured."""
     unconditional_mask: Tensor = field(repr=False)
-    """(1, 512)."""
+    """(1, L)."""
 
 
 class Tokenizer:
     """T5's tokenizer, truncating at 511 pieces and the end mark, padding to 512."""
 
-    def __init__(self, folder: Path, *, as_trainer: bool = False) -> None:
-        """Reads a tokenizer.json.
+    def __init__(self, place: Path, *, as_trainer: bool = False, vocabulary: int | None = None) -> None:
+        """Reads tokenizer.json.
 
         Args:
-            folder: a Hugging Face tokenizer's, or the file itself.
+            place: the file, or a folder with it: see `tokenizer_file`.
             as_trainer: as transformers 5 has it, which ai-toolkit draws with: vocabulary, special tokens and
                 characters' replacements are the file's, and white space separates words whatever the file says of
                 it. Where it does not there, spaces in a row or at the end, tabs and line ends give other ids.
+            vocabulary: how many pieces the text encoder knows, which is looked at where it is given.
 
         Raises:
-            WeightsInvalid: it cannot be used.
+            WeightsInvalid: it cannot be used, or gives pieces that the text encoder does not know.
         """
-        path = in_folder(folder, "tokenizer.json")
+        path = tokenizer_file(place)
         try:
             self._tokenizer = FastTokenizer.from_file(str(path))
             if as_trainer:
@@ -106,18 +107,29 @@ class Tokenizer:
                 )
         except Exception as error:  # noqa: BLE001 - the library raises a bare Exception
             raise WeightsInvalid(f"tokenizer.json cannot be used: {error}") from None
+        known = self._tokenizer.get_vocab_size()
+        if vocabulary is not None and known > vocabulary:
+            raise WeightsInvalid(
+                f"{path.name} has {known} pieces, and the text encoder knows {vocabulary}: "
+                "they are of different models"
+            )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def __call__(self, prompt: str) -> TokenizedPrompt:
         """Tokenizes one prompt."""
-        pieces = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        pieces = self.pieces(prompt)
         kept = pieces[: MAX_TOKENS - 1]
         count = len(kept) + 1
         ids = torch.full((1, MAX_TOKENS), PAD, dtype=torch.int64)
         ids[0, :count] = torch.tensor([*kept, END])
         mask = (torch.arange(MAX_TOKENS)[None] < count).to(torch.int64)
         return TokenizedPrompt(ids, mask, count, len(pieces) - len(kept))
+
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a text, with nothing cut off and nothing put behind it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _replacements(tokenizer: Mapping[str, Any]) -> normalizers.Normalizer:
@@ -184,11 +196,12 @@ def _reference_float8(_: str, weight: Tensor) -> QuantizedLinear:
 
 def build_text_encoder(
     config: T5Config,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor | StoredTensor],
     *,
     device: torch.device,
     dtype: torch.dtype,
     quantize: bool,
+    rounding: torch.dtype | None = None,
     quantizer: Callable[[str, Tensor], QuantizedLinear] = _reference_float8,
     hold_float8: bool = False,
     keep_in_host_memory: bool = False,
@@ -199,10 +212,12 @@ def build_text_encoder(
 
     Args:
         config: sizes.
-        weights: by the checkpoint's names; the shared embedding may come under either of its names, or both.
+        weights: by the checkpoint's names, as they are stored or dense; the shared embedding may come under either
+            of its names, or both.
         device: where to compute.
         dtype: what to compute in.
         quantize: quantize every linear weight.
+        rounding: what tensors that are stored as codes or as fp16 are rounded to before; by default they are not.
         quantizer: how, given name and weight; by default to float8, as the reference's quantized encoder does.
         hold_float8: hold them in float8 where the quantizer's values are float8, and dequantize at every call.
         keep_in_host_memory: leave the layers there, and copy each to the device for as long as it computes.
@@ -216,7 +231,7 @@ def build_text_encoder(
     with ONE_BUILDER, torch.device("meta"):
         model = t5_encoder(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    shared = weights.get(_SHARED, weights.get(_EMBED))
+    shared = weights.get(SHARED, weights.get(EMBED))
     if shared is None:
         raise WeightsInvalid("text encoder: no shared embedding")
     given = {name: tensor for name, tensor in weights.items() if name not in EMBEDDINGS}
@@ -224,7 +239,7 @@ def build_text_encoder(
     require_same_keys(expected, given, "text encoder")
     placed: dict[str, Tensor] = {}
     for name in list(given):
-        weight = given.pop(name).to(device)
+        weight = _dense(given.pop(name), device, rounding)
         place = torch.device("cpu") if keep_in_host_memory and ".block." in name else device
         if not (quantize and name in linears):
             placed[name] = weight.to(dtype).to(place)
@@ -241,10 +256,10 @@ def build_text_encoder(
             placed[name] = quantized.weight.to(dtype).to(place)
     if keep_in_host_memory:
         # A copy: what is read from a mapped file would keep it mapped.
-        table = shared.to(device="cpu", dtype=dtype, copy=True)
+        table = _dense(shared, device, rounding).to(device="cpu", dtype=dtype, copy=True)
         model.shared = model.encoder.embed_tokens = HostEmbedding(table, device)
     else:
-        placed[_SHARED] = placed[_EMBED] = shared.to(device=device, dtype=dtype)
+        placed[SHARED] = placed[EMBED] = _dense(shared, device, rounding).to(dtype)
     held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict({**held, **placed}, assign=True)
     if keep_in_host_memory:
@@ -253,6 +268,13 @@ def build_text_encoder(
     if not keep_in_host_memory:
         model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
+
+
+def _dense(weight: Tensor | StoredTensor, device: torch.device, rounding: torch.dtype | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    dense = weight.to(device).dense()
+    return dense.to(rounding) if rounding is not None and weight.recipe.widened else dense
 
 
 def _stream(
@@ -290,21 +312,17 @@ def _stream(
         block.register_forward_hook(lambda *_, index=index: put(index, lambda tensor: tensor))
 
 
-def text_encoder_config(folder: Path) -> T5Config:
-    """Sizes of the encoder in a Hugging Face folder."""
-    return libraries().t5_config(
-        **{key: value for key, value in read_json(folder / "config.json").items() if key != "dtype"}
-    )
+def text_encoder_config(config: Mapping[str, object]) -> T5Config:
+    """What a T5 encoder is made of, from a config.json's content, or from sizes read off its tensors.
 
-
-def open_text_encoder(path: Path, files: WeightFiles) -> StoredPart:
-    """The encoder's files, with their headers checked; `files`: what this host's devices have open."""
-    return open_part(path, "text_encoder", files)
-
-
-def read_all(part: StoredPart, reading: ReadingProgress, onto: torch.device | None = None) -> dict[str, Tensor]:
-    """Every tensor of a part, mapped where it is stored as it is, or on a device."""
-    return {name: stored.dense() for name, stored in reading.stored(part, onto).items()}
+    Raises:
+        WeightsInvalid: the library does not take it.
+    """
+    t5_config = libraries().t5_config
+    try:
+        return t5_config(**{key: value for key, value in config.items() if key != "dtype"})
+    except Exception as error:  # noqa: BLE001 - whatever the library raises is about the file's content
+        raise WeightsInvalid(f"the text encoder's config cannot be used: {shown(str(error))}") from None
 
 
 class UnfusedAttention(TorchFunctionMode):
@@ -360,12 +378,20 @@ class RecordedEncoder:
         self._usable = record
         self.fallback: DeviceFallback | None = None
         """Why it is not recorded, where it should be."""
+        self._end_mark: Tensor | None = None
+
+    @property
+    def end_mark(self) -> Tensor:
+        """Embeddings of the end mark alone, the empty prompt without padding: computed once. (1, 1, context)."""
+        if self._end_mark is None:
+            self._end_mark = self(torch.tensor([[END]]))
+        return self._end_mark
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
-        """(1, 512) → (1, 512, context)."""
+        """(1, L) → (1, L, context); what is recorded is for 512 tokens, and other lengths are run as they are."""
         device = self.model.device
-        if device.type != "cuda" or not self._usable:
+        if device.type != "cuda" or not self._usable or ids.shape[1] != MAX_TOKENS:
             return self._run(self.model, ids)
         if self._graph is None and self._met:
             self._record(ids)
@@ -392,7 +418,7 @@ class RecordedEncoder:
 
 @torch.inference_mode()
 def encode(model: T5EncoderModel, ids: Tensor) -> Tensor:
-    """Embeds all 512 tokens, padding included, without a mask. (1, 512) → (1, 512, context)."""
+    """Embeds all tokens, padding included, without a mask. (1, L) → (1, L, context)."""
     with _reference_attention(model.device):
         embeds: Tensor = model(input_ids=ids.to(model.device))[0]
     return embeds

@@ -63,6 +63,8 @@ class ExactPreview:
         """
         self.profile = profile
         self.settings = settings
+        self.text_settings = settings
+        self.rounded = True
         self.config = config
         self._device = device
         self._dtype = TORCH_DTYPES[settings.dtype]

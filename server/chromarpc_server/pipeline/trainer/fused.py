@@ -77,6 +77,8 @@ class FusedPreview:
         self.config = config
         self.profile = profile
         self.settings = settings
+        self.text_settings = settings
+        self.rounded = True
         self._device = placement.device
         self._dtype = placement.dtype
         self._trainer_dtype = TORCH_DTYPES[settings.dtype]

@@ -23,14 +23,14 @@ from chromarpc_server.pipeline.models.text_encoder import RecordedEncoder, Token
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES, multiplies_in_tf32, trainer_arithmetic
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
-from chromarpc_server.pipeline.weights.part import open_part
+from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.quantizers import (
     FLOAT8_QTYPES,
     QuantizedLinear,
     quantize_linear,
     require_finite,
 )
-from chromarpc_server.pipeline.weights.reading import CheckpointFiles, read_json
+from chromarpc_server.pipeline.weights.reading import CheckpointFiles
 from chromarpc_server.pipeline.weights.shared import WeightFiles
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class TrainerParts:
         """
         missing = 0 if encoder_key(settings) in self._encoders else self._encoder_bytes(settings)
         if dtype not in (like, *self._autoencoders):
-            pixels = open_part(self.files.vae, "autoencoder", self.weights)
+            pixels = open_autoencoder(self.files.vae, self.weights).part
             elements = sum(math.prod(recipe.shape) for recipe in pixels.recipes.values())
             missing += elements * dtype.itemsize
         return missing
@@ -183,42 +183,38 @@ class TrainerParts:
         """What a text encoder of these settings takes on the device, from its files' headers."""
         wide = TORCH_DTYPES[settings.dtype].itemsize
         float8 = self.hold_float8 and settings.quantize_te and settings.qtype in FLOAT8_QTYPES
-        total, embeddings = 0, 0
-        part = text_encoder.open_text_encoder(self.files.text_encoder, self.weights)
+        total = 0
+        part = open_text_encoder(self.files.text_encoder, self.weights).part
         for name, recipe in part.recipes.items():
             in_block = ".block." in name
             if in_block and self.keep_in_host_memory:
                 continue
             elements = math.prod(recipe.shape)
             in_float8 = float8 and in_block and len(recipe.shape) > 1
-            size = elements + recipe.shape[0] * wide if in_float8 else elements * wide
-            if name in text_encoder.EMBEDDINGS:
-                embeddings = size  # one, under either of its names or both
-            else:
-                total += size
-        return total + embeddings
+            total += elements + recipe.shape[0] * wide if in_float8 else elements * wide
+        return total
 
     def _build(
         self, qtype: str | None, settings: TrainerSettings, on_host: bool, context: LoadContext
     ) -> RecordedEncoder:
         dtype = TORCH_DTYPES[settings.dtype]
-        part = text_encoder.open_text_encoder(self.files.text_encoder, self.weights)
-        reading = ReadingProgress((part,), context)
-        weights = {name: tensor.to(dtype) for name, tensor in text_encoder.read_all(part, reading).items()}
-        total, done = sum(tensor.nbytes for tensor in weights.values()), 0
+        opened = open_text_encoder(self.files.text_encoder, self.weights)
+        weights = ReadingProgress((opened.part,), context).stored(opened.part)
+        total, done = sum(stored.numel() * dtype.itemsize for stored in weights.values()), 0
         finite: dict[str, Tensor] = {}
 
         def quantize(name: str, weight: Tensor) -> QuantizedLinear:
             nonlocal done
             context.check()
-            quantized = quantize_linear(weight, qtype)
+            held = weight.to(dtype)
+            quantized = quantize_linear(held, qtype)
             finite[name] = torch.isfinite(quantized.weight).all()
-            done += weight.nbytes
+            done += held.nbytes
             context.progress(LoadProgress("quantizing", done, total))
             return quantized
 
         model = text_encoder.build_text_encoder(
-            text_encoder.text_encoder_config(self.files.text_encoder),
+            text_encoder.text_encoder_config(opened.config),
             weights,
             device=self.device,
             dtype=dtype,
@@ -226,7 +222,7 @@ class TrainerParts:
             quantizer=quantize,
             hold_float8=self.hold_float8,
             keep_in_host_memory=on_host,
-            pinned=partial(self._pinned, (encoder_key(settings), part.identity), context.check),
+            pinned=partial(self._pinned, (encoder_key(settings), opened.part.identity), context.check),
             attention="sdpa" if self.device.type == "cuda" else "eager",
         )
         require_finite(finite, qtype)
@@ -245,10 +241,10 @@ class TrainerParts:
         if like.dtype == dtype:
             return like
         if dtype not in self._autoencoders:
-            pixels = open_part(self.files.vae, "autoencoder", self.weights)
+            opened = open_autoencoder(self.files.vae, self.weights)
             self._autoencoders[dtype] = autoencoder.build_autoencoder(
-                read_json(self.files.vae / "config.json"),
-                text_encoder.read_all(pixels, ReadingProgress((pixels,), SILENT)),
+                opened.config,
+                ReadingProgress((opened.part,), SILENT).stored(opened.part),
                 device=self.device,
                 dtype=dtype,
             )

@@ -49,6 +49,7 @@ def _dequantize(pieces: Sequence[Tensor], kind: GGMLQuantizationType, shape: tup
         if function is not None:
             values = function(some, size, size_bytes, dtype=torch.float32)
         else:
-            values = torch.from_numpy(gguf.dequantize(some.cpu().numpy(), kind))
+            with np.errstate(all="ignore"):  # what is not finite is looked for once it is merged
+                values = torch.from_numpy(gguf.dequantize(some.cpu().numpy(), kind))
         dense[begin : begin + count] = values.view(len(some), size)
     return dense.view(shape)

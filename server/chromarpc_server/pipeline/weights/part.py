@@ -10,6 +10,7 @@ from pathlib import Path
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.weights.formats.codes import file_recipes
 from chromarpc_server.pipeline.weights.formats.prefixes import Part, part_recipes
+from chromarpc_server.pipeline.weights.formats.refusals import GIVE, refuse_other
 from chromarpc_server.pipeline.weights.reading import shard_paths
 from chromarpc_server.pipeline.weights.shared import SharedFile, WeightFiles
 from chromarpc_server.pipeline.weights.stored import Recipes, how_stored
@@ -63,11 +64,15 @@ def open_part(path: Path, part: Part, files: WeightFiles) -> StoredPart:
         files: what this host's devices have open.
 
     Raises:
-        WeightsInvalid: naming the file and what is wrong with it.
+        WeightsInvalid: naming the file and what is wrong with it, or what else it is.
     """
     opened = tuple(files.open(shard) for shard in shard_paths(path))
-    recipes = file_recipes([file.header for file in opened])
+    headers = [file.header for file in opened]
+    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+    metadata = {key: text for header in headers for key, text in header.metadata.items()}
+    refuse_other(shapes, metadata, part, path.name)
+    recipes = file_recipes(headers)
     try:
         return StoredPart(opened, part_recipes(recipes, part))
     except WeightsInvalid as error:
-        raise WeightsInvalid(f"{path.name}: {error}") from None
+        raise WeightsInvalid(f"{path.name}: {error}; {GIVE[part]}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.bundled import t5_tokenizer_folder
 from chromarpc_server.pipeline.weights.gguf_file import MAGIC, open_gguf
 from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
-from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular
+from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular, shown_few
 
 SUFFIXES = (".safetensors", ".gguf", ".json")
 """Of files that are a whole part of a model."""
+SENTENCEPIECE_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+"""Of T5's own spiece.model, which folders written by older libraries have: the pieces of the bundled tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,17 @@ class CheckpointFiles:
     text_encoder: Path
     """A file, or a folder with config.json and model safetensors, sharded or not."""
     tokenizer: Path
-    """tokenizer.json, or the folder that it is in."""
+    """tokenizer.json, or the folder that it is in; T5's own spiece.model stands for it: see `tokenizer_file`."""
     vae: Path
     """A file, or a folder with config.json and diffusion_pytorch_model safetensors, sharded or not."""
     preview: Path | None = None
     """Linear latent → RGB map of this model's VAE; the Flux VAE's where there is none."""
+    base_name: str = ""
+    """What adapters trained on this model name as their base; empty where nobody says."""
 
     def missing(self) -> tuple[Path, ...]:
         """Files that are not there."""
-        wanted = [in_folder(self.tokenizer, "tokenizer.json")]
+        wanted = [tokenizer_file(self.tokenizer)]
         wanted += [part / "config.json" for part in (self.text_encoder, self.vae) if not is_single(part)]
         missing = [path for path in wanted if not path.is_file()]
         for part in (self.transformer, self.text_encoder, self.vae):
@@ -58,6 +64,16 @@ def is_single(part: Path) -> bool:
 def in_folder(part: Path, name: str) -> Path:
     """A file of this name in a part's folder; the part itself where it is one file."""
     return part if is_single(part) else part / name
+
+
+def tokenizer_file(place: Path) -> Path:
+    """The tokenizer.json of a file or folder; of a folder that has T5's spiece.model instead, the bundled one."""
+    path = in_folder(place, "tokenizer.json")
+    pieces = place / "spiece.model"
+    if path.is_file() or not pieces.is_file():
+        return path
+    digest = hashlib.sha256(pieces.read_bytes()).hexdigest()
+    return t5_tokenizer_folder() / "tokenizer.json" if digest == SENTENCEPIECE_SHA256 else path
 
 
 def shard_paths(part: Path) -> tuple[Path, ...]:
@@ -127,5 +143,6 @@ def require_same_keys(expected: Mapping[str, object], found: Mapping[str, object
     surplus = sorted(set(found) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors missing {missing[:3]}, {len(surplus)} unknown {surplus[:3]}"
+            f"{name}: {len(missing)} tensors missing {shown_few(missing)}, "
+            f"{len(surplus)} unknown {shown_few(surplus)}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -106,6 +106,11 @@ class TensorFile(Protocol):
 def shown(name: str) -> str:
     """A tensor's name as a message may carry it: printable and of bounded length."""
     return ascii(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}...")
+
+
+def shown_few(names: Sequence[str]) -> str:
+    """The first three of several names, as a list."""
+    return f"[{', '.join(shown(name) for name in names[:3])}]"
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -194,6 +194,9 @@ def whole_accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
                 guidance_scale=prompt.guidance_scale,
                 seed=prompt.seed,
                 neg=prompt.neg or None,
+                sampler=prompt.sampler,
+                schedule=prompt.schedule,
+                shift=prompt.shift,
             )
             for prompt in plan.prompts
         ],
@@ -206,6 +209,7 @@ def whole_accepted_message(job_id: str, plan: Plan) -> job_event_pb2.Accepted:
         output=output_message(plan.output),
         warnings=warning_messages(plan.warnings),
         trainer=None if plan.trainer is None else trainer_message(plan.trainer),
+        settings=plan.settings.value,
     )
 
 
@@ -251,6 +255,7 @@ def _whole_prepared(event: events.Prepared) -> job_event_pb2.Prepared:
         device=event.device,
         device_id=event.device_id,
         second_device=event.second_device,
+        stored_as=event.stored_as,
         weights=job_event_pb2.WeightsReport(
             source=_WEIGHTS_SOURCES[event.weights.source],
             rewritten_tensor_count=event.weights.rewritten_tensors,

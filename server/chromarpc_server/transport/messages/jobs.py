@@ -78,7 +78,7 @@ def job_message(job: AnyJob, expires: datetime | None) -> job_service_pb2.Job:
         last_sequence=job.log.last_sequence,
         queue_position=job.position if isinstance(job, Job) and state_of(job) == QUEUED else 0,
         done_steps=job.done_steps,
-        total_steps=sum(prompt.sample_steps for prompt in job.plan.prompts),
+        total_steps=max(job.done_steps, sum(prompt.sample_steps for prompt in job.plan.prompts)),
         images=[image_header_message(header) for header in job.log.headers],
         attempt_count=job.attempts,
     )

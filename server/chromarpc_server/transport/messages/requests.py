@@ -28,6 +28,7 @@ _PLAIN_FIELDS = (
     "match_target_res",
     "profile",
     "request_id",
+    "settings",
 )
 
 

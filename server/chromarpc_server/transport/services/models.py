@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -11,12 +12,13 @@ from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.devices import DeviceState
-from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec
+from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec, Part
 from chromarpc_server.domain.resolve import Serving
+from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES, DrawingSettings
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.runtime.device import DeviceStatus, merged, withheld_because
-from chromarpc_server.runtime.model_files import ModelFiles, fetch_command
+from chromarpc_server.runtime.model_files import FoundPart, ModelFiles, fetch_command
 from chromarpc_server.transport.messages.values import duration, shorten
 
 _STATES = {state: model_service_pb2.DeviceState.Value(f"DEVICE_STATE_{state.name}") for state in DeviceState}
@@ -58,14 +60,12 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> model_service_pb2.ListModelsResponse:
         """Lists the models, whether their weights are here, and what their options default to."""
         specs = list(self._serving.models.values())
-        present = await asyncio.to_thread(
-            lambda: [self._model_files.find(self._served(spec)) is not None for spec in specs]
-        )
+        found = await asyncio.to_thread(lambda: [self._found(self._served(spec)) for spec in specs])
         devices = self._engine.status().devices
         cache = merged([device.cache for device in devices])
         hidden = await asyncio.to_thread(self._library.hidden_from, current_caller().name)
         return model_service_pb2.ListModelsResponse(
-            models=[self._model(spec, here, devices, hidden) for spec, here in zip(specs, present, strict=True)],
+            models=[self._model(spec, here, devices, hidden) for spec, here in zip(specs, found, strict=True)],
             cache=model_service_pb2.CacheStatistics(
                 hit_count=cache.counters.hits,
                 switch_count=cache.counters.switches,
@@ -113,13 +113,19 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             ),
             queue=model_service_pb2.QueueState(queued_jobs=status.queued_jobs, running_jobs=status.running_jobs),
             caller=caller.name,
+            samplers=SAMPLERS,
+            schedules=SCHEDULES,
+            settings=[settings.value for settings in DrawingSettings],
         )
 
     def _served(self, spec: ModelSpec) -> ModelSpec:
         return self._serving.models[self._serving.aliases.get(spec.id, spec.id)]
 
+    def _found(self, served: ModelSpec) -> _Found:
+        return _Found(self._model_files.find(served) is not None, self._model_files.parts(served))
+
     def _model(
-        self, spec: ModelSpec, present: bool, devices: Sequence[DeviceStatus], hidden: frozenset[str]
+        self, spec: ModelSpec, found: _Found, devices: Sequence[DeviceStatus], hidden: frozenset[str]
     ) -> model_service_pb2.Model:
         served = self._served(spec)
         residences = list(_residences(served, devices))
@@ -137,9 +143,13 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 guidance_scale=defaults.guidance_scale,
                 seed=defaults.seed,
                 network_multiplier=defaults.network_multiplier,
+                sampler=defaults.sampler,
+                schedule=defaults.schedule,
+                shift=defaults.shift,
+                profile=defaults.profile,
             ),
-            weights_present=present,
-            fetch_command="" if present else fetch_command(served),
+            weights_present=found.is_present,
+            fetch_command=found.fetch_command(served),
             resident=bool(residences),
             resident_bytes=sum(residence.resident_bytes for residence in residences),
             ignored_options=IGNORED_OPTIONS,
@@ -163,7 +173,37 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             ),
             profiles=[_profile(name, served, devices) for name in self._serving.profiles],
             residences=residences,
+            parts=[_part(part, served, devices) for part in found.parts],
+            base_name=served.base_name,
         )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is of a model on this machine."""
+
+    is_present: bool
+    parts: tuple[FoundPart, ...]
+
+    def fetch_command(self, spec: ModelSpec) -> str:
+        """What fetches the rest of it; empty where nothing is missing, or nothing fetches it."""
+        if self.is_present:
+            return ""
+        return fetch_command(spec, [part.source for part in self.parts if not part.is_present])
+
+
+def _part(found: FoundPart, served: ModelSpec, devices: Sequence[DeviceStatus]) -> model_service_pb2.ModelPart:
+    # The transformer alone is hashed when it is loaded; it is what adapters change.
+    is_hashed = found.part is Part.TRANSFORMER
+    revisions = [device.cache.revisions.get(served.id, "") for device in _working(devices)] if is_hashed else []
+    return model_service_pb2.ModelPart(
+        part=found.part,
+        source=str(found.source),
+        present=found.is_present,
+        stored_as=found.facts.stored_as,
+        revision=next(filter(None, revisions), ""),
+        problem=shorten(found.problem),
+    )
 
 
 def _profile(name: str, served: ModelSpec, devices: Sequence[DeviceStatus]) -> model_service_pb2.ModelProfile:

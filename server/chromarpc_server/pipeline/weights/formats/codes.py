@@ -31,6 +31,8 @@ from chromarpc_server.pipeline.weights.stored import Recipe, Recipes, as_stored
 from chromarpc_server.pipeline.weights.tensor_file import TensorEntry, TensorFile, TensorFileError, shown
 
 MARKER = "scaled_fp8"
+MAX_MARKERS = 16
+"""One for each part of a model."""
 QUANTIZATION = "_quantization_metadata"
 """The header's key."""
 _SCALES = (".scale_weight", ".weight_scale")
@@ -79,7 +81,9 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
             owners[name], entries[name] = file, entry
     layers = _layers(files, entries, owners)
     consumed = {name for name in entries if _describes(name)}
-    markers = {name.removesuffix(MARKER) for name in entries if _is_marker(name)}
+    marked = tuple(name.removesuffix(MARKER) for name in entries if _is_marker(name))
+    if len(marked) > MAX_MARKERS:
+        raise _invalid(files[0], f"{len(marked)} tensors say that weights are scaled, more than {MAX_MARKERS}")
     for name, entry in entries.items():
         if name in consumed or _is_marker(name):
             continue
@@ -87,7 +91,7 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
         if layer is not None:
             recipes[name] = _scaled(file, name, entry, entries, layer)
             continue
-        if _is_float8(entry) and (any(name.startswith(prefix) for prefix in markers) or layers):
+        if _is_float8(entry) and (layers or name.startswith(marked)):
             raise _invalid(file, f"{shown(name)} has no scale, in a file whose float8 weights are scaled")
         recipes[name] = _unscaled(file, name, entry)
     return recipes
@@ -205,18 +209,18 @@ def _json(file: TensorFile, text: str, what: str) -> dict[str, Any]:
 
 def _layer(file: TensorFile, weight: str, description: Mapping[str, Any], scale: str | None) -> _Layer:
     name = description.get("format")
-    if name not in FLOAT8_DTYPES and name != "int8_tensorwise":
+    if not isinstance(name, str) or name not in (*FLOAT8_DTYPES, "int8_tensorwise"):
         raise _invalid(file, f"{shown(weight)} is quantized as {shown(str(name))}, which is not supported")
     if scale is None:
         raise _invalid(file, f"{shown(weight)} has no scale, and is said to be {name}")
     params = description.get("params")
     merged = {**description, **params} if isinstance(params, dict) else description
     if name != "int8_tensorwise" or not merged.get("convrot"):
-        return _Layer(str(name), scale, None)
+        return _Layer(name, scale, None)
     group = merged.get("convrot_groupsize", DEFAULT_GROUP)
     if type(group) is not int or not 1 < group <= MAX_GROUP or 4 ** (group.bit_length() // 2) != group:
         raise _invalid(file, f"{shown(weight)} is rotated in groups of {shown(str(group))}, no power of 4")
-    return _Layer(str(name), scale, group)
+    return _Layer(name, scale, group)
 
 
 def _scaled(

@@ -13,6 +13,7 @@ from typing import Any
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.weights.formats.codes import joined
 from chromarpc_server.pipeline.weights.stored import Recipe, Recipes
+from chromarpc_server.pipeline.weights.tensor_file import shown_few
 
 CONFIG = "config"
 """The header's key under which a file notes sizes that its tensors do not show."""
@@ -74,7 +75,7 @@ def transformer_recipes(recipes: Recipes) -> Recipes:
         parts = [recipes[name] for name in names if name in recipes]
         if len(parts) < len(names):
             missing = [name for name in names if name not in recipes]
-            raise WeightsInvalid(f"{len(missing)} tensors missing {missing[:3]}")
+            raise WeightsInvalid(f"{len(missing)} tensors missing {shown_few(missing)}")
         found[native] = parts[0] if len(parts) == 1 else joined(parts)
         taken.update(names)
     # What has no native name keeps its own, so that it is not overlooked.

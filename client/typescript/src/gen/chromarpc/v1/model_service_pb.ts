@@ -915,7 +915,7 @@ export type Limits = Message<"chromarpc.v1.Limits"> & {
   maxLoras: number;
 
   /**
-   * Width × height × steps, summed over the request's prompts.
+   * Width × height × calls of the model, summed over the request's prompts: one for each step of most samplers.
    *
    * @generated from field: uint64 max_pixel_steps = 4;
    */

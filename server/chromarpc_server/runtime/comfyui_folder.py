@@ -1,0 +1,190 @@
+"""The models of a ComfyUI folder: every Chroma that lies there, with the text encoder and autoencoder beside it.
+
+Nothing is copied or renamed, and nothing but headers is read. Links are followed, as ComfyUI follows them: what is
+found is fixed at the start, and a request names a model by its id, never by a path.
+
+Of several text encoders or autoencoders one is taken for each transformer, by the same rule each time:
+
+- it can be used, and a text encoder gives as many channels as the transformer takes;
+- names of other models with the same shapes (`flan` of a text encoder, `sd3` of an autoencoder) come last;
+- the largest as it is stored, which has lost least;
+- the first by its path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from chromarpc_server.domain.base_names import base_name_of, usual_defaults
+from chromarpc_server.domain.models import (
+    WEIGHT_SUFFIXES,
+    LocalPart,
+    ModelSpec,
+    Part,
+)
+from chromarpc_server.pipeline.weights.formats.refusals import GIVE
+from chromarpc_server.runtime.part_facts import PartFacts, part_facts
+
+TRANSFORMER_FOLDERS = ("diffusion_models", "unet", "checkpoints")
+TEXT_ENCODER_FOLDERS = ("text_encoders", "clip")
+AUTOENCODER_FOLDERS = ("vae",)
+MAX_FILES = 20_000
+"""That are looked at below one folder."""
+MAX_DEPTH = 12
+MAX_ID = 64
+_OTHERS = {Part.TEXT_ENCODER: re.compile("flan"), Part.AUTOENCODER: re.compile("sd3|sd35|stable.?diffusion")}
+"""Names of parts of other models that have the same shapes."""
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file of weights that is served as no model."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class ComfyuiFolder:
+    """What was found."""
+
+    models: tuple[ModelSpec, ...] = ()
+    skipped: tuple[SkippedFile, ...] = ()
+    """Transformers and checkpoints that are something else, and text encoders and autoencoders that are."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str
+    """Below the folder."""
+    facts: PartFacts
+
+
+def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
+    """Every Chroma below a ComfyUI folder, in the order of their files' paths.
+
+    Args:
+        folder: ComfyUI's `models`, or ComfyUI's own folder.
+        taken: ids that other models have and keep.
+    """
+    if not _has_models(folder) and _has_models(folder / "models"):
+        folder = folder / "models"
+    transformers = list(_files(folder, TRANSFORMER_FOLDERS, Part.TRANSFORMER))
+    beside = {
+        Part.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, Part.TEXT_ENCODER)),
+        Part.AUTOENCODER: list(_files(folder, AUTOENCODER_FOLDERS, Part.AUTOENCODER)),
+    }
+    ids: set[str] = set()
+    models: list[ModelSpec] = []
+    for file in transformers:
+        if not file.facts.problem:
+            model_id = _free_id(file.name, ids, taken)
+            ids.add(model_id)
+            models.append(_model(model_id, file, beside, folder))
+    looked_at = (
+        (transformers, GIVE["transformer"]),
+        (beside[Part.TEXT_ENCODER], GIVE["text_encoder"]),
+        (beside[Part.AUTOENCODER], GIVE["autoencoder"]),
+    )
+    skipped = [
+        SkippedFile(file.path, file.facts.problem.removesuffix(f"; {advice}"))
+        for files, advice in looked_at
+        for file in files
+        if file.facts.problem
+    ]
+    return ComfyuiFolder(tuple(models), tuple(skipped))
+
+
+def _has_models(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in TRANSFORMER_FOLDERS)
+
+
+def _model(model_id: str, file: _File, beside: Mapping[Part, list[_File]], folder: Path) -> ModelSpec:
+    base_name = base_name_of(file.path.name)
+    parts = {
+        part: None if part in file.facts.holds else _chosen(part, files, file.facts.text_width)
+        for part, files in beside.items()
+    }
+    return ModelSpec(
+        id=model_id,
+        description=f"{file.name}, of the ComfyUI folder {folder.name}",
+        transformer=LocalPart(file.path),
+        text_encoder=parts[Part.TEXT_ENCODER],
+        autoencoder=parts[Part.AUTOENCODER],
+        base_name=base_name,
+        defaults=usual_defaults(base_name),
+    )
+
+
+def _chosen(part: Part, files: list[_File], text_width: int | None) -> LocalPart | None:
+    """Which of several is taken; None where none can be."""
+    fit = [
+        file
+        for file in files
+        if not file.facts.problem
+        and (part is not Part.TEXT_ENCODER or text_width is None or file.facts.text_width == text_width)
+    ]
+    others = _OTHERS[part]
+    fit.sort(key=lambda file: (bool(others.search(file.path.name.lower())), -file.facts.size_bytes, file.name))
+    return LocalPart(fit[0].path) if fit else None
+
+
+def _files(folder: Path, kinds: tuple[str, ...], part: Part) -> Iterator[_File]:
+    """Files of weights below some of the folders, by path; each once, however many links lead to it."""
+    seen: set[Path] = set()
+    for kind in kinds:
+        for path in sorted(_below(folder / kind)):
+            real = path.resolve()
+            if real not in seen:
+                seen.add(real)
+                yield _File(path, path.relative_to(folder).as_posix(), part_facts(path, part))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file of weights, through links to folders as well; a link that leads back is followed once."""
+    visited: set[Path] = set()
+    waiting = [(folder, 0)]
+    found = 0
+    while waiting:
+        at, depth = waiting.pop()
+        try:
+            real = at.resolve(strict=True)
+            entries = sorted(os.scandir(at), key=lambda entry: entry.name)
+        except (OSError, RuntimeError):  # gone, not ours to read, or a link to itself
+            continue
+        if real in visited or depth > MAX_DEPTH:
+            continue
+        visited.add(real)
+        for entry in entries:
+            path = at / entry.name
+            if entry.name.startswith("."):
+                continue
+            if path.is_dir():
+                waiting.append((path, depth + 1))
+            elif path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file() and found < MAX_FILES:
+                found += 1
+                yield path
+
+
+def _free_id(name: str, ids: Container[str], taken: Container[str]) -> str:
+    """An id made of a file's name; with the folder's, and then with a number, where another model has it."""
+    path = Path(name)
+    stem = _as_id(path.stem)
+    choices = [stem, _as_id(f"{path.parent.name}-{path.stem}")]
+    for choice in choices:
+        if choice not in ids and choice not in taken:
+            return choice
+    number = 2
+    while (choice := f"{stem[: MAX_ID - 5]}-{number}") in ids or choice in taken:
+        number += 1
+    return choice
+
+
+def _as_id(text: str) -> str:
+    """Lower case, and a hyphen for everything that no id may have."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:MAX_ID] or "model"
