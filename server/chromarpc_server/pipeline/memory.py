@@ -93,7 +93,7 @@ def plan_memory(
     Raises:
         OutOfMemory: not even the smallest one fits the device, or what does not stay there does not fit the host.
     """
-    allowed = list(_arrangements(sizes, choice, streams=second_bytes is None))
+    allowed = list(_arrangements(sizes, choice, streams=choice.streaming and second_bytes is None))
     for plan in allowed:
         needed = estimate_bytes(plan, sizes)
         if needed <= usable_bytes and (second_bytes is None or estimate_second_bytes(plan, sizes) <= second_bytes):
