@@ -15,6 +15,7 @@ SERVER = (
     "cryptography",
     "diffusers",
     "filelock",
+    "gguf",
     "grpc_reflection",
     "httpcore2",
     "httpx2",
@@ -22,12 +23,13 @@ SERVER = (
     "numpy",
     "prometheus_client",
     "safetensors",
+    "scipy",
     "tokenizers",
     "torch",
     "transformers",
 )
 """Modules of the extra `chromarpc[server]` without which no server starts."""
-VERIFY = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+VERIFY = ("diffusers", "gguf", "numpy", "safetensors", "scipy", "tokenizers", "torch", "transformers")
 FETCH = ("huggingface_hub", *VERIFY)
 TOKEN = ("pydantic",)
 STORE = (*SETTINGS, "filelock")

@@ -268,6 +268,16 @@ class FakeServer:
                 id="chroma",
                 description="Chroma1-Base",
                 fetch_command="chromarpc-server fetch chroma",
+                parts=[
+                    model_service_pb2.ModelPart(part="transformer", source="org/chroma:chroma.gguf"),
+                    model_service_pb2.ModelPart(
+                        part="text_encoder", source="t5.gguf", present=True, stored_as="GGUF Q8_0"
+                    ),
+                    model_service_pb2.ModelPart(
+                        part="autoencoder", source="ae.sft", present=True, problem="it has 4 latent channels"
+                    ),
+                ],
+                base_name="lodestones/Chroma1-HD",
                 defaults=model_service_pb2.ModelDefaults(width=1024, height=1024, sample_steps=25),
             ),
             model_service_pb2.Model(

@@ -7,7 +7,7 @@ import io
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,7 @@ class DrawingServer(FakeServer):
     """Called with each request; may abort it."""
     profiles: Sequence[str] = ("reference", "preview", "preview-exact")
     models: Sequence[str] = ("chroma", "chroma-mini")
+    base_names: Mapping[str, str] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
     root: dict[str, str] = field(default_factory=dict)
     """SHA-256 of files below the adapter root, by path."""
@@ -176,7 +177,15 @@ class DrawingServer(FakeServer):
         return path.removeprefix("sha256:") if path.startswith("sha256:") else self.root[path]
 
     def ListModels(self, request: Any, context: Any) -> model_service_pb2.ListModelsResponse:  # noqa: N802
-        models = [model_service_pb2.Model(id=name, base_checkpoint=f"org/{name}") for name in self.models]
+        models = [
+            model_service_pb2.Model(
+                id=name,
+                base_checkpoint=f"org/{name}",
+                base_name=self.base_names.get(name, ""),
+                weights_present=True,
+            )
+            for name in self.models
+        ]
         return model_service_pb2.ListModelsResponse(models=models)
 
     def GetServerInfo(self, request: Any, context: Any) -> model_service_pb2.GetServerInfoResponse:  # noqa: N802

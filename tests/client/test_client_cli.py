@@ -271,6 +271,13 @@ def test_models(shell: Shell) -> None:
         == "chroma       weights are missing; on the server, run: chromarpc-server fetch chroma"
     )
     assert "defaults: 1024x1024, 25 steps" in text
+    for line in (
+        "transformer: org/chroma:chroma.gguf is missing",
+        "text encoder: t5.gguf, GGUF Q8_0",
+        "autoencoder: ae.sft cannot be used: it has 4 latent channels",
+        "adapters for it name lodestones/Chroma1-HD as their base",
+    ):
+        assert line in text
     assert "chroma-mini  in memory (16.8 MB) of cpu" in text
     assert "prepared: no adapters, exact (1.0 MB) on cpu" in text
     models = json.loads(shell("models", "--json").stdout)["models"]

@@ -111,6 +111,15 @@ def test_options_and_a_prompt_change_just_what_they_say(shell: Shell, server: Se
     assert server.lists == 0  # nothing of the workflow's adapters is asked for
 
 
+def test_what_the_command_line_says_may_come_from_any_node(shell: Shell, server: ServerOfFiles) -> None:
+    flow = {**changed(ksampler_flow(), n6={"text": ["20", 0]}, n9={"seed": ["20", 1]}), "20": node("Anything")}
+    Path("flow.json").write_bytes(as_bytes(flow))
+    assert shell("generate", "--comfyui", "flow.json").exit_code == 2
+    assert shell("generate", "a dog", "--comfyui", "flow.json", "--seed", "9").exit_code == 0
+    (request,) = server.requests
+    assert (request.prompts[0].prompt, request.prompts[0].seed) == ("a dog", 9)
+
+
 def test_the_request_is_printed_and_nothing_drawn(shell: Shell, server: ServerOfFiles, flow: str) -> None:
     result = shell("generate", "--comfyui", flow, "--print-request")
     assert result.exit_code == 0, result.stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chromarpc import Lora
-from chromarpc.comfyui import Workflow, read_workflow
+from chromarpc.comfyui import Workflow, WorkflowNotMapped, read_workflow
 from chromarpc.request import Prompt, build_request
 from tests.client.comfyui_workflows import (
     Flow,
@@ -314,3 +314,42 @@ def test_options_stand_in_the_place_of_what_the_workflow_says() -> None:
 def test_without_a_server_names_stay_as_they_are_and_the_model_has_to_be_given() -> None:
     request = read(ksampler_flow()).request(model="chroma")
     assert (request.model, request.loras[0].path) == ("chroma", "styles/ink.safetensors")
+
+
+ANY = ["20", 0]
+
+
+@pytest.mark.parametrize(
+    ("flow", "changes", "options"),
+    [
+        (ksampler_flow(), {"n9": {"seed": ANY}}, {"seed": 9}),
+        (ksampler_flow(), {"n9": {"steps": ANY, "cfg": ANY}}, {"sample_steps": 9, "guidance_scale": 2.0}),
+        (
+            ksampler_flow(),
+            {"n9": {"sampler_name": ANY, "scheduler": ANY}},
+            {"sampler": "heun", "schedule": "simple"},
+        ),
+        (ksampler_flow(), {"n8": {"width": ANY, "height": ANY}}, {"width": 512, "height": 512}),
+        (ksampler_flow(), {"n6": {"text": ANY}}, {"prompt": "a dog"}),
+        (ksampler_flow(), {"n9": {"negative": ANY}}, {"neg": "dull"}),
+        (ksampler_flow(), {"n5": {"shift": ANY}}, {"shift": 2.0}),
+        (ksampler_flow(), {"n4": {"lora_name": ANY}}, {"loras": "a.safetensors"}),
+        (ksampler_flow(), {"n4": {"model": ANY}}, {"model": "chroma"}),
+        (custom_flow(), {"nseed": {"value": ANY}}, {"seed": 9}),
+        (custom_flow(), {"nsampler": {"sampler": ANY}}, {"sampler": "heun"}),
+        (custom_flow(), {"nsigmas": {"scheduler": ANY, "steps": ANY}}, {"schedule": "beta", "sample_steps": 9}),
+    ],
+)
+def test_what_the_caller_says_is_not_read_and_may_come_from_anywhere(
+    flow: Flow, changes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Node 20 is of a kind that nobody knows here."""
+    content = as_bytes({**changed(flow, **changes), "20": node("Anything", any=1)})
+    with pytest.raises(WorkflowNotMapped, match="node 20"):
+        read_workflow(content)
+    workflow = read_workflow(content, given=options)
+    said = {"model": "chroma", **options}
+    assert workflow.request(**said).model == "chroma"
+    said.pop(next(iter(options)))
+    with pytest.raises(ValueError, match=r"to be given: .*" + next(iter(options))):
+        workflow.request(MODELS, **said)

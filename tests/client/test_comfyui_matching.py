@@ -15,8 +15,8 @@ INK = [stored_lora("styles/ink.safetensors")]
 Model = model_service_pb2.Model
 
 
-def mapped(models: list[Model], loras: Any = INK, flow: Any = None, **options: Any) -> MappedRequest:
-    return read_workflow(as_bytes(flow or ksampler_flow())).map(models, loras, **options)
+def mapped(models: list[Model], stored: Any = INK, flow: Any = None, **options: Any) -> MappedRequest:
+    return read_workflow(as_bytes(flow or ksampler_flow())).map(models, stored, **options)
 
 
 def problems(models: list[Model], loras: Any = INK, flow: Any = None, **options: Any) -> str:
@@ -151,3 +151,12 @@ def test_another_text_encoder_or_autoencoder_than_the_workflows_is_said() -> Non
 def test_without_a_server_the_model_has_to_be_given() -> None:
     with pytest.raises(WorkflowNotMapped, match=r"give the model that .*Chroma1-HD.safetensors is on the server"):
         read_workflow(as_bytes(ksampler_flow())).request()
+
+
+@pytest.mark.parametrize("name", ["https://example.org/a.safetensors", "HTTP:\\\\example.org\\a.safetensors"])
+@pytest.mark.parametrize("loras", [None, LoraList(loras=(), truncated=True), INK])
+def test_a_workflow_has_no_server_fetch_an_adapter(name: str, loras: Any) -> None:
+    flow = changed(ksampler_flow(), n4={"lora_name": name})
+    assert "is an address, which no workflow may have fetched" in problems([served_model()], loras, flow)
+    given = mapped([served_model()], loras, flow, loras="https://example.org/a.safetensors")
+    assert given.request.loras[0].path == "https://example.org/a.safetensors"

@@ -182,6 +182,16 @@ def test_the_base_model_is_found_by_its_name_or_assumed_aloud(replay: Replay, ru
     assert "no model nothing" in replay("--model", "nothing", exit_code=8).stderr
 
 
+def test_a_model_that_was_made_from_the_base_model_stands_for_it_aloud(replay: Replay, run: Run) -> None:
+    run.model = {"name_or_path": "lodestones/Chroma1-Base"}
+    run.write_all(steps=(0,))
+    replay.server.models = ("chroma", "base-q8_0")
+    replay.server.base_names = {"base-q8_0": "lodestones/Chroma1-Base"}
+    replay()
+    assert replay.facts["server"]["model"] == "base-q8_0"
+    assert any("is the base of the server's model 'base-q8_0'" in said for said in replay.facts["assumptions"])
+
+
 def test_environment_variables_are_shown_unresolved_unless_allowed(
     replay: Replay, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from chromarpc_server.adapters.file import AdapterFile
 from chromarpc_server.cluster import outgoing_files
 from chromarpc_server.cluster.messages import Opened, Resident
-from chromarpc_server.cluster.ray_device import HostFailed, RayDevice
+from chromarpc_server.cluster.ray_device import HostFailed, OtherWeights, RayDevice
 from chromarpc_server.domain.devices import DeviceDescription
 from chromarpc_server.domain.errors import (
     DeviceHung,
@@ -25,6 +25,7 @@ from chromarpc_server.domain.errors import (
     WeightsMissing,
 )
 from chromarpc_server.domain.events import Prepared, Preview, Step
+from chromarpc_server.domain.models import LocalPart, ModelSpec
 from chromarpc_server.jobs.encoding import encode_image, encode_preview
 from chromarpc_server.jobs.picture_record import picture_record
 from chromarpc_server.runtime.cancellation import Cancellation
@@ -231,6 +232,36 @@ async def test_a_host_with_other_weights_is_lost_before_it_draws(tiny_checkpoint
         with pytest.raises(DeviceLost, match="instead of 000000000000"):
             await device.run(work(tiny_checkpoint, plan()), reports.append)
         assert not any(isinstance(one, Step) for one in reports)
+
+
+async def test_a_host_whose_parts_differ_is_not_opened(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    tokenizer = other / "tokenizer_2" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        await (await set_up.device()).open()
+        await (await set_up.device()).open()
+        device = await set_up.device(settings=replace(set_up.settings, model_folders=((MODEL, other),)))
+        with pytest.raises(OtherWeights, match=f"of the tokenizer of {MODEL} instead of"):
+            await device.open()
+
+
+async def test_a_host_draws_with_a_model_of_the_servers_settings(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    parts = {
+        "transformer": tiny_checkpoint / "chroma-mini.safetensors",
+        "text_encoder": tiny_checkpoint / "text_encoder_2",
+        "tokenizer": tiny_checkpoint / "tokenizer_2",
+        "autoencoder": tiny_checkpoint / "vae",
+    }
+    spec = ModelSpec("mine", "", **{name: LocalPart(path) for name, path in parts.items()}, base_name="me/mine")
+    async with stand(tiny_checkpoint, tmp_path) as set_up:
+        settings = replace(set_up.settings, models=(spec,), served_models=("mine",), model_folders=())
+        device = await set_up.device(settings=settings)
+        await device.open()
+        _, reports = await run(device, work(tiny_checkpoint, plan(model="mine", served_model="mine")))
+        assert list(device.snapshot.revisions) == ["mine"]
+        assert any(isinstance(report, EncodedImage) for report in reports)
 
 
 async def test_a_device_that_is_given_back_finishes_what_it_does(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from chromarpc_server.cluster.messages import HostSettings as Settings
 from chromarpc_server.cluster.wire import NotOurs, decode, encode
 from chromarpc_server.domain.errors import ChromaError, InvalidParameter, QuotaExceeded
 from chromarpc_server.domain.events import ImageHeader, Loading, LoadingStage, Preview, Step
+from chromarpc_server.domain.fallbacks import DeviceFallback, Part
+from chromarpc_server.domain.models import CHROMA, CHROMA_MINI, LocalPart
 from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.runtime.model_cache import CacheSnapshot, ResidentSet, SetKey
@@ -31,6 +34,8 @@ HEADER = ImageHeader(0, "image/png", 3, 64, 64, "00", 2**63)
         Run(2, "id", plan(settings=DrawingSettings.COMFYUI), ()),
         Open("ray:0", Settings(model_folders=(("m", Path("/models")),))),
         Opened(None, InvalidParameter("no")),
+        Open("ray:1", Settings(models=(CHROMA_MINI, replace(CHROMA, transformer=LocalPart(Path("/m.gguf")))))),
+        Resident(CacheSnapshot(fallbacks=(DeviceFallback(Part.KERNELS, "too old"),))),
         Reports(2, (Loading(LoadingStage.READING, 1, 2), Step(0, 1, 2, 0.1 + 0.2, 1e-300, 0.0, None, (1.0, 0.5)))),
         Reports(3, (Preview(0, 1, "image/png", 1, 1, b"\0\xff"), EncodedImage(HEADER, b"abc", 0.1))),
         Reports(4, (StageDone("loading_s", 1.5, 2**60),)),

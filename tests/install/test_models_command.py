@@ -10,7 +10,9 @@ import huggingface_hub
 import pytest
 
 from chromarpc_server.__main__ import main
+from chromarpc_server.model_catalogue import catalogue
 from chromarpc_server.runtime import model_files
+from chromarpc_server.settings import ServerSettings
 from tests.comfyui_folder import TRANSFORMER, write_comfyui_folder
 
 
@@ -93,6 +95,28 @@ def test_without_settings_the_built_in_models_are_listed(capsys: pytest.CaptureF
     assert [part["present"] for part in hd["parts"]] == [False] * 4
 
 
+def test_a_file_of_the_folder_takes_the_place_of_a_built_in_model_and_of_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_comfyui_folder(tmp_path / "models", "Chroma1-HD.safetensors")
+    _, models, _ = listed(capsys, "--comfyui", str(folder))
+    assert models["chroma1-hd"]["complete"]
+    assert models["chroma1-hd"]["defaults"]["sampler"] == "euler"
+    _, models, _ = listed(capsys, "--comfyui", str(folder), "--model", f"chroma1-hd={TRANSFORMER}")
+    assert models["chroma1-hd"]["parts"][0]["path"] == str(TRANSFORMER)
+    assert models["diffusion_models-chroma1-hd"]["complete"]
+
+
+def test_settings_may_name_a_model_of_the_folder(tmp_path: Path) -> None:
+    folder = write_comfyui_folder(tmp_path / "models")
+    named = ServerSettings(comfyui=folder, preload=["my-chroma-v2"], alias={"chroma": "my-chroma-v2"})
+    assert "my-chroma-v2" in catalogue(named).models
+    with pytest.raises(
+        ValueError, match=r"--preload other: no such model: other; known are chroma, .*, my-chroma-v2"
+    ):
+        catalogue(ServerSettings(comfyui=folder, preload=["other"]))
+
+
 def test_a_model_of_the_configuration_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mini = TRANSFORMER.parent
     config = tmp_path / "server.toml"
@@ -148,7 +172,7 @@ def test_fetch_knows_models_of_the_settings(
     assert fetched == [
         ("me/merges", "mine-Q8_0.gguf"),
         ("ostris/Flex.1-alpha", ["text_encoder_2/*"]),
-        ("me/vae", ["*.json", "*.safetensors"]),
+        ("me/vae", ["*.json", "*.safetensors", "*.model"]),
     ]
     assert "mine is ready" in capsys.readouterr().out
 

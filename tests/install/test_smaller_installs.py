@@ -24,6 +24,7 @@ SERVER = 'pip install "chromarpc[server]"'
         (("verify", "tests/goldens"), SERVER),
         (("token", "studio"), SERVER),
         (("store", "check"), SERVER),
+        (("models",), SERVER),
     ],
 )
 def test_the_light_install_says_what_to_install(arguments: tuple[str, ...], command: str) -> None:

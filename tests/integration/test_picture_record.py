@@ -86,6 +86,28 @@ def test_a_record_tells_the_adapters_content_and_what_the_job_said(serve: Serve,
     assert str(root) not in image.data.decode("latin-1")
 
 
+@pytest.mark.parametrize("settings", [None, "comfyui"])
+def test_the_recorded_request_gives_the_same_file_whatever_it_was_sampled_with(
+    server: RunningServer, settings: str | None
+) -> None:
+    said: dict[str, Any] = {"sampler": "heun", "schedule": "beta", "shift": 1.5, "neg": "blue", "use_neg": True}
+    drawn = {**SMALL, "guidance_scale": 3.0, **said}
+    with chromarpc.Client(server.target) as client:
+        (image,) = client.generate_images("a (red:1.2) circle", settings=settings, **drawn)
+        record = _record(image.data)
+        assert record is not None
+        body = chromarpc.parse_request_json(json.dumps(record["request"]))
+        (again,) = (
+            event.image
+            for event in client.generate_request(body.request)
+            if isinstance(event, chromarpc.ImageReady)
+        )
+    assert body.unknown == ()
+    assert image.warnings == ()
+    assert again.data == image.data
+    assert record["stored_as"] == "bf16"
+
+
 def test_the_recorded_request_gives_the_same_file_on_another_server(serve: Serve, root: Path) -> None:
     one, other = serve(lora_root=root), serve(lora_root=root)
     with chromarpc.Client(one.target) as client, chromarpc.Client(other.target) as another:

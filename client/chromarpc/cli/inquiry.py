@@ -75,6 +75,8 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
     else:
         command = model.fetch_command  # a bundled model has none
         yield "weights are missing" + (f"; on the server, run: {command}" if command else "")
+    if not model.alias_of:
+        yield from _part_lines(model)
     for held in model.resident_sets:
         adapters = [f"{adapter.sha256[:12]} x {adapter.network_multiplier:g}" for adapter in held.adapters]
         merged = " + ".join(adapters) or "no adapters"
@@ -101,6 +103,20 @@ def _sampling_text(defaults: model_service_pb2.ModelDefaults) -> str:
     shift = f", shift {defaults.shift:g}" if defaults.HasField("shift") else ""
     profile = f", profile {defaults.profile}" if defaults.profile else ""
     return f", sampler {defaults.sampler}, schedule {defaults.schedule}{shift}{profile}"
+
+
+def _part_lines(model: model_service_pb2.Model) -> Iterator[str]:
+    """What it is made of, and how that is stored."""
+    for part in model.parts:
+        name = part.part.replace("_", " ")
+        if part.problem:
+            yield f"{name}: {part.source} cannot be used: {part.problem}"
+        elif not part.present:
+            yield f"{name}: {part.source} is missing"
+        elif part.stored_as:
+            yield f"{name}: {part.source}, {part.stored_as}"
+    if model.base_name and model.base_name != model.base_checkpoint:
+        yield f"adapters for it name {model.base_name} as their base"
 
 
 def _device_lines(found: model_service_pb2.GetServerInfoResponse) -> Iterator[str]:

@@ -32,7 +32,8 @@ def workflow_request(
     if len(prompts) > 1:
         raise UsageError("a workflow draws one picture; give one PROMPT at most")
     try:
-        workflow = read_workflow(read_source(source))
+        changed = {*options, "prompt"} if prompts else set(options)
+        workflow = read_workflow(read_source(source), given=changed)
         needs_loras = bool(workflow.adapters) and "loras" not in options
         mapped = workflow.map(
             client.list_models(),

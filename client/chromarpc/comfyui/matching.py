@@ -81,6 +81,11 @@ def find_loras(
     named: list[Lora] = []
     for adapter in adapters:
         path = adapter.name.replace("\\", "/")
+        if "://" in path:  # a stranger's workflow shall have no server fetch anything
+            found.refuse(
+                adapter.problem("is an address, which no workflow may have fetched: give it as an adapter")
+            )
+            continue
         if stored is not None:
             matched = found.attempt(_find_lora, adapter, path, stored, found, may_have_more=may_have_more)
             if matched is None:

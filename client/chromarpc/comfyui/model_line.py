@@ -82,26 +82,20 @@ def follow_model(graph: Graph, node: Node, name: str, found: Findings) -> ModelL
         if step.index != 0:
             raise node.unmapped(name, f"output {step.index} of {step.node.label} is no model")
         seen.add(step.node.id)
+        file = None
         if kind in LOADERS:
             file = LOADERS[kind](graph, step.node)
+        elif "model" in found.given and not graph.is_linked(step.node, "model"):
+            file = ModelFile("", step.node, "")  # a loader of any kind, in whose place the caller names a model
+        if file is not None:
             return ModelLine(file, tuple(adapters), shifts[0] if shifts else None)
         if kind in ADAPTERS:
-            adapters[:0] = found.attempt(_listed, ADAPTERS[kind], graph, step.node) or ()
+            adapters[:0] = found.read("loras", _listed, ADAPTERS[kind], graph, step.node) or ()
         elif kind in SHIFTS and not shifts:
-            shifts.append(found.attempt(SHIFTS[kind], graph, step.node))
+            shifts.append(found.read("shift", SHIFTS[kind], graph, step.node))
         elif kind not in SHIFTS and kind not in HARMLESS:
             found.refuse(step.node.problem("", "what it does to the model is not known here"))
         node, name = step.node, "model"
-
-
-def adapters_of(graph: Graph, node: Node) -> tuple[Adapter, ...] | None:
-    """The adapters that one node applies to the model; None where it is no such node.
-
-    Raises:
-        Unmapped: it is, and one of its inputs cannot be read.
-    """
-    kind = ADAPTERS.get(node.class_type)
-    return None if kind is None else _listed(kind, graph, node)
 
 
 def _listed(kind: Adapters, graph: Graph, node: Node) -> tuple[Adapter, ...]:
@@ -142,6 +136,8 @@ def _power_loras(_graph: Graph, node: Node) -> Iterator[Adapter]:
     """Rows `lora_N`: whether one is on, its file, its strength, and maybe one for the text encoder."""
     for name, row in power_rows(node):
         strength = row["strength"]
+        if row["lora"] in (None, "None"):
+            continue
         if not is_number(strength):
             raise node.unmapped(name, "its strength is no number")
         if not isinstance(row["lora"], str):

@@ -7,7 +7,7 @@ all is told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, ParamSpec, TypeVar
 
@@ -70,7 +70,9 @@ class Unmapped(Exception):
 class Findings:
     """Problems and remarks so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Collection[str] = ()) -> None:
+        """`given`: names of the request's fields that the caller says, so that nobody reads them here."""
+        self.given = frozenset(given)
         self.problems: list[Problem] = []
         self.remarks: list[str] = []
 
@@ -83,6 +85,10 @@ class Findings:
         """Keeps a sentence on what was left out without harm, once."""
         if text not in self.remarks and len(self.remarks) < MAX_PROBLEMS:
             self.remarks.append(text)
+
+    def read(self, field: str, part: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        """The same as `attempt` for what says one of the request's fields; None where the caller says that."""
+        return None if field in self.given else self.attempt(part, *args, **kwargs)
 
     def attempt(self, part: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         """What a part gives; None where it cannot be mapped, which is kept."""

@@ -31,7 +31,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a picture is sampled. A value that could not be read is 0 or empty, and its problem kept."""
+    """How a picture is sampled. What was not read is 0 or empty: its problem is kept, or the caller says it."""
 
     seed: int
     sample_steps: int
@@ -76,7 +76,7 @@ def follow_sampler(graph: Graph, node: Node, name: str, found: Findings) -> Samp
     return sampler(graph, output.node, found)
 
 
-def follow_size(graph: Graph, at: Input) -> Size:
+def follow_size(graph: Graph, at: Input, found: Findings) -> Size:
     """The size of the empty latents that an input gets.
 
     Raises:
@@ -94,7 +94,8 @@ def follow_size(graph: Graph, at: Input) -> Size:
             f"the noise of {count if abs(count) < 10**6 else 'so many'} pictures is one draw, of which the "
             "first alone has a seed: set it to 1, which draws the first",
         )
-    return Size(graph.whole(node, "width"), graph.whole(node, "height"), node)
+    width, height = (found.read(side, graph.whole, node, side) or 0 for side in ("width", "height"))
+    return Size(width, height, node)
 
 
 def _ksampler(graph: Graph, node: Node, found: Findings) -> Sampling:
@@ -110,11 +111,11 @@ def _ksampler_advanced(graph: Graph, node: Node, found: Findings) -> Sampling:
 def _in_one(graph: Graph, node: Node, found: Findings, seed: str) -> Sampling:
     model = Input(node, "model")
     return Sampling(
-        seed=found.attempt(_seed, graph, node, seed, found) or 0,
-        sample_steps=found.attempt(graph.whole, node, "steps") or 0,
-        guidance_scale=found.attempt(graph.number, node, "cfg") or 0.0,
-        sampler=found.attempt(_name, graph, node, "sampler_name") or "",
-        schedule=found.attempt(_name, graph, node, "scheduler") or "",
+        seed=found.read("seed", _seed, graph, node, seed, found) or 0,
+        sample_steps=found.read("sample_steps", graph.whole, node, "steps") or 0,
+        guidance_scale=found.read("guidance_scale", graph.number, node, "cfg") or 0.0,
+        sampler=found.read("sampler", _name, graph, node, "sampler_name") or "",
+        schedule=found.read("schedule", _name, graph, node, "scheduler") or "",
         model=model,
         scheduled=model,
         positive=Input(node, "positive"),
@@ -127,10 +128,10 @@ def _sampler_custom(graph: Graph, node: Node, found: Findings) -> Sampling:
     found.attempt(_require_noise, graph, node)
     steps, schedule, scheduled = found.attempt(_sigmas, graph, node, found) or (0, "", Input(node, "model"))
     return Sampling(
-        seed=found.attempt(_seed, graph, node, "noise_seed", found) or 0,
+        seed=found.read("seed", _seed, graph, node, "noise_seed", found) or 0,
         sample_steps=steps,
-        guidance_scale=found.attempt(graph.number, node, "cfg") or 0.0,
-        sampler=found.attempt(_selected, graph, node) or "",
+        guidance_scale=found.read("guidance_scale", graph.number, node, "cfg") or 0.0,
+        sampler=found.read("sampler", _selected, graph, node) or "",
         schedule=schedule,
         model=Input(node, "model"),
         scheduled=scheduled,
@@ -142,14 +143,14 @@ def _sampler_custom(graph: Graph, node: Node, found: Findings) -> Sampling:
 
 def _sampler_custom_advanced(graph: Graph, node: Node, found: Findings) -> Sampling:
     seed = found.attempt(_random_noise, graph, node, found) or 0
-    sampler = found.attempt(_selected, graph, node) or ""
+    sampler = found.read("sampler", _selected, graph, node) or ""
     sigmas = found.attempt(_sigmas, graph, node, found)
     guider = graph.source(node, "guider").node
     steps, schedule, scheduled = sigmas or (0, "", Input(guider, "model"))
     if guider.class_type == "BasicGuider":
         guidance_scale, positive, negative = 1.0, Input(guider, "conditioning"), None
     elif guider.class_type == "CFGGuider":
-        guidance_scale = found.attempt(graph.number, guider, "cfg") or 0.0
+        guidance_scale = found.read("guidance_scale", graph.number, guider, "cfg") or 0.0
         positive, negative = Input(guider, "positive"), Input(guider, "negative")
     else:
         raise guider.unmapped("", "is no guider that is known here: use CFGGuider or BasicGuider")
@@ -207,22 +208,23 @@ def _sigmas(graph: Graph, node: Node, found: Findings) -> tuple[int, str, Input]
     sigmas = graph.source(node, "sigmas").node
     if sigmas.class_type == "BasicScheduler":
         found.attempt(_require_full, graph, sigmas, 1.0)
-        schedule = _name(graph, sigmas, "scheduler")
+        schedule = found.read("schedule", _name, graph, sigmas, "scheduler") or ""
     elif sigmas.class_type == "BetaSamplingScheduler":
-        for name in ("alpha", "beta"):
+        for name in () if "schedule" in found.given else ("alpha", "beta"):
             if (value := graph.number(sigmas, name)) != _BETA:
                 raise sigmas.unmapped(name, f"the schedule beta has {_BETA} here, not {value:g}")
         schedule = "beta"
     else:
         raise sigmas.unmapped("", "is no schedule that is known here: use BasicScheduler")
-    return graph.whole(sigmas, "steps"), schedule, Input(sigmas, "model")
+    steps = found.read("sample_steps", graph.whole, sigmas, "steps") or 0
+    return steps, schedule, Input(sigmas, "model")
 
 
 def _random_noise(graph: Graph, node: Node, found: Findings) -> int:
     noise = graph.source(node, "noise").node
     if noise.class_type != "RandomNoise":
         raise noise.unmapped("", "is no noise that is known here: use RandomNoise")
-    return _seed(graph, noise, "noise_seed", found)
+    return found.read("seed", _seed, graph, noise, "noise_seed", found) or 0
 
 
 def _require_full(graph: Graph, node: Node, least: float) -> None:

@@ -37,8 +37,15 @@ class Text:
 Loader: TypeAlias = Callable[[Graph, Output, bool], TextEncoder]
 
 
-def follow_text(graph: Graph, node: Node, name: str, found: Findings) -> Text:
+def follow_text(graph: Graph, node: Node, name: str, field: str, found: Findings) -> Text:
     """The text that an input gets.
+
+    Args:
+        graph: the workflow.
+        node: whose input it is.
+        name: of the input.
+        field: of the request that says it, `prompt` or `neg`; where the caller says that, the text is empty.
+        found: collects remarks.
 
     Raises:
         Unmapped: it is none, or changed on its way in a way that is not known here.
@@ -50,7 +57,8 @@ def follow_text(graph: Graph, node: Node, name: str, found: Findings) -> Text:
             raise node.unmapped(name, "its links lead in a circle")
         seen.add(step.id)
         if step.class_type == "CLIPTextEncode":
-            words, encoder = graph.text(step, "text"), follow_encoder(graph, step, found)
+            words = "" if field in found.given else graph.text(step, "text")
+            encoder = follow_encoder(graph, step, found)
             if encoder.weighs_otherwise and "(" in words:
                 raise step.unmapped(
                     "text",

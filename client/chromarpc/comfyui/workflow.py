@@ -69,6 +69,8 @@ class Workflow:
     """Where the size comes from."""
     schedule_node: Node = field(repr=False)
     """Where the schedule comes from."""
+    unread: frozenset[str] = frozenset()
+    """Options that `request` has to get, since what the workflow has in their place was not read."""
     remarks: tuple[str, ...] = ()
     """What of the workflow was left out without harm."""
 
@@ -91,6 +93,7 @@ class Workflow:
         Raises:
             WorkflowNotMapped: something of it cannot be drawn by this server; every such thing is named.
             InvalidRequest: an option that no request can hold.
+            ValueError: an option of `unread` is not given.
         """
         return self.map(models, stored_loras, prompt=prompt, **options).request
 
@@ -105,6 +108,9 @@ class Workflow:
         """The request that draws it, and what is to be said of it; arguments and errors as of `request`."""
         found = Findings()
         given = {name: value for name, value in options.items() if value is not None}
+        missing = self.unread - given.keys() - ({"prompt"} if prompt is not None else set())
+        if missing:
+            raise ValueError(f"not read from the workflow, so to be given: {', '.join(sorted(missing))}")
         served = found.attempt(
             find_model, self.model_file, None if models is None else tuple(models), options.get("model")
         )
@@ -154,7 +160,7 @@ class Workflow:
         divisor = _divisor(model, given.get("profile"))
         for side in _SIDES:
             pixels = getattr(self, side)
-            if divisor and pixels % divisor and side not in given:
+            if divisor and side not in given and pixels % divisor:
                 found.refuse(
                     self.size_node.problem(
                         side, f"is {pixels}, and {model.id} draws multiples of {divisor}: give another {side}"

@@ -102,12 +102,22 @@ def _model(
         return by_id[asked]
     wanted = run.base_model
     stem = wanted.replace("\\", "/").rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
-    exact = [model for model in models if wanted and model.base_checkpoint == wanted]
-    found = exact[0] if exact else by_id.get(stem) or by_id.get(DEFAULT_MODEL)
+    exact = next((model for model in models if wanted and model.base_checkpoint == wanted), None)
+    # Its weights in another file, where the server lacks the trainer's own.
+    based = next(
+        (model for model in models if wanted and model.weights_present and model.base_name == wanted), None
+    )
+    if based is not None and (exact is None or not exact.weights_present):
+        assumptions.append(
+            f"Base model: {stem!r} is the base of the server's model {based.id!r}, whose file may hold other "
+            "weights."
+        )
+        return based
+    found = exact or by_id.get(stem) or by_id.get(DEFAULT_MODEL)
     if found is None:
         raise Unusable(f"say --model: the config's base model is {wanted!r}, the server has {known}")
-    if found.id == stem and not exact:
+    if found.id == stem and exact is None:
         assumptions.append(f"Base model: {stem!r}, found by its name; a file of that name may hold other weights.")
-    elif not exact:
+    elif exact is None:
         assumptions.append(f"Base model: the config names {stem!r}; taken for the server's model {found.id!r}.")
     return found

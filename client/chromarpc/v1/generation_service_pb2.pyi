@@ -288,14 +288,16 @@ class Prompt(_message.Message):
     """Replaces `[trigger]` in this prompt, before the request's own."""
     width: _builtins.int
     """Width in pixels, 64 to 4096; floored to the profile's divisor (32; 16 in the trainer's profiles, which take 1 to
-    4096 and draw 64 at least). 1024 when left out.
+    4096 and draw 64 at least). The model's default when left out: 1024 for Chroma.
     """
     height: _builtins.int
     """Height in pixels, as the width."""
     guidance_scale: _builtins.float
-    """Classifier-free guidance, 0 to 20; 4.0 when left out. At 1 and below a single pass is made."""
+    """Classifier-free guidance, 0 to 20; the model's default when left out, 4.0 for `chroma`. At 1 and below a single
+    pass is made; with the settings `comfyui` at 1 alone.
+    """
     sample_steps: _builtins.int
-    """Denoising steps, 1 to 150; 25 when left out."""
+    """Denoising steps, 1 to 150, as users of the sampler count them; the model's default when left out, 25 for `chroma`."""
     neg: _builtins.str
     """Negative prompt. Honoured in the trainer's profiles, and elsewhere with `use_neg`; without it the unconditional
     text is empty there, and a warning says so.

@@ -24,7 +24,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".sft", ".gguf")
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 
 
-class Part(StrEnum):
+class ModelPart(StrEnum):
     """What a model is made of."""
 
     TRANSFORMER = "transformer"
@@ -137,13 +137,13 @@ class ModelSpec:
                 return f"bundled:{path.partition('/')[0]}"
         return str(self.transformer)
 
-    def source(self, part: Part) -> PartSource | None:
+    def source(self, part: ModelPart) -> PartSource | None:
         """Where a part comes from; None where that is looked for."""
         return {
-            Part.TRANSFORMER: self.transformer,
-            Part.TEXT_ENCODER: self.text_encoder,
-            Part.TOKENIZER: self.tokenizer,
-            Part.AUTOENCODER: self.autoencoder,
+            ModelPart.TRANSFORMER: self.transformer,
+            ModelPart.TEXT_ENCODER: self.text_encoder,
+            ModelPart.TOKENIZER: self.tokenizer,
+            ModelPart.AUTOENCODER: self.autoencoder,
         }[part]
 
 

@@ -58,8 +58,8 @@ DESCRIPTIONS: Final = {
     "prompts.trigger_word": "Replaces `[trigger]` in this prompt, before the request's own.",
     "prompts.width": _SIDE,
     "prompts.height": _SIDE,
-    "prompts.guidance_scale": "Classifier-free guidance; 4 when left out.",
-    "prompts.sample_steps": "Denoising steps; 25 when left out.",
+    "prompts.guidance_scale": "Classifier-free guidance; the model's default when left out.",
+    "prompts.sample_steps": "Denoising steps; the model's default when left out.",
     "prompts.neg": "Negative prompt: honoured with `use_neg`, and in `preview` and `preview-exact`; else answered "
     "by a warning.",
     "prompts.seed": f"Seed of the noise; {MIN_SEED} draws one; 42 plus the prompt's index when left out.",

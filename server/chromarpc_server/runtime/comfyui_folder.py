@@ -23,8 +23,8 @@ from chromarpc_server.domain.base_names import base_name_of, usual_defaults
 from chromarpc_server.domain.models import (
     WEIGHT_SUFFIXES,
     LocalPart,
+    ModelPart,
     ModelSpec,
-    Part,
 )
 from chromarpc_server.pipeline.weights.formats.refusals import GIVE
 from chromarpc_server.runtime.part_facts import PartFacts, part_facts
@@ -36,7 +36,10 @@ MAX_FILES = 20_000
 """That are looked at below one folder."""
 MAX_DEPTH = 12
 MAX_ID = 64
-_OTHERS = {Part.TEXT_ENCODER: re.compile("flan"), Part.AUTOENCODER: re.compile("sd3|sd35|stable.?diffusion")}
+_OTHERS = {
+    ModelPart.TEXT_ENCODER: re.compile("flan"),
+    ModelPart.AUTOENCODER: re.compile("sd3|sd35|stable.?diffusion"),
+}
 """Names of parts of other models that have the same shapes."""
 
 
@@ -74,10 +77,10 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
     """
     if not _has_models(folder) and _has_models(folder / "models"):
         folder = folder / "models"
-    transformers = list(_files(folder, TRANSFORMER_FOLDERS, Part.TRANSFORMER))
+    transformers = list(_files(folder, TRANSFORMER_FOLDERS, ModelPart.TRANSFORMER))
     beside = {
-        Part.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, Part.TEXT_ENCODER)),
-        Part.AUTOENCODER: list(_files(folder, AUTOENCODER_FOLDERS, Part.AUTOENCODER)),
+        ModelPart.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, ModelPart.TEXT_ENCODER)),
+        ModelPart.AUTOENCODER: list(_files(folder, AUTOENCODER_FOLDERS, ModelPart.AUTOENCODER)),
     }
     ids: set[str] = set()
     models: list[ModelSpec] = []
@@ -88,8 +91,8 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
             models.append(_model(model_id, file, beside, folder))
     looked_at = (
         (transformers, GIVE["transformer"]),
-        (beside[Part.TEXT_ENCODER], GIVE["text_encoder"]),
-        (beside[Part.AUTOENCODER], GIVE["autoencoder"]),
+        (beside[ModelPart.TEXT_ENCODER], GIVE["text_encoder"]),
+        (beside[ModelPart.AUTOENCODER], GIVE["autoencoder"]),
     )
     skipped = [
         SkippedFile(file.path, file.facts.problem.removesuffix(f"; {advice}"))
@@ -104,7 +107,7 @@ def _has_models(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in TRANSFORMER_FOLDERS)
 
 
-def _model(model_id: str, file: _File, beside: Mapping[Part, list[_File]], folder: Path) -> ModelSpec:
+def _model(model_id: str, file: _File, beside: Mapping[ModelPart, list[_File]], folder: Path) -> ModelSpec:
     base_name = base_name_of(file.path.name)
     parts = {
         part: None if part in file.facts.holds else _chosen(part, files, file.facts.text_width)
@@ -114,27 +117,27 @@ def _model(model_id: str, file: _File, beside: Mapping[Part, list[_File]], folde
         id=model_id,
         description=f"{file.name}, of the ComfyUI folder {folder.name}",
         transformer=LocalPart(file.path),
-        text_encoder=parts[Part.TEXT_ENCODER],
-        autoencoder=parts[Part.AUTOENCODER],
+        text_encoder=parts[ModelPart.TEXT_ENCODER],
+        autoencoder=parts[ModelPart.AUTOENCODER],
         base_name=base_name,
         defaults=usual_defaults(base_name),
     )
 
 
-def _chosen(part: Part, files: list[_File], text_width: int | None) -> LocalPart | None:
+def _chosen(part: ModelPart, files: list[_File], text_width: int | None) -> LocalPart | None:
     """Which of several is taken; None where none can be."""
     fit = [
         file
         for file in files
         if not file.facts.problem
-        and (part is not Part.TEXT_ENCODER or text_width is None or file.facts.text_width == text_width)
+        and (part is not ModelPart.TEXT_ENCODER or text_width is None or file.facts.text_width == text_width)
     ]
     others = _OTHERS[part]
     fit.sort(key=lambda file: (bool(others.search(file.path.name.lower())), -file.facts.size_bytes, file.name))
     return LocalPart(fit[0].path) if fit else None
 
 
-def _files(folder: Path, kinds: tuple[str, ...], part: Part) -> Iterator[_File]:
+def _files(folder: Path, kinds: tuple[str, ...], part: ModelPart) -> Iterator[_File]:
     """Files of weights below some of the folders, by path; each once, however many links lead to it."""
     seen: set[Path] = set()
     for kind in kinds:

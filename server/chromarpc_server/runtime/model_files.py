@@ -8,7 +8,7 @@ that was given for the transformer, then inside its file; else it is that of `ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,23 +24,25 @@ from chromarpc_server.domain.models import (
     BundledPart,
     HubPart,
     LocalPart,
+    ModelPart,
     ModelSpec,
-    Part,
     PartSource,
     tokenizer_for,
 )
 from chromarpc_server.pipeline import CheckpointFiles
-from chromarpc_server.pipeline.weights.reading import in_folder, is_single, shard_paths
+from chromarpc_server.pipeline.weights.reading import is_single, shard_paths, tokenizer_file
 from chromarpc_server.runtime.part_facts import PartFacts, part_facts
 
-_FOLDERS: Mapping[Part, tuple[str, ...]] = {
-    Part.TRANSFORMER: ("transformer",),
-    Part.TEXT_ENCODER: ("text_encoder_2", "text_encoder"),
-    Part.TOKENIZER: ("tokenizer_2", "tokenizer"),
-    Part.AUTOENCODER: ("vae",),
+_FOLDERS: Mapping[ModelPart, tuple[str, ...]] = {
+    ModelPart.TRANSFORMER: ("transformer",),
+    ModelPart.TEXT_ENCODER: ("text_encoder_2", "text_encoder"),
+    ModelPart.TOKENIZER: ("tokenizer_2", "tokenizer"),
+    ModelPart.AUTOENCODER: ("vae",),
 }
 """Where parts lie in the folder of a whole model: as the trainer's extras have it, then as diffusers has it."""
-_MARKS = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+_Place = tuple[PartSource, Path | None]
+"""Where a part comes from, and lies; None where it does not."""
+_MARKS = ("config.json", "tokenizer.json", "spiece.model", "model.safetensors.index.json")
 """A file that a folder of the hub has, whichever part it is."""
 
 
@@ -48,7 +50,7 @@ _MARKS = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 class FoundPart:
     """A part of a model, as it is on this machine."""
 
-    part: Part
+    part: ModelPart
     source: PartSource
     path: Path | None
     """Where it lies; None where it does not."""
@@ -112,7 +114,7 @@ class ModelFiles:
             return found
         missing = [part for part in self.parts(spec) if not part.is_present]
         command = fetch_command(spec, [part.source for part in missing])
-        named = " and ".join(f"its {_spoken(part.part)} ({part.source})" for part in missing) or "a part of it"
+        named = " and ".join(map(_named, missing)) or "a part of it"
         verb = "are" if len(missing) > 1 else "is"
         raise WeightsMissing(
             f"the weights of {spec.id} are not on this server: {named} {verb} missing; "
@@ -129,22 +131,16 @@ class ModelFiles:
         """The model's parts as they are here, with what their headers say. Reads the headers that are new."""
         located = self._located(spec)
         found = {part: _found(part, source, path) for part, (source, path) in located.items()}
-        width = found[Part.TRANSFORMER].facts.text_width
-        encoder = found[Part.TEXT_ENCODER]
-        theirs = encoder.facts.text_width
-        if width is not None and theirs is not None and width != theirs and not encoder.problem:
-            problem = f"gives {theirs} channels of text, and the transformer takes {width}"
-            found[Part.TEXT_ENCODER] = FoundPart(
-                Part.TEXT_ENCODER,
-                encoder.source,
-                encoder.path,
-                PartFacts(encoder.facts.stored_as, problem=problem),
+        encoder, width = found[ModelPart.TEXT_ENCODER], found[ModelPart.TRANSFORMER].facts.text_width
+        if not encoder.problem and None not in (width, theirs := encoder.facts.text_width) and width != theirs:
+            facts = replace(
+                encoder.facts, problem=f"gives {theirs} channels of text, and the transformer takes {width}"
             )
-        if located[Part.TOKENIZER][1] is None and (rows := encoder.facts.vocabulary) is not None:
-            source = found[Part.TOKENIZER].source
-            if source is T5_TOKENIZER:
-                problem = f"none is known for a text encoder of {rows} pieces: give one"
-                found[Part.TOKENIZER] = FoundPart(Part.TOKENIZER, source, None, PartFacts(problem=problem))
+            found[ModelPart.TEXT_ENCODER] = replace(encoder, facts=facts)
+        tokenizer, rows = found[ModelPart.TOKENIZER], encoder.facts.vocabulary
+        if tokenizer.path is None and tokenizer.source is T5_TOKENIZER and rows is not None:
+            problem = f"none is known for a text encoder of {rows} pieces: give one"
+            found[ModelPart.TOKENIZER] = replace(tokenizer, facts=PartFacts(problem=problem))
         return tuple(found.values())
 
     def state(self, spec: ModelSpec) -> str:
@@ -161,7 +157,7 @@ class ModelFiles:
         command = fetch_command(spec, [part.source for part in missing])
         return f"weights missing: {command or _remedy(command, missing)}"
 
-    def _located(self, spec: ModelSpec) -> dict[Part, tuple[PartSource, Path | None]]:
+    def _located(self, spec: ModelSpec) -> dict[ModelPart, _Place]:
         """Where each part comes from, and lies if it is here."""
         folder = self._folders.get(spec.id)
         if folder is not None:
@@ -170,11 +166,11 @@ class ModelFiles:
         beside: Path | None = None
         if transformer is not None and transformer.is_dir():
             beside, transformer = transformer, _transformer_in(transformer)
-        found: dict[Part, tuple[PartSource, Path | None]] = {Part.TRANSFORMER: (spec.transformer, transformer)}
+        found: dict[ModelPart, _Place] = {ModelPart.TRANSFORMER: (spec.transformer, transformer)}
         inside = self._inside(spec, transformer)
         for part, standard in (
-            (Part.TEXT_ENCODER, STANDARD_TEXT_ENCODER),
-            (Part.AUTOENCODER, STANDARD_AUTOENCODER),
+            (ModelPart.TEXT_ENCODER, STANDARD_TEXT_ENCODER),
+            (ModelPart.AUTOENCODER, STANDARD_AUTOENCODER),
         ):
             source = spec.source(part)
             if source is None and (there := _beside(beside, part)) is not None:
@@ -185,21 +181,19 @@ class ModelFiles:
                 continue
             source = source or standard
             found[part] = (source, _path(source))
-        found[Part.TOKENIZER] = _tokenizer(spec, beside, found[Part.TEXT_ENCODER][1])
-        return {part: found[part] for part in Part}
+        found[ModelPart.TOKENIZER] = _tokenizer(spec, beside, found[ModelPart.TEXT_ENCODER][1])
+        return {part: found[part] for part in ModelPart}
 
-    def _inside(self, spec: ModelSpec, transformer: Path | None) -> frozenset[Part]:
+    def _inside(self, spec: ModelSpec, transformer: Path | None) -> frozenset[ModelPart]:
         """Which parts the transformer's file holds besides; looked at only where that matters."""
         if transformer is None or (spec.text_encoder is not None and spec.autoencoder is not None):
             return frozenset()
-        return part_facts(transformer, Part.TRANSFORMER).holds
+        return part_facts(transformer, ModelPart.TRANSFORMER).holds
 
-    def _files(
-        self, spec: ModelSpec, located: Mapping[Part, tuple[PartSource, Path | None]]
-    ) -> CheckpointFiles | None:
+    def _files(self, spec: ModelSpec, located: Mapping[ModelPart, _Place]) -> CheckpointFiles | None:
         paths = {part: path for part, (_, path) in located.items()}
-        transformer, text_encoder = paths[Part.TRANSFORMER], paths[Part.TEXT_ENCODER]
-        tokenizer, vae = paths[Part.TOKENIZER], paths[Part.AUTOENCODER]
+        transformer, text_encoder = paths[ModelPart.TRANSFORMER], paths[ModelPart.TEXT_ENCODER]
+        tokenizer, vae = paths[ModelPart.TOKENIZER], paths[ModelPart.AUTOENCODER]
         if transformer is None or text_encoder is None or tokenizer is None or vae is None:
             return None
         preview = transformer.parent / "latent_preview.json"
@@ -221,10 +215,10 @@ class ModelFilesElsewhere(ModelFiles):
         folder = self._folders.get(spec.id, Path(spec.id))
         paths = _in_folder(folder, spec)
         return super().find(spec) or CheckpointFiles(
-            transformer=paths[Part.TRANSFORMER],
-            text_encoder=paths[Part.TEXT_ENCODER],
-            tokenizer=paths[Part.TOKENIZER],
-            vae=paths[Part.AUTOENCODER],
+            transformer=paths[ModelPart.TRANSFORMER],
+            text_encoder=paths[ModelPart.TEXT_ENCODER],
+            tokenizer=paths[ModelPart.TOKENIZER],
+            vae=paths[ModelPart.AUTOENCODER],
             base_name=spec.base_name,
         )
 
@@ -241,7 +235,7 @@ class ModelFilesElsewhere(ModelFiles):
         return "ready"
 
 
-def _found(part: Part, source: PartSource, path: Path | None) -> FoundPart:
+def _found(part: ModelPart, source: PartSource, path: Path | None) -> FoundPart:
     if path is None:
         return FoundPart(part, source, None)
     lacking = _lacking(part, path)
@@ -250,16 +244,16 @@ def _found(part: Part, source: PartSource, path: Path | None) -> FoundPart:
     return FoundPart(part, source, path, part_facts(path, part))
 
 
-def _lacking(part: Part, path: Path) -> str:
+def _lacking(part: ModelPart, path: Path) -> str:
     """Name of a file that a part lacks; empty where it has all."""
-    if part is Part.TOKENIZER:
-        wanted = [in_folder(path, "tokenizer.json")]
+    if part is ModelPart.TOKENIZER:
+        wanted = [tokenizer_file(path)]
     else:
         try:
             wanted = [*shard_paths(path)]
         except WeightsInvalid:
             return "every file of weights"
-        if part is not Part.TRANSFORMER and not is_single(path):
+        if part is not ModelPart.TRANSFORMER and not is_single(path):
             wanted.append(path / "config.json")
     return next((file.name for file in wanted if not file.is_file()), "")
 
@@ -276,7 +270,7 @@ def fetch(parts: Sequence[HubPart], *, token: str | None = None) -> None:
         if part.is_file:
             huggingface_hub.hf_hub_download(part.repo, part.path, token=token)
             continue
-        patterns = [f"{part.path}/*"] if part.path else ["*.json", "*.safetensors"]
+        patterns = [f"{part.path}/*"] if part.path else ["*.json", "*.safetensors", "*.model"]
         huggingface_hub.snapshot_download(part.repo, allow_patterns=patterns, token=token)
 
 
@@ -307,7 +301,7 @@ def _in_hub_cache(part: HubPart) -> Path | None:
     return None
 
 
-def _in_folder(folder: Path, spec: ModelSpec) -> dict[Part, Path]:
+def _in_folder(folder: Path, spec: ModelSpec) -> dict[ModelPart, Path]:
     """A model's parts where one folder was named for all of it."""
     match spec.transformer:
         case LocalPart(path=path):
@@ -315,10 +309,10 @@ def _in_folder(folder: Path, spec: ModelSpec) -> dict[Part, Path]:
         case HubPart(path=inside) | BundledPart(path=inside):
             name = inside.rpartition("/")[2]
     return {
-        Part.TRANSFORMER: folder / name,
-        Part.TEXT_ENCODER: folder / "text_encoder_2",
-        Part.TOKENIZER: folder / "tokenizer_2",
-        Part.AUTOENCODER: folder / "vae",
+        ModelPart.TRANSFORMER: folder / name,
+        ModelPart.TEXT_ENCODER: folder / "text_encoder_2",
+        ModelPart.TOKENIZER: folder / "tokenizer_2",
+        ModelPart.AUTOENCODER: folder / "vae",
     }
 
 
@@ -333,30 +327,35 @@ def _transformer_in(folder: Path) -> Path:
     return files[0] if len(files) == 1 else folder
 
 
-def _beside(folder: Path | None, part: Part) -> Path | None:
+def _beside(folder: Path | None, part: ModelPart) -> Path | None:
     """A part in the folder of a whole model."""
     if folder is None:
         return None
     return next((folder / name for name in _FOLDERS[part] if (folder / name).is_dir()), None)
 
 
-def _tokenizer(spec: ModelSpec, beside: Path | None, text_encoder: Path | None) -> tuple[PartSource, Path | None]:
+def _tokenizer(spec: ModelSpec, beside: Path | None, text_encoder: Path | None) -> _Place:
     """Where the tokenizer comes from, and lies."""
     if spec.tokenizer is not None:
         return spec.tokenizer, _path(spec.tokenizer)
-    own = [_beside(beside, Part.TOKENIZER)]
+    own = [_beside(beside, ModelPart.TOKENIZER)]
     if text_encoder is not None and text_encoder.is_dir():
-        own += [text_encoder, _beside(text_encoder.parent, Part.TOKENIZER)]
+        own += [text_encoder, _beside(text_encoder.parent, ModelPart.TOKENIZER)]
     for folder in own:
-        if folder is not None and (folder / "tokenizer.json").is_file():
+        if folder is not None and tokenizer_file(folder).is_file():
             return LocalPart(folder), folder
-    rows = None if text_encoder is None else part_facts(text_encoder, Part.TEXT_ENCODER).vocabulary
+    rows = None if text_encoder is None else part_facts(text_encoder, ModelPart.TEXT_ENCODER).vocabulary
     found = T5_TOKENIZER if rows is None else tokenizer_for(rows)
     return (T5_TOKENIZER, None) if found is None else (found, _path(found))
 
 
-def _spoken(part: Part) -> str:
+def _spoken(part: ModelPart) -> str:
     return part.replace("_", " ")
+
+
+def _named(part: FoundPart) -> str:
+    why = f": {part.problem}" if part.problem else ""
+    return f"its {_spoken(part.part)} ({part.source}{why})"
 
 
 def _remedy(command: str, missing: Sequence[FoundPart]) -> str:

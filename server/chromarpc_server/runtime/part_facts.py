@@ -13,19 +13,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from chromarpc_server.domain.errors import WeightsInvalid
-from chromarpc_server.domain.models import Part
+from chromarpc_server.domain.models import ModelPart
 from chromarpc_server.pipeline.models.stored_transformer import open_transformer
 from chromarpc_server.pipeline.weights.formats.prefixes import Part as PartName
 from chromarpc_server.pipeline.weights.formats.prefixes import part_prefix
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.part import StoredPart
-from chromarpc_server.pipeline.weights.reading import in_folder, read_json, shard_paths
+from chromarpc_server.pipeline.weights.reading import read_json, shard_paths, tokenizer_file
 from chromarpc_server.pipeline.weights.shared import WeightFiles
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
 MAX_KEPT = 4096
 """Versions of files that are remembered."""
-_NAMES: Mapping[Part, PartName] = {Part.TEXT_ENCODER: "text_encoder", Part.AUTOENCODER: "autoencoder"}
+_NAMES: Mapping[ModelPart, PartName] = {
+    ModelPart.TEXT_ENCODER: "text_encoder",
+    ModelPart.AUTOENCODER: "autoencoder",
+}
 _Identity = tuple[int, int, int, int]
 
 
@@ -41,7 +44,7 @@ class PartFacts:
     """Channels of the text that a transformer takes and a text encoder gives."""
     vocabulary: int | None = None
     """Of a text encoder: pieces that it has an embedding for."""
-    holds: frozenset[Part] = frozenset()
+    holds: frozenset[ModelPart] = frozenset()
     """Of a transformer's file: which other parts are inside."""
     fingerprint: str = ""
     """Hash over everything but the values of tensors, hexadecimal: another file or format differs."""
@@ -49,10 +52,10 @@ class PartFacts:
     """Why it cannot be this part; empty where it can."""
 
 
-def part_facts(path: Path, part: Part) -> PartFacts:
+def part_facts(path: Path, part: ModelPart) -> PartFacts:
     """What a file or folder is as this part. Touches the disk."""
     try:
-        shards = shard_paths(path) if part is not Part.TOKENIZER else (in_folder(path, "tokenizer.json"),)
+        shards = shard_paths(path) if part is not ModelPart.TOKENIZER else (tokenizer_file(path),)
         found = (path, *shards) if path.is_dir() else shards
         version = tuple(_identity(each) for each in found)
     except WeightsInvalid as error:
@@ -71,7 +74,7 @@ def _identity(path: Path) -> _Identity:
 def _facts(
     path: Path,
     shards: tuple[Path, ...],
-    part: Part,
+    part: ModelPart,
     version: tuple[_Identity, ...],  # noqa: ARG001 - another one is looked at again
 ) -> PartFacts:
     try:
@@ -115,11 +118,11 @@ def _tokenizer(_: Path, shards: tuple[Path, ...]) -> PartFacts:
     return PartFacts(fingerprint=hashlib.sha256(shards[0].read_bytes()).hexdigest())
 
 
-_READERS: dict[Part, Callable[[Path, tuple[Path, ...]], PartFacts]] = {
-    Part.TRANSFORMER: _transformer,
-    Part.TEXT_ENCODER: _text_encoder,
-    Part.TOKENIZER: _tokenizer,
-    Part.AUTOENCODER: _autoencoder,
+_READERS: dict[ModelPart, Callable[[Path, tuple[Path, ...]], PartFacts]] = {
+    ModelPart.TRANSFORMER: _transformer,
+    ModelPart.TEXT_ENCODER: _text_encoder,
+    ModelPart.TOKENIZER: _tokenizer,
+    ModelPart.AUTOENCODER: _autoencoder,
 }
 
 

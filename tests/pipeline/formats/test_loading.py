@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from chromarpc_server.domain.errors import WeightsInvalid
@@ -161,3 +163,66 @@ def test_a_tokenizer_is_a_file_a_folder_or_t5s_own_sentencepiece(
     monkeypatch.setattr(reading, "SENTENCEPIECE_SHA256", hashlib.sha256(b"pieces").hexdigest())
     for place in (bundled, bundled / "tokenizer.json", older):
         assert Tokenizer(place)("a cat").ids[0, :4].tolist() == [3, 9, 1712, 1]
+
+
+def _original(name: str) -> str:
+    """The original layout's name of one of diffusers', of an autoencoder with four blocks."""
+    name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets", lambda found: f"up.{3 - int(found[1])}.block", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"mid_block\.attentions\.0\.(?:to_)?(\w+?)(?:\.0)?\.(weight|bias)$", r"mid.attn_1.\1.\2", name)
+    name = name.replace("attn_1.out.", "attn_1.proj_out.").replace("attn_1.group_norm", "attn_1.norm")
+    return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def test_one_file_can_be_the_whole_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As ComfyUI saves a checkpoint; what the autoencoder's tensors do not show lies beside it."""
+    single = tmp_path / "whole.safetensors"
+    transformer = tiny_checkpoint / "chroma-mini.safetensors"
+    with safe_open(transformer, "pt") as file:
+        config = file.metadata()
+    encoder = load_file(tiny_checkpoint / "text_encoder_2" / "model.safetensors")
+    pixels = load_file(tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {
+        **{f"model.diffusion_model.{name}": tensor for name, tensor in load_file(transformer).items()},
+        **{f"text_encoders.t5xxl.transformer.{name}": tensor for name, tensor in encoder.items()},
+        **{
+            f"vae.{_original(name)}": tensor[:, :, None, None]
+            if ".attentions." in name and tensor.ndim == 2
+            else tensor
+            for name, tensor in pixels.items()
+        },
+    }
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, single, config)
+    shutil.copy(tiny_checkpoint / "vae" / "config.json", tmp_path / "vae_config.json")
+    plain = _load(_tiny(tiny_checkpoint))
+    loaded = _load(_tiny(tiny_checkpoint, transformer=single, text_encoder=single, vae=single))
+    assert torch.equal(loaded.empty[0], plain.empty[0])
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn, expected = (autoencoder.decode(one.autoencoder, latents) for one in (loaded, plain))
+    assert torch.equal(drawn, expected)
+    assert {name: stored.dense().tolist() for name, stored in loaded.master.items() if stored.ndim == 1} == {
+        name: stored.dense().tolist() for name, stored in plain.master.items() if stored.ndim == 1
+    }
+
+
+def test_a_text_encoder_scaled_in_the_new_layout_is_the_one_scaled_in_the_old(tmp_path: Path) -> None:
+    description = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    new: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(FORMATS / "t5xxl_fp8_e4m3fn_scaled.safetensors").items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "scale_weight":
+            new |= {f"{layer}.weight_scale": tensor, f"{layer}.comfy_quant": description.clone()}
+        elif leaf == "scale_input":
+            new[f"{layer}.input_scale"] = tensor
+        elif name != "scaled_fp8":
+            new[name] = tensor
+    save_file(new, tmp_path / "t5.safetensors")
+    opened = open_text_encoder(tmp_path / "t5.safetensors", WeightFiles())
+    expected = _expected("t5_fp8_scaled")
+    stored = ReadingProgress((opened.part,), SILENT).stored(opened.part)
+    assert set(stored) == set(expected)
+    assert all(torch.equal(tensor.dense(), expected[name]) for name, tensor in stored.items())
+    assert opened.part.stored_as == "fp8 scaled"

@@ -94,6 +94,14 @@ function modelOf(
     "",
   );
   const exact = models.find((model) => wanted !== "" && model.baseCheckpoint === wanted);
+  // Its weights in another file, where the server lacks the trainer's own.
+  const based = models.find((model) => wanted !== "" && model.weightsPresent && model.baseName === wanted);
+  if (based !== undefined && !exact?.weightsPresent) {
+    assumptions.push(
+      `Base model: ${shownOf(stem)} is the base of the server's model ${shownOf(based.id)}, whose file may hold other weights.`,
+    );
+    return based;
+  }
   const found = exact ?? byId.get(stem) ?? byId.get(DEFAULT_MODEL);
   if (found === undefined)
     throw new ModelWanted(

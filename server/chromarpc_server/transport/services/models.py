@@ -12,7 +12,7 @@ from chromarpc.v1 import model_service_pb2, model_service_pb2_grpc
 from chromarpc_server.adapters.library import AdapterLibrary
 from chromarpc_server.domain.callers import current_caller
 from chromarpc_server.domain.devices import DeviceState
-from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelSpec, Part
+from chromarpc_server.domain.models import IGNORED_OPTIONS, REFUSED_OPTIONS, MemoryPlan, ModelPart, ModelSpec
 from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES, DrawingSettings
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
@@ -194,7 +194,7 @@ class _Found:
 
 def _part(found: FoundPart, served: ModelSpec, devices: Sequence[DeviceStatus]) -> model_service_pb2.ModelPart:
     # The transformer alone is hashed when it is loaded; it is what adapters change.
-    is_hashed = found.part is Part.TRANSFORMER
+    is_hashed = found.part is ModelPart.TRANSFORMER
     revisions = [device.cache.revisions.get(served.id, "") for device in _working(devices)] if is_hashed else []
     return model_service_pb2.ModelPart(
         part=found.part,

@@ -216,7 +216,7 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
 
   /**
    * Width in pixels, 64 to 4096; floored to the profile's divisor (32; 16 in the trainer's profiles, which take 1 to
-   * 4096 and draw 64 at least). 1024 when left out.
+   * 4096 and draw 64 at least). The model's default when left out: 1024 for Chroma.
    *
    * @generated from field: optional int32 width = 3;
    */
@@ -230,14 +230,15 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   height?: number | undefined;
 
   /**
-   * Classifier-free guidance, 0 to 20; 4.0 when left out. At 1 and below a single pass is made.
+   * Classifier-free guidance, 0 to 20; the model's default when left out, 4.0 for `chroma`. At 1 and below a single
+   * pass is made; with the settings `comfyui` at 1 alone.
    *
    * @generated from field: optional double guidance_scale = 5;
    */
   guidanceScale?: number | undefined;
 
   /**
-   * Denoising steps, 1 to 150; 25 when left out.
+   * Denoising steps, 1 to 150, as users of the sampler count them; the model's default when left out, 25 for `chroma`.
    *
    * @generated from field: optional int32 sample_steps = 6;
    */
