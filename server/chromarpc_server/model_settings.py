@@ -14,6 +14,7 @@ from pydantic_settings import NoDecode
 
 from chromarpc_server.domain.base_names import base_name_of, usual_defaults
 from chromarpc_server.domain.models import (
+    CHROMA,
     FILE_SUFFIXES,
     MODEL_ID,
     HubPart,
@@ -33,6 +34,8 @@ def _side(value: int) -> int:
     low, high = RANGES["prompts.width"]
     if not low <= value <= high:
         raise ValueError(f"must be between {low:g} and {high:g}, got {value}")
+    if value % CHROMA.resolution_divisor:
+        raise ValueError(f"must be a multiple of {CHROMA.resolution_divisor}, got {value}")
     return value
 
 

@@ -347,3 +347,39 @@ def test_a_float8_product_of_few_rows_is_what_plain_torch_gives(rows: int, width
         found = kernels.scaled_product(values, scale, held, held_scale.squeeze(1), bias, out)
         assert (found.float() - expected).norm() < 0.01 * expected.norm()
     assert torch.equal(found, into)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "deis", "uni_pc"])
+@pytest.mark.parametrize("settings", ["reference", "comfyui"])
+def test_samplers_and_settings_draw_what_they_draw_on_a_cpu(
+    tiny_checkpoint: Path, sampler: str, settings: str
+) -> None:
+    from chromarpc_server.domain.sampling_choices import DrawingSettings
+    from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, SamplingChoice, finished_steps
+
+    files = CheckpointFiles(
+        tiny_checkpoint / "chroma-mini.safetensors",
+        tiny_checkpoint / "text_encoder_2",
+        tiny_checkpoint / "tokenizer_2",
+        tiny_checkpoint / "vae",
+    )
+    choice = SamplingChoice(sampler, "beta", 1.0, DrawingSettings(settings))
+    ends = []
+    for name, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        device = torch.device(name)
+        checkpoint = Checkpoint.load(files, device=device, dtype=dtype)
+        pipeline = checkpoint.prepare((), PROFILES["reference"], rounded=not choice.as_comfyui)
+        embedding = pipeline.encode(pipeline.tokenize("a (b:1.2)", choice.settings))
+        drawn = pipeline.denoise(
+            embedding,
+            width=64,
+            height=96,
+            steps=5,
+            guidance_scale=3.0,
+            seed=1,
+            noise_draw="float32",
+            choice=choice,
+        )
+        *_, last = finished_steps(drawn, device, lambda _: None)
+        ends.append(last.latents.cpu())
+    assert _relative(ends[1], ends[0]) < 0.05

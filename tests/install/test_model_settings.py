@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from chromarpc_server.__main__ import main
+from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.models import CHROMA, CHROMA_FLASH, REGISTRY, HubPart, LocalPart, ModelSpec
 from chromarpc_server.model_settings import parse_models
 from tests.install.test_settings import _from_flags
@@ -110,6 +113,7 @@ def test_a_model_may_take_a_built_in_ones_place() -> None:
         ("mine=me/mine,steps=800", "--model mine: steps: "),
         ("mine=me/mine,shift=0", "--model mine: shift: "),
         ("mine=me/mine,sampler=dpm_fast", "--model mine: sampler: no such name: dpm_fast; known are flowmatch"),
+        ("mine=me/mine,height=1000", "--model mine: height: must be a multiple of 32, got 1000"),
         ("mine=me/mine,width=10", "--model mine: width: must be between 64 and 4096, got 10"),
         (
             "mine=/nowhere/x.safetensors",
@@ -139,6 +143,22 @@ def test_settings_that_name_a_model_know_all_of_them(capsys: pytest.CaptureFixtu
     text, known = said(capsys, "--model", "mine=me/mine", "--preload", "yours"), ", ".join([*REGISTRY, "mine"])
     assert f"--preload yours: no such model: yours; known are {known}" in text
     assert "--comfyui /nowhere: not a folder" in said(capsys, "--comfyui", "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        ("fast", "--model mine: profile: no such profile: fast; known are reference"),
+        ("fp8", "--model mine: profile: the profile fp8 needs a GPU"),
+    ],
+)
+def test_a_models_profile_is_one_that_a_device_computes(profile: str, told: str) -> None:
+    from chromarpc_server.devices import require_profiles
+
+    settings = _from_flags("--model", f"mine=me/mine,profile={profile}")
+    devices: Any = SimpleNamespace(profiles=("reference", "exact"))
+    with pytest.raises(InvalidParameter, match=told):
+        require_profiles(settings, settings.configured_models(), devices)
 
 
 def test_several_models_in_one_text_are_told_apart_by_their_keys() -> None:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import chromarpc
 from chromarpc import Lora
 from chromarpc.v1 import job_service_pb2, job_service_pb2_grpc
-from chromarpc_server.domain import resolve, sampling_options
+from chromarpc_server import model_catalogue
+from chromarpc_server.domain import sampling_options
 from chromarpc_server.domain.models import CHROMA
 from chromarpc_server.transport.access.callers_file import entry_text
 from tests.conftest import RunningServer
@@ -253,8 +254,8 @@ def test_a_model_or_a_profile_that_is_not_served_any_more(serve: Serve, monkeypa
     with chromarpc.Client(server.target) as client:
         assert _refused(client, before.job_id, chromarpc.InvalidRequest) == ["profile"]
     server.stop()
-    monkeypatch.setattr(resolve, "REGISTRY", {"chroma": CHROMA})
-    with chromarpc.Client(serve().target) as client:
+    monkeypatch.setattr(model_catalogue, "REGISTRY", {"chroma": CHROMA})
+    with chromarpc.Client(serve(model_folder={}).target) as client:
         assert _refused(client, before.job_id, chromarpc.ModelNotFound) == ["model"]
 
 

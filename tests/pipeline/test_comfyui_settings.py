@@ -249,6 +249,9 @@ def test_text_is_neither_padded_nor_cut_at_512(pipeline: Pipeline) -> None:
     embedding = pipeline.encode(tokens)
     assert embedding.embeds.shape[1] == tokens.token_count
     assert embedding.unconditional_embeds.shape[1] == 1
+    as_long = pipeline.tokenize("a" * 510, COMFYUI)
+    assert as_long.token_count == 512
+    assert pipeline.encode(as_long).unconditional_embeds.shape[1] == 1
     padded = pipeline.encode(pipeline.tokenize("a"))
     assert padded.embeds.shape[1] == padded.unconditional_embeds.shape[1] == 512
 

@@ -102,7 +102,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_QUEUE_TIME_EXCEEDED: _ErrorReason.ValueType  # 20
     """DEADLINE_EXCEEDED. The job waited longer than its `max_queue_time`. What to do: try again, or allow more time."""
     ERROR_REASON_WEIGHTS_MISSING: _ErrorReason.ValueType  # 21
-    """FAILED_PRECONDITION. The model's files are not on the server; the message gives the command that fetches them."""
+    """FAILED_PRECONDITION. Parts of the model are not on the server; the message names them and the command that
+    fetches them.
+    """
     ERROR_REASON_WEIGHTS_INVALID: _ErrorReason.ValueType  # 22
     """FAILED_PRECONDITION. The model's files are damaged, or of another architecture."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 23
@@ -253,7 +255,9 @@ prompts. What to do: send the request again, with its token.
 ERROR_REASON_QUEUE_TIME_EXCEEDED: ErrorReason.ValueType  # 20
 """DEADLINE_EXCEEDED. The job waited longer than its `max_queue_time`. What to do: try again, or allow more time."""
 ERROR_REASON_WEIGHTS_MISSING: ErrorReason.ValueType  # 21
-"""FAILED_PRECONDITION. The model's files are not on the server; the message gives the command that fetches them."""
+"""FAILED_PRECONDITION. Parts of the model are not on the server; the message names them and the command that
+fetches them.
+"""
 ERROR_REASON_WEIGHTS_INVALID: ErrorReason.ValueType  # 22
 """FAILED_PRECONDITION. The model's files are damaged, or of another architecture."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 23

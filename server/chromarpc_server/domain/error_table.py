@@ -190,13 +190,13 @@ ENTRIES: Final[tuple[ErrorEntry, ...]] = (
     ),
     ErrorEntry(
         21, errors.WeightsMissing, "FAILED_PRECONDITION", 400, Retry.NO,
-        when="The model's files are not on the server; the message gives the command that fetches them.",
-        operator="Run the command in the message.",
+        when="Parts of the model are not on the server; the message names them and the command that fetches them.",
+        operator="Run the command in the message; `chromarpc-server models` lists what is missing.",
     ),
     ErrorEntry(
         22, errors.WeightsInvalid, "FAILED_PRECONDITION", 400, Retry.NO,
         when="The model's files are damaged, or of another architecture.",
-        operator="Fetch the weights again; check `--model-folder`.",
+        operator="Fetch the weights again; `chromarpc-server models` says what is wrong with which part.",
     ),
     ErrorEntry(
         23, errors.Unauthenticated, "UNAUTHENTICATED", 401, Retry.NO,

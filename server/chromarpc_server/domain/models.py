@@ -239,7 +239,7 @@ CHROMA_FLASH = replace(
     CHROMA,
     id="chroma1-flash",
     description="Chroma1-Flash, for few steps; its defaults are those that people run it with: heun, 8 steps, "
-    "guidance 1, a single pass",
+    "no guidance",
     transformer=HubPart("lodestones/Chroma1-Flash", "Chroma1-Flash.safetensors"),
     base_name="lodestones/Chroma1-Flash",
     defaults=replace(_AS_PEOPLE_RUN_IT, sample_steps=8, guidance_scale=1.0, sampler="heun"),

@@ -13,7 +13,13 @@ from torch import Tensor
 from chromarpc_server.domain.sampling_choices import FLOWMATCH, DrawingSettings, has_guidance
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.models.text_encoder import PromptEmbedding
-from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, evaluated_sigmas
+from chromarpc_server.pipeline.samplers import (
+    SAMPLERS_BY_NAME,
+    Model,
+    Sampler,
+    SamplerStep,
+    evaluated_sigmas,
+)
 from chromarpc_server.pipeline.sampling import DenoiseStep
 from chromarpc_server.pipeline.schedules import COMFYUI_MU, schedule_sigmas
 
@@ -85,6 +91,16 @@ class SamplingChoice:
             mu=self.mu,
         )
 
+    @property
+    def function(self) -> Sampler:
+        """What takes the steps on float32 latents; of the reference's sampler, Euler's."""
+        return SAMPLERS_BY_NAME["euler" if self.sampler == FLOWMATCH else self.sampler]
+
+    def seen_timesteps(self, sigmas: Sequence[float], rounding: torch.dtype) -> Tensor:
+        """Timesteps in 0…1000 as the transformer sees them: rounded to this dtype, but as ComfyUI does not."""
+        exact = torch.tensor(sigmas, dtype=torch.float32) * 1000
+        return exact if self.as_comfyui else exact.to(rounding)
+
     def has_guidance(self, guidance_scale: float) -> bool:
         """Whether each call makes an unconditional pass, too."""
         return has_guidance(guidance_scale, self.settings)
@@ -124,71 +140,65 @@ def denoise_from(
     """
     grid = sampling.token_grid(width, height)
     like = noise if dtype is None else noise.to(dtype)
+    rounding = timestep_dtype or noise.dtype
     texts = [Text.of(embedding.embeds, embedding.mask, like)]
     if choice.has_guidance(guidance_scale):
         texts.append(Text.of(embedding.unconditional_embeds, embedding.unconditional_mask, like))
     if not choice.rounds_latents:
-        sigmas = choice.sigmas(steps, noise.shape[1])
-        yield from _sampled(transformer, texts, noise, grid, sigmas, guidance_scale, choice, like, timestep_dtype)
+        sampler, sigmas = choice.function, choice.sigmas(steps, noise.shape[1])
+        asked = evaluated_sigmas(sampler, sigmas)
+        if choice.as_comfyui:
+            timesteps = torch.tensor(asked, dtype=torch.float32)
+        else:
+            timesteps = choice.seen_timesteps(asked, rounding).to(like.dtype) / 1000
+        velocity = transformer.velocity(texts, timesteps.to(noise.device), grid)
+        model = _predicting(velocity, guidance_scale, like.dtype)
+        seen = choice.seen_timesteps(sigmas[:-1], rounding)
+        yield from _reported(sampler(model, noise.float() * sigmas[0], sigmas), sigmas, seen.tolist())
         return
     if choice == AS_REFERENCE:
         scheduler = sampling.make_scheduler(noise.shape[1], steps, noise.device)
     else:
         scheduler = sampling.scheduler_of(choice.sigmas(steps, noise.shape[1]), noise.device)
-    seen = sampling.seen_timesteps(scheduler, timestep_dtype or noise.dtype)
+    seen = sampling.seen_timesteps(scheduler, rounding)
     timesteps = seen.to(noise.dtype) / 1000
     yield from sampling.denoise(
         noise, scheduler, seen, guidance_scale, transformer.velocity(texts, timesteps, grid)
     )
 
 
-def _sampled(
-    transformer: VelocityMaker,
-    texts: Sequence[Text],
-    noise: Tensor,
-    grid: tuple[int, int],
-    sigmas: Sequence[float],
-    guidance_scale: float,
-    choice: SamplingChoice,
-    like: Tensor,
-    timestep_dtype: torch.dtype | None,
-) -> Iterator[DenoiseStep]:
-    """By one of ComfyUI's samplers, on float32 latents. `like`: a tensor in the transformer's dtype."""
-    name = "euler" if choice.sampler == FLOWMATCH else choice.sampler
-    sampler = SAMPLERS_BY_NAME[name]
-    asked = evaluated_sigmas(sampler, sigmas)
+def _predicting(velocity: sampling.Velocity, guidance_scale: float, dtype: torch.dtype) -> Model:
+    """A sampler's model: x0 as a transformer, which takes `dtype`, predicts it with guidance.
 
-    def seen(levels: Sequence[float]) -> Tensor:
-        """Timesteps in 0…1000 as the transformer sees them."""
-        exact = torch.tensor(levels, dtype=torch.float32) * 1000
-        return exact if choice.as_comfyui else exact.to(timestep_dtype or noise.dtype)
-
-    if choice.as_comfyui:
-        timesteps = torch.tensor(asked, dtype=torch.float32)
-    else:
-        timesteps = seen(asked).to(like.dtype) / 1000
-    velocity = transformer.velocity(texts, timesteps.to(noise.device), grid)
+    Calls have to be those that its modulations were made for, in order.
+    """
     calls = count()
 
     def model(x: Tensor, sigma: float) -> Tensor:
-        conditional, unconditional = velocity(x.to(like.dtype), next(calls))
+        conditional, unconditional = velocity(x.to(dtype), next(calls))
         guided = conditional.to(x.dtype)
         if unconditional is not None:
             other = unconditional.to(x.dtype)
             guided = other + guidance_scale * (guided - other)
         return x - sigma * guided
 
-    reported = seen(sigmas[:-1]).tolist()
-    x = noise.float() * sigmas[0]
-    for index, step in enumerate(sampler(model, x, sigmas)):
-        last = index + 2 == len(sigmas)
+    return model
+
+
+def _reported(
+    steps: Iterator[SamplerStep], sigmas: Sequence[float], timesteps: Sequence[float]
+) -> Iterator[DenoiseStep]:
+    """A sampler's steps as they are told; `timesteps`: of each step's first call, as the transformer sees them."""
+    total = len(sigmas) - 1
+    for index, step in enumerate(steps):
         # What noise a schedule leaves in the end is taken for a part of the image's scale.
+        left = sigmas[-1] if index + 1 == total else 0.0
         yield DenoiseStep(
             index=index,
-            total=len(sigmas) - 1,
+            total=total,
             sigma=sigmas[index],
-            timestep=reported[index],
+            timestep=timesteps[index],
             sigmas=tuple(sigmas),
-            latents=step.x / (1 - sigmas[-1]) if last and sigmas[-1] else step.x,
+            latents=step.x / (1 - left) if left else step.x,
             predicted_x0=step.denoised,
         )

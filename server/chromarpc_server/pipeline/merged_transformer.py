@@ -47,6 +47,10 @@ COPIES_AHEAD = 2
 """Tensors of a master in host memory that are on their way while one is worked on."""
 
 
+CALLS_AT_ONCE = 150
+"""Whose modulations are made together: those of as many steps as there may be, with one call each."""
+
+
 @dataclass(frozen=True)
 class SwitchReport:
     """What a switch did."""
@@ -118,8 +122,9 @@ class PreparedTransformer:
         return make(texts, timesteps, grid)
 
     def _fused_velocity(self, texts: Sequence[Text], timesteps: Tensor, grid: tuple[int, int]) -> Velocity:
-        """Both passes at once over packed tokens, with the modulations of all steps made before."""
-        modulations = self.model.modulations(timesteps)
+        """Both passes at once over packed tokens, with the modulations of all calls made before."""
+        parts = [self.model.modulations(part) for part in timesteps.split(CALLS_AT_ONCE)]
+        modulations = parts[0] if len(parts) == 1 else torch.cat(parts)
         conditioning = self.run.fused.condition([text.kept for text in texts], grid)
         return packed_velocity(self.run, conditioning, modulations)
 

@@ -86,7 +86,7 @@ class Pipeline:
         embeds = embed_weighted(self.text_encoder, tokens)
         if negative is not None and negative.token_count > EMPTY_TOKENS:
             unconditional = embed_weighted(self.text_encoder, negative), negative.mask.to(self.device)
-        elif tokens.ids.shape == self.empty[1].shape:
+        elif tokens.padded:
             unconditional = self.empty
         else:
             end_mark = self.text_encoder.end_mark

@@ -161,7 +161,11 @@ class ModelFiles:
         """Where each part comes from, and lies if it is here."""
         folder = self._folders.get(spec.id)
         if folder is not None:
-            return {part: (LocalPart(path), _if_there(path)) for part, path in _in_folder(folder, spec).items()}
+            # What is not there is told by where it can be fetched from.
+            return {
+                part: (LocalPart(path), path) if path.exists() else (spec.source(part) or LocalPart(path), None)
+                for part, path in _in_folder(folder, spec).items()
+            }
         transformer = _path(spec.transformer)
         beside: Path | None = None
         if transformer is not None and transformer.is_dir():

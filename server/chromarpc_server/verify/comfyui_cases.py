@@ -72,12 +72,13 @@ def run(directory: Path, reporter: Reporter) -> None:
 def _trajectories(path: Path, reporter: Reporter) -> None:
     vectors = Vectors.read(path)
     schedules = json.loads(vectors.metadata["schedules"])
-    stochastic = json.loads(vectors.metadata["stochastic"])
-    cases = sorted({name.rsplit(".", 1)[0] for name in vectors.tensors if name.count(".") == 2})
+    stochastic = json.loads(vectors.metadata.get("stochastic", "[]"))
+    cases = sorted({name.rsplit(".", 1)[0] for name in vectors.tensors if name.count(".") >= 2})
     for case in cases:
         name = f"{GROUP}/{path.stem}/{case}"
-        schedule, sampler = case.split(".")
-        if sampler in stochastic and sampler not in SAMPLERS_BY_NAME:
+        schedule, sampler = case.rsplit(".", 1)
+        draws_noise = sampler in stochastic or f"{case}.noise" in vectors.tensors
+        if draws_noise and sampler not in SAMPLERS_BY_NAME:
             reporter.add(skipped(name, "draws fresh noise, and what ComfyUI draws depends on its device: refused"))
         elif sampler not in SAMPLERS_BY_NAME:
             reporter.add(Result(name, Outcome.FAIL, note=f"no sampler {sampler!r}"))
@@ -178,7 +179,7 @@ def _embeds(path: Path, models: Path, reporter: Reporter) -> None:
     weights = Vectors.read(models / "t5_tiny.safetensors")
     model = weights.text_encoder(dict(weights.tensors), CPU, torch.float32, quantize=False)
     vectors = Vectors.read(path)
-    for case in sorted({name.split(".", 1)[0] for name in vectors.tensors}):
+    for case in sorted({name.rsplit(".", 1)[0] for name in vectors.tensors}):
         recorded = vectors.under(f"{case}.")
         ids, given = recorded["ids"], tuple(recorded["weights"][0].tolist())
         tokens = TokenizedPrompt(ids, torch.ones_like(ids), ids.shape[1], 0, given)

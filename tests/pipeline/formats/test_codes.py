@@ -209,6 +209,29 @@ def test_scales_of_a_layer_named_in_the_header_alone_are_found(tmp_path: Path) -
     assert torch.equal(rotated, (2 * I8.float().view(-1, 4) @ hadamard(4)).view(8, 16))
 
 
+def test_a_layer_may_be_named_without_the_prefix_of_its_part(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path / "a",
+        {"model.diffusion_model.img_in.weight": W, "model.diffusion_model.img_in.weight_scale": ONE},
+        {"_quantization_metadata": json.dumps({"layers": {"img_in": E4M3}})},
+    )
+    (recipe,) = file_recipes([open_weights(path)]).values()
+    assert recipe.stored_as == "fp8 scaled"
+
+
+def test_a_part_without_scales_may_lie_beside_one_with(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path / "a",
+        {
+            "model.diffusion_model.img_in.weight": W,
+            "model.diffusion_model.img_in.weight_scale": ONE,
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": W,
+        },
+    )
+    recipes = file_recipes([open_weights(path)])
+    assert sorted(recipe.stored_as for recipe in recipes.values()) == ["fp8", "fp8 scaled"]
+
+
 def test_joined_tensors_keep_their_own_codes(tmp_path: Path) -> None:
     file = open_weights(
         _file(

@@ -62,6 +62,8 @@ class TokenizedPrompt:
     """Tokens that did not fit."""
     weights: tuple[float, ...] = field(repr=False, default=())
     """(L), where any is not 1."""
+    padded: bool = True
+    """To 512, as the empty prompt beside it is then."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def tokenize_weighted(
         token_count=count,
         cut_count=cut,
         weights=tuple(weights) if any(weight != 1 for weight in weights) else (),
+        padded=False,
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.weights.formats.prefixes import part_roots
 from chromarpc_server.pipeline.weights.gguf_codes import dequantizer, is_dequantizable
 from chromarpc_server.pipeline.weights.gguf_file import PLAIN_TYPES, GgufFile
 from chromarpc_server.pipeline.weights.stored import Recipe, Recipes, as_stored
@@ -79,7 +80,9 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
             if name in owners:
                 raise _invalid(file, f"{owners[name].path.name} has a tensor {shown(name)}, too")
             owners[name], entries[name] = file, entry
-    layers = _layers(files, entries, owners)
+    roots = part_roots(entries)
+    layers = _layers(files, entries, owners, roots)
+    scaled = {_root(name, roots) for name in layers}
     consumed = {name for name in entries if _describes(name)}
     marked = tuple(name.removesuffix(MARKER) for name in entries if _is_marker(name))
     if len(marked) > MAX_MARKERS:
@@ -91,7 +94,7 @@ def file_recipes(files: Sequence[TensorFile]) -> Recipes:
         if layer is not None:
             recipes[name] = _scaled(file, name, entry, entries, layer)
             continue
-        if _is_float8(entry) and (layers or name.startswith(marked)):
+        if _is_float8(entry) and (_root(name, roots) in scaled or name.startswith(marked)):
             raise _invalid(file, f"{shown(name)} has no scale, in a file whose float8 weights are scaled")
         recipes[name] = _unscaled(file, name, entry)
     return recipes
@@ -145,11 +148,19 @@ def _is_float8(entry: TensorEntry) -> bool:
     return entry.dtype in FLOAT8_DTYPES.values()
 
 
+def _root(name: str, roots: Sequence[str]) -> str:
+    """What a tensor's part has before its names."""
+    return next((root for root in roots if name.startswith(root)), "")
+
+
 def _layers(
-    files: Sequence[TensorFile], entries: Mapping[str, TensorEntry], owners: Mapping[str, TensorFile]
+    files: Sequence[TensorFile],
+    entries: Mapping[str, TensorEntry],
+    owners: Mapping[str, TensorFile],
+    roots: Sequence[str],
 ) -> dict[str, _Layer]:
     """By the weight's name."""
-    described = _descriptions(files)
+    described = _descriptions(files, entries, roots)
     scales: dict[str, str] = {}
     for name in entries:
         suffix = next((suffix for suffix in (*_SCALES, *_INPUT_SCALES) if name.endswith(suffix)), None)
@@ -171,7 +182,7 @@ def _layers(
 
 
 def _descriptions(
-    files: Sequence[TensorFile],
+    files: Sequence[TensorFile], entries: Mapping[str, TensorEntry], roots: Sequence[str]
 ) -> dict[str, tuple[TensorFile, dict[str, Any]]]:
     """What is said about weights, by their names, and by which file."""
     found: dict[str, tuple[TensorFile, dict[str, Any]]] = {}
@@ -181,7 +192,8 @@ def _descriptions(
             layers = _json(file, text, f"its header's {QUANTIZATION}").get("layers")
             if not isinstance(layers, dict) or not all(isinstance(one, dict) for one in layers.values()):
                 raise _invalid(file, f"its header's {QUANTIZATION} names no layers")
-            found.update((f"{layer}.weight", (file, one)) for layer, one in layers.items())
+            for layer, one in layers.items():
+                found[_weight_of(layer, entries, roots)] = (file, one)
     for file in files:
         wanted = {name for name in file.tensors if name.endswith(_DESCRIPTION)}
         for name in wanted:
@@ -195,6 +207,12 @@ def _descriptions(
         except TensorFileError as error:
             raise _invalid(file, str(error)) from None
     return found
+
+
+def _weight_of(layer: str, entries: Mapping[str, TensorEntry], roots: Sequence[str]) -> str:
+    """The weight of a layer that a header names, with its part's prefix or without."""
+    names = [f"{root}{layer}.weight" for root in ("", *roots)]
+    return next((name for name in names if name in entries), names[0])
 
 
 def _json(file: TensorFile, text: str, what: str) -> dict[str, Any]:

@@ -54,6 +54,13 @@ def part_recipes(recipes: Recipes, part: Part) -> Recipes:
     }
 
 
+def part_roots(names: Iterable[str]) -> tuple[str, ...]:
+    """The prefixes of all parts that a file has, the longest first; none where it is one part."""
+    every = list(names)
+    found = {part_prefix(every, part) for part in _ROOTS}
+    return tuple(sorted((prefix for prefix in found if prefix), key=len, reverse=True))
+
+
 def part_prefix(names: Iterable[str], part: Part) -> str | None:
     """What stands before the names of a part's tensors; None where a file of several parts lacks it."""
     every = list(names)

@@ -187,7 +187,8 @@ export enum ErrorReason {
   QUEUE_TIME_EXCEEDED = 20,
 
   /**
-   * FAILED_PRECONDITION. The model's files are not on the server; the message gives the command that fetches them.
+   * FAILED_PRECONDITION. Parts of the model are not on the server; the message names them and the command that
+   * fetches them.
    *
    * @generated from enum value: ERROR_REASON_WEIGHTS_MISSING = 21;
    */
