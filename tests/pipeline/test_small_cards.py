@@ -234,6 +234,20 @@ def test_a_small_cards_prepared_weights_are_counted_without_what_is_streamed(che
     assert 0 <= prepared.size_bytes - streams.prepared_bytes(profile) < scales
 
 
+@pytest.mark.parametrize(("plan", "times"), [(None, 0), (STREAMED, 2)])
+def test_what_a_stage_took_is_given_back_where_the_card_is_full(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan | None, times: int
+) -> None:
+    from chromarpc_server.pipeline import pipeline as drawing
+
+    held = replace(checkpoint, memory=plan)
+    pipeline = held.prepare([], PROFILES["reference"])
+    released: list[object] = []
+    monkeypatch.setattr(drawing, "release_memory", released.append)
+    small_cards.draw(pipeline, small_cards.Case("guidance", 64, 1, 4.0), 1)
+    assert released == times * [checkpoint.device]
+
+
 class _Memory:
     """Of a GPU of 100 steps."""
 

@@ -347,6 +347,7 @@ class Checkpoint:
             empty=self.empty,
             decoder_fallback=self._decoder_fallback(prepared),
             second=self.second,
+            gives_back=self._streamed_blocks > 0,
         )
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:
