@@ -48,6 +48,7 @@ NOT_IMPORTED: Mapping[str, str] = {
     "mypy-protobuf": "run by tools/generate_stubs.sh",
     "pytest-timeout": "a plugin of pytest",
     "ruff": "a command",
+    "scipy-stubs": "types for mypy",
 }
 """What is declared and needed although no line imports it; stubs (types-…) need not be named."""
 
