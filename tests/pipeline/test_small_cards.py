@@ -278,6 +278,57 @@ def test_the_process_that_holds_a_gpus_memory_leaves_what_it_is_told_to() -> Non
     assert answers.getvalue().splitlines()[4] == "CUDA out of memory."
 
 
+class _Card:
+    """In place of a GPU and of the process that holds its memory: what fits says which plan is made."""
+
+    left: float = 80
+    closed = False
+
+    def leave(self, free_bytes: int | None) -> int:
+        self.left = 80 if free_bytes is None else free_bytes / GIB
+        return int(self.left * GIB)
+
+    def peak_bytes(self) -> int:
+        return int(self.left * GIB) - 1
+
+    def close(self) -> None:
+        self.closed = True
+
+    def plan(self, *_: object) -> MemoryPlan:
+        if self.left == 10:
+            raise OutOfMemory("the device has too little")
+        return STREAMED if self.left < 12 else replace(STREAMED, streamed_blocks=0)
+
+
+def test_the_bench_goes_on_where_one_size_fails_and_writes_what_it_has(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from chromarpc_server.pipeline import choose_device
+    from chromarpc_server.pipeline.opening import OpenCheckpoint
+
+    card, out = _Card(), tmp_path / "cards.json"
+    monkeypatch.setattr(small_cards, "Holder", lambda: card)
+    monkeypatch.setattr(small_cards, "choose_device", lambda *_: choose_device("cpu", "float32"))
+    monkeypatch.setattr(OpenCheckpoint, "plan", card.plan)
+    monkeypatch.setattr(small_cards, "CASES", [small_cards.Case("guidance", 64, 2, 4.0)])
+    (tmp_path / "Chroma1-Base.safetensors").symlink_to(tiny_checkpoint / "chroma-mini.safetensors")
+    for name in ("text_encoder_2", "tokenizer_2", "vae"):
+        (tmp_path / name).symlink_to(tiny_checkpoint / name)
+    options = [str(tmp_path), "--sizes", "8", "10", "16", "--runs", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["small_cards", *options])
+    small_cards.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["gib"] for row in rows] == [None, 16, 10, 8]
+    assert rows[2]["failed"] == "OutOfMemory: the device has too little"
+    assert [row["plan"]["streamed_blocks"] for row in rows if "plan" in row] == [0, 0, 3]
+    assert [row["figures"][0]["equal_bits"] for row in rows if "plan" in row] == [None, True, True]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+    assert "10 GiB  failed: OutOfMemory" in printed[2]
+    assert "3 blocks streamed" in printed[3]
+    assert card.closed
+
+
 def test_other_links_are_predicted_by_the_formula_that_is_told() -> None:
     given = {"text_s": 0.1, "step_s": 0.2, "decode_s": 0.05, "steps": 25, "step_bytes": 4e9}
     assert small_cards.predicted_seconds(**given, rate=25e9, text_copied_s=0.2) == pytest.approx(5.35)
