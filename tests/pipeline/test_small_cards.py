@@ -206,6 +206,7 @@ def test_profiles_that_need_the_whole_transformer_are_refused_by_name(
     assert raised.value.violations[0].field == "profile"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["reference", "fp8"])
 def test_a_card_that_streams_draws_the_whole_cards_images(checkpoint: Checkpoint, profile: str) -> None:
     shared = small_cards.Shared()
@@ -300,6 +301,7 @@ class _Card:
         return STREAMED if self.left < 12 else replace(STREAMED, streamed_blocks=0)
 
 
+@pytest.mark.slow
 def test_the_bench_goes_on_where_one_size_fails_and_writes_what_it_has(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,15 @@ BLOCKS = 5
 STEPS = 3
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For tensors as small as the tiny checkpoint's more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in load_file(TINY).items()}
@@ -92,6 +101,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", range(1, BLOCKS + 1))
 @pytest.mark.parametrize("lengths", [(11, 2), (7,)], ids=["guidance", "one-pass"])
 @pytest.mark.parametrize(
