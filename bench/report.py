@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from bench.report_cards import cards_table, copies_table, predicted_table
 from bench.report_preview import (
     path_costs_table,
     path_costs_verdict,
@@ -54,6 +55,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "service against bench": service_against_bench,
     "start": start,
     "memory": memory_table,
+    "small cards": lambda: measured("h100-small-cards", cards_table),
+    "small cards origin": lambda: measured("h100-small-cards", origin),
+    "small cards copies": lambda: measured("h100-small-cards", copies_table),
+    "small cards predicted": lambda: measured("h100-small-cards", predicted_table),
     "switching": lambda: switching_table("h100-switching", targets=True),
     "switching origin": lambda: origin(load("h100-switching")),
     "preview runs": lambda: str(max(f["runs"] for f in load("h100-speed-preview")["figures"])),

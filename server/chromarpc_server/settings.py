@@ -203,10 +203,12 @@ class ServerSettings(BaseSettings):
         ByteSize(2 * 1024**3), description="host memory for parsed adapters, such as 2GiB"
     )
     master_place: MasterPlace = Field(
-        "auto", description="where master weights stay on a GPU: device, host (pinned), or what fits"
+        "auto",
+        description="where master weights stay on a GPU: device, host (page-locked, or mapped from the file where "
+        "the host has too little), or what fits",
     )
     device_memory: ByteSize | None = Field(
-        None, description="memory of the GPU to use at most, such as 24GB; all of it if unset"
+        None, description="memory of the GPU to use at most, such as 24GB; all that is free if unset"
     )
     weights: WeightsPlace = Field(
         "auto",

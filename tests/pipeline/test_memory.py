@@ -78,10 +78,15 @@ def test_what_the_operator_decides_is_kept() -> None:
 
 
 def test_too_little_memory_is_said_with_numbers() -> None:
-    with pytest.raises(OutOfMemory, match=r"needs 11\.\d GB .* may use 8\.0 GB"):
+    with pytest.raises(OutOfMemory, match=r"has 8\.0 GB .* needs 11\.\d GB .*: close what else holds its memory$"):
         plan_memory(8 * GB, CHROMA, MemoryChoice())
-    with pytest.raises(OutOfMemory, match=r"needs"):
-        plan_memory(24 * GB, CHROMA, MemoryChoice(weights="dequantized", text_encoder="device", tiling="off"))
+    forced = MemoryChoice(24 * GB, weights="dequantized", text_encoder="device", tiling="off")
+    with pytest.raises(OutOfMemory) as raised:
+        plan_memory(24 * GB, CHROMA, forced)
+    assert "allow more than --device-memory 24.0 GB" in raised.value.message
+    assert (
+        "leave out --weights dequantized and --text-encoder-place device and --tiling off" in raised.value.message
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_a_pairs_second_device_needs_room_for_the_transformer_alone(
 
 
 def test_a_pair_whose_second_device_is_too_small_is_told_so() -> None:
-    with pytest.raises(OutOfMemory, match="second device's memory"):
+    with pytest.raises(OutOfMemory, match=r"the pair's second device has 8\.0 GB"):
         plan_memory(80 * GB, CHROMA, MemoryChoice(), second_bytes=8 * GB)
-    with pytest.raises(OutOfMemory, match="of the device's memory"):
+    with pytest.raises(OutOfMemory, match=r"^the device has 8\.0 GB .* leave out --cfg-parallel"):
         plan_memory(8 * GB, CHROMA, MemoryChoice(), second_bytes=80 * GB)

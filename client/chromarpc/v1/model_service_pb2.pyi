@@ -394,6 +394,7 @@ class ModelProfile(_message.Message):
     MIN_SIZE_PX_FIELD_NUMBER: _builtins.int
     HONOURS_NEG_FIELD_NUMBER: _builtins.int
     TAKES_TRAINER_OPTIONS_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_BECAUSE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, as `GenerateRequest.profile` takes it."""
     resolution_divisor: _builtins.int
@@ -404,6 +405,10 @@ class ModelProfile(_message.Message):
     """Whether a negative prompt has an effect without `use_neg`."""
     takes_trainer_options: _builtins.bool
     """Whether `GenerateRequest.trainer` has an effect."""
+    unavailable_because: _builtins.str
+    """Why requests for it are refused for this model now, where they are: blocks are streamed, and it needs all of them
+    on the device.
+    """
     def __init__(
         self,
         *,
@@ -412,10 +417,11 @@ class ModelProfile(_message.Message):
         min_size_px: _builtins.int = ...,
         honours_neg: _builtins.bool = ...,
         takes_trainer_options: _builtins.bool = ...,
+        unavailable_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["honours_neg", b"honours_neg", "id", b"id", "min_size_px", b"min_size_px", "resolution_divisor", b"resolution_divisor", "takes_trainer_options", b"takes_trainer_options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["honours_neg", b"honours_neg", "id", b"id", "min_size_px", b"min_size_px", "resolution_divisor", b"resolution_divisor", "takes_trainer_options", b"takes_trainer_options", "unavailable_because", b"unavailable_because"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -434,12 +440,17 @@ class MemoryPlan(_message.Message):
     RECORD_GRAPHS_FIELD_NUMBER: _builtins.int
     ESTIMATED_BYTES_FIELD_NUMBER: _builtins.int
     USABLE_BYTES_FIELD_NUMBER: _builtins.int
+    STREAMED_BLOCKS_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     weights: _builtins.str
     """`dequantized`, or `float8`: half the memory and the same bits, a little slower."""
     text_encoder: _builtins.str
     """Where the text encoder stays: `device`, or `host`, from which its layers are copied for every prompt."""
     master: _builtins.str
-    """Where the weights stay that adapters are merged into: `device` or `host`."""
+    """Where the weights stay that adapters are merged into: `device`, `host` (in page-locked memory) or `mapped` (in their
+    file, because that was too much for the host; switching adapters takes longer then).
+    """
     tile_autoencoder: _builtins.bool
     """Whether images are decoded in tiles, which changes pixels a little."""
     record_graphs: _builtins.bool
@@ -447,7 +458,15 @@ class MemoryPlan(_message.Message):
     estimated_bytes: _builtins.int
     """What all of it takes at most, for images up to 1024×1024."""
     usable_bytes: _builtins.int
-    """What it was planned for."""
+    """What it was planned for: what the driver said was free, or less where the server was told so."""
+    streamed_blocks: _builtins.int
+    """Blocks of the transformer that lie in the host's memory and are copied to the device in every step. Where there are
+    any, only the profiles `reference` and `fp8` are served.
+    """
+    host_bytes: _builtins.int
+    """What it holds of the host's memory, page-locked."""
+    host_available_bytes: _builtins.int
+    """What the host had free for that."""
     def __init__(
         self,
         *,
@@ -458,10 +477,13 @@ class MemoryPlan(_message.Message):
         record_graphs: _builtins.bool = ...,
         estimated_bytes: _builtins.int = ...,
         usable_bytes: _builtins.int = ...,
+        streamed_blocks: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        host_available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "master", b"master", "record_graphs", b"record_graphs", "text_encoder", b"text_encoder", "tile_autoencoder", b"tile_autoencoder", "usable_bytes", b"usable_bytes", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "host_available_bytes", b"host_available_bytes", "host_bytes", b"host_bytes", "master", b"master", "record_graphs", b"record_graphs", "streamed_blocks", b"streamed_blocks", "text_encoder", b"text_encoder", "tile_autoencoder", b"tile_autoencoder", "usable_bytes", b"usable_bytes", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -125,6 +125,8 @@ class MemoryChoice:
     text_encoder: MasterPlace = "auto"
     master: MasterPlace = "auto"
     tiling: Tiling = "auto"
+    streaming: bool = True
+    """Whether blocks may be streamed: not for a model beside others, which rather leave."""
 
 
 @dataclass(frozen=True)

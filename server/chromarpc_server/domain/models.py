@@ -147,6 +147,10 @@ class ModelSpec:
         }[part]
 
 
+STREAMED_PROFILES = ("reference", "fp8")
+"""Numerics profiles that are served where blocks are streamed."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What of a checkpoint stays where on a GPU."""
@@ -155,8 +159,9 @@ class MemoryPlan:
     """Of the `reference` profile; float8 takes half the memory and gives the same bits, a little slower."""
     text_encoder: Literal["device", "host"]
     """`host`: its layers are copied over one by one for every prompt."""
-    master: Literal["device", "host"]
-    """The weights that adapters are merged into."""
+    master: Literal["device", "host", "mapped"]
+    """The weights that adapters are merged into; `host`: in page-locked memory; `mapped`: in their file, because
+    that was too much for the host. Switching takes longer then."""
     tile_autoencoder: bool
     """Images are decoded in tiles, which changes pixels a little."""
     record_graphs: bool
@@ -167,6 +172,22 @@ class MemoryPlan:
     """What all of it takes at most, for images up to 1024×1024."""
     usable_bytes: int = 0
     """What it was planned for."""
+    streamed_blocks: int = 0
+    """Of the transformer's blocks: those that lie in host memory and are copied to the device in every step."""
+    host_bytes: int = 0
+    """Of page-locked host memory."""
+    host_available_bytes: int = 0
+    """What the host had free for that; 0 where nobody knows."""
+
+    def withholds(self, profile: str) -> str:
+        """Why a numerics profile is not served; empty where it is."""
+        if not self.streamed_blocks or profile in STREAMED_PROFILES:
+            return ""
+        return (
+            f"the profile {profile} needs the whole transformer on the device, whose memory is too small for it: "
+            f"{self.streamed_blocks} of its blocks are streamed; ask for {' or '.join(STREAMED_PROFILES)}, or "
+            "close what else holds the device's memory"
+        )
 
 
 IGNORED_OPTIONS = ("prompts.fps",)

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline import sampling
-from chromarpc_server.pipeline.device import model_name, select_device, usable_memory_bytes
+from chromarpc_server.pipeline.device import release_memory, select_device, usable_memory_bytes
 from chromarpc_server.pipeline.fused.decoder import with_fused_decoder
 from chromarpc_server.pipeline.memory import working_bytes
 from chromarpc_server.pipeline.merged_transformer import (
@@ -41,6 +42,7 @@ from chromarpc_server.pipeline.placement import DevicePlacement
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.profiles import NumericsProfile
 from chromarpc_server.pipeline.progress import SILENT, LoadContext
+from chromarpc_server.pipeline.streamed import BlockSizes
 from chromarpc_server.pipeline.trainer.approximator import held_dtype
 from chromarpc_server.pipeline.trainer.arithmetic import TORCH_DTYPES
 from chromarpc_server.pipeline.trainer.exact import ExactPreview
@@ -129,11 +131,11 @@ class Checkpoint:
 
         Raises:
             WeightsInvalid: damaged files, or another model.
-            OutOfMemory: the GPU has too little memory for it.
+            OutOfMemory: the GPU or the host has too little memory for it.
         """
         weights = weights or WeightFiles()
         opened = OpenCheckpoint.open(files, weights)
-        plan = opened.plan(device, dtype, memory or MemoryChoice(), second)
+        plan = opened.plan(device, dtype, memory or MemoryChoice(), second, weights)
         reading = ReadingProgress(opened.parts, context)
         master, revision = read_master(reading, opened.transformer.part, weights, device, plan)
         tokenizer = Tokenizer(files.tokenizer, vocabulary=opened.text_encoder.vocabulary)
@@ -148,12 +150,15 @@ class Checkpoint:
             hold_float8=plan is not None,
             keep_in_host_memory=plan is not None and plan.text_encoder == "host",
             pinned=lambda tensors: weights.pinned(
-                ("text encoder", opened.text_encoder.part.identity, dtype, model_name(device)),
+                opened.text_encoder_key(device, dtype),
                 device,
                 lambda _: tensors,
                 context.check,
             ),
         )
+        if plan is not None and plan.streamed_blocks:
+            # What quantizing took for a while would be cut up by what stays.
+            release_memory(device)
         vae = autoencoder.build_autoencoder(
             opened.autoencoder.config,
             reading.stored(opened.autoencoder.part),
@@ -201,8 +206,8 @@ class Checkpoint:
             second=second,
             decoder_fallback=next(iter(not_fused), None),
             left_out=opened.text_encoder.left_out,
-            # Files stay mapped where the master is: a GPU has no more use for them.
-            shared=(*opened.files, *(reading.mapped if plan is None else ())),
+            # Files stay mapped where the master is: a GPU that has a copy has no more use for them.
+            shared=(*opened.files, *(reading.mapped if plan is None or plan.master == "mapped" else ())),
         )
 
     def allocate(
@@ -215,7 +220,13 @@ class Checkpoint:
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
             rounded: whether weights go through float8 as the reference's do; without effect where `must_round`.
+
+        Raises:
+            InvalidParameter: the profile needs the whole transformer on the device, and blocks are streamed.
         """
+        withheld = "" if self.memory is None else self.memory.withholds(profile.name)
+        if withheld:
+            raise InvalidParameter(withheld, field="profile")
         rounded = rounded or self.must_round(profile)
         first = self._allocate_on(self.device, profile, trainer, rounded)
         if self.second is None:
@@ -247,8 +258,10 @@ class Checkpoint:
         return FusedPreview(self.config, self.master, profile, settings, placement)
 
     def _placement(self, device: torch.device, dtype: torch.dtype) -> DevicePlacement:
-        record_graphs = self.memory is None or self.memory.record_graphs
-        return DevicePlacement(device, dtype, self._holds_float8, record_graphs)
+        if self.memory is None:
+            return DevicePlacement(device, dtype)
+        plan = self.memory
+        return DevicePlacement(device, dtype, self._holds_float8, plan.record_graphs, plan.streamed_blocks)
 
     def prepared_bytes(
         self, profile: NumericsProfile, trainer: TrainerSettings | None = None, adapters: AdapterSet = ()
@@ -258,7 +271,8 @@ class Checkpoint:
         Of a pair, on each device.
         """
         if not profile.trainer:
-            return prepared_bytes(self.master, profile, lambda _: self.dtype, hold_float8=self._holds_float8)
+            whole = prepared_bytes(self.master, profile, lambda _: self.dtype, hold_float8=self._holds_float8)
+            return whole - BlockSizes.of(self.targets).saved_bytes(self._streamed_blocks)
         settings = trainer or TrainerSettings()
         dtype = self._parts_dtype(profile, settings)
         float8 = profile.fused and self._holds_float8 and settings.quantize and settings.qtype in FLOAT8_QTYPES
@@ -301,6 +315,10 @@ class Checkpoint:
         return self._fused_dtype(settings) if profile.fused else TORCH_DTYPES[settings.dtype]
 
     @property
+    def _streamed_blocks(self) -> int:
+        return 0 if self.memory is None else self.memory.streamed_blocks
+
+    @property
     def _holds_float8(self) -> bool:
         return self.memory is not None and self.memory.weights == "float8"
 
@@ -329,6 +347,7 @@ class Checkpoint:
             empty=self.empty,
             decoder_fallback=self._decoder_fallback(prepared),
             second=self.second,
+            gives_back=self._streamed_blocks > 0,
         )
 
     def fallbacks(self, prepared: Transformer) -> tuple[DeviceFallback, ...]:

@@ -20,10 +20,12 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.trainer import TrainerSettings
 from chromarpc_server.pipeline.adapters import Adapter
 from chromarpc_server.pipeline.denoising import Text
+from chromarpc_server.pipeline.device import release_memory
 from chromarpc_server.pipeline.fused import plain
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.forward import Conditioning, FusedTransformer
 from chromarpc_server.pipeline.fused.graphs import GraphedForward
+from chromarpc_server.pipeline.fused.streaming import BlockStream
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.layers import Linear
 from chromarpc_server.pipeline.models.positions import dense_attention_mask, rope_table
@@ -93,8 +95,11 @@ class PreparedTransformer:
         self._dtype = placement.dtype
         self._quantize = quantize
         self._rounding = rounding_dtype({name: stored.recipe for name, stored in master.items()})
-        self._record_graphs = placement.record_graphs
+        self._record_graphs = placement.record_graphs and not placement.streamed_blocks
         self._hold_float8 = placement.hold_float8 or profile.needs_float8_weights
+        self._streamed_blocks = placement.streamed_blocks
+        self._blocks: BlockStream | None = None
+        """Holds the blocks' matrices, where some of them are streamed, once they are there."""
         self._linears = {
             f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, Linear)
         }
@@ -107,7 +112,7 @@ class PreparedTransformer:
     def run(self) -> GraphedForward:
         """The fused forward over these weights, once they are there."""
         if self._run is None:
-            fused = FusedTransformer(self.model, float8_products=self.profile.float8_products)
+            fused = FusedTransformer(self.model, float8_products=self.profile.float8_products, blocks=self._blocks)
             self._run = GraphedForward(fused, record=self._record_graphs)
         return self._run
 
@@ -164,7 +169,14 @@ class PreparedTransformer:
     def size_bytes(self) -> int:
         """Of the weights and scales it holds."""
         scales = [module.scale for module in self._linears.values() if module.scale is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._tensors.values(), *scales))
+        blocks = self._blocks
+        own = [tensor for name, tensor in self._tensors.items() if blocks is None or name not in blocks]
+        return sum(tensor.nbytes for tensor in (*own, *scales)) + (0 if blocks is None else blocks.size_bytes)
+
+    @property
+    def blocks(self) -> BlockStream | None:
+        """What streams its blocks, where some are streamed, once weights are there."""
+        return self._blocks
 
     def growth_bytes(self, _: AdapterSet) -> int:
         """What it would hold more than now, once it was switched: nothing, since adapters are merged."""
@@ -188,6 +200,9 @@ class PreparedTransformer:
         wanted = {name: _merged_into(name, adapters) for name in self._master}
         stale = [name for name in self._master if self._merged[name] != wanted[name]]
         total = sum(self._master[name].nbytes for name in stale)
+        self._open_blocks()
+        if stale and self._blocks is not None:
+            self._blocks.forget()
         stage = "merging" if adapters else "quantizing"
         done = 0
         finite: dict[str, Tensor] = {}
@@ -216,7 +231,10 @@ class PreparedTransformer:
         linear = self._linears.get(name) if self._quantize else None
         float8 = linear is not None and self._holds_float8(name, weight)
         if held is None:
-            held = torch.empty(weight.shape, dtype=FLOAT8 if float8 else self._dtype, device=self._device)
+            if self._blocks is not None and name in self._blocks:
+                held = self._blocks.weight(name)
+            else:
+                held = torch.empty(weight.shape, dtype=FLOAT8 if float8 else self._dtype, device=self._device)
             self._tensors[name] = held
             module, _, leaf = name.rpartition(".")
             parameter = torch.nn.Parameter(held, requires_grad=False)
@@ -225,6 +243,16 @@ class PreparedTransformer:
                 # Products of float8 take their scales in float32; the values are bf16's all the same.
                 scale_dtype = torch.float32 if self.profile.float8_products else weight.dtype
                 linear.scale = torch.empty(weight.shape[0], dtype=scale_dtype, device=self._device)
+        if self._blocks is not None and self._blocks.is_streamed(name):
+            # Where it is multiplied by lies another block's, as long as that computes.
+            values = torch.empty_like(held)
+            self._put(linear, values, weight)
+            self._blocks.put(name, values)
+        else:
+            self._put(linear, held, weight)
+
+    def _put(self, linear: Linear | None, held: Tensor, weight: Tensor) -> None:
+        """Rounds a merged weight as it is held; `linear`: the layer whose weight it is, if it is to be rounded."""
         ops = fused_ops(self._device) if weight.dtype == torch.bfloat16 else plain
         if linear is None:
             held.copy_(weight)
@@ -238,6 +266,15 @@ class PreparedTransformer:
             ops.round_weight(weight.contiguous(), held)
         else:
             held.copy_(dequantize_rows(*quantize_rows(weight)))
+
+    def _open_blocks(self) -> None:
+        """Takes the memory that streamed blocks need, before anything else is allocated."""
+        if not self._streamed_blocks or self._blocks is not None:
+            return
+        if not (self.profile.fused and self._hold_float8 and self._quantize):
+            raise ValueError("only float8 weights of a fused profile are streamed")
+        release_memory(self._device)
+        self._blocks = BlockStream(self.model, self._streamed_blocks, self._device)
 
     def _holds_float8(self, name: str, weight: Tensor) -> bool:
         if not self._hold_float8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,13 @@ import torch
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.limits import MemoryChoice
 from chromarpc_server.domain.models import MemoryPlan
-from chromarpc_server.pipeline.device import usable_memory_bytes
+from chromarpc_server.pipeline.device import model_name, usable_memory_bytes
+from chromarpc_server.pipeline.host_memory import available_host_bytes
 from chromarpc_server.pipeline.memory import PartSizes, plan_memory
 from chromarpc_server.pipeline.models.stored_transformer import StoredTransformer, open_transformer
+from chromarpc_server.pipeline.streamed import BlockSizes
 from chromarpc_server.pipeline.trainer.layer import RANK_BUCKETS
+from chromarpc_server.pipeline.weights.master import master_key
 from chromarpc_server.pipeline.weights.other_parts import (
     StoredAutoencoder,
     StoredTextEncoder,
@@ -76,7 +80,12 @@ class OpenCheckpoint:
         return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
 
     def plan(
-        self, device: torch.device, dtype: torch.dtype, choice: MemoryChoice, second: torch.device | None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        choice: MemoryChoice,
+        second: torch.device | None,
+        weights: WeightFiles,
     ) -> MemoryPlan | None:
         """What stays where on a GPU; None for a CPU.
 
@@ -85,15 +94,24 @@ class OpenCheckpoint:
             dtype: what they compute in.
             choice: what an operator decides.
             second: the other device of a pair.
+            weights: what this host's devices have in page-locked memory already.
 
         Raises:
-            OutOfMemory: the GPU has too little memory for it.
+            OutOfMemory: the GPU or the host has too little memory for it.
         """
         if device.type != "cuda":
             return None
         usable = usable_memory_bytes(device, choice.device_bytes)
         others = None if second is None else usable_memory_bytes(second, choice.device_bytes)
-        return plan_memory(usable, self.sizes(dtype), choice, second_bytes=others)
+        host = available_host_bytes()
+        if host is not None:
+            host += weights.pinned_bytes(master_key(self.transformer.part))
+            host += weights.pinned_bytes(self.text_encoder_key(device, dtype))
+        return plan_memory(usable, self.sizes(dtype), choice, second_bytes=others, host_bytes=host)
+
+    def text_encoder_key(self, device: torch.device, dtype: torch.dtype) -> Hashable:
+        """Of its layers in page-locked memory, once they were quantized on a device of this model."""
+        return "text encoder", self.text_encoder.part.identity, dtype, model_name(device)
 
     def sizes(self, dtype: torch.dtype) -> PartSizes:
         """Of the parts as they could be held, to compute in this dtype."""
@@ -115,6 +133,7 @@ class OpenCheckpoint:
             text_encoder=text,
             autoencoder=sum(math.prod(recipe.shape) * wide for recipe in self.autoencoder.part.recipes.values()),
             beside=sides * RANK_BUCKETS[0] * wide,
+            blocks=BlockSizes.of({name: recipe.shape for name, recipe in transformer.items()}),
         )
 
     def text_encoder_onto(self, device: torch.device, plan: MemoryPlan | None) -> torch.device | None:

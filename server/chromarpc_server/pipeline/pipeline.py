@@ -16,6 +16,7 @@ from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.pipeline import sampling
 from chromarpc_server.pipeline.denoising import AS_REFERENCE, SamplingChoice, Text, denoise_from
+from chromarpc_server.pipeline.device import release_memory
 from chromarpc_server.pipeline.fused.check import kernels_fallback, warm_up_kernels
 from chromarpc_server.pipeline.models import autoencoder
 from chromarpc_server.pipeline.models.text_encoder import (
@@ -64,6 +65,9 @@ class Pipeline:
     """Why the decoder is not the fused one, where it should be."""
     second: torch.device | None = None
     """The other device of a pair, which has a part in the steps alone."""
+    gives_back: bool = False
+    """What steps and decoding took is given back to the device after each: else the allocator keeps all of it, and
+    a card on which as many blocks stay as fit is full."""
 
     @property
     def fallbacks(self) -> tuple[DeviceFallback, ...]:
@@ -189,8 +193,16 @@ class Pipeline:
             rounding = torch.float32
         as_trainer = settings if not self.transformer.profile.fused else None
         with trainer_arithmetic(self.device, as_trainer) if as_trainer else self._products():
+            self._give_back()
             image = autoencoder.decode(self.autoencoder, sampling.unpack(latents, width, height), rounding)
-        return autoencoder.to_pixels(image, truncated=as_comfyui)
+        pixels = autoencoder.to_pixels(image, truncated=as_comfyui)
+        del image
+        self._give_back()
+        return pixels
+
+    def _give_back(self) -> None:
+        if self.gives_back:
+            release_memory(self.device)
 
     def preview(self, step: DenoiseStep, width: int, height: int, max_side: int) -> npt.NDArray[np.uint8]:
         """A small image (height, width, 3) uint8 of what a finished step predicts."""

@@ -20,4 +20,6 @@ class DevicePlacement:
     hold_float8: bool = False
     """Hold the blocks' weights in float8 wherever that gives the same values: half the memory, a little slower."""
     record_graphs: bool = True
-    """Record steps as CUDA graphs, which keep a step's activations."""
+    """Record steps as CUDA graphs, which keep a step's activations; never where blocks are streamed."""
+    streamed_blocks: int = 0
+    """Blocks whose weights lie in host memory, and are copied to the device in every step."""

@@ -129,6 +129,13 @@ class DeviceStatus:
     """One sentence, where it is lost."""
 
 
+def withheld_because(profile: str, model_id: str, devices: Sequence[DeviceStatus]) -> str:
+    """Why no device serves a model in this profile; empty where one does, or may once it has loaded the model."""
+    working = [device.cache.memory.get(model_id) for device in devices if device.state is not DeviceState.LOST]
+    reasons = ["" if plan is None else plan.withholds(profile) for plan in working]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
 def merged(snapshots: Sequence[CacheSnapshot]) -> CacheSnapshot:
     """What is resident on several devices together: bytes and counters summed, sets of all, the first one's plans.
 

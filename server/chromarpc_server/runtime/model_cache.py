@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from chromarpc_server.adapters.file import AdapterFile, require_expected
-from chromarpc_server.domain.errors import ChromaError
+from chromarpc_server.domain.errors import ChromaError, OutOfMemory
 from chromarpc_server.domain.events import WeightsReport, WeightsSource
 from chromarpc_server.domain.fallbacks import DeviceFallback
 from chromarpc_server.domain.limits import Budgets
@@ -173,15 +173,7 @@ class ModelCache:
         while len(self._checkpoints) >= self._budgets.max_checkpoints:
             self._evict_checkpoint()
         began = time.monotonic()
-        loaded = Checkpoint.load(
-            files,
-            device=self._device.device,
-            dtype=self._device.dtype,
-            second=self._device.second,
-            memory=self._budgets.memory,
-            context=context,
-            weights=self._share.weights,
-        )
+        loaded = self._load(files, context)
         self._checkpoints[model_id] = loaded
         seconds = round(time.monotonic() - began, 2)
         log.info("checkpoint.loaded", extra={"model": model_id, "seconds": seconds, "bytes": loaded.size_bytes})
@@ -189,6 +181,24 @@ class ModelCache:
             log.info("memory.planned", extra={"model": model_id, **asdict(loaded.memory)})
         self._publish_snapshot()
         return loaded
+
+    def _load(self, files: CheckpointFiles, context: LoadContext) -> Checkpoint:
+        """Loads a checkpoint. Others leave where it has no room beside them, or only for streamed blocks."""
+        while True:
+            try:
+                return Checkpoint.load(
+                    files,
+                    device=self._device.device,
+                    dtype=self._device.dtype,
+                    second=self._device.second,
+                    memory=replace(self._budgets.memory, streaming=not self._checkpoints),
+                    context=context,
+                    weights=self._share.weights,
+                )
+            except OutOfMemory:
+                if not self._checkpoints:
+                    raise
+            self._evict_checkpoint()
 
     def read_adapters(
         self, checkpoint: Checkpoint, loras: Sequence[PlannedLora], files: Sequence[AdapterFile], *, check: Check

@@ -124,7 +124,7 @@ class DeviceWorker:
             found = self._classified(error, {"job_id": work.id})
             if found is error:
                 raise
-            raise found from None
+            raise (_with_size(found, work.plan) if isinstance(found, OutOfMemory) else found) from None
         except BaseException as error:
             # Nothing that ends a thread may end this one unnoticed.
             log.critical("device.thread_ended", exc_info=error, extra={"job_id": work.id})
@@ -264,6 +264,15 @@ class DeviceWorker:
         clock.lap("decoding_s", index)
         cancellation.check()
         emit(RenderedImage(index, prompt.seed, pixels))
+
+
+def _with_size(error: OutOfMemory, plan: Plan) -> OutOfMemory:
+    """Says how large the job's largest image is: memory is planned for a certain size."""
+    largest = max(plan.prompts, key=lambda prompt: prompt.width * prompt.height)
+    return OutOfMemory(
+        f"{error.message} for this job, whose largest image is {largest.width}×{largest.height}; memory is "
+        "planned for images up to 1024×1024"
+    )
 
 
 class _LoadingEvents:

@@ -12,7 +12,8 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import cast
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from chromarpc_server.pipeline.fused.attention import Attention, Spans, select_attention
 from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.fused.layout import Layout
+from chromarpc_server.pipeline.fused.streaming import BlockStream
 from chromarpc_server.pipeline.models.blocks import DoubleBlock, SelfAttention, SingleBlock
 from chromarpc_server.pipeline.models.config import ChromaConfig
 from chromarpc_server.pipeline.models.layers import Linear
@@ -60,14 +62,27 @@ class FusedTransformer:
     """Runs a prepared `ChromaTransformer`'s weights. Holds no weights of its own; switches show at once."""
 
     def __init__(
-        self, model: ChromaTransformer, *, float8_products: bool, attention: Attention | None = None
+        self,
+        model: ChromaTransformer,
+        *,
+        float8_products: bool,
+        attention: Attention | None = None,
+        blocks: BlockStream | None = None,
     ) -> None:
-        """`float8_products`: multiply the blocks' linears in float8; their weights must be held in float8."""
+        """Takes a model whose parameters are there.
+
+        Args:
+            model: what to run.
+            float8_products: multiply the blocks' linears in float8; their weights must be held in float8.
+            attention: what to attend with; by default what the device has.
+            blocks: what has the blocks' weights where they compute, where some are streamed.
+        """
         self._model = model
         self._config: ChromaConfig = model.config
         self._float8 = float8_products
         weight: Tensor = model.img_in.bias
         self.attention = attention or select_attention(weight.device, weight.dtype, model.config.head_dim)
+        self.blocks = blocks
         self.variant: object = None
         """What a recorded step depends on besides its shape: the layers that have a path beside them, its rank."""
         self._buffer: Tensor | None = None
@@ -99,6 +114,8 @@ class FusedTransformer:
         model, config = self._model, self._config
         layout = conditioning.layout
         ops = fused_ops(latents.device)
+        if self.blocks is not None:
+            self.blocks.begin()
         run = _Run(self, ops, conditioning, config.num_heads)
         singles, doubles = config.depth_single_blocks, config.depth
         single_mods, image_mods, text_mods, final_mods = modulations.split(
@@ -113,7 +130,9 @@ class FusedTransformer:
             image_mods,
             text_mods,
         )
-        packed = run.singles(cast("Sequence[SingleBlock]", model.single_blocks), run.pack(*streams), single_mods)
+        packed = run.singles(
+            cast("Sequence[SingleBlock]", model.single_blocks), run.pack(*streams), single_mods, doubles
+        )
         normed = ops.norm_modulate(packed[layout.image], final_mods[0], final_mods[1])
         velocity = self.product(model.final_layer.linear, Activation(normed))
         return velocity.view(len(layout.text_tokens), layout.image_tokens, -1)
@@ -211,7 +230,8 @@ class _Run:
         streams = _Pending(image), _Pending(text)
         for index, block in enumerate(blocks):
             mods = [stream[6 * index : 6 * index + 6] for stream in (image_mods, text_mods)]
-            streams = self._double(block, streams, mods)
+            with self.weights_of(index):
+                streams = self._double(block, streams, mods)
         return streams
 
     def _double(
@@ -265,23 +285,38 @@ class _Run:
             packed[rows] = part
         return packed
 
-    def singles(self, blocks: Sequence[SingleBlock], x: Tensor, mods: Tensor) -> Tensor:
-        """All single blocks, over all tokens."""
+    def singles(self, blocks: Sequence[SingleBlock], x: Tensor, mods: Tensor, first: int) -> Tensor:
+        """All single blocks, over all tokens; `first`: how many blocks come before them."""
         stream = _Pending(x)
-        hidden = x.shape[1]
         for index, block in enumerate(blocks):
-            shift, scale, gate = mods[3 * index : 3 * index + 3]
-            normed = self.norm(stream, shift, scale, rank_beside(block.linear1))
-            both = self.fused.product(block.linear1, normed)
-            norm = block.norm
-            self.ops.qk_norm_rope(both, norm.query_norm.scale, norm.key_norm.scale, self.given.rope, self.heads)
-            qkv, mlp = both[:, : 3 * hidden], both[:, 3 * hidden :]
-            attended = self.fused.attention(qkv, self.heads, self.given.spans)
-            joined = self._gelu(attended, mlp, rank_beside(block.linear2))
-            stream = _Pending(x, self.fused.product(block.linear2, joined), gate)
+            with self.weights_of(first + index):
+                stream = self._single(block, stream, mods[3 * index : 3 * index + 3])
         if stream.added is not None and stream.gate is not None:
             self.ops.gated_add(x, stream.added, stream.gate)
         return x
+
+    def _single(self, block: SingleBlock, stream: _Pending, mods: Tensor) -> _Pending:
+        shift, scale, gate = mods
+        hidden = stream.x.shape[1]
+        normed = self.norm(stream, shift, scale, rank_beside(block.linear1))
+        both = self.fused.product(block.linear1, normed)
+        norm = block.norm
+        self.ops.qk_norm_rope(both, norm.query_norm.scale, norm.key_norm.scale, self.given.rope, self.heads)
+        qkv, mlp = both[:, : 3 * hidden], both[:, 3 * hidden :]
+        attended = self.fused.attention(qkv, self.heads, self.given.spans)
+        joined = self._gelu(attended, mlp, rank_beside(block.linear2))
+        return _Pending(stream.x, self.fused.product(block.linear2, joined), gate)
+
+    @contextmanager
+    def weights_of(self, block: int) -> Iterator[None]:
+        """A block computes inside, with its weights on the device."""
+        blocks = self.fused.blocks
+        if blocks is None:
+            yield
+            return
+        blocks.enter(block)
+        yield
+        blocks.leave(block)
 
     def norm(self, stream: _Pending, shift: Tensor, scale: Tensor, room: int) -> Activation:
         """Adds what is pending to the stream, and makes the next linear's input of it, with `room` beside it."""

@@ -177,6 +177,21 @@ class Float8Linear(nn.Module):
         return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
 
 
+class HostEmbedding(nn.Module):
+    """A table of embeddings in host memory: the rows of a prompt's tokens are copied to the device."""
+
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        """`table` (vocabulary, width), on the host; `device`: where its rows are wanted."""
+        super().__init__()
+        self.place = nn.Parameter(torch.empty(0, dtype=table.dtype, device=device), requires_grad=False)
+        """Nothing: a model is taken to be on the device of its first parameter."""
+        self.table = nn.Buffer(table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) → (…, width) on the device."""
+        return F.embedding(ids.cpu(), self.table).to(self.place.device)
+
+
 def _reference_float8(_: str, weight: Tensor) -> QuantizedLinear:
     return reference_float8(weight)
 
@@ -241,14 +256,19 @@ def build_text_encoder(
             model.set_submodule(path, Float8Linear(q.to(place), scale.to(place), dtype))
         else:
             placed[name] = quantized.weight.to(dtype).to(place)
-    embedding = _dense(shared, device, rounding).to(dtype)
-    placed[SHARED] = placed[EMBED] = embedding
+    if keep_in_host_memory:
+        # A copy: what is read from a mapped file would keep it mapped.
+        table = _dense(shared, device, rounding).to(device="cpu", dtype=dtype, copy=True)
+        model.shared = model.encoder.embed_tokens = HostEmbedding(table, device)
+    else:
+        placed[SHARED] = placed[EMBED] = _dense(shared, device, rounding).to(dtype)
     held = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict({**held, **placed}, assign=True)
     if keep_in_host_memory:
         _stream(list(model.encoder.block), device, pinned or partial(pin, device=device))
     model.set_attn_implementation(attention)
-    model.encoder.embed_tokens.weight = model.shared.weight
+    if not keep_in_host_memory:
+        model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,11 +36,16 @@ def read_master(
     """
     if plan is not None and plan.master == "device":
         pieces: Mapping[str, Tensor] = _onto_device(reading, part, device)
-    elif plan is None:
+    elif plan is None or plan.master == "mapped":
         pieces = _mapped(reading, part)
     else:
         pieces = _pinned(reading, part, files, device)
     return StoredWeights(part.recipes, pieces), _revision(part)
+
+
+def master_key(part: StoredPart) -> Hashable:
+    """Of a transformer in page-locked memory: parts of one file lie in pieces of their own."""
+    return "master", part.identity, part.pieces
 
 
 def _pinned(reading: ReadingProgress, part: StoredPart, files: WeightFiles, device: torch.device) -> HostWeights:
@@ -51,8 +56,7 @@ def _pinned(reading: ReadingProgress, part: StoredPart, files: WeightFiles, devi
         made, reading.note_progress = True, note_progress
         return _mapped(reading, part)
 
-    # Parts of one file lie in pieces of their own.
-    pieces = files.pinned(("master", part.identity, part.pieces), device, make, reading.check)
+    pieces = files.pinned(master_key(part), device, make, reading.check)
     if not made:
         reading.skip(part)
     for file, names in part.wanted.items():

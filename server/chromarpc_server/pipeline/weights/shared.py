@@ -176,6 +176,12 @@ class WeightFiles:
                     found = self._files[before] = SharedFile(header, before)
                     return found
 
+    def pinned_bytes(self, key: Hashable) -> int:
+        """Of what is page-locked under this key: 0 where nothing is."""
+        with self._lock:
+            found = self._pinned.get(key)
+        return 0 if found is None else sum(tensor.nbytes for tensor in found.values())
+
     def pinned(
         self,
         key: Hashable,

@@ -17,7 +17,7 @@ from chromarpc_server.domain.resolve import Serving
 from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES, DrawingSettings
 from chromarpc_server.domain.trainer import MIN_SIZE_PX, PREVIEW_PROFILES, SIZE_MULTIPLE
 from chromarpc_server.jobs.engine import Engine
-from chromarpc_server.runtime.device import DeviceStatus, merged
+from chromarpc_server.runtime.device import DeviceStatus, merged, withheld_because
 from chromarpc_server.runtime.model_files import FoundPart, ModelFiles, fetch_command
 from chromarpc_server.transport.messages.values import duration, shorten
 
@@ -171,7 +171,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             memory_plan=next(
                 (residence.memory_plan for residence in residences if residence.HasField("memory_plan")), None
             ),
-            profiles=[_profile(name, served) for name in self._serving.profiles],
+            profiles=[_profile(name, served, devices) for name in self._serving.profiles],
             residences=residences,
             parts=[_part(part, served, devices) for part in found.parts],
             base_name=served.base_name,
@@ -206,7 +206,7 @@ def _part(found: FoundPart, served: ModelSpec, devices: Sequence[DeviceStatus]) 
     )
 
 
-def _profile(name: str, served: ModelSpec) -> model_service_pb2.ModelProfile:
+def _profile(name: str, served: ModelSpec, devices: Sequence[DeviceStatus]) -> model_service_pb2.ModelProfile:
     is_preview = name in PREVIEW_PROFILES
     return model_service_pb2.ModelProfile(
         id=name,
@@ -214,6 +214,7 @@ def _profile(name: str, served: ModelSpec) -> model_service_pb2.ModelProfile:
         min_size_px=MIN_SIZE_PX,
         honours_neg=is_preview,
         takes_trainer_options=is_preview,
+        unavailable_because=shorten(withheld_because(name, served.id, devices)),
     )
 
 
@@ -266,4 +267,7 @@ def _memory_plan(plan: MemoryPlan | None) -> model_service_pb2.MemoryPlan | None
         record_graphs=plan.record_graphs,
         estimated_bytes=plan.estimated_bytes,
         usable_bytes=plan.usable_bytes,
+        streamed_blocks=plan.streamed_blocks,
+        host_bytes=plan.host_bytes,
+        host_available_bytes=plan.host_available_bytes,
     )

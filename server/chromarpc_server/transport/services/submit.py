@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from chromarpc.v1 import generation_service_pb2
 from chromarpc_server.domain.callers import current_caller
+from chromarpc_server.domain.errors import InvalidParameter
 from chromarpc_server.domain.resolve import Serving, resolve
 from chromarpc_server.jobs.engine import Engine
 from chromarpc_server.jobs.job import AnyJob
 from chromarpc_server.jobs.submission import Submission
+from chromarpc_server.runtime.device import withheld_because
 from chromarpc_server.transport.messages.fingerprints import fingerprint
 from chromarpc_server.transport.messages.jobs import require_describable
 from chromarpc_server.transport.messages.requests import generation_request
@@ -40,6 +42,9 @@ async def submit(
     if detach:
         plan = replace(plan, detached=True)
     require_describable(plan)
+    withheld = withheld_because(plan.profile, plan.served_model, engine.status().devices)
+    if withheld:
+        raise InvalidParameter(withheld, field="profile")
     deadline_at = None if plan.detached or deadline_s is None else time.monotonic() + deadline_s
     return await engine.submit(
         Submission(
