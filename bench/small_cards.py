@@ -373,7 +373,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="full-size checkpoint")
     parser.add_argument(
-        "--sizes", type=float, nargs="+", default=list(SIZES), help="GiB; the whole card comes first"
+        "--sizes", type=float, nargs="+", default=list(SIZES), help="GiB, in this order; the whole card comes first"
     )
     parser.add_argument("--profile", default="reference", choices=["reference", "fp8"])
     parser.add_argument("--runs", type=int, default=2)
@@ -392,7 +392,7 @@ def main() -> None:
     )
     whole: dict[str, Any] | None = None
     try:
-        for size in (None, *sorted(arguments.sizes, reverse=True)):
+        for size in (None, *arguments.sizes):
             row: dict[str, Any] = {"gib": size}
             try:
                 row["free_bytes"] = holder.leave(None if size is None else int(size * GIB))
