@@ -11,8 +11,13 @@ TARGETS = {12.0: 1.12, 10.0: 1.18, 8.0: 1.25}
 CASES = {"guidance": "1024×1024 s", "512": "512×512 s", "single pass": "one pass, 8 steps, s"}
 
 
+def _cards(result: Json) -> list[Json]:
+    """The whole card, then the largest first."""
+    return sorted(result["rows"], key=lambda row: (row["gib"] is not None, -(row["gib"] or 0)))
+
+
 def _rows(result: Json) -> Iterator[Json]:
-    return (row for row in result["rows"] if "failed" not in row)
+    return (row for row in _cards(result) if "failed" not in row)
 
 
 def _name(row: Json) -> str:
@@ -45,7 +50,7 @@ def _plan(row: Json) -> str:
 def cards_table(result: Json) -> str:
     """What each size takes."""
     rows = []
-    for row in result["rows"]:
+    for row in _cards(result):
         if "failed" in row:
             rows.append([_name(row), f"failed: {row['failed']}", *[""] * 7])
             continue

@@ -373,7 +373,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="full-size checkpoint")
     parser.add_argument(
-        "--sizes", type=float, nargs="+", default=list(SIZES), help="GiB, in this order; the whole card comes first"
+        "--sizes",
+        type=float,
+        nargs="+",
+        default=list(SIZES),
+        help="GiB, in this order; the whole card comes first",
     )
     parser.add_argument("--profile", default="reference", choices=["reference", "fp8"])
     parser.add_argument("--runs", type=int, default=2)

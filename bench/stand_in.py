@@ -157,7 +157,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     shape = StepShape(arguments.step_ms / 1000, arguments.held_ms / 1000, arguments.side_px)
 
-    def stand_ins(_: ServerSettings, __: RunningTime) -> DeviceSource:
+    def stand_ins(*_: object) -> DeviceSource:
         return StandIns(arguments.count, shape, arguments.lags)
 
     with mock.patch.object(app, "device_source", stand_ins):
