@@ -27,9 +27,7 @@ from chromarpc_server.domain.events import Prepared, Step, Timings, TokenCount, 
 from chromarpc_server.pipeline import CheckpointFiles
 from chromarpc_server.runtime.device import Device, DeviceSource
 from chromarpc_server.runtime.model_cache import CacheSnapshot
-from chromarpc_server.runtime.running_time import RunningTime
 from chromarpc_server.runtime.work import Emit, Pixels, RenderedImage, Report, Work, WorkDone
-from chromarpc_server.settings import ServerSettings
 
 
 @dataclass(frozen=True)
