@@ -218,7 +218,7 @@ def test_the_time_to_come_back_does_not_run_while_models_are_loaded(
         next(stream)
         server.stop()
 
-    async def load_slowly(app: App, engine: Engine) -> None:
+    async def load_slowly(*_: object) -> None:
         await asyncio.sleep(0.5)  # five times the time to come back
 
     monkeypatch.setattr(App, "_preload", load_slowly)
