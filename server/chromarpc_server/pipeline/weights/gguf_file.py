@@ -308,9 +308,13 @@ def _original_shape(name: str, shape: tuple[int, ...], metadata: Mapping[str, st
         return shape
     try:
         original = tuple(int(size) for size in json.loads(noted))
-    except (ValueError, TypeError):
-        original = ()
-    if any(size < 0 for size in original) or math.prod(original) != math.prod(shape):
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        original = (-1,)
+    if (
+        len(original) > MAX_DIMENSIONS
+        or any(size < 0 for size in original)
+        or math.prod(original) != math.prod(shape)
+    ):
         raise GgufError(f"{shown(name)} has an original shape that cannot be")
     return original
 
