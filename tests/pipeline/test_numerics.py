@@ -148,7 +148,7 @@ def test_other_models_are_refused_by_name(tiny: ChromaTransformer, key: str) -> 
         ChromaConfig.from_shapes({**shapes, key: (1,)})
 
 
-@pytest.mark.parametrize("shape", [(2**40, 0), (0, 8), (2**20, 64)])
+@pytest.mark.parametrize("shape", [(2**40, 0), (2**20, 64)])
 def test_tensors_of_nothing_make_no_model_of_any_size(tiny: ChromaTransformer, shape: tuple[int, int]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tiny.state_dict().items()}
     with pytest.raises(WeightsInvalid, match="its layers have"):

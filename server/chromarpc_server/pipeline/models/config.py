@@ -75,13 +75,13 @@ class ChromaConfig:
             raise WeightsInvalid(f"not a Chroma checkpoint: it has no tensor {error}") from None
         except (IndexError, ValueError):
             raise WeightsInvalid("not a Chroma checkpoint: its tensors have other dimensions") from None
-        channels = (hidden, in_channels, context, head_dim, mlp, approximator_hidden, approximator_in)
+        if not (hidden and head_dim) or hidden % head_dim:
+            raise WeightsInvalid(f"{hidden} channels do not make heads of {head_dim}")
+        channels = (hidden, in_channels, context, mlp, approximator_hidden, approximator_in)
         if not all(0 < count <= MAX_CHANNELS for count in channels):
             raise WeightsInvalid(
                 f"not a Chroma checkpoint: its layers have {min(channels)} to {max(channels)} channels"
             )
-        if hidden % head_dim:
-            raise WeightsInvalid(f"{hidden} channels do not make heads of {head_dim}")
         axes, theta = _axes(head_dim, metadata or {})
         return cls(
             in_channels=in_channels,

@@ -86,11 +86,11 @@ def shard_paths(part: Path) -> tuple[Path, ...]:
         return (part,)
     indexes = sorted(part.glob("*.safetensors.index.json"))
     if indexes:
-        names = read_json(indexes[0]).get("weight_map", {})
-        files = sorted(set(names.values())) if isinstance(names, dict) else []
-        if not files or any(not isinstance(name, str) or "/" in name for name in files):
+        found = read_json(indexes[0]).get("weight_map")
+        names = list(found.values()) if isinstance(found, dict) else []
+        if not names or any(not isinstance(name, str) or "/" in name or "\0" in name for name in names):
             raise WeightsInvalid(f"{indexes[0].name} names no shards")
-        return tuple(part / name for name in files)
+        return tuple(part / name for name in sorted(set(names)))
     single = sorted(part.glob("*.safetensors")) or sorted(part.glob("*.gguf"))
     if not single:
         raise WeightsInvalid(f"{part.name} has no safetensors file")
