@@ -87,10 +87,8 @@ class GgufFile:
         """See `TensorFile.read`."""
         try:
             with open_regular(self.path) as stream:
-                if (
-                    self.require_unchanged(stream.fileno())
-                    and os.fstat(stream.fileno()).st_size != self.size_bytes
-                ):
+                self.require_unchanged(stream.fileno())
+                if os.fstat(stream.fileno()).st_size != self.size_bytes:
                     raise GgufError("it changed while it was read")
                 # Copy on write, which nobody does: torch warns of memory that it must not write to.
                 mapped = mmap.mmap(stream.fileno(), self.size_bytes, access=mmap.ACCESS_COPY)
