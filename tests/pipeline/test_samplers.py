@@ -180,6 +180,19 @@ def test_a_file_that_is_not_known_fails(copied: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
+def test_a_schedule_that_nothing_is_recorded_of_verifies_nothing(copied: Callable[..., Path]) -> None:
+    folder = copied("sigmas.json")
+    recorded = json.loads((folder / "sigmas.json").read_text())
+    variant = next(iter(recorded["sigmas"]))
+    recorded["sigmas"][variant]["simple"] = {}
+    (folder / "sigmas.json").write_text(json.dumps(recorded))
+    code, cases = _verify(folder)
+    assert code == 1
+    failed = [name for name, case in cases.items() if case["outcome"] == "FAIL"]
+    assert failed == [f"comfyui/sigmas/sigmas/{variant} simple"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5_tiny_embeds.safetensors", "chroma_tiny.safetensors"])
 def test_small_models_that_are_not_there_are_a_failure(copied: Callable[..., Path], name: str) -> None:
     code, cases = _verify(copied(name, models=False))
