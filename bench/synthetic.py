@@ -28,6 +28,7 @@ from chromarpc_server.pipeline.models.text_encoder import Tokenizer
 from chromarpc_server.pipeline.models.transformer import ChromaTransformer
 from chromarpc_server.pipeline.preview import LatentPreview
 from chromarpc_server.pipeline.progress import SILENT, LoadContext
+from chromarpc_server.pipeline.weights.stored import as_they_are
 
 TOKENIZER = Path(__file__).parents[1] / "server" / "chromarpc_server" / "assets" / "chroma_mini" / "tokenizer_2"
 T5_XXL = {
@@ -118,7 +119,7 @@ class SyntheticParts:
 def checkpoint(device: torch.device) -> Checkpoint:
     """In memory, everything on the device."""
     transformer, encoder, vae = _parts()
-    master = dict(_random(transformer, device, 1))
+    master = as_they_are(dict(_random(transformer, device, 1)))
     t5 = text_encoder.build_text_encoder(
         T5Config(**T5_XXL), dict(_random(encoder, device, 2)), device=device, dtype=torch.bfloat16, quantize=True
     )
@@ -131,6 +132,7 @@ def checkpoint(device: torch.device) -> Checkpoint:
     return Checkpoint(
         config=FULL,
         master=master,
+        stored_as="bf16",
         text_encoder=encoder,
         autoencoder=decoder,
         fused_autoencoder=with_fused_decoder(decoder),

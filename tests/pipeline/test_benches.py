@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import cfg_parallel, error, mismatch, scale, speed, switching
-from chromarpc_server.pipeline import Checkpoint, CheckpointFiles
+from bench import cfg_parallel, error, mismatch, scale, speed, switching, synthetic
+from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles
 
 pytestmark = pytest.mark.slow
 
@@ -198,3 +199,23 @@ def test_scale_says_what_the_front_costs_beside_devices_that_only_take_time(
     assert figure["step_ms"] >= 3.0
     assert figure["thread_lag_p99_ms"] > 0
     assert figure["lag_p99_ms"] >= figure["lag_p50_ms"] > 0
+
+
+def test_the_synthetic_checkpoint_of_the_gpus_benches_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"d_model": switching.MINI.context_in_dim, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    monkeypatch.setattr(synthetic, "FULL", switching.MINI)
+    monkeypatch.setattr(synthetic, "T5_XXL", {**synthetic.T5_XXL, **small})
+    monkeypatch.setattr(synthetic, "FLUX_VAE", {**synthetic.FLUX_VAE, "block_out_channels": [32] * 4})
+    made = synthetic.checkpoint(torch.device("cpu"))
+    assert made.stored_as == "bf16"
+    pipeline = made.prepare([(switching.random_adapter(made.master, 8, 1), 1.0)], PROFILES["reference"])
+    *_, last = pipeline.denoise(
+        pipeline.encode(pipeline.tokenize("a")),
+        width=32,
+        height=32,
+        steps=1,
+        guidance_scale=4.0,
+        seed=1,
+        noise_draw="float32",
+    )
+    assert last.latents.isfinite().all()

@@ -229,9 +229,9 @@ def test_where_only_float8_has_room_weights_are_rounded_and_said_to_be(stored_in
     plan = MemoryPlan("float8", "host", "host", tile_autoencoder=False, record_graphs=False)
     small = Checkpoint(**{**_fields(stored_in_bfloat16), "memory": plan})
     profile = PROFILES["reference"]
-    assert small.must_round(profile)
-    assert not stored_in_bfloat16.must_round(profile)
-    assert stored_in_bfloat16.must_round(PROFILES["fp8"])
+    assert profile.must_round(small.memory)
+    assert not profile.must_round(stored_in_bfloat16.memory)
+    assert PROFILES["fp8"].must_round(stored_in_bfloat16.memory)
     assert small.allocate(profile, rounded=False).rounded
     assert small.missing_bytes(profile, None, rounded=False) == 0
     assert MemoryChoice().weights == "auto"

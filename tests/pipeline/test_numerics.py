@@ -148,6 +148,13 @@ def test_other_models_are_refused_by_name(tiny: ChromaTransformer, key: str) -> 
         ChromaConfig.from_shapes({**shapes, key: (1,)})
 
 
+@pytest.mark.parametrize("shape", [(2**40, 0), (2**20, 64)])
+def test_tensors_of_nothing_make_no_model_of_any_size(tiny: ChromaTransformer, shape: tuple[int, int]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tiny.state_dict().items()}
+    with pytest.raises(WeightsInvalid, match="its layers have"):
+        ChromaConfig.from_shapes({**shapes, "img_in.weight": shape})
+
+
 def test_the_full_size_config_is_read_off_the_shapes() -> None:
     block = {"img_attn.norm.query_norm.scale": (128,), "img_mlp.0.weight": (12288, 3072)}
     shapes = {f"double_blocks.{i}.{name}": shape for i in range(19) for name, shape in block.items()}

@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chromarpc_server.domain.sampling_choices import DrawingSettings
 from chromarpc_server.domain.trainer import TrainerSettings
-from chromarpc_server.pipeline import PROFILES, Checkpoint, CheckpointFiles, precision, read_adapter
+from chromarpc_server.pipeline import (
+    PROFILES,
+    Checkpoint,
+    CheckpointFiles,
+    SamplingChoice,
+    precision,
+    read_adapter,
+)
 from chromarpc_server.pipeline.models.text_encoder import UnfusedAttention
 from chromarpc_server.pipeline.precision import PRODUCT_PRECISION, ProductPrecision, float32_products
 from tests.tiny_checkpoint import GOLDENS
@@ -208,6 +216,21 @@ def test_every_float32_product_is_given_while_a_precision_is_held(
             pipeline.decode(last.latents, 32, 32)
             pipeline.preview(last, 32, 32, 32)
             loose[name] = products.take()
+        choice = SamplingChoice("heun", "beta", settings=DrawingSettings.COMFYUI)
+        pipeline = checkpoint.prepare(adapters, PROFILES["reference"], rounded=False)
+        embedding = pipeline.encode(pipeline.tokenize("a (b:1.2)", choice.settings))
+        *_, last = pipeline.denoise(
+            embedding,
+            width=32,
+            height=32,
+            steps=2,
+            guidance_scale=4.0,
+            seed=1,
+            noise_draw="float32",
+            choice=choice,
+        )
+        pipeline.decode(last.latents, 32, 32, choice.settings)
+        loose["as ComfyUI"] = products.take()
     assert {where: found for where, found in loose.items() if found} == {}
     assert products.count > 0
 

@@ -45,6 +45,13 @@ def test_every_schedule_falls_from_noise_to_image(schedule: str, shift: float | 
         assert 0 <= sigmas[-1] <= 1e-5
 
 
+def test_where_the_lowest_level_counts_as_no_noise_normal_ends_with_it_and_sgm_uniform_does_not() -> None:
+    assert [len(_sigmas(schedule, 8, 0.05)) for schedule in ("normal", "sgm_uniform")] == [9, 9]
+    assert 0 < _sigmas("normal", 8, 0.05)[-1] < 1e-5
+    *_, lowest, end = _sigmas("sgm_uniform", 8, 0.05)
+    assert (lowest > 1e-4, end) == (True, 0.0)
+
+
 @pytest.mark.parametrize("sampler", NOT_THE_REFERENCES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_every_sampler_ends_at_the_image_of_a_model_that_always_predicts_it(sampler: str, steps: int) -> None:
@@ -170,6 +177,19 @@ def test_a_file_that_is_not_known_fails(copied: Callable[..., Path]) -> None:
     code, cases = _verify(folder)
     assert code == 1
     assert [name for name, case in cases.items() if case["outcome"] == "FAIL"] == ["comfyui/more.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_schedule_that_nothing_is_recorded_of_verifies_nothing(copied: Callable[..., Path]) -> None:
+    folder = copied("sigmas.json")
+    recorded = json.loads((folder / "sigmas.json").read_text())
+    variant = next(iter(recorded["sigmas"]))
+    recorded["sigmas"][variant]["simple"] = {}
+    (folder / "sigmas.json").write_text(json.dumps(recorded))
+    code, cases = _verify(folder)
+    assert code == 1
+    failed = [name for name, case in cases.items() if case["outcome"] == "FAIL"]
+    assert failed == [f"comfyui/sigmas/sigmas/{variant} simple"]
 
 
 @pytest.mark.slow

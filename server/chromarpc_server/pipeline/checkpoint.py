@@ -219,7 +219,7 @@ class Checkpoint:
             profile: what it will be run with.
             trainer: what the trainer's config says, for profiles that draw the trainer's image; None: its
                 defaults.
-            rounded: whether weights go through float8 as the reference's do; without effect where `must_round`.
+            rounded: whether weights go through float8 as the reference's do; see `NumericsProfile.must_round`.
 
         Raises:
             InvalidParameter: the profile needs the whole transformer on the device, and blocks are streamed.
@@ -227,16 +227,12 @@ class Checkpoint:
         withheld = "" if self.memory is None else self.memory.withholds(profile.name)
         if withheld:
             raise InvalidParameter(withheld, field="profile")
-        rounded = rounded or self.must_round(profile)
+        rounded = rounded or profile.must_round(self.memory)
         first = self._allocate_on(self.device, profile, trainer, rounded)
         if self.second is None:
             return first
         other = self._allocate_on(self.second, profile, trainer, rounded)
         return TransformerPair(first, other, self.second, self._helper)
-
-    def must_round(self, profile: NumericsProfile) -> bool:
-        """Whether weights are rounded whatever a request says: the profile does, or nothing else has room."""
-        return self._holds_float8 or profile.needs_float8_weights or profile.trainer
 
     @cached_property
     def _helper(self) -> ThreadPoolExecutor | None:
@@ -295,7 +291,7 @@ class Checkpoint:
         """Which of the trainer's text encoders a transformer is used with; None: with the checkpoint's own."""
         if profile.trainer:
             return trainer or TrainerSettings()
-        return None if rounded or self.must_round(profile) else unrounded_text(self.dtype)
+        return None if rounded or profile.must_round(self.memory) else unrounded_text(self.dtype)
 
     def missing_bytes(
         self, profile: NumericsProfile, trainer: TrainerSettings | None, *, rounded: bool = True

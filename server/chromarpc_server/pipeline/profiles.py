@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import torch
 
+from chromarpc_server.domain.models import MemoryPlan
+
 
 @dataclass(frozen=True)
 class NumericsProfile:
@@ -28,6 +30,14 @@ class NumericsProfile:
     def needs_float8_weights(self) -> bool:
         """Whether weights must be held in float8, instead of dequantized where there is room."""
         return self.float8_products or not (self.fused or self.trainer)
+
+    def must_round(self, memory: MemoryPlan | None) -> bool:
+        """Whether weights are rounded whatever a request says: the profile does, or nothing else has room.
+
+        `memory`: what of the checkpoint lies where; None on a CPU.
+        """
+        holds_float8 = memory is not None and memory.weights == "float8"
+        return holds_float8 or self.needs_float8_weights or self.trainer
 
 
 EXACT = NumericsProfile(

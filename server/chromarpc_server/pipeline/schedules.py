@@ -84,25 +84,18 @@ def _beta(levels: NoiseLevels, steps: int, alpha: float = BETA, beta: float = BE
     return [*(float(levels.table[index]) for index in kept), 0.0]
 
 
-def _spaced(levels: NoiseLevels, steps: int, *, to_the_end: bool) -> list[float]:
+def _normal(levels: NoiseLevels, steps: int) -> list[float]:
     """Even steps from the highest to the lowest level, each moved by the shift once more, as ComfyUI does."""
-    last = float(levels.shift(torch.tensor([levels.lowest])))
-    ends_itself = abs(last) <= _NO_NOISE
-    count = steps + 1 if ends_itself else steps
-    if to_the_end:
-        at = torch.linspace(levels.highest, levels.lowest, count)
-    else:
-        at = torch.linspace(levels.highest, levels.lowest, count + 1)[:-1]
+    ends_itself = abs(float(levels.shift(torch.tensor([levels.lowest])))) <= _NO_NOISE
+    at = torch.linspace(levels.highest, levels.lowest, steps + 1 if ends_itself else steps)
     found: list[float] = levels.shift(at).tolist()
     return found if ends_itself else [*found, 0.0]
 
 
-def _normal(levels: NoiseLevels, steps: int) -> list[float]:
-    return _spaced(levels, steps, to_the_end=True)
-
-
 def _sgm_uniform(levels: NoiseLevels, steps: int) -> list[float]:
-    return _spaced(levels, steps, to_the_end=False)
+    """The same with the lowest level left out; a 0 is put behind whatever comes before it."""
+    at = torch.linspace(levels.highest, levels.lowest, steps + 1)[:-1]
+    return [*levels.shift(at).tolist(), 0.0]
 
 
 def _ddim_uniform(levels: NoiseLevels, steps: int) -> list[float]:

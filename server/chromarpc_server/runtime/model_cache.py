@@ -71,6 +71,11 @@ class SetKey:
         return cls(model_id, profile, tuple(pair for pair in pairs if pair[1] != 0), trainer, rounded)
 
 
+def _as_held(key: SetKey, memory: MemoryPlan | None) -> SetKey:
+    """One set for both where rounded and unrounded weights would be the same; `memory`: of the key's model."""
+    return replace(key, rounded=key.rounded or PROFILES[key.profile].must_round(memory))
+
+
 @dataclass(frozen=True)
 class ResidentSet:
     """Prepared weights, as they are reported to clients."""
@@ -116,7 +121,8 @@ class CacheSnapshot:
 
     def holds(self, key: SetKey) -> bool:
         """Whether a job with this key would run at once."""
-        return any(held.key == key for held in self.sets)
+        wanted = _as_held(key, self.memory.get(key.model_id))
+        return any(held.key == wanted for held in self.sets)
 
 
 @dataclass
@@ -230,8 +236,7 @@ class ModelCache:
         """
         started, evictions = time.monotonic(), self._counters.evictions
         profile = PROFILES[key.profile]
-        # One set for both where they would be the same.
-        key = replace(key, rounded=key.rounded or checkpoint.must_round(profile))
+        key = _as_held(key, checkpoint.memory)
         try:
             slot = next((slot for slot in self._slots if slot.key == key), None)
             if slot is not None:

@@ -20,7 +20,7 @@ from chromarpc_server.pipeline.weights.formats.prefixes import part_prefix
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.part import StoredPart
 from chromarpc_server.pipeline.weights.reading import read_json, shard_paths, tokenizer_file
-from chromarpc_server.pipeline.weights.shared import WeightFiles
+from chromarpc_server.pipeline.weights.shared import Identity, WeightFiles, file_identity
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile
 
 MAX_KEPT = 4096
@@ -29,7 +29,6 @@ _NAMES: Mapping[ModelPart, PartName] = {
     ModelPart.TEXT_ENCODER: "text_encoder",
     ModelPart.AUTOENCODER: "autoencoder",
 }
-_Identity = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def part_facts(path: Path, part: ModelPart) -> PartFacts:
     try:
         shards = shard_paths(path) if part is not ModelPart.TOKENIZER else (tokenizer_file(path),)
         found = (path, *shards) if path.is_dir() else shards
-        version = tuple(_identity(each) for each in found)
+        version = tuple(file_identity(each.stat()) for each in found)
     except WeightsInvalid as error:
         return PartFacts(problem=_without_name(path, error))
     except OSError as error:
@@ -65,17 +64,12 @@ def part_facts(path: Path, part: ModelPart) -> PartFacts:
     return _facts(path, shards, part, version)
 
 
-def _identity(path: Path) -> _Identity:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 @lru_cache(MAX_KEPT)
 def _facts(
     path: Path,
     shards: tuple[Path, ...],
     part: ModelPart,
-    version: tuple[_Identity, ...],  # noqa: ARG001 - another one is looked at again
+    version: tuple[Identity, ...],  # noqa: ARG001 - another one is looked at again
 ) -> PartFacts:
     try:
         return _READERS[part](path, shards)

@@ -29,7 +29,6 @@ PARTS: Mapping[str, Part] = {"transformer": "transformer", "text_encoder": "text
 """By the index's names."""
 CONFIGS: Mapping[Part, str] = {"text_encoder": "t5_config.json", "autoencoder": "vae_config.json"}
 """What says the sizes of a folder's parts, besides the parts."""
-_EXPECTED = "expected"
 _REFUSE = "refuse"
 
 

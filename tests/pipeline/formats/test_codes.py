@@ -13,14 +13,17 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline import precision
 from chromarpc_server.pipeline.libraries import gguf_functions
 from chromarpc_server.pipeline.weights import gguf_codes
 from chromarpc_server.pipeline.weights.formats.codes import file_recipes, hadamard, joined
 from chromarpc_server.pipeline.weights.gguf_codes import dequantizer, is_dequantizable
 from chromarpc_server.pipeline.weights.gguf_file import PLAIN_TYPES
 from chromarpc_server.pipeline.weights.reading import open_weights
+from chromarpc_server.pipeline.weights.stored import StoredWeights
 from tests.pipeline.formats import writers
 
 DEQUANTIZED = [kind for kind in GGML_QUANT_SIZES if kind not in PLAIN_TYPES and is_dequantizable(kind)]
@@ -69,6 +72,35 @@ def test_the_rotation_is_its_own_inverse_and_regular(size: int) -> None:
     assert torch.equal(rotation @ rotation, torch.eye(size))
     assert torch.equal(rotation, rotation.T)
     assert torch.equal(rotation.sum(dim=1), torch.ones(size))
+
+
+def test_a_rotation_keeps_its_digits_where_the_trainer_multiplies_in_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, weights are made dense while the precision of whoever prepares them is set."""
+    description = _text({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
+    path = _file(
+        tmp_path / "a.safetensors",
+        {
+            "a.weight": torch.ones(2, 8, dtype=torch.int8),
+            "a.weight_scale": torch.ones(2, 1),
+            "a.comfy_quant": description,
+        },
+    )
+    file = open_weights(path)
+    stored = StoredWeights(file_recipes([file]), dict(file.read()))["a.weight"]
+    monkeypatch.setattr(precision, "_is_shared", lambda _: True)
+    held: list[str | None] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("mm", "matmul"):
+                held.append(precision.PRODUCT_PRECISION.held)
+            return func(*args, **(kwargs or {}))
+
+    with precision.float32_products(torch.device("cpu"), "tf32"), Seen():
+        stored.dense()
+    assert held == ["ieee"]
 
 
 def _file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

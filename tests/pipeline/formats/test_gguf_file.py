@@ -105,6 +105,22 @@ FILES: dict[str, tuple[bytes, str]] = {
         _file([_key("comfy.gguf.orig_shape.a", STRING, _text("{"))], [_tensor("a")], bytes(32)),
         "'a' has an original shape",
     ),
+    "an original shape without end": (
+        _file([_key("comfy.gguf.orig_shape.a", STRING, _text("[Infinity]"))], [_tensor("a")], bytes(32)),
+        "'a' has an original shape",
+    ),
+    "an original shape in brackets": (
+        _file([_key("comfy.gguf.orig_shape.a", STRING, _text("[" * 60_000))], [_tensor("a")], bytes(32)),
+        "'a' has an original shape",
+    ),
+    "an original shape of hundred dimensions": (
+        _file([_key("comfy.gguf.orig_shape.a", STRING, _text(str([8, *[1] * 99])))], [_tensor("a")], bytes(32)),
+        "'a' has an original shape",
+    ),
+    "an original shape of nothing": (
+        _file([_key("comfy.gguf.orig_shape.a", STRING, _text("x"))], [_tensor("a", (1,))], bytes(32)),
+        "'a' has an original shape",
+    ),
 }
 
 

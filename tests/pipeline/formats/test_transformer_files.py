@@ -213,6 +213,13 @@ def test_a_config_that_cannot_be_is_refused(config: str, native: dict[str, Tenso
         _open(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("found", [None, [], {}, {"a": "../b"}, {"a": ["b"]}, {"a": 1, "b": "c"}])
+def test_an_index_that_names_no_shards_is_refused(found: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": found}))
+    with pytest.raises(WeightsInvalid, match=r"model\.safetensors\.index\.json names no shards"):
+        _open(tmp_path)
+
+
 def test_what_is_missing_of_parts_that_are_files_or_folders(tmp_path: Path) -> None:
     single = CheckpointFiles(*(tmp_path / name for name in ("a.gguf", "b.safetensors", "c.json", "d.safetensors")))
     assert set(single.missing()) == {single.transformer, single.text_encoder, single.tokenizer, single.vae}

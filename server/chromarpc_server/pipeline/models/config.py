@@ -12,6 +12,8 @@ from chromarpc_server.domain.errors import WeightsInvalid
 FLUX_AXES = (16, 56, 56)
 MAX_BLOCKS = 256
 """Of one kind."""
+MAX_CHANNELS = 2**16
+"""Of a layer: tensors of nothing may claim any number of rows."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class ChromaConfig:
             raise WeightsInvalid("not a Chroma checkpoint: its tensors have other dimensions") from None
         if not (hidden and head_dim) or hidden % head_dim:
             raise WeightsInvalid(f"{hidden} channels do not make heads of {head_dim}")
+        channels = (hidden, in_channels, context, mlp, approximator_hidden, approximator_in)
+        if not all(0 < count <= MAX_CHANNELS for count in channels):
+            raise WeightsInvalid(
+                f"not a Chroma checkpoint: its layers have {min(channels)} to {max(channels)} channels"
+            )
         axes, theta = _axes(head_dim, metadata or {})
         return cls(
             in_channels=in_channels,

@@ -87,10 +87,8 @@ class GgufFile:
         """See `TensorFile.read`."""
         try:
             with open_regular(self.path) as stream:
-                if (
-                    self.require_unchanged(stream.fileno())
-                    and os.fstat(stream.fileno()).st_size != self.size_bytes
-                ):
+                self.require_unchanged(stream.fileno())
+                if os.fstat(stream.fileno()).st_size != self.size_bytes:
                     raise GgufError("it changed while it was read")
                 # Copy on write, which nobody does: torch warns of memory that it must not write to.
                 mapped = mmap.mmap(stream.fileno(), self.size_bytes, access=mmap.ACCESS_COPY)
@@ -308,9 +306,13 @@ def _original_shape(name: str, shape: tuple[int, ...], metadata: Mapping[str, st
         return shape
     try:
         original = tuple(int(size) for size in json.loads(noted))
-    except (ValueError, TypeError):
-        original = ()
-    if any(size < 0 for size in original) or math.prod(original) != math.prod(shape):
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        original = (-1,)
+    if (
+        len(original) > MAX_DIMENSIONS
+        or any(size < 0 for size in original)
+        or math.prod(original) != math.prod(shape)
+    ):
         raise GgufError(f"{shown(name)} has an original shape that cannot be")
     return original
 

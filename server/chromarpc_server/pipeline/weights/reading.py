@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.domain.models import FILE_SUFFIXES
 from chromarpc_server.pipeline.bundled import t5_tokenizer_folder
 from chromarpc_server.pipeline.weights.gguf_file import MAGIC, open_gguf
 from chromarpc_server.pipeline.weights.safetensors_file import open_safetensors
 from chromarpc_server.pipeline.weights.tensor_file import TensorFile, TensorFileError, open_regular, shown_few
 
-SUFFIXES = (".safetensors", ".gguf", ".json")
-"""Of files that are a whole part of a model."""
 SENTENCEPIECE_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
 """Of T5's own spiece.model, which folders written by older libraries have: the pieces of the bundled tokenizer."""
 
@@ -58,7 +57,7 @@ class CheckpointFiles:
 
 def is_single(part: Path) -> bool:
     """Whether a part of a model is one file: as it is there, or else as its name says."""
-    return part.is_file() or (part.suffix in SUFFIXES and not part.is_dir())
+    return part.is_file() or (part.suffix.lower() in FILE_SUFFIXES and not part.is_dir())
 
 
 def in_folder(part: Path, name: str) -> Path:
@@ -86,11 +85,11 @@ def shard_paths(part: Path) -> tuple[Path, ...]:
         return (part,)
     indexes = sorted(part.glob("*.safetensors.index.json"))
     if indexes:
-        names = read_json(indexes[0]).get("weight_map", {})
-        files = sorted(set(names.values())) if isinstance(names, dict) else []
-        if not files or any(not isinstance(name, str) or "/" in name for name in files):
+        found = read_json(indexes[0]).get("weight_map")
+        names = list(found.values()) if isinstance(found, dict) else []
+        if not names or any(not isinstance(name, str) or "/" in name or "\0" in name for name in names):
             raise WeightsInvalid(f"{indexes[0].name} names no shards")
-        return tuple(part / name for name in files)
+        return tuple(part / name for name in sorted(set(names)))
     single = sorted(part.glob("*.safetensors")) or sorted(part.glob("*.gguf"))
     if not single:
         raise WeightsInvalid(f"{part.name} has no safetensors file")

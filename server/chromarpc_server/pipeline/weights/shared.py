@@ -143,7 +143,7 @@ class SharedFile:
             if self._descriptor is None:
                 self._descriptor = os.open(self.header.path, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._descriptor)
-            if _identity(os.fstat(self._descriptor)) != self.identity:
+            if file_identity(os.fstat(self._descriptor)) != self.identity:
                 raise TensorFileError("it changed while it was read")
             return self._descriptor
 
@@ -212,9 +212,10 @@ class WeightFiles:
 
 def _identity_of(path: Path) -> Identity | None:
     with suppress(OSError):
-        return _identity(path.stat())
+        return file_identity(path.stat())
     return None
 
 
-def _identity(status: os.stat_result) -> Identity:
+def file_identity(status: os.stat_result) -> Identity:
+    """Of the version of a file that this is the status of."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

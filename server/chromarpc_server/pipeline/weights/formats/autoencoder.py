@@ -29,6 +29,10 @@ FLUX: Mapping[str, object] = MappingProxyType(
     }
 )
 """What no tensor shows, as Flux's autoencoder has it."""
+MAX_TENSORS = 2048
+"""Eight times what Flux's has."""
+MAX_LEVELS = MAX_LAYERS = 16
+"""Of one half, each half as large as the one before; and in one of them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def autoencoder_part(recipes: Recipes, name: str, config: Mapping[str, object] |
     Raises:
         WeightsInvalid: it cannot be told what it is, or the file holds tensors that belong to no autoencoder.
     """
+    if len(recipes) > MAX_TENSORS:
+        raise WeightsInvalid(f"{name}: not an autoencoder of Flux's kind: it has {len(recipes)} tensors")
     original = any(key.startswith(("encoder.down.", "decoder.up.")) for key in recipes)
     sizes = _sizes(recipes, name, original=original)
     if config is not None:
@@ -87,6 +93,11 @@ def _sizes(recipes: Recipes, name: str, *, original: bool) -> dict[str, object]:
     sides("encoder.conv_in.weight")
     if not widths or not layers:
         raise WeightsInvalid(f"{name}: not an autoencoder of Flux's kind: its encoder has no blocks")
+    if len(widths) > MAX_LEVELS or max(layers) >= MAX_LAYERS:
+        raise WeightsInvalid(
+            f"{name}: not an autoencoder of Flux's kind: its encoder has {len(widths)} levels of "
+            f"{1 + max(layers)} blocks"
+        )
     return {
         "in_channels": sides("encoder.conv_in.weight")[1],
         "out_channels": sides("decoder.conv_out.weight")[0],

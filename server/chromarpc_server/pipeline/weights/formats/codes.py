@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from chromarpc_server.domain.errors import WeightsInvalid
+from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.weights.formats.prefixes import part_roots
 from chromarpc_server.pipeline.weights.gguf_codes import dequantizer, is_dequantizable
 from chromarpc_server.pipeline.weights.gguf_file import PLAIN_TYPES, GgufFile
@@ -295,7 +296,9 @@ def _multiplied(pieces: Sequence[Tensor]) -> Tensor:
 def _rotated(pieces: Sequence[Tensor], group: int) -> Tensor:
     weight = _multiplied(pieces)
     rotation = hadamard(group).to(weight.device)
-    return (weight.view(-1, group) @ rotation).view(weight.shape)
+    # Whoever prepares the weights may multiply in TF32, as the trainer does, and would round the file's values.
+    with float32_products(weight.device, "ieee"):
+        return (weight.view(-1, group) @ rotation).view(weight.shape)
 
 
 @cache

@@ -33,6 +33,10 @@ _GGUF_ARCHITECTURES: Mapping[Part, frozenset[str]] = {
     "autoencoder": frozenset({"vae"}),
 }
 """What files of a part may say they are; files of stable-diffusion.cpp say nothing."""
+_RELATIVE_BIAS = re.compile(
+    r"(?:encoder\.block|enc\.blk)\.(\d{1,4})\.(?:layer\.0\.SelfAttention\.relative_attention_bias|attn_rel_b)\."
+)
+"""In Hugging Face's names and in llama.cpp's."""
 _LATENT_CHANNELS = 16
 _T5_VOCABULARY = 32128
 """Rows of T5 v1.1's embedding."""
@@ -86,15 +90,7 @@ def _first(rows: Iterable[Known], header: Header) -> str | None:
 
 def _other_t5(header: Header) -> str | None:
     """Relatives of T5 v1.1 whose tensors have the same names."""
-    biased = {
-        match.group(1)
-        for name in header.shapes
-        if (
-            match := re.search(
-                r"(?:encoder\.block|enc\.blk)\.(\d+)\.(?:.*relative_attention_bias|attn_rel_b)\.", name
-            )
-        )
-    }
+    biased = {match.group(1) for name in header.shapes if (match := _RELATIVE_BIAS.search(name))}
     if biased - {"0"}:
         return "a UMT5 text encoder (it has a relative bias in every block), which Chroma does not use"
     if header.ends_with("DenseReluDense.wi.weight"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.pipeline.weights.stored import Recipe, Recipes
-from chromarpc_server.pipeline.weights.tensor_file import shown
+from chromarpc_server.pipeline.weights.tensor_file import shown, shown_few
 
 SHARED = "shared.weight"
 """The embedding, of which there is one whatever a file calls it."""
@@ -60,16 +60,6 @@ class TextEncoderPart:
     left_out: str = ""
     """What else the file holds that is not read, as the end of a sentence; empty where there is nothing."""
 
-    @property
-    def width(self) -> int:
-        """Channels of what it gives to the transformer."""
-        return self.recipes[SHARED].shape[1]
-
-    @property
-    def vocabulary(self) -> int:
-        """Pieces that it has an embedding for."""
-        return self.recipes[SHARED].shape[0]
-
 
 def text_encoder_part(recipes: Recipes, name: str, config: Mapping[str, object] | None = None) -> TextEncoderPart:
     """An encoder under Hugging Face's names, with its sizes.
@@ -101,11 +91,6 @@ def text_encoder_part(recipes: Recipes, name: str, config: Mapping[str, object] 
     _require_shapes(named, sizes, name)
     left_out = f"the decoder's {len(decoder)} tensors, which text encoding does not need" if decoder else ""
     return TextEncoderPart(named, dict(config) if config is not None else {**CONSTANTS, **sizes}, left_out)
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first few of some tensors' names, as a message may carry them."""
-    return f"[{', '.join(shown(name) for name in names[:3])}]"
 
 
 def _hugging_face_name(name: str) -> str:
@@ -188,8 +173,8 @@ def _require_shapes(recipes: Recipes, sizes: Mapping[str, int], name: str) -> No
     surplus = sorted(set(recipes) - set(expected))
     if missing or surplus:
         raise WeightsInvalid(
-            f"{name}: {len(missing)} tensors of a T5 v1.1 encoder missing {_few(missing)}, "
-            f"{len(surplus)} unknown {_few(surplus)}"
+            f"{name}: {len(missing)} tensors of a T5 v1.1 encoder missing {shown_few(missing)}, "
+            f"{len(surplus)} unknown {shown_few(surplus)}"
         )
     for tensor, shape in expected.items():
         if recipes[tensor].shape != shape:
