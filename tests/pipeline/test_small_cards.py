@@ -316,7 +316,7 @@ def test_the_bench_goes_on_where_one_size_fails_and_writes_what_it_has(
     (tmp_path / "Chroma1-Base.safetensors").symlink_to(tiny_checkpoint / "chroma-mini.safetensors")
     for name in ("text_encoder_2", "tokenizer_2", "vae"):
         (tmp_path / name).symlink_to(tiny_checkpoint / name)
-    options = [str(tmp_path), "--sizes", "8", "10", "16", "--runs", "1", "--out", str(out)]
+    options = [str(tmp_path), "--sizes", "16", "10", "8", "--runs", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["small_cards", *options])
     small_cards.main()
     rows = json.loads(out.read_text())["rows"]
