@@ -70,7 +70,7 @@ class ModelSettings(BaseModel):
     guidance: float | None = Field(None, **_within("prompts.guidance_scale"))
     sampler: Annotated[str, _one_of(SAMPLERS)] | None = None
     schedule: Annotated[str, _one_of(SCHEDULES)] | None = None
-    shift: float | None = Field(None, gt=SHIFT_RANGE[0], le=SHIFT_RANGE[1])
+    shift: float | None = Field(None, ge=SHIFT_RANGE[0], le=SHIFT_RANGE[1])
     profile: str | None = None
 
 
