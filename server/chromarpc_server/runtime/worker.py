@@ -20,6 +20,7 @@ from chromarpc_server.domain.events import (
     Timings,
 )
 from chromarpc_server.domain.plan import Plan, PlannedPrompt
+from chromarpc_server.domain.sampling_options import require_known_sampling
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.pipeline import (
     SILENT,
@@ -313,8 +314,10 @@ def _require_computable(plan: Plan) -> None:
     """Makes sure that every image's sampler has numbers for its schedule, before anything is loaded.
 
     Raises:
-        InvalidParameter: one has none, so that its image would be none.
+        InvalidParameter: one has none, so that its image would be none; or another version planned it, with a name
+            that is not known here.
     """
+    require_known_sampling(plan)
     for index, prompt in enumerate(plan.prompts):
         choice = _choice(plan, prompt)
         if choice.rounds_latents:  # Euler's steps are always numbers
