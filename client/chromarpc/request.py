@@ -72,7 +72,7 @@ class Prompt:
     schedule: str | None = None
     """As `server_info` lists them."""
     shift: float | None = None
-    """Fixed shift of the schedule, more than 0 and at most 100. When left out, the model's default where
+    """Fixed shift of the schedule, 0.01 to 100. When left out, the model's default where
     `schedule` is left out too, else the schedule's own."""
     use_neg: bool | None = None
     """Makes `neg` the unconditional text, in every profile."""

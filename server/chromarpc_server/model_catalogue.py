@@ -49,7 +49,9 @@ def served_models(settings: ServerSettings) -> Mapping[str, ModelSpec]:
             log.info("model.replaced", extra={"model": spec.id, "source": str(spec.transformer)})
     if settings.comfyui is not None:
         added = [spec.id for spec in found.models.values() if spec != REGISTRY.get(spec.id)]
-        log.info(
+        is_any = bool(set(added) - {*settings.models, *settings.model})
+        log.log(
+            logging.INFO if is_any else logging.WARNING,
             "models.found",
             extra={"folder": settings.comfyui.name, "models": ",".join(added), "skipped": len(found.skipped)},
         )

@@ -25,7 +25,7 @@ from chromarpc_server.domain.models import (
     trainer_file,
 )
 from chromarpc_server.domain.requests import RANGES
-from chromarpc_server.domain.sampling_choices import SAMPLERS, SCHEDULES, SHIFT_RANGE
+from chromarpc_server.domain.sampling_choices import LEAST_STEPS, SAMPLERS, SCHEDULES, SHIFT_RANGE
 
 MAX_DESCRIPTION = 500
 
@@ -70,7 +70,7 @@ class ModelSettings(BaseModel):
     guidance: float | None = Field(None, **_within("prompts.guidance_scale"))
     sampler: Annotated[str, _one_of(SAMPLERS)] | None = None
     schedule: Annotated[str, _one_of(SCHEDULES)] | None = None
-    shift: float | None = Field(None, gt=SHIFT_RANGE[0], le=SHIFT_RANGE[1])
+    shift: float | None = Field(None, ge=SHIFT_RANGE[0], le=SHIFT_RANGE[1])
     profile: str | None = None
 
 
@@ -113,11 +113,15 @@ def model_spec(name: str, said: ModelSettings, *, must_exist: bool = True) -> Mo
 
 def _defaults(said: ModelSettings, usual: ModelDefaults) -> ModelDefaults:
     schedule = usual.schedule if said.schedule is None else said.schedule
+    steps = usual.sample_steps if said.steps is None else said.steps
+    least = LEAST_STEPS.get(schedule, 1)
+    if steps < least:
+        raise ValueError(f"steps: the schedule {schedule} needs {least} or more, got {steps}")
     shift = usual.shift if schedule == usual.schedule else None  # a shift goes with its schedule
     return ModelDefaults(
         width=usual.width if said.width is None else said.width,
         height=usual.height if said.height is None else said.height,
-        sample_steps=usual.sample_steps if said.steps is None else said.steps,
+        sample_steps=steps,
         guidance_scale=usual.guidance_scale if said.guidance is None else said.guidance,
         sampler=usual.sampler if said.sampler is None else said.sampler,
         schedule=schedule,

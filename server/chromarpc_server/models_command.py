@@ -76,7 +76,9 @@ def fetch_models(names: Sequence[str], settings: ServerSettings | None) -> int:
         return EXIT_NONE
     for name in names:
         if name in models:
-            print(f"{name} is ready: start the server with `chromarpc-server --preload {name}`")
+            is_built_in = REGISTRY.get(name) == models[name]  # else the flags that bring it are needed, too
+            hint = f": start the server with `chromarpc-server --preload {name}`" if is_built_in else ""
+            print(f"{name} is ready{hint}")
     return 0
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from chromarpc import Client, InvalidRequest, Prompt, parse_request_json
@@ -204,3 +206,30 @@ def test_a_job_says_what_it_is_sampled_with_where_that_is_not_the_references_way
         told = lines(prompt, usual[2])
         assert "sampler" not in told
         assert ", as " not in told
+
+
+def test_a_model_with_a_part_that_cannot_be_used_is_not_ready() -> None:
+    part = model_service_pb2.ModelPart(part="transformer", source="a.gguf", present=True, problem="truncated")
+    model = model_service_pb2.Model(weights_present=True, parts=[part])
+    assert list(_model_lines(model))[:2] == ["cannot be used", "transformer: a.gguf cannot be used: truncated"]
+
+
+@pytest.mark.parametrize(
+    ("named", "sampled"),
+    [
+        ({}, ("flowmatch", "flowmatch", None)),
+        ({"sampler": "heun"}, ("heun", "", None)),
+        ({"shift": 2.0}, ("", "", 2.0)),
+    ],
+)
+def test_a_record_from_before_there_were_samplers_is_drawn_as_it_was(
+    server: FakeServer, shell: Any, named: dict[str, Any], sampled: tuple[str, str, float | None]
+) -> None:
+    info = PngInfo()
+    prompt = {"prompt": "a", "width": 64, "height": 64, **named}
+    info.add_text("chromarpc", json.dumps({"request": {"model": "chroma1-hd", "prompts": [prompt]}}))
+    Image.new("RGB", (8, 8)).save("old.png", pnginfo=info)
+    assert shell("generate", "--json", "old.png", "-o", "again.png").exit_code == 0
+    (again,) = server.requests
+    asked = again.prompts[0]
+    assert (asked.sampler, asked.schedule, asked.shift if asked.HasField("shift") else None) == sampled

@@ -127,10 +127,10 @@ def test_no_sampler_is_both_built_and_refused() -> None:
     assert SAMPLERS.keys().isdisjoint(UNSUPPORTED_SAMPLERS)
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0, 100.1, math.nan, math.inf])
+@pytest.mark.parametrize("shift", [0.0, 1e-300, 0.009, -1.0, 100.1, math.nan, math.inf])
 def test_a_shift_out_of_range_is_refused_on_its_field(shift: float) -> None:
-    assert "more than 0 and at most 100" in _refusals(shift=shift)["prompts.0.shift"]
-    assert _sampling(_plan(shift=100.0))[2] == 100.0
+    assert "must be between 0.01 and 100" in _refusals(shift=shift)["prompts.0.shift"]
+    assert [_sampling(_plan(shift=edge))[2] for edge in (0.01, 100.0)] == [0.01, 100.0]
 
 
 def test_a_shift_that_the_schedule_does_not_have_is_told_and_not_planned() -> None:

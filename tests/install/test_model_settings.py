@@ -112,6 +112,10 @@ def test_a_model_may_take_a_built_in_ones_place() -> None:
         ("steps=8", "--model: steps=8: begin with NAME=FILE_OR_REPO"),
         ("mine=me/mine,steps=800", "--model mine: steps: "),
         ("mine=me/mine,shift=0", "--model mine: shift: "),
+        (
+            "mine=me/mine,schedule=kl_optimal,steps=1",
+            "--model mine: steps: the schedule kl_optimal needs 2 or more, got 1",
+        ),
         ("mine=me/mine,sampler=dpm_fast", "--model mine: sampler: no such name: dpm_fast; known are flowmatch"),
         ("mine=me/mine,height=1000", "--model mine: height: must be a multiple of 32, got 1000"),
         ("mine=me/mine,width=10", "--model mine: width: must be between 64 and 4096, got 10"),

@@ -174,7 +174,7 @@ def test_fetch_knows_models_of_the_settings(
         ("ostris/Flex.1-alpha", ["text_encoder_2/*"]),
         ("me/vae", ["*.json", "*.safetensors", "*.model"]),
     ]
-    assert "mine is ready" in capsys.readouterr().out
+    assert capsys.readouterr().out == "mine is ready\n", "a server without its flag does not know it"
 
 
 def test_fetch_says_what_it_knows(capsys: pytest.CaptureFixture[str], fetched: list[tuple[str, object]]) -> None:

@@ -107,3 +107,9 @@ def test_weights_that_are_rounded_all_the_same_are_told(server: RunningServer) -
 def test_a_textual_inversion_is_refused_where_comfyui_would_read_it(server: RunningServer) -> None:
     with pytest.raises(chromarpc.InvalidRequest, match=r"prompts\.0\.prompt"):
         _events(server, "a embedding:bad", settings="comfyui")
+
+
+def test_a_sampler_without_numbers_for_a_schedule_is_an_error_of_the_request(server: RunningServer) -> None:
+    with pytest.raises(chromarpc.InvalidRequest, match="uni_pc cannot be computed over 50 steps") as caught:
+        _events(server, sample_steps=50, sampler="uni_pc", schedule="exponential")
+    assert "prompts.0.sampler" in str(caught.value.violations)

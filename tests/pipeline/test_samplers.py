@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from chromarpc_server.domain.sampling_choices import FLOWMATCH, LEAST_STEPS, SAMPLERS, SCHEDULES, DrawingSettings
 from chromarpc_server.pipeline.denoising import SamplingChoice
-from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, evaluated_sigmas
+from chromarpc_server.pipeline.samplers import SAMPLERS_BY_NAME, NotComputable, evaluated_sigmas
 from chromarpc_server.pipeline.sampling import make_scheduler
 from chromarpc_server.pipeline.schedules import schedule_sigmas
 from chromarpc_server.verify import verify
@@ -240,3 +240,23 @@ def test_a_schedule_of_another_length_and_an_unknown_part_fail(copied: Callable[
         "comfyui/sigmas/sigmas/aura_1.0 beta": "9 noise levels instead of 8",
         "comfyui/sigmas/extra": "no part that is known here",
     }
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "steps", "shift"),
+    [("uni_pc", "exponential", 50, None), ("uni_pc_bh2", "karras", 26, 0.01), ("deis", "normal", 4, 0.01)],
+)
+def test_a_sampler_without_numbers_for_a_schedule_says_so(
+    sampler: str, schedule: str, steps: int, shift: float | None
+) -> None:
+    sigmas = _sigmas(schedule, steps, shift, sampler)
+    with pytest.raises(NotComputable):
+        evaluated_sigmas(SAMPLERS_BY_NAME[sampler], sigmas)
+
+
+@pytest.mark.parametrize("sampler", NOT_THE_REFERENCES)
+@pytest.mark.parametrize("shift", [None, 1.0, 3.0])
+def test_every_sampler_has_numbers_for_what_people_draw_with(sampler: str, shift: float | None) -> None:
+    for schedule in ("flowmatch", "simple", "beta", "normal", "sgm_uniform"):
+        for steps in (1, 8, 26, 50):
+            assert evaluated_sigmas(SAMPLERS_BY_NAME[sampler], _sigmas(schedule, steps, shift, sampler))

@@ -187,3 +187,38 @@ def test_a_name_that_no_client_can_be_told_is_skipped(folder: Path, name: bytes)
 def test_letters_with_accents_are_plain_letters_in_an_id(folder: Path) -> None:
     shutil.copy(TRANSFORMER, folder / "unet" / "Chröma Détail.safetensors")
     assert "chroma-detail" in [spec.id for spec in find_models(folder).models]
+
+
+def test_a_folder_that_is_none_of_comfyuis_says_so(tmp_path: Path) -> None:
+    found = find_models(tmp_path)
+    assert [(file.path, file.reason) for file in found.skipped] == [
+        (tmp_path, "has none of the folders diffusion_models, unet, checkpoints")
+    ]
+
+
+def test_clients_are_told_a_files_name_and_no_folder(folder: Path) -> None:
+    (folder / "unet" / "private").mkdir()
+    shutil.copy(TRANSFORMER, folder / "unet" / "private" / "mine.safetensors")
+    specs = {spec.id: spec for spec in find_models(folder).models}
+    assert specs["mine"].description == "mine.safetensors, of this server's ComfyUI folder"
+
+
+@pytest.mark.parametrize("fails", ["exists", "is_dir", "is_file"])
+def test_parts_that_cannot_be_looked_at_are_not_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    spec, files = only(folder), ModelFiles()
+    looks = getattr(Path, fails)
+
+    def looked(path: Path) -> bool:
+        if path.is_relative_to(folder):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return bool(looks(path))
+
+    monkeypatch.setattr(Path, fails, looked)
+    assert files.find(spec) is None
+    transformer, *_, tokenizer, autoencoder = files.parts(spec)
+    assert not (transformer.is_present and not transformer.problem)
+    assert not (autoencoder.is_present and not autoencoder.problem)
+    assert tokenizer.is_present
+    assert "ready" not in files.state(spec)

@@ -129,7 +129,7 @@ def generate(
     shift: Annotated[
         float | None,
         typer.Option(
-            help="Fixed shift of the schedule, up to 100; 1 shifts nothing; its own when left out, and the "
+            help="Fixed shift of the schedule, 0.01 to 100; 1 shifts nothing; its own when left out, and the "
             "model's default where --schedule is left out too."
         ),
     ] = None,

@@ -71,7 +71,7 @@ def _model_lines(model: model_service_pb2.Model) -> Iterator[str]:
         on = ", ".join(residence.device_id for residence in model.residences)
         yield f"in memory ({bytes_text(model.resident_bytes)})" + (f" of {on}" if on else "")
     elif model.weights_present:
-        yield "ready"
+        yield "cannot be used" if any(part.problem for part in model.parts) else "ready"
     else:
         command = model.fetch_command  # a bundled model has none
         yield "weights are missing" + (f"; on the server, run: {command}" if command else "")

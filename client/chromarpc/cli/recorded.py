@@ -21,6 +21,7 @@ from chromarpc.json_request import InvalidRequestJson
 from chromarpc.pictures.files import PARAMETERS_KEY, RECORD_KEY, NoPicture, kind_of, read_picture
 from chromarpc.pictures.recorded import Unreadable, read_record, recorded_hashes
 from chromarpc.request import build_request
+from chromarpc.sampling import FLOWMATCH
 from chromarpc.v1 import generation_service_pb2, options_pb2
 
 _WORKFLOW_KEY = "prompt"
@@ -130,6 +131,7 @@ def recorded_picture(
     except Unreadable as error:
         raise InvalidRequestJson("", f"{error}") from None
     request = parse_body(source, json.dumps(record["request"]).encode())
+    _as_before(request)
     meant = None if output is None else FORMATS_BY_SUFFIX.get(output.suffix.lower())
     if meant is not None and meant != request_format(request.output).removesuffix("-trainer"):
         options = {"output_format": meant, **options}
@@ -139,6 +141,13 @@ def recorded_picture(
     if "loras" in options:
         return Recorded(request, revision, {}, ())
     return Recorded(request, revision, hashes, [lora.path for lora in request.loras if _is_url(lora.path)])
+
+
+def _as_before(request: generation_service_pb2.GenerateRequest) -> None:
+    """A record of an older version names no sampler: there was the reference's alone, whatever a model has now."""
+    for prompt in request.prompts:
+        if not prompt.sampler and not prompt.schedule and not prompt.HasField("shift"):
+            prompt.sampler = prompt.schedule = FLOWMATCH
 
 
 def _change(

@@ -325,7 +325,7 @@ class Prompt(_message.Message):
     of the image. The model's default when left out.
     """
     shift: _builtins.float
-    """Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. When left out, the model's
+    """Fixed shift of the schedule towards noise, 0.01 to 100; 1 shifts nothing. When left out, the model's
     default where `schedule` is left out too, else the schedule's own.
     """
     use_neg: _builtins.bool

@@ -64,7 +64,7 @@ export interface PromptOptions {
   /** As `serverInfo` lists them; the model's default where nobody says. */
   readonly schedule?: string | undefined;
   /**
-   * Fixed shift of the schedule, more than 0 and at most 100. When left out, the model's default where `schedule` is
+   * Fixed shift of the schedule, 0.01 to 100. When left out, the model's default where `schedule` is
    * left out too, else the schedule's own.
    */
   readonly shift?: number | undefined;

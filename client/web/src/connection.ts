@@ -47,10 +47,10 @@ export const client = new Client(undefined, {
   fetch: (input, init) => fetch(input, isLeaving ? { ...init, keepalive: true } : init),
 });
 
-/** Models whose weights are here, the ones in memory first. */
+/** Models whose weights are here and can be used, the ones in memory first. */
 export const servedModels = computed(() =>
   models.value
-    .filter((model) => model.weightsPresent)
+    .filter((model) => model.weightsPresent && model.parts.every((part) => part.problem === ""))
     .sort(
       (a, b) =>
         Number(b.resident) - Number(a.resident) || Number(a.aliasOf !== "") - Number(b.aliasOf !== ""),

@@ -78,8 +78,8 @@ def _base_warnings(metadata: Mapping[str, str], field: str, base_name: str) -> I
         yield PlanWarning(
             WarningCode.LORA_FOR_ANOTHER_BASE,
             field,
-            f"the file was trained on {shown(others[0])}; as it says; this model's base is {shown(base_name)}, so "
-            "it may look weaker or otherwise than in training",
+            f"the file says that it was trained on {shown(others[0])}, and this model's base is "
+            f"{shown(base_name)}: it may look weaker or otherwise than in training",
         )
 
 

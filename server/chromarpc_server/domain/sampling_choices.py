@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 FLOWMATCH = "flowmatch"
 """The reference's sampler, and its schedule: flow-match Euler, shifted by the image's size. ai-toolkit's name."""
-SHIFT_RANGE = (0.0, 100.0)
-"""Of `shift`: more than the first, at most the second."""
+SHIFT_RANGE = (0.01, 100.0)
+"""Of `shift`. The least is ComfyUI's smallest above 0; far below it, noise levels are no numbers in float32."""
 GUIDANCE_THRESHOLD = 1.00001
 """At or below it a single conditional pass is made, as in the reference."""
 

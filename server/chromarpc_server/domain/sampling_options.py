@@ -154,8 +154,8 @@ def _known_schedule(name: str, at: str, found: Findings) -> str:
 def _shift(asked: float | None, schedule: str, default: float | None, at: str, found: Findings) -> float | None:
     shift = default if asked is None else asked
     low, high = SHIFT_RANGE
-    if shift is not None and not low < shift <= high:  # NaN fails both comparisons
-        found.refuse(f"{at}.shift", f"must be more than {low:g} and at most {high:g}, got {shift}")
+    if shift is not None and not low <= shift <= high:  # NaN fails both comparisons
+        found.refuse(f"{at}.shift", f"must be between {low:g} and {high:g}, got {shift}")
     if schedule not in SCHEDULES_WITHOUT_SHIFT:
         return shift
     if asked is not None:

@@ -125,7 +125,7 @@ _RANGES: Final = {**RANGES, "prompts.width": TRAINER_SIZES, "prompts.height": TR
 """The widest that any profile takes."""
 _KEYWORDS: Final[dict[str, Schema]] = {
     "prompts.seed": {"minimum": MIN_SEED, "maximum": 2**63 - 1},
-    "prompts.shift": {"exclusiveMinimum": SHIFT_RANGE[0], "maximum": SHIFT_RANGE[1]},
+    "prompts.shift": {"minimum": SHIFT_RANGE[0], "maximum": SHIFT_RANGE[1]},
     "loras.path": {"minLength": 1},
     "loras.expected_sha256": {"pattern": r"^([0-9a-fA-F]{64})?$"},
     "request_id": {"format": "uuid"},

@@ -35,6 +35,7 @@ from chromarpc_server.pipeline.pair import Transformer, TransformerPair
 from chromarpc_server.pipeline.pipeline import Pipeline
 from chromarpc_server.pipeline.profiles import PROFILES, TRAINER_CHOICES, NumericsProfile, served_profiles
 from chromarpc_server.pipeline.progress import SILENT, Check, LoadContext, LoadProgress
+from chromarpc_server.pipeline.samplers import NotComputable
 from chromarpc_server.pipeline.sampling import DenoiseStep, image_tokens
 from chromarpc_server.pipeline.trainer.paths import lies_beside
 from chromarpc_server.pipeline.weights.reading import CheckpointFiles
@@ -53,6 +54,7 @@ __all__ = [
     "DeviceChoice",
     "LoadContext",
     "LoadProgress",
+    "NotComputable",
     "NumericsProfile",
     "Pipeline",
     "PreparedTransformer",

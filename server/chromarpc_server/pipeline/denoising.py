@@ -91,6 +91,14 @@ class SamplingChoice:
             mu=self.mu,
         )
 
+    def evaluated(self, sigmas: Sequence[float]) -> list[float]:
+        """The noise level of every call of the model, in order.
+
+        Raises:
+            NotComputable: the sampler has no coefficients for these levels.
+        """
+        return evaluated_sigmas(self.function, sigmas)
+
     @property
     def function(self) -> Sampler:
         """What takes the steps on float32 latents; of the reference's sampler, Euler's."""
@@ -146,7 +154,7 @@ def denoise_from(
         texts.append(Text.of(embedding.unconditional_embeds, embedding.unconditional_mask, like))
     if not choice.rounds_latents:
         sampler, sigmas = choice.function, choice.sigmas(steps, noise.shape[1])
-        asked = evaluated_sigmas(sampler, sigmas)
+        asked = choice.evaluated(sigmas)
         if choice.as_comfyui:
             timesteps = torch.tensor(asked, dtype=torch.float32)
         else:

@@ -82,6 +82,8 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
     if not _has_models(folder) and _has_models(folder / "models"):
         folder = folder / "models"
     unread: list[SkippedFile] = []
+    if not _has_models(folder):
+        unread.append(SkippedFile(folder, f"has none of the folders {', '.join(TRANSFORMER_FOLDERS)}"))
     transformers = list(_files(folder, TRANSFORMER_FOLDERS, ModelPart.TRANSFORMER, unread))
     beside = {
         ModelPart.TEXT_ENCODER: list(_files(folder, TEXT_ENCODER_FOLDERS, ModelPart.TEXT_ENCODER, unread)),
@@ -93,7 +95,7 @@ def find_models(folder: Path, taken: Container[str] = ()) -> ComfyuiFolder:
         if not file.facts.problem:
             model_id = _free_id(file.name, ids, taken)
             ids.add(model_id)
-            models.append(_model(model_id, file, beside, folder))
+            models.append(_model(model_id, file, beside))
     looked_at = (
         (transformers, GIVE["transformer"]),
         (beside[ModelPart.TEXT_ENCODER], GIVE["text_encoder"]),
@@ -112,7 +114,7 @@ def _has_models(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in TRANSFORMER_FOLDERS)
 
 
-def _model(model_id: str, file: _File, beside: Mapping[ModelPart, list[_File]], folder: Path) -> ModelSpec:
+def _model(model_id: str, file: _File, beside: Mapping[ModelPart, list[_File]]) -> ModelSpec:
     base_name = base_name_of(file.path.name)
     parts = {
         part: None if part in file.facts.holds else _chosen(part, files, file.facts.text_width)
@@ -120,7 +122,7 @@ def _model(model_id: str, file: _File, beside: Mapping[ModelPart, list[_File]], 
     }
     return ModelSpec(
         id=model_id,
-        description=f"{file.name}, of the ComfyUI folder {folder.name}",
+        description=f"{file.path.name}, of this server's ComfyUI folder",  # clients are told no folders
         transformer=LocalPart(file.path),
         text_encoder=parts[ModelPart.TEXT_ENCODER],
         autoencoder=parts[ModelPart.AUTOENCODER],

@@ -16,6 +16,7 @@ import huggingface_hub
 
 from chromarpc_server.domain.errors import WeightsInvalid, WeightsMissing
 from chromarpc_server.domain.models import (
+    CHROMA,
     REGISTRY,
     STANDARD_AUTOENCODER,
     STANDARD_TEXT_ENCODER,
@@ -40,6 +41,13 @@ _FOLDERS: Mapping[ModelPart, tuple[str, ...]] = {
     ModelPart.AUTOENCODER: ("vae",),
 }
 """Where parts lie in the folder of a whole model: as the trainer's extras have it, then as diffusers has it."""
+_STANDARD: Mapping[ModelPart, PartSource] = {
+    ModelPart.TRANSFORMER: CHROMA.transformer,
+    ModelPart.TEXT_ENCODER: STANDARD_TEXT_ENCODER,
+    ModelPart.TOKENIZER: T5_TOKENIZER,
+    ModelPart.AUTOENCODER: STANDARD_AUTOENCODER,
+}
+"""Of a model that leaves a part open."""
 _Place = tuple[PartSource, Path | None]
 """Where a part comes from, and lies; None where it does not."""
 _MARKS = ("config.json", "tokenizer.json", "spiece.model", "model.safetensors.index.json")
@@ -100,8 +108,11 @@ class ModelFiles:
 
     def find(self, spec: ModelSpec) -> CheckpointFiles | None:
         """The model's files, or None where one of them is not on this machine."""
-        files = self._files(spec, self._located(spec))
-        return None if files is None or files.missing() else files
+        try:
+            files = self._files(spec, self._located(spec))
+            return None if files is None or files.missing() else files
+        except OSError:  # a disk that went away, or a folder that is not ours to read
+            return None
 
     def require(self, spec: ModelSpec) -> CheckpointFiles:
         """The model's files.
@@ -158,7 +169,17 @@ class ModelFiles:
         return f"weights missing: {command or _remedy(command, missing)}"
 
     def _located(self, spec: ModelSpec) -> dict[ModelPart, _Place]:
-        """Where each part comes from, and lies if it is here."""
+        """Where each part comes from, and lies if it is here. What cannot be looked at is not here."""
+        try:
+            return self._looked_for(spec)
+        except OSError:
+            sources = {part: spec.source(part) or _STANDARD[part] for part in ModelPart}
+            return {
+                part: (source, _path(source) if isinstance(source, BundledPart) else None)
+                for part, source in sources.items()
+            }
+
+    def _looked_for(self, spec: ModelSpec) -> dict[ModelPart, _Place]:
         folder = self._folders.get(spec.id)
         if folder is not None:
             # What is not there is told by where it can be fetched from.
@@ -172,10 +193,7 @@ class ModelFiles:
             beside, transformer = transformer, _transformer_in(transformer)
         found: dict[ModelPart, _Place] = {ModelPart.TRANSFORMER: (spec.transformer, transformer)}
         inside = self._inside(spec, transformer)
-        for part, standard in (
-            (ModelPart.TEXT_ENCODER, STANDARD_TEXT_ENCODER),
-            (ModelPart.AUTOENCODER, STANDARD_AUTOENCODER),
-        ):
+        for part in (ModelPart.TEXT_ENCODER, ModelPart.AUTOENCODER):
             source = spec.source(part)
             if source is None and (there := _beside(beside, part)) is not None:
                 source = LocalPart(there)
@@ -183,7 +201,7 @@ class ModelFiles:
                 source = LocalPart(transformer) if isinstance(spec.transformer, LocalPart) else spec.transformer
                 found[part] = (source, transformer)
                 continue
-            source = source or standard
+            source = source or _STANDARD[part]
             found[part] = (source, _path(source))
         found[ModelPart.TOKENIZER] = _tokenizer(spec, beside, found[ModelPart.TEXT_ENCODER][1])
         return {part: found[part] for part in ModelPart}
@@ -257,6 +275,8 @@ def _lacking(part: ModelPart, path: Path) -> str:
             wanted = [*shard_paths(path)]
         except WeightsInvalid:
             return "every file of weights"
+        except OSError:  # which the part's facts tell
+            return ""
         if part is not ModelPart.TRANSFORMER and not is_single(path):
             wanted.append(path / "config.json")
     return next((file.name for file in wanted if not file.is_file()), "")

@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chromarpc_server.domain.devices import DeviceDescription
-from chromarpc_server.domain.errors import ChromaError, DeviceLost, OutOfMemory
+from chromarpc_server.domain.errors import ChromaError, DeviceLost, InvalidParameter, OutOfMemory
 from chromarpc_server.domain.events import (
     Loading,
     LoadingStage,
     Step,
     Timings,
 )
-from chromarpc_server.domain.plan import Plan
+from chromarpc_server.domain.plan import Plan, PlannedPrompt
+from chromarpc_server.domain.sampling_options import require_known_sampling
 from chromarpc_server.domain.trainer import PREVIEW_PROFILES, TrainerSettings
 from chromarpc_server.pipeline import (
     SILENT,
@@ -27,11 +28,13 @@ from chromarpc_server.pipeline import (
     DeviceChoice,
     LoadContext,
     LoadProgress,
+    NotComputable,
     Pipeline,
     PromptEmbedding,
     SamplingChoice,
     finished_steps,
     forget_frames,
+    image_tokens,
     lacks_host_memory,
     library_versions,
     peak_memory_bytes,
@@ -160,6 +163,7 @@ class DeviceWorker:
 
     def _run(self, work: Work, emit: Emit) -> WorkDone:
         plan, check = work.plan, work.cancellation.check
+        _require_computable(plan)
         self._watchdog.other("preparing a job")
         for card in self._choice.cards:
             reset_peak_memory(card)
@@ -227,7 +231,7 @@ class DeviceWorker:
             guidance_scale=prompt.guidance_scale,
             seed=prompt.seed,
             noise_draw=plan.noise_draw.value,
-            choice=SamplingChoice(prompt.sampler, prompt.schedule, prompt.shift, plan.settings),
+            choice=_choice(plan, prompt),
         )
         for done in finished_steps(steps, self._choice.device, cancellation.pause):
             began, ended = ended, time.monotonic()
@@ -309,3 +313,31 @@ class _Remaining:
         self._seconds += duration_s
         left = steps_left * step + sum(prompt.pixel_steps for prompt in self._prompts[index + 1 :])
         return self._seconds / self._done * left
+
+
+def _choice(plan: Plan, prompt: PlannedPrompt) -> SamplingChoice:
+    return SamplingChoice(prompt.sampler, prompt.schedule, prompt.shift, plan.settings)
+
+
+def _require_computable(plan: Plan) -> None:
+    """Makes sure that every image's sampler has numbers for its schedule, before anything is loaded.
+
+    Raises:
+        InvalidParameter: one has none, so that its image would be none; or another version planned it, with a name
+            that is not known here.
+    """
+    require_known_sampling(plan)
+    for index, prompt in enumerate(plan.prompts):
+        choice = _choice(plan, prompt)
+        if choice.rounds_latents:  # Euler's steps are always numbers
+            continue
+        tokens = image_tokens(prompt.width, prompt.height)
+        try:
+            choice.evaluated(choice.sigmas(prompt.sample_steps, tokens))
+        except NotComputable:
+            raise InvalidParameter(
+                f"{prompt.sampler} cannot be computed over {prompt.sample_steps} steps of the schedule "
+                f"{prompt.schedule}, whose noise levels lie too close together or to 0: give fewer steps, a "
+                "greater shift, or another sampler or schedule",
+                field=f"prompts.{index}.sampler",
+            ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from chromarpc_server.pipeline.samplers.protocol import Model, Sampler, SamplerS
 from chromarpc_server.pipeline.samplers.single_step import dpm_2, euler, heun, heunpp2
 from chromarpc_server.pipeline.samplers.unipc import uni_pc, uni_pc_bh2
 
-__all__ = ["SAMPLERS_BY_NAME", "Model", "Sampler", "SamplerStep", "evaluated_sigmas"]
+__all__ = ["SAMPLERS_BY_NAME", "Model", "NotComputable", "Sampler", "SamplerStep", "evaluated_sigmas"]
 
 SAMPLERS_BY_NAME: Mapping[str, Sampler] = MappingProxyType(
     {
@@ -41,14 +42,27 @@ SAMPLERS_BY_NAME: Mapping[str, Sampler] = MappingProxyType(
 """Of a flow, DDIM's step is Euler's."""
 
 
+class NotComputable(ArithmeticError):
+    """A sampler's coefficients are no numbers over a schedule: its levels are too close together, or to 0."""
+
+
 def evaluated_sigmas(sampler: Sampler, sigmas: Sequence[float]) -> list[float]:
-    """The noise level of every call of the model, in order."""
+    """The noise level of every call of the model, in order.
+
+    Raises:
+        NotComputable: what it draws over these levels would be no image.
+    """
     asked: list[float] = []
 
     def model(x: Tensor, sigma: float) -> Tensor:
         asked.append(sigma)
         return x
 
-    for _ in sampler(model, torch.zeros(1), sigmas):
-        pass
+    with np.errstate(all="ignore"):
+        try:
+            is_finite = all(bool(step.x.isfinite()) for step in sampler(model, torch.zeros(1), sigmas))
+        except (ArithmeticError, ValueError) as error:  # of numpy's linear algebra, the latter
+            raise NotComputable(str(error)) from None
+    if not is_finite:
+        raise NotComputable("not finite")
     return asked

@@ -324,7 +324,7 @@ export type Prompt = Message<"chromarpc.v1.Prompt"> & {
   schedule?: string | undefined;
 
   /**
-   * Fixed shift of the schedule towards noise, more than 0 and at most 100; 1 shifts nothing. When left out, the model's
+   * Fixed shift of the schedule towards noise, 0.01 to 100; 1 shifts nothing. When left out, the model's
    * default where `schedule` is left out too, else the schedule's own.
    *
    * @generated from field: optional double shift = 18;
