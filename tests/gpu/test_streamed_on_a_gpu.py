@@ -82,7 +82,7 @@ def test_what_was_page_locked_is_unlocked_once_nothing_streams_any_more() -> Non
 
 
 def test_a_bench_of_copies_measures_what_was_copied() -> None:
-    from bench.small_cards import TimedCopier
+    from bench.timed_copier import TimedCopier
 
     device = torch.device("cuda", 0)
     copier = TimedCopier(device)

@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 from chromarpc_server.domain.errors import WeightsInvalid
 from chromarpc_server.domain.fallbacks import DeviceFallback, Part
 from chromarpc_server.pipeline.fallbacks import unusable
-from chromarpc_server.pipeline.fused.check import fused_ops
 from chromarpc_server.pipeline.libraries import ONE_BUILDER, libraries
 from chromarpc_server.pipeline.memory import pin
+from chromarpc_server.pipeline.models.encoder_layers import Float8Linear, HostEmbedding, ScaledLinear
 from chromarpc_server.pipeline.precision import float32_products
 from chromarpc_server.pipeline.recording import recording
 from chromarpc_server.pipeline.weights.formats.text_encoder import EMBED, SHARED
@@ -140,56 +140,6 @@ def _replacements(tokenizer: Mapping[str, Any]) -> normalizers.Normalizer:
     parts = whole.get("normalizers", []) if whole.get("type") == "Sequence" else [whole]
     maps = [part["precompiled_charsmap"] for part in parts if part.get("type") == "Precompiled"]
     return normalizers.Sequence([normalizers.Precompiled(base64.b64decode(found)) for found in maps[:1] if found])
-
-
-class ScaledLinear(nn.Module):
-    """A linear layer without bias whose rounded product is scaled afterwards, as torchao's `int8` does."""
-
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        """`codes` (out, in) in the dtype that is computed in, `scale` (out,)."""
-        super().__init__()
-        self.weight = None
-        self.codes = nn.Buffer(codes)
-        self.scale = nn.Buffer(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        return F.linear(x, self.codes) * self.scale
-
-
-class Float8Linear(nn.Module):
-    """A linear layer whose float8 weight is dequantized at every call: half the memory, the same bits.
-
-    It has no `weight` that the library could take a dtype from.
-    """
-
-    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """`q` (out, in) float8, `scale` (out,) in the dtype it was quantized in; `dtype` to compute in."""
-        super().__init__()
-        self.weight = None
-        self.q = nn.Buffer(q)
-        self.scale = nn.Buffer(scale)
-        self._dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        weight = torch.empty(self.q.shape, dtype=self._dtype, device=x.device)
-        return F.linear(x, fused_ops(x.device).dequantize(self.q, self.scale, weight))
-
-
-class HostEmbedding(nn.Module):
-    """A table of embeddings in host memory: the rows of a prompt's tokens are copied to the device."""
-
-    def __init__(self, table: Tensor, device: torch.device) -> None:
-        """`table` (vocabulary, width), on the host; `device`: where its rows are wanted."""
-        super().__init__()
-        self.place = nn.Parameter(torch.empty(0, dtype=table.dtype, device=device), requires_grad=False)
-        """Nothing: a model is taken to be on the device of its first parameter."""
-        self.table = nn.Buffer(table)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(…) → (…, width) on the device."""
-        return F.embedding(ids.cpu(), self.table).to(self.place.device)
 
 
 def _reference_float8(_: str, weight: Tensor) -> QuantizedLinear:
