@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from concurrent.futures import Future
@@ -151,6 +152,21 @@ async def test_work_that_a_pause_came_between_ends_as_it_would_have(monkeypatch:
     await asyncio.sleep(0.05)
     work.set_result("done")
     assert await asyncio.wait_for(guard, 10) == "done"
+
+
+async def test_work_whose_caller_was_cancelled_may_fail_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    watchdog = Watchdog(DeviceTimeouts(), RunningTime())
+    work: Future[str] = Future()
+    guard = asyncio.create_task(guarded(watchdog, work))
+    await asyncio.sleep(0)
+    guard.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await guard
+    work.set_exception(DeviceHung("too late"))
+    await asyncio.sleep(0.01)
+    del guard, work
+    gc.collect()
+    assert caplog.text == ""
 
 
 async def test_what_was_before_the_first_look_is_no_pause(caplog: pytest.LogCaptureFixture) -> None:

@@ -68,6 +68,8 @@ class Watchdog:
             DeviceHung: something takes too long; every thread's stack has gone to standard error.
         """
         future = asyncio.ensure_future(work)
+        # Whoever waits here may be cancelled: nobody asks then what the work ends with, and asyncio would log it.
+        future.add_done_callback(_note_end)
         while True:
             await asyncio.wait({future}, timeout=LOOK_EVERY_S)
             if future.done():
@@ -83,3 +85,8 @@ class Watchdog:
 
     def _begin(self, what: str, limit_s: float) -> None:
         self._doing = _Doing(what, limit_s, self._running_time.now())
+
+
+def _note_end(future: asyncio.Future[_T]) -> None:
+    if not future.cancelled():
+        future.exception()
