@@ -237,7 +237,7 @@ describe("presses", { skip: noBrowser }, () => {
 
   test("a double click removes one prompt, and Undo brings it back", async () => {
     const tab = await open(browser, stack.url);
-    const prompts = () => tab.locator("textarea").evaluateAll((fields) => fields.map(({ value }) => value));
+    const prompts = () => tab.getByLabel(/^Prompt/).evaluateAll((fields) => fields.map(({ value }) => value));
     await fill(tab, { Prompt: "one" });
     for (const [number, prompt] of [
       [2, "two"],
