@@ -13,7 +13,7 @@ COMMAND = (sys.executable, "-m", "chromarpc_server")
 
 
 def test_verify_says_nothing_but_its_results(tmp_path: Path) -> None:
-    (tmp_path / "cpu_fp32").symlink_to(GOLDENS / "cpu_fp32")
+    (tmp_path / "formats").symlink_to(GOLDENS / "formats")
     told = subprocess.run(
         [*COMMAND, "verify", str(tmp_path)], capture_output=True, text=True, check=False, timeout=250
     )
