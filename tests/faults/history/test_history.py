@@ -11,7 +11,7 @@ from tests.faults.history.choices import CLIENTS, FAULTS, intents, planned_fault
 from tests.faults.history.planted import PLANTS
 from tests.faults.history.run import Plan, plan_of_plant, run
 
-CLEAN_SEED, CLEAN_S = 63, 20
+CLEAN_SEED, CLEAN_S = 63, 12
 
 
 @pytest.mark.planted
