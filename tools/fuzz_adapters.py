@@ -7,18 +7,12 @@ An input that breaks this is kept in `out/`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
-import signal
 import struct
-import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +21,9 @@ from safetensors.torch import load_file
 
 from chromarpc_server.domain.errors import LoraError
 from chromarpc_server.pipeline.adapters import read_adapter
+from tools.fuzzing import options, search
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
-MAX_SECONDS = 10
-MAX_MEMORY_BYTES = 1024**3
-"""Beyond what the process has when fuzzing starts."""
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I8", "U8", "BOOL", "F4", "", "f32")
 NUMBERS = (-1, 0, 1, 2, 7, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 1.5, None, "1", True)
 
@@ -157,22 +149,6 @@ def inputs(seed: int) -> Iterator[bytes]:
         yield raw
 
 
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where the block takes longer."""
-
-    def expired(_signal: int, _frame: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def judge(path: Path, weights: Mapping[str, torch.Tensor]) -> str:
     """What the reader made of a file: the reason of its refusal, or `applied`.
 
@@ -195,40 +171,12 @@ def judge(path: Path, weights: Mapping[str, torch.Tensor]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__)
     weights = load_file(GOLDENS / "cpu_fp32" / "transformer_tiny.safetensors")
-    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
-    outcomes: Counter[str] = Counter()
-    slowest = 0.0
-    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        for raw in inputs(arguments.seed):
-            if time.monotonic() - begun > 60 * arguments.minutes:
-                break
-            path.write_bytes(raw)
-            started = time.monotonic()
-            try:
-                with time_limit(MAX_SECONDS):
-                    outcomes[judge(path, weights)] += 1
-            except BaseException:
-                kept = Path("out") / f"fuzz-{arguments.seed}-{outcomes.total()}.safetensors"
-                kept.parent.mkdir(exist_ok=True)
-                kept.write_bytes(raw)
-                print(f"found after {outcomes.total()} files, kept as {kept}", file=sys.stderr)
-                raise
-            slowest = max(slowest, time.monotonic() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    counts = ", ".join(f"{count} {reason}" for reason, count in outcomes.most_common())
-    print(
-        f"nothing found in {outcomes.total()} files, {(time.monotonic() - begun) / 60:.1f} minutes, seed "
-        f"{arguments.seed}: {counts}; slowest {1000 * slowest:.0f} ms, peak resident {peak:.0f} MiB"
-    )
+        cases = ((raw, partial(judge, path, weights)) for raw in inputs(arguments.seed))
+        search("fuzz", cases, path, minutes=arguments.minutes, seed=arguments.seed)
 
 
 if __name__ == "__main__":

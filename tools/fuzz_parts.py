@@ -7,16 +7,12 @@ header tells; within bounded time and memory. An input that breaks this is kept 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
 import struct
-import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,8 @@ from chromarpc_server.pipeline.weights.formats.prefixes import Part
 from chromarpc_server.pipeline.weights.loading import ReadingProgress
 from chromarpc_server.pipeline.weights.other_parts import open_autoencoder, open_text_encoder
 from chromarpc_server.pipeline.weights.shared import WeightFiles
-from tools.fuzz_adapters import DAMAGES, GOLDENS, MAX_MEMORY_BYTES, MAX_SECONDS, Header, join, split, time_limit
+from tools.fuzz_adapters import DAMAGES, GOLDENS, Header, join, split
+from tools.fuzzing import options, search
 
 FORMATS = GOLDENS / "formats"
 FILES: dict[str, Part] = {
@@ -138,42 +135,14 @@ def judge(path: Path, part: Part) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part"
         path.write_bytes((FORMATS / "ae.safetensors").read_bytes())
         (Path(folder) / "vae_config.json").write_bytes((FORMATS / "vae_config.json").read_bytes())
         judge(path, "autoencoder")  # imports what it needs, which counts as memory
-        held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
-        outcomes: Counter[str] = Counter()
-        slowest = 0.0
-        begun = time.monotonic()
-        for part, raw in inputs(arguments.seed):
-            if time.monotonic() - begun > 60 * arguments.minutes:
-                break
-            path.unlink()
-            path.write_bytes(raw)
-            started = time.monotonic()
-            try:
-                with time_limit(MAX_SECONDS):
-                    outcomes[judge(path, part)] += 1
-            except BaseException:
-                kept = Path("out") / f"fuzz-parts-{arguments.seed}-{outcomes.total()}"
-                kept.parent.mkdir(exist_ok=True)
-                kept.write_bytes(raw)
-                print(f"found after {outcomes.total()} files, given as {part}, kept as {kept}", file=sys.stderr)
-                raise
-            slowest = max(slowest, time.monotonic() - started)
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-    print(
-        f"nothing found in {outcomes.total()} files, {(time.monotonic() - begun) / 60:.1f} minutes, seed "
-        f"{arguments.seed}: {counts}; slowest {1000 * slowest:.0f} ms"
-    )
+        cases = ((raw, partial(judge, path, part)) for part, raw in inputs(arguments.seed))
+        search("fuzz-parts", cases, path, minutes=arguments.minutes, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tools.fuzz_adapters import MAX_SECONDS, inputs, judge, time_limit
+from tools.fuzz_adapters import inputs, judge
+from tools.fuzzing import MAX_SECONDS, time_limit
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.formats.layouts import FORMATS
-from tools.fuzz_parts import MAX_SECONDS, inputs, judge, time_limit
+from tools.fuzz_parts import inputs, judge
+from tools.fuzzing import MAX_SECONDS, time_limit
 
 pytestmark = pytest.mark.slow
 
